@@ -1,0 +1,45 @@
+#include "parallel.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <memory>
+#include <new>
+
+namespace fastseg {
+namespace {
+
+constexpr int64_t kAlignment = 64;  // a cache line, and the widest vector
+
+struct Buffer {
+  void* data = nullptr;
+  int64_t bytes = 0;
+  ~Buffer() { std::free(data); }
+};
+
+}  // namespace
+
+void* scratch(int64_t bytes) {
+  thread_local Buffer buffer;
+  if (buffer.bytes < bytes) {
+    std::free(buffer.data);
+    const int64_t rounded = (bytes + kAlignment - 1) / kAlignment * kAlignment;
+    buffer.data = std::aligned_alloc(kAlignment, static_cast<size_t>(rounded));
+    buffer.bytes = buffer.data == nullptr ? 0 : rounded;
+  }
+  return buffer.data;
+}
+
+bool parallel_for(int64_t tasks, int threads, bool (*run)(void*, int64_t), void* context) {
+  std::atomic<bool> ok{true};
+  const int team = static_cast<int>(std::min<int64_t>(threads, tasks));
+#pragma omp parallel for schedule(dynamic, 1) num_threads(team) if (team > 1)
+  for (int64_t task = 0; task < tasks; ++task) {
+    if (!run(context, task)) ok.store(false, std::memory_order_relaxed);
+  }
+  return ok.load(std::memory_order_relaxed);
+}
+
+void throw_out_of_memory() { throw std::bad_alloc(); }
+
+}  // namespace fastseg

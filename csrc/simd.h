@@ -1,0 +1,114 @@
+// The vector type of the instruction set that this file is compiled for, on the compiler's own vector extensions:
+// one source for SSE2, AVX2, AVX-512 and NEON. Included only by kernel files, inside no namespace of theirs.
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+#ifndef FASTSEG_ISA
+#error "kernel files are compiled once for each instruction set, with -DFASTSEG_ISA=<its name>"
+#endif
+
+#if defined(__AVX512F__)
+#define FASTSEG_VECTOR_BYTES 64
+#elif defined(__AVX2__)
+#define FASTSEG_VECTOR_BYTES 32
+#else
+#define FASTSEG_VECTOR_BYTES 16
+#endif
+
+#define FASTSEG_INLINE inline __attribute__((always_inline))
+
+namespace fastseg {
+namespace FASTSEG_ISA {
+namespace {  // internal linkage: the linker must never pick one instruction set's copy for another
+
+template <class T>
+struct LaneInt;
+template <>
+struct LaneInt<float> {
+  using type = int32_t;
+};
+template <>
+struct LaneInt<double> {
+  using type = int64_t;
+};
+
+template <class T>
+using Int = typename LaneInt<T>::type;
+
+// Vec<T>: a register of T. IntVec<T>: as many integers of the same width; also what a comparison of two Vec<T> gives.
+template <class T>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(FASTSEG_VECTOR_BYTES)));
+};
+template <class T>
+using Vec = typename VectorOf<T>::type;
+template <class T>
+using IntVec = typename VectorOf<Int<T>>::type;
+
+template <class T>
+constexpr int kLanes = FASTSEG_VECTOR_BYTES / sizeof(T);
+
+template <class T>
+FASTSEG_INLINE Vec<T> load(const T* source) {
+  Vec<T> v;
+  memcpy(&v, source, sizeof v);  // an unaligned vector load
+  return v;
+}
+
+template <class T>
+FASTSEG_INLINE void store(T* target, Vec<T> v) {
+  memcpy(target, &v, sizeof v);
+}
+
+template <class T>
+FASTSEG_INLINE Vec<T> broadcast(T value) {
+  return value - Vec<T>{};
+}
+
+template <class T>
+FASTSEG_INLINE IntVec<T> bits_of(Vec<T> v) {
+  IntVec<T> bits;
+  memcpy(&bits, &v, sizeof v);
+  return bits;
+}
+
+template <class T>
+FASTSEG_INLINE Vec<T> from_bits(IntVec<T> bits) {
+  Vec<T> v;
+  memcpy(&v, &bits, sizeof v);
+  return v;
+}
+
+// Four rows of four elements, turned into their four columns.
+template <class T>
+struct Quad {
+  typedef T type __attribute__((vector_size(4 * sizeof(T))));
+  typedef Int<T> index __attribute__((vector_size(4 * sizeof(T))));
+};
+
+template <class T, int A, int B, int C, int D>
+FASTSEG_INLINE typename Quad<T>::type shuffle(typename Quad<T>::type x, typename Quad<T>::type y) {
+#if defined(__clang__)
+  return __builtin_shufflevector(x, y, A, B, C, D);
+#else
+  return __builtin_shuffle(x, y, (typename Quad<T>::index){A, B, C, D});
+#endif
+}
+
+template <class T>
+FASTSEG_INLINE void transpose4(const T* source, int64_t source_stride, T* target, int64_t target_stride) {
+  using Row = typename Quad<T>::type;
+  Row row[4];
+  for (int i = 0; i < 4; ++i) memcpy(&row[i], source + i * source_stride, sizeof(Row));
+  const Row low01 = shuffle<T, 0, 4, 1, 5>(row[0], row[1]), high01 = shuffle<T, 2, 6, 3, 7>(row[0], row[1]);
+  const Row low23 = shuffle<T, 0, 4, 1, 5>(row[2], row[3]), high23 = shuffle<T, 2, 6, 3, 7>(row[2], row[3]);
+  const Row column[4] = {shuffle<T, 0, 1, 4, 5>(low01, low23), shuffle<T, 2, 3, 6, 7>(low01, low23),
+                         shuffle<T, 0, 1, 4, 5>(high01, high23), shuffle<T, 2, 3, 6, 7>(high01, high23)};
+  for (int i = 0; i < 4; ++i) memcpy(target + i * target_stride, &column[i], sizeof(Row));
+}
+
+}  // namespace
+}  // namespace FASTSEG_ISA
+}  // namespace fastseg

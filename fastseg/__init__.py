@@ -1,0 +1,17 @@
+"""fastseg: drop-in PyTorch layers for image segmentation on fused kernels."""
+
+from fastseg import functional, models, reference
+from fastseg._native import info
+from fastseg.modules import ConvReLUPool2d, CrossEntropyLoss
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ConvReLUPool2d",
+    "CrossEntropyLoss",
+    "__version__",
+    "functional",
+    "info",
+    "models",
+    "reference",
+]

@@ -1,0 +1,49 @@
+"""FCN: a fully convolutional network of fused front-end stages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastseg.models.base import SegmentationModel
+
+
+class FCN(SegmentationModel):
+    """A fully convolutional network (Long, Shelhamer and Darrell, 2015) in its smallest form.
+
+    A stage of convolution, ReLU and 2x2 max pooling for each width, a 1x1 convolution as the classifier of each pooled
+    pixel, and bilinear upsampling of its logits to the size of the input.
+
+    Args:
+        in_channels: Channels of the images.
+        num_classes: Classes to tell apart.
+        widths: Output channels of each stage; each stage halves the resolution.
+        kernel_size: Side of the stages' square kernels, in pixels; the convolutions keep the size.
+
+    Shape:
+        Input ``[N, in_channels, H, W]`` with ``H`` and ``W`` at least ``2 ** len(widths)``; output
+        ``[N, num_classes, H, W]``.
+    """
+
+    def __init__(
+        self, in_channels: int = 3, *, num_classes: int, widths: Sequence[int] = (32, 64), kernel_size: int = 3
+    ) -> None:
+        super().__init__()
+        if not widths:
+            raise ValueError("widths: expected at least one stage, got none")
+        self.num_classes = num_classes
+        channels = (in_channels, *widths)
+        self.stages = nn.ModuleList(
+            self.front_end(before, after, kernel_size, padding="same")
+            for before, after in zip(channels[:-1], channels[1:], strict=True)
+        )
+        self.classifier = nn.Conv2d(channels[-1], num_classes, 1)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Logits ``[N, num_classes, H, W]`` of images ``[N, in_channels, H, W]``."""
+        features = input
+        for stage in self.stages:
+            features = stage(features)
+        return F.interpolate(self.classifier(features), size=input.shape[-2:], mode="bilinear", align_corners=False)

@@ -1,0 +1,74 @@
+"""UNet: an encoder of fused front ends that keep their un-pooled output, and a decoder that takes it up again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastseg.models.base import SegmentationModel
+
+
+def _two_convolutions(before: int, after: int, kernel_size: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(before, after, kernel_size, padding="same"),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(after, after, kernel_size, padding="same"),
+        nn.ReLU(inplace=True),
+    )
+
+
+class UNet(SegmentationModel):
+    """A U-Net (Ronneberger, Fischer and Brox, 2015) with size-keeping convolutions.
+
+    Each encoder level is two convolutions with ReLU, the second fused with its 2x2 max pooling and keeping the
+    un-pooled value as the level's skip. Each decoder level reduces the channels (1x1), upsamples bilinearly to the
+    skip's size, concatenates and convolves twice. Any input size will do.
+
+    Args:
+        in_channels: Channels of the images.
+        num_classes: Classes to tell apart.
+        widths: Channels of each level, from full resolution down; the last is the bottom, which is not pooled.
+        kernel_size: Side of the square kernels, in pixels; the convolutions keep the size.
+
+    Shape:
+        Input ``[N, in_channels, H, W]`` with ``H`` and ``W`` at least ``2 ** (len(widths) - 1)``; output
+        ``[N, num_classes, H, W]``.
+    """
+
+    def __init__(
+        self, in_channels: int = 3, *, num_classes: int, widths: Sequence[int] = (32, 64, 128), kernel_size: int = 3
+    ) -> None:
+        super().__init__()
+        if len(widths) < 2:
+            raise ValueError(f"widths: expected at least two levels, got {tuple(widths)}")
+        self.num_classes = num_classes
+        self.expand = nn.ModuleList()
+        self.pool = nn.ModuleList()
+        channels = in_channels
+        for width in widths[:-1]:
+            self.expand.append(nn.Conv2d(channels, width, kernel_size, padding="same"))
+            self.pool.append(self.front_end(width, width, kernel_size, padding="same", return_skip=True))
+            channels = width
+        self.bottom = _two_convolutions(channels, widths[-1], kernel_size)
+        self.reduce = nn.ModuleList()
+        self.merge = nn.ModuleList()
+        for below, width in zip(reversed(widths[1:]), reversed(widths[:-1]), strict=True):
+            self.reduce.append(nn.Conv2d(below, width, 1))
+            self.merge.append(_two_convolutions(2 * width, width, kernel_size))
+        self.classifier = nn.Conv2d(widths[0], num_classes, 1)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Logits ``[N, num_classes, H, W]`` of images ``[N, in_channels, H, W]``."""
+        features = input
+        skips = []
+        for expand, pool in zip(self.expand, self.pool, strict=True):
+            features, skip = pool(F.relu(expand(features)))
+            skips.append(skip)
+        features = self.bottom(features)
+        for reduce, merge, skip in zip(self.reduce, self.merge, reversed(skips), strict=True):
+            raised = F.interpolate(reduce(features), size=skip.shape[-2:], mode="bilinear", align_corners=False)
+            features = merge(torch.cat((skip, raised), dim=1))
+        return self.classifier(features)
