@@ -1,0 +1,158 @@
+"""Colours for classes, and the pictures and mask files made with them."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib import colormaps
+from matplotlib.colors import hsv_to_rgb
+from PIL import Image
+from torch import Tensor
+
+from fastseg.data.camvid import CAMVID_CLASSES, CAMVID_COLORS
+
+IGNORED_COLOR = (0, 0, 0)
+
+_GOLDEN_RATIO = (5**0.5 - 1) / 2  # multiples of it, modulo 1, spread evenly over the hues for any number of classes
+_SATURATIONS = (0.9, 0.5)  # cycled with the values below so that near hues differ in strength
+_VALUES = (0.95, 0.75, 0.55)
+_UINT8_LABELS = 256
+
+
+def palette(num_classes: int) -> np.ndarray:
+    """A colour for each class.
+
+    CamVid's own colours for 11 classes; otherwise the colours of matplotlib's "tab10", continued with evenly spread hues, so that a
+    class has the same colour whatever the number of classes.
+
+    Args:
+        num_classes: Number of classes C.
+
+    Returns:
+        uint8, shape (C, 3): RGB.
+
+    Raises:
+        ValueError: ``num_classes`` is not positive.
+    """
+    if num_classes < 1:
+        raise ValueError(f"num_classes must be positive, but it is {num_classes}")
+    if num_classes == len(CAMVID_CLASSES):
+        return np.array(CAMVID_COLORS, dtype=np.uint8)
+    return _qualitative(num_classes)
+
+
+def colorize(mask: Tensor | np.ndarray, palette: np.ndarray, ignore_index: int) -> Image.Image:
+    """Paint a mask in the colours of its classes; ignored pixels are black.
+
+    Args:
+        mask: Integer, shape (H, W).
+        palette: uint8, shape (C, 3), from :func:`palette`.
+        ignore_index: Label of the pixels that don't count.
+
+    Returns:
+        An RGB picture of W x H pixels.
+
+    Raises:
+        ValueError: ``mask`` is not two-dimensional, or a label is outside [0, C) and not ``ignore_index``.
+    """
+    labels = _labels(mask)
+    ignored = labels == ignore_index
+    outside = _outside(labels, palette) & ~ignored
+    if outside.any():
+        raise ValueError(f"mask holds the label {labels[outside][0]}, but the palette has {len(palette)} colours")
+    colors = palette[np.where(ignored, 0, labels)]
+    colors[ignored] = IGNORED_COLOR
+    return Image.fromarray(colors)
+
+
+def overlay(
+    image: Tensor | Image.Image, mask: Tensor | np.ndarray, palette: np.ndarray, alpha: float = 0.5
+) -> Image.Image:
+    """Lay the colours of a mask over its image: ``(1 - alpha) * image + alpha * colour``.
+
+    Pixels whose label has no colour, as the ignored ones, show the image alone.
+
+    Args:
+        image: uint8, shape (3, H, W), or a picture of W x H pixels.
+        mask: Integer, shape (H, W).
+        palette: uint8, shape (C, 3), from :func:`palette`.
+        alpha: Share of the colour, in [0, 1].
+
+    Returns:
+        An RGB picture of W x H pixels.
+
+    Raises:
+        ValueError: The sizes of ``image`` and ``mask`` differ or ``alpha`` is outside [0, 1].
+    """
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha must be in [0, 1], but it is {alpha}")
+    picture = _picture(image)
+    labels = _labels(mask)
+    if picture.size != labels.shape[::-1]:
+        raise ValueError(f"image is {picture.width}x{picture.height}, but mask is {labels.shape[1]}x{labels.shape[0]}")
+    bare = _outside(labels, palette)
+    painted = Image.blend(picture, Image.fromarray(palette[np.where(bare, 0, labels)]), alpha)
+    return Image.composite(picture, painted, Image.fromarray(bare))
+
+
+def save_mask(mask: Tensor | np.ndarray, path: str | Path, palette: np.ndarray | None = None) -> None:
+    """Write a mask as a PNG file of class numbers, which MaskDataset reads back unchanged.
+
+    Labels up to 255 give an 8-bit palette file, which viewers show in the classes' colours; larger ones a 16-bit grayscale file.
+
+    Args:
+        mask: Integer, shape (H, W), labels in 0..65535.
+        path: File to write.
+        palette: uint8, shape (C, 3), from :func:`palette`; None takes that of 256 classes. Labels without a colour are black.
+
+    Raises:
+        ValueError: ``mask`` is not two-dimensional, or a label is outside 0..65535.
+    """
+    labels = _labels(mask)
+    largest = labels.max(initial=0)
+    if labels.min(initial=0) < 0 or largest > np.iinfo(np.uint16).max:
+        raise ValueError(f"a mask file holds labels 0..65535, but mask holds {labels.min()}..{largest}")
+    if largest < _UINT8_LABELS:
+        image = Image.fromarray(labels.astype(np.uint8))
+        # all 256 entries: Pillow picks the bits of a pixel from the palette's length
+        colors = np.zeros((_UINT8_LABELS, 3), dtype=np.uint8)
+        given = _qualitative(_UINT8_LABELS) if palette is None else palette[:_UINT8_LABELS]
+        colors[: len(given)] = given
+        image.putpalette(colors.tobytes())
+    else:
+        image = Image.fromarray(labels.astype(np.uint16))
+    image.save(path, format="PNG")
+
+
+def _qualitative(num_classes: int) -> np.ndarray:
+    base = np.array(colormaps["tab10"].colors)
+    extra = np.arange(max(0, num_classes - len(base)))
+    hues = np.stack(
+        [
+            extra * _GOLDEN_RATIO % 1,
+            np.take(_SATURATIONS, extra, mode="wrap"),
+            np.take(_VALUES, extra, mode="wrap"),
+        ],
+        axis=-1,
+    )
+    return np.rint(np.concatenate([base, hsv_to_rgb(hues)])[:num_classes] * 255).astype(np.uint8)
+
+
+def _labels(mask: Tensor | np.ndarray) -> np.ndarray:
+    """The mask as an int64 array of shape (H, W)."""
+    labels = mask.detach().cpu().numpy() if isinstance(mask, torch.Tensor) else np.asarray(mask)
+    if labels.ndim != 2 or labels.dtype.kind not in "iu":
+        raise ValueError(f"mask must be integer of shape (H, W), but it is {labels.dtype} of shape {labels.shape}")
+    return labels.astype(np.int64)
+
+
+def _outside(labels: np.ndarray, palette: np.ndarray) -> np.ndarray:
+    return (labels < 0) | (labels >= len(palette))
+
+
+def _picture(image: Tensor | Image.Image) -> Image.Image:
+    if isinstance(image, Image.Image):
+        return image.convert("RGB")
+    if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
+        raise ValueError(f"image must be uint8 of shape (3, H, W), but it is {image.dtype} of {tuple(image.shape)}")
+    return Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy())

@@ -1,0 +1,152 @@
+"""Augmentation of images together with their masks, and normalisation of images."""
+
+from collections.abc import Sequence
+
+import torch
+from kornia.augmentation import AugmentationSequential, RandomHorizontalFlip, RandomRotation, RandomVerticalFlip
+from torch import Tensor, nn
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)  # RGB, of images in 0..1
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+_MAX_ROTATION = 180.0  # degrees: +-180 already reaches every angle
+
+
+class Augment(nn.Module):
+    """Flip and rotate images at random, and their masks in the same way.
+
+    Each image of a batch draws its own transformation from torch's global generator (``torch.manual_seed`` reproduces it).
+    Images are resampled bilinearly, masks to the nearest pixel; pixels that a rotation brings in from outside are 0 in the
+    image and ``ignore_index`` in the mask. The module always transforms, in training and evaluation mode alike.
+
+    Args:
+        hflip: Probability of a horizontal flip, in [0, 1].
+        vflip: Probability of a vertical flip, in [0, 1].
+        rotation: Largest angle in degrees, in [0, 180]; the angle is uniform in [-rotation, rotation].
+        ignore_index: Label of the mask's pixels that don't count.
+
+    Raises:
+        ValueError: A probability or the angle is outside its range.
+    """
+
+    def __init__(
+        self, *, hflip: float = 0.5, vflip: float = 0.0, rotation: float = 0.0, ignore_index: int = 255
+    ) -> None:
+        super().__init__()
+        for name, value, largest in (
+            ("hflip", hflip, 1.0),
+            ("vflip", vflip, 1.0),
+            ("rotation", rotation, _MAX_ROTATION),
+        ):
+            if not 0 <= value <= largest:
+                raise ValueError(f"{name} must be in [0, {largest:g}], but it is {value}")
+        self.ignore_index = ignore_index
+        steps: list[nn.Module] = []
+        if hflip > 0:
+            steps.append(RandomHorizontalFlip(p=hflip))
+        if vflip > 0:
+            steps.append(RandomVerticalFlip(p=vflip))
+        if rotation > 0:
+            steps.append(RandomRotation(degrees=(-rotation, rotation), resample="bilinear", p=1.0))
+        self.steps = AugmentationSequential(*steps, data_keys=["input", "mask"]) if steps else None
+
+    def forward(self, images: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+        """Transform a batch.
+
+        Args:
+            images: Floating point, shape (N, 3, H, W), in 0..1.
+            masks: Integer, shape (N, H, W).
+
+        Returns:
+            The transformed images and masks, in the shapes and dtypes of the inputs.
+
+        Raises:
+            TypeError: ``images`` is not floating point or ``masks`` is not integer.
+            ValueError: The shapes don't go together, or the dtype of ``masks`` can't hold ``ignore_index``.
+        """
+        self._check(images, masks)
+        if self.steps is None or len(images) == 0:
+            return images, masks
+        # Kornia fills with zeros: counted from ignore_index, a zero is the ignored label. float32 holds 16-bit labels exactly.
+        shifted = (masks.to(torch.int32) - self.ignore_index).to(torch.float32)
+        images, shifted = self.steps(images, shifted.unsqueeze(1))
+        return images, (shifted.squeeze(1).to(torch.int32) + self.ignore_index).to(masks.dtype)
+
+    def _check(self, images: Tensor, masks: Tensor) -> None:
+        if not images.is_floating_point():
+            raise TypeError(f"images must be floating point in 0..1, but they are {images.dtype}")
+        if masks.is_floating_point() or masks.dtype == torch.bool:
+            raise TypeError(f"masks must be integer, but they are {masks.dtype}")
+        if images.ndim != 4 or masks.shape != (images.shape[0], *images.shape[2:]):
+            raise ValueError(
+                f"images must be (N, C, H, W) and masks (N, H, W), but they are {tuple(images.shape)} and {tuple(masks.shape)}"
+            )
+        limits = torch.iinfo(masks.dtype)
+        if not limits.min <= self.ignore_index <= limits.max:
+            raise ValueError(f"masks of {masks.dtype} can't hold ignore_index {self.ignore_index}")
+
+
+class Normalize(nn.Module):
+    """Subtract a mean and divide by a standard deviation, channel by channel: ``(images - mean) / std``.
+
+    ``mean`` and ``std`` are buffers, so that they move with ``.to(device)``; they are not part of the state_dict.
+
+    Args:
+        mean: Mean of each channel, of images in 0..1.
+        std: Standard deviation of each channel, positive.
+
+    Raises:
+        ValueError: The two differ in length or a deviation is not positive.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD) -> None:
+        super().__init__()
+        if len(mean) != len(std):
+            raise ValueError(f"mean and std must have the same length, but they have {len(mean)} and {len(std)}")
+        if not all(value > 0 for value in std):
+            raise ValueError(f"std must be positive, but it is {tuple(std)}")
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(-1, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Normalise images.
+
+        Args:
+            images: uint8 in 0..255 or floating point in 0..1, shape (..., C, H, W).
+
+        Returns:
+            float32, the shape of ``images``.
+
+        Raises:
+            TypeError: ``images`` is neither uint8 nor floating point.
+            ValueError: ``images`` doesn't have a channel for each mean.
+        """
+        if images.dtype != torch.uint8 and not images.is_floating_point():
+            raise TypeError(f"images must be uint8 or floating point, but they are {images.dtype}")
+        self._check_channels(images)
+        scaled = images.to(torch.float32)
+        if images.dtype == torch.uint8:
+            scaled = scaled / 255
+        return (scaled - self.mean) / self.std
+
+    def inverse(self, images: Tensor) -> Tensor:
+        """Undo the normalisation, for pictures: ``images * std + mean``, clamped to 0..1.
+
+        Args:
+            images: Normalised, floating point, shape (..., C, H, W).
+
+        Returns:
+            float32 in 0..1, the shape of ``images``.
+
+        Raises:
+            ValueError: ``images`` doesn't have a channel for each mean.
+        """
+        self._check_channels(images)
+        return (images.to(torch.float32) * self.std + self.mean).clamp(0, 1)
+
+    def _check_channels(self, images: Tensor) -> None:
+        if images.ndim < 3 or images.shape[-3] != len(self.mean):
+            raise ValueError(f"images must be (..., {len(self.mean)}, H, W), but their shape is {tuple(images.shape)}")
