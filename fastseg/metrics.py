@@ -17,8 +17,8 @@ class Scores(NamedTuple):
 def confusion_matrix(prediction: Tensor, target: Tensor, num_classes: int, ignore_index: int) -> Tensor:
     """Count the pixels of each pair of true and predicted class: ``matrix[t, p] = |{target = t and prediction = p}|``.
 
-    Matrices of batches, or of processes, add up to that of the whole set. Where ``target`` is ``ignore_index`` the prediction
-    doesn't matter, be ``ignore_index`` one of the classes or not.
+    Matrices of batches, or of processes, add up to that of the whole set. Where ``target`` is ``ignore_index`` the
+    prediction doesn't matter, be ``ignore_index`` one of the classes or not.
 
     Args:
         prediction: Integer, any shape: the predicted class of each pixel.
@@ -35,13 +35,14 @@ def confusion_matrix(prediction: Tensor, target: Tensor, num_classes: int, ignor
     """
     if prediction.shape != target.shape:
         raise ValueError(
-            f"prediction and target must have the same shape, but they have {tuple(prediction.shape)} and {tuple(target.shape)}"
+            f"prediction and target must have the same shape, "
+            f"but they have {tuple(prediction.shape)} and {tuple(target.shape)}"
         )
     counted = target != ignore_index
     rows = _classes("target", target[counted], num_classes)
     columns = _classes("prediction", prediction[counted], num_classes)
-    # Not torchmetrics: under torch.use_deterministic_algorithms it holds pixels x C x C int64 numbers, 1.4 GB for four images of
-    # 480x360 and 11 classes; it refuses a single class; and it doesn't check the range. Counts of integers are deterministic.
+    # Not torchmetrics: under torch.use_deterministic_algorithms it holds pixels x C x C numbers, 1.4 GB for four images
+    # of 480x360 with 11 classes, though integer counts are deterministic anyway; and it refuses a single class.
     return torch.bincount(rows * num_classes + columns, minlength=num_classes**2).view(num_classes, num_classes)
 
 
@@ -51,7 +52,8 @@ def scores(matrix: Tensor) -> Scores:
     With the matrix M (rows truth, columns prediction):
 
     * pixel accuracy: ``sum_c M[c, c] / sum M``
-    * ``iou[c] = M[c, c] / (sum_p M[c, p] + sum_t M[t, c] - M[c, c])``, nan where class c is in neither truth nor prediction
+    * ``iou[c] = M[c, c] / (sum_p M[c, p] + sum_t M[t, c] - M[c, c])``, nan where class c is in neither truth nor
+      prediction
     * mean IoU: the mean of ``iou[c]`` over the classes where it is not nan
 
     Args:

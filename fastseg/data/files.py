@@ -12,9 +12,9 @@ from torch.utils.data import Dataset
 from fastseg.data.errors import DataError
 from fastseg.data.pairs import Pair
 
-# What Pillow raises on damaged files: OSError (truncated data, unknown format), SyntaxError (broken PNG chunks), ValueError
-# and struct.error-like EOFError (broken headers), and its own error for images so large that they must be an attack.
-_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+# What Pillow raises on damaged files (found by damaging files of ten formats): OSError for most, SyntaxError for broken
+# PNG chunks, ValueError for broken headers, and its own error for sizes that only a damaged or hostile header claims.
+_UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 _INDEX_MODES = ("1", "L", "P", "I", "I;16", "I;16L", "I;16B", "I;16N")  # Pillow's modes with one integer for each pixel
 _DEEP_MODES = (
@@ -50,21 +50,21 @@ def read_image(path: str | Path, size: tuple[int, int] | None = None) -> Tensor:
 class MaskDataset(Dataset[tuple[Tensor, Tensor]]):
     """Images and index masks from files.
 
-    An item is ``(image, mask)``: image uint8 of shape (3, H, W) in RGB; mask of shape (H, W) with one class number for each
-    pixel. The mask is uint8, or int64 where the labels may exceed 255: if ``num_classes`` or ``ignore_index`` says so or,
-    without ``num_classes``, if the file has 16 bits.
+    An item is ``(image, mask)``: the image uint8 of shape (3, H, W), RGB; the mask of shape (H, W) with one class
+    number for each pixel. The mask is uint8, or int64 where labels may exceed 255: if ``num_classes`` or
+    ``ignore_index`` says so or, without ``num_classes``, if the file has more than 8 bits.
 
     Args:
         pairs: The files, from :func:`find_pairs`.
-        size: ``(height, width)`` that items are resized to: the image bilinearly with antialiasing, the mask to the nearest
-            pixel. None keeps each file's size.
+        size: ``(height, width)`` that items are resized to: the image bilinearly with antialiasing, the mask to the
+            nearest pixel. None keeps each file's size.
         num_classes: If given, labels must lie in [0, num_classes) or equal ``ignore_index``.
         ignore_index: Label of the pixels that don't count.
 
     Raises:
         ValueError: ``size`` or ``num_classes`` is not positive.
-        DataError: When an item is read: a file can't be read, the sizes of image and mask differ, the mask is not an index
-            mask, or a label is outside the classes. The message names the file and the value.
+        DataError: When an item is read: a file can't be read, the sizes of image and mask differ, the mask is not an
+            index mask, or a label is outside the classes. The message names the file and the value.
     """
 
     def __init__(
@@ -93,18 +93,17 @@ class MaskDataset(Dataset[tuple[Tensor, Tensor]]):
             raise DataError(
                 f"{pair.image} is {_extent(image)}, but its mask {pair.mask} is {_extent(mask)} (width x height)"
             )
-        labels = np.asarray(mask)
         if self.num_classes is not None:
-            _check_labels(pair.mask, labels, self.num_classes, self.ignore_index)
+            _check_labels(pair.mask, mask, self.num_classes, self.ignore_index)
         if self.size is not None:
             height, width = self.size
-            labels = np.asarray(mask.resize((width, height), Image.Resampling.NEAREST))
-        return _image_tensor(image, self.size), torch.from_numpy(labels.astype(self._label_dtype(labels)))
+            mask = mask.resize((width, height), Image.Resampling.NEAREST)
+        return _image_tensor(image, self.size), torch.from_numpy(np.array(mask, dtype=self._label_dtype(mask)))
 
-    def _label_dtype(self, labels: np.ndarray) -> type[np.generic]:
-        # One type for the whole data set wherever it can be known, so that items of 8-bit and 16-bit files stack.
+    def _label_dtype(self, mask: Image.Image) -> type[np.uint8] | type[np.int64]:
         if self.num_classes is None:
-            return np.uint8 if labels.dtype.itemsize == 1 else np.int64
+            return np.int64 if mask.mode in _DEEP_MODES else np.uint8
+        # one type for the whole data set, so that items of 8-bit and 16-bit files stack
         return np.uint8 if max(self.num_classes - 1, self.ignore_index) <= _UINT8_MAX else np.int64
 
 
@@ -123,8 +122,8 @@ def infer_num_classes(pairs: Sequence[Pair], ignore_index: int) -> int:
     """
     largest = -1
     for pair in pairs:
-        labels = np.asarray(_load_mask(pair.mask))
-        largest = max(largest, int(np.max(labels, where=labels != ignore_index, initial=-1)))
+        labels = np.asarray(_load_mask(pair.mask), dtype=np.int64)
+        largest = max(largest, int(labels.max(where=labels != ignore_index, initial=-1)))
     if largest < 0:
         raise DataError(f"no label other than ignore_index {ignore_index} in {len(pairs)} masks")
     return largest + 1
@@ -134,7 +133,7 @@ def _open(path: Path) -> Image.Image:
     try:
         with Image.open(path) as file:
             file.load()  # decodes the pixels: a truncated file fails here, not later
-            return file
+            return ImageOps.exif_transpose(file)
     except _UNREADABLE as error:
         raise DataError(f"{path}: can't be read as an image: {error}") from error
 
@@ -143,7 +142,9 @@ def _load_image(path: Path) -> Image.Image:
     image = _open(path)
     if image.mode in _DEEP_MODES:
         raise DataError(f"{path}: an image with 8 bits a channel is expected, but its mode is {image.mode}")
-    return ImageOps.exif_transpose(image).convert("RGB")
+    if "transparency" in image.info:
+        image = image.convert("RGBA")  # Pillow warns where such a palette goes to RGB at once
+    return image.convert("RGB")
 
 
 def _load_mask(path: Path) -> Image.Image:
@@ -163,11 +164,12 @@ def _image_tensor(image: Image.Image, size: tuple[int, int] | None) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
-def _check_labels(path: Path, labels: np.ndarray, num_classes: int, ignore_index: int) -> None:
-    outside = (labels.astype(np.int64) >= num_classes) & (labels != ignore_index)
+def _check_labels(path: Path, mask: Image.Image, num_classes: int, ignore_index: int) -> None:
+    labels = np.asarray(mask, dtype=np.int64)
+    outside = ((labels < 0) | (labels >= num_classes)) & (labels != ignore_index)
     if outside.any():
         raise DataError(
-            f"{path}: label {int(labels[outside].max())} is outside the classes 0..{num_classes - 1} "
+            f"{path}: label {labels[outside][0]} is outside the classes 0..{num_classes - 1} "
             f"and is not the ignored label {ignore_index}"
         )
 

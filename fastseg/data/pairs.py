@@ -40,10 +40,10 @@ def find_pairs(
 
     Two layouts are known:
 
-    * CamVid's: ``train/`` + ``trainannot/``, ``val/`` + ``valannot/``, ``test/`` + ``testannot/``. The fractions and the seed
-      are not used.
-    * ``images/`` + ``masks/``: the sorted stems are shuffled with ``seed``, then the first ``round(n * test_fraction)`` are
-      the test split, the next ``round(n * val_fraction)`` the validation split (each at least one where its
+    * CamVid's: ``train/`` + ``trainannot/``, ``val/`` + ``valannot/``, ``test/`` + ``testannot/``. The fractions and
+      the seed are not used.
+    * ``images/`` + ``masks/``: the sorted stems are shuffled with ``seed``, then the first ``round(n * test_fraction)``
+      are the test split, the next ``round(n * val_fraction)`` the validation split (each at least one where its
       fraction is not zero) and the rest the training split. The splits of one seed never share a file.
 
     Files whose suffix Pillow can't read and hidden files are passed over.
@@ -59,7 +59,8 @@ def find_pairs(
         The pairs of the split, sorted by stem; never an empty list.
 
     Raises:
-        DataError: A folder is missing, an image has no mask or a mask no image, two files share a stem, or the split is empty.
+        DataError: A folder is missing, an image has no mask or a mask no image, two files share a stem, the split is
+            empty or unknown, or a fraction is outside its range.
     """
     root = Path(root)
     if split not in SPLITS:

@@ -22,8 +22,8 @@ _UINT8_LABELS = 256
 def palette(num_classes: int) -> np.ndarray:
     """A colour for each class.
 
-    CamVid's own colours for 11 classes; otherwise the colours of matplotlib's "tab10", continued with evenly spread hues, so that a
-    class has the same colour whatever the number of classes.
+    CamVid's own colours for 11 classes; otherwise the colours of matplotlib's "tab10", continued with evenly spread
+    hues, so that a class has the same colour whatever the number of classes.
 
     Args:
         num_classes: Number of classes C.
@@ -98,12 +98,14 @@ def overlay(
 def save_mask(mask: Tensor | np.ndarray, path: str | Path, palette: np.ndarray | None = None) -> None:
     """Write a mask as a PNG file of class numbers, which MaskDataset reads back unchanged.
 
-    Labels up to 255 give an 8-bit palette file, which viewers show in the classes' colours; larger ones a 16-bit grayscale file.
+    Labels up to 255 give an 8-bit palette file, which viewers show in the classes' colours; larger ones a 16-bit
+    grayscale file.
 
     Args:
         mask: Integer, shape (H, W), labels in 0..65535.
         path: File to write.
-        palette: uint8, shape (C, 3), from :func:`palette`; None takes that of 256 classes. Labels without a colour are black.
+        palette: uint8, shape (C, 3), from :func:`palette`; None takes that of 256 classes. Labels without a colour are
+            black.
 
     Raises:
         ValueError: ``mask`` is not two-dimensional, or a label is outside 0..65535.
@@ -125,7 +127,8 @@ def save_mask(mask: Tensor | np.ndarray, path: str | Path, palette: np.ndarray |
 
 
 def _qualitative(num_classes: int) -> np.ndarray:
-    base = np.array(colormaps["tab10"].colors)
+    tab10 = colormaps["tab10"]
+    base = tab10(np.arange(tab10.N))[:, :3]
     extra = np.arange(max(0, num_classes - len(base)))
     hues = np.stack(
         [

@@ -11,13 +11,18 @@ from torch.utils.data import Dataset
 
 from fastseg.data.pictures import palette, save_mask
 
-_SHAPES = (3, 7)  # shapes in an image: at least, and below
-_RADIUS = (0.10, 0.24)  # of a shape, as a share of the image's shorter side
+_SHAPES = (4, 9)  # shapes in an image: at least, and below
+_RADIUS = (0.12, 0.26)  # of a shape, as a share of the image's shorter side
+_STRETCH = (0.5, 1.0)  # height of a rectangle or triangle, as a share of its width
+_CORNERS = {  # of a shape of radius 1 around 0, by label; the circle has none
+    2: np.array([(-0.8, -0.8), (0.8, -0.8), (0.8, 0.8), (-0.8, 0.8)]),
+    3: np.array([(-1.0, -0.6), (1.0, -0.6), (0.0, 1.2)]),
+}
 _HUES = (0.0, 0.15, 0.40, 0.65)  # centre of each class's hues; ground first
 _HUE_SPREAD = 0.12  # standard deviation: neighbouring classes share many hues
 _SATURATION = (0.25, 0.8)
 _VALUE = (0.35, 0.85)
-_PATTERN_PERIOD = 4  # pixels: a quarter of it is what a 3x3 filter still tells apart
+_PATTERN_PERIOD = 4  # pixels, few enough for 3x3 filters to tell the patterns apart
 _PATTERN_CONTRAST = (0.05, 0.15)  # amplitude of a shape's pattern, of full brightness 1
 _GROUND_CELLS = 12  # pixels of one cell of the ground's coarse noise
 _GROUND_CONTRAST = 0.10  # standard deviation of that noise
@@ -27,9 +32,9 @@ _NOISE = 0.05  # standard deviation of the noise on every pixel
 class ShapesDataset(Dataset[tuple[Tensor, Tensor]]):
     """Images of overlapping circles, rectangles and triangles on textured ground, with their masks.
 
-    The label of a pixel is the class of the uppermost shape there, 0 is the ground. A class shows in the hue (the classes' hues
-    overlap), in a faint pattern (circles are striped across, rectangles along, triangles chequered) and in the outline. An
-    item is determined by ``seed`` and its index.
+    The label of a pixel is the class of the uppermost shape there, 0 is the ground. A class shows in its hue (the hues
+    of the classes overlap), in a faint pattern (circles have horizontal stripes, rectangles vertical ones, triangles
+    are chequered) and in its outline. An item is determined by ``seed`` and its index.
 
     Args:
         length: Number of images.
@@ -117,8 +122,9 @@ def _outline(generator: np.random.Generator, label: int, height: int, width: int
     if label == 1:
         draw.ellipse([*(center - radius), *(center + radius)], fill=1)
     else:
-        corners = {2: (0.25, 0.75, 1.25, 1.75), 3: (0.0, 2 / 3, 4 / 3)}[label]  # angles, in half turns
-        angles = np.pi * (np.array(corners) + generator.uniform(0, 2))
-        points = center + radius * np.stack([np.cos(angles), np.sin(angles)], axis=-1)
+        angle = generator.uniform(0, 2 * np.pi)
+        turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
+        stretch = (1, generator.uniform(*_STRETCH))
+        points = center + radius * (_CORNERS[label] * stretch) @ turn
         draw.polygon([tuple(point) for point in points], fill=1)
     return np.asarray(canvas)

@@ -3,7 +3,13 @@
 from collections.abc import Sequence
 
 import torch
-from kornia.augmentation import AugmentationSequential, RandomHorizontalFlip, RandomRotation, RandomVerticalFlip
+from kornia.augmentation import (
+    AugmentationSequential,
+    GeometricAugmentationBase2D,
+    RandomHorizontalFlip,
+    RandomRotation,
+    RandomVerticalFlip,
+)
 from torch import Tensor, nn
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # RGB, of images in 0..1
@@ -15,9 +21,9 @@ _MAX_ROTATION = 180.0  # degrees: +-180 already reaches every angle
 class Augment(nn.Module):
     """Flip and rotate images at random, and their masks in the same way.
 
-    Each image of a batch draws its own transformation from torch's global generator (``torch.manual_seed`` reproduces it).
-    Images are resampled bilinearly, masks to the nearest pixel; pixels that a rotation brings in from outside are 0 in the
-    image and ``ignore_index`` in the mask. The module always transforms, in training and evaluation mode alike.
+    Each image of a batch draws its own transformation from torch's global generator (``torch.manual_seed`` reproduces
+    it). Images are resampled bilinearly, masks to the nearest pixel; pixels that a rotation brings in from outside are
+    0 in the image and ``ignore_index`` in the mask. The module transforms in training and evaluation mode alike.
 
     Args:
         hflip: Probability of a horizontal flip, in [0, 1].
@@ -41,7 +47,7 @@ class Augment(nn.Module):
             if not 0 <= value <= largest:
                 raise ValueError(f"{name} must be in [0, {largest:g}], but it is {value}")
         self.ignore_index = ignore_index
-        steps: list[nn.Module] = []
+        steps: list[GeometricAugmentationBase2D] = []
         if hflip > 0:
             steps.append(RandomHorizontalFlip(p=hflip))
         if vflip > 0:
@@ -67,7 +73,7 @@ class Augment(nn.Module):
         self._check(images, masks)
         if self.steps is None or len(images) == 0:
             return images, masks
-        # Kornia fills with zeros: counted from ignore_index, a zero is the ignored label. float32 holds 16-bit labels exactly.
+        # Kornia fills with zeros: counted from ignore_index, a zero is the ignored label. float32 is exact to 2^24.
         shifted = (masks.to(torch.int32) - self.ignore_index).to(torch.float32)
         images, shifted = self.steps(images, shifted.unsqueeze(1))
         return images, (shifted.squeeze(1).to(torch.int32) + self.ignore_index).to(masks.dtype)
@@ -79,7 +85,8 @@ class Augment(nn.Module):
             raise TypeError(f"masks must be integer, but they are {masks.dtype}")
         if images.ndim != 4 or masks.shape != (images.shape[0], *images.shape[2:]):
             raise ValueError(
-                f"images must be (N, C, H, W) and masks (N, H, W), but they are {tuple(images.shape)} and {tuple(masks.shape)}"
+                f"images must be (N, C, H, W) and masks (N, H, W), "
+                f"but they are {tuple(images.shape)} and {tuple(masks.shape)}"
             )
         limits = torch.iinfo(masks.dtype)
         if not limits.min <= self.ignore_index <= limits.max:
