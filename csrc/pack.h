@@ -30,6 +30,7 @@ FASTSEG_INLINE float bits_float(uint32_t bits) {
 
 FASTSEG_INLINE float widen(float value) { return value; }
 FASTSEG_INLINE double widen(double value) { return value; }
+FASTSEG_INLINE int32_t widen(uint8_t value) { return value; }
 FASTSEG_INLINE float widen(BFloat16 value) { return bits_float(static_cast<uint32_t>(value.bits) << 16); }
 FASTSEG_INLINE float widen(Float16 value) {
   const uint32_t magnitude = static_cast<uint32_t>(value.bits & 0x7fff) << 13;
@@ -57,10 +58,18 @@ FASTSEG_INLINE void narrow(float value, Float16* target) {
   target->bits = static_cast<uint16_t>(result | ((bits >> 16) & 0x8000));
 }
 
+// Window positions, which are computed in integers as wide as the values and kept as bytes.
+FASTSEG_INLINE void narrow(int32_t value, uint8_t* target) { *target = static_cast<uint8_t>(value); }
+FASTSEG_INLINE void narrow(int64_t value, uint8_t* target) { *target = static_cast<uint8_t>(value); }
+
 // target[row * target_stride + column] = source[row * row_stride + column * column_stride]
 template <class S, class T>
 void pack_from(const S* source, int64_t rows, int64_t columns, int64_t row_stride, int64_t column_stride, T* target,
                int64_t target_stride) {
+  if (column_stride == 1 && row_stride == columns && target_stride == columns) {  // dense: one long row
+    columns *= rows;
+    rows = 1;
+  }
   if (column_stride == 1) {
     for (int64_t r = 0; r < rows; ++r) {
       const S* from = source + r * row_stride;
@@ -81,8 +90,8 @@ void pack_from(const S* source, int64_t rows, int64_t columns, int64_t row_strid
       }
     }
   }
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t c = done; c < columns; ++c)
+  for (int64_t c = done; c < columns; ++c)
+    for (int64_t r = 0; r < rows; ++r)
       target[r * target_stride + c] = widen(source[r * row_stride + c * column_stride]);
 }
 
@@ -110,8 +119,8 @@ void unpack_to(const T* source, int64_t source_stride, int64_t rows, int64_t col
       }
     }
   }
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t c = done; c < columns; ++c)
+  for (int64_t c = done; c < columns; ++c)
+    for (int64_t r = 0; r < rows; ++r)
       narrow(source[r * source_stride + c], &target[r * row_stride + c * column_stride]);
 }
 

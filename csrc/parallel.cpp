@@ -11,6 +11,11 @@ namespace {
 
 constexpr int64_t kAlignment = 64;  // a cache line, and the widest vector
 
+void* allocate(int64_t bytes) {
+  const int64_t rounded = (bytes + kAlignment - 1) / kAlignment * kAlignment;
+  return std::aligned_alloc(kAlignment, static_cast<size_t>(rounded));
+}
+
 struct Buffer {
   void* data = nullptr;
   int64_t bytes = 0;
@@ -23,12 +28,17 @@ void* scratch(int64_t bytes) {
   thread_local Buffer buffer;
   if (buffer.bytes < bytes) {
     std::free(buffer.data);
-    const int64_t rounded = (bytes + kAlignment - 1) / kAlignment * kAlignment;
-    buffer.data = std::aligned_alloc(kAlignment, static_cast<size_t>(rounded));
-    buffer.bytes = buffer.data == nullptr ? 0 : rounded;
+    buffer.data = allocate(bytes);
+    buffer.bytes = buffer.data == nullptr ? 0 : bytes;
   }
   return buffer.data;
 }
+
+Workspace::Workspace(int64_t bytes) : data_(allocate(bytes > 0 ? bytes : 1)) {
+  if (data_ == nullptr) throw std::bad_alloc();
+}
+
+Workspace::~Workspace() { std::free(data_); }
 
 bool parallel_for(int64_t tasks, int threads, bool (*run)(void*, int64_t), void* context) {
   std::atomic<bool> ok{true};

@@ -10,6 +10,19 @@ namespace fastseg {
 // Null where memory ran out.
 void* scratch(int64_t bytes);
 
+// Memory for one call, shared by its threads; aligned to 64 bytes. Throws std::bad_alloc.
+class Workspace {
+ public:
+  explicit Workspace(int64_t bytes);
+  ~Workspace();
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+  void* data() const { return data_; }
+
+ private:
+  void* data_;
+};
+
 // Calls run(context, task) for every task in [0, tasks) on up to `threads` threads. Returns false where any run did.
 bool parallel_for(int64_t tasks, int threads, bool (*run)(void* context, int64_t task), void* context);
 

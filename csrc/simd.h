@@ -23,19 +23,19 @@ namespace fastseg {
 namespace FASTSEG_ISA {
 namespace {  // internal linkage: the linker must never pick one instruction set's copy for another
 
-template <class T>
-struct LaneInt;
+template <int Bytes>
+struct IntOfSize;
 template <>
-struct LaneInt<float> {
+struct IntOfSize<4> {
   using type = int32_t;
 };
 template <>
-struct LaneInt<double> {
+struct IntOfSize<8> {
   using type = int64_t;
 };
 
 template <class T>
-using Int = typename LaneInt<T>::type;
+using Int = typename IntOfSize<sizeof(T)>::type;
 
 // Vec<T>: a register of T. IntVec<T>: as many integers of the same width; also what a comparison of two Vec<T> gives.
 template <class T>

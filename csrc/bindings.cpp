@@ -1,0 +1,248 @@
+// fastseg._C: what Python calls. Every tensor arrives as (address, dtype, sizes, strides) and is checked here, before a
+// kernel sees it; the interpreter lock is released around the kernels.
+#include <pybind11/pybind11.h>
+
+#include <array>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "conv_relu_pool2d.h"
+#include "cross_entropy.h"
+#include "isa.h"
+#include "tensor.h"
+
+namespace py = pybind11;
+
+namespace fastseg {
+namespace python {  // the functions' names are the kernels' names
+namespace {
+
+void require(bool condition, const char* what) {
+  if (!condition) throw std::invalid_argument(what);
+}
+
+Tensor from_python(const py::object& description) {
+  Tensor tensor;
+  if (description.is_none()) return tensor;
+  const auto parts = py::reinterpret_borrow<py::tuple>(description);
+  require(py::isinstance<py::tuple>(description) && parts.size() == 4, "a tensor is (address, dtype, sizes, strides)");
+  const int code = parts[1].cast<int>();
+  require(code >= 0 && code <= static_cast<int>(DType::kInt64), "unknown dtype code");
+  tensor.dtype = static_cast<DType>(code);
+  const auto sizes = py::reinterpret_borrow<py::tuple>(parts[2]), strides = py::reinterpret_borrow<py::tuple>(parts[3]);
+  require(py::isinstance<py::tuple>(parts[2]) && py::isinstance<py::tuple>(parts[3]) && sizes.size() == strides.size(),
+          "sizes and strides are tuples of one length");
+  require(sizes.size() <= kMaxDims, "a tensor has at most four dimensions here");
+  tensor.ndim = static_cast<int>(sizes.size());
+  bool empty = false;
+  for (int i = 0; i < tensor.ndim; ++i) {
+    tensor.size[i] = sizes[i].cast<int64_t>();
+    tensor.stride[i] = strides[i].cast<int64_t>();
+    require(tensor.size[i] >= 0 && tensor.stride[i] >= 0, "sizes and strides can't be negative");
+    empty = empty || tensor.size[i] == 0;
+  }
+  tensor.data = reinterpret_cast<void*>(parts[0].cast<uintptr_t>());
+  require(empty || tensor.data != nullptr, "a tensor with elements has no memory (fake or meta tensor?)");
+  return tensor;
+}
+
+bool is_floating(const Tensor& tensor) { return tensor.dtype <= DType::kFloat16; }
+
+bool same_shape(const Tensor& a, const Tensor& b) {
+  if (a.ndim != b.ndim) return false;
+  for (int i = 0; i < a.ndim; ++i)
+    if (a.size[i] != b.size[i]) return false;
+  return true;
+}
+
+// ---- conv_relu_pool2d ----
+
+using Pair = std::array<int64_t, 2>;
+using PairSequence = py::sequence;  // (height, width)
+
+void read_pair(const PairSequence& from, int64_t least, const char* what, int64_t* to) {
+  require(from.size() == 2, what);
+  for (int i = 0; i < 2; ++i) {
+    to[i] = from[i].cast<int64_t>();
+    require(to[i] >= least, what);
+  }
+}
+
+ConvPoolGeometry read_geometry(const PairSequence& stride, const PairSequence& padding, const PairSequence& dilation,
+                               const PairSequence& pool_size, const PairSequence& pool_stride,
+                               const PairSequence& pool_padding) {
+  ConvPoolGeometry geometry;
+  read_pair(stride, 1, "stride is two positive numbers", geometry.stride);
+  read_pair(padding, 0, "padding is two numbers, not negative", geometry.padding);
+  read_pair(dilation, 1, "dilation is two positive numbers", geometry.dilation);
+  read_pair(pool_size, 1, "pool_size is two positive numbers", geometry.pool_size);
+  read_pair(pool_stride, 1, "pool_stride is two positive numbers", geometry.pool_stride);
+  read_pair(pool_padding, 0, "pool_padding is two numbers, not negative", geometry.pool_padding);
+  require(geometry.pool_size[0] * geometry.pool_size[1] <= kCut, "a pool window has at most 255 positions");
+  return geometry;
+}
+
+// Every window has at least one position inside the convolution's output, and the pooled size is not larger than that.
+void check_pool(const Tensor& pooled, int64_t height, int64_t width, const ConvPoolGeometry& g) {
+  const int64_t size[2] = {height, width};
+  for (int i = 0; i < 2; ++i) {
+    require(g.pool_padding[i] < g.pool_size[i], "pool_padding is smaller than pool_size");
+    require(pooled.size[2 + i] == 0 || (pooled.size[2 + i] - 1) * g.pool_stride[i] - g.pool_padding[i] < size[i],
+            "the pooled size does not fit the convolution's output");
+  }
+}
+
+void check_pooled(const Tensor& pooled, const Tensor& positions) {
+  require(pooled.ndim == 4 && is_floating(pooled), "the pooled tensor is a floating-point [N, K, H, W]");
+  if (!positions) return;
+  require(positions.dtype == DType::kUInt8 && same_shape(positions, pooled), "positions are uint8, of the output's shape");
+}
+
+void check_convolution(const Tensor& input, const Tensor& weight, const Tensor& pooled, const ConvPoolGeometry& g) {
+  require(input.ndim == 4 && weight.ndim == 4 && is_floating(input), "input and weight have four dimensions");
+  require(weight.dtype == input.dtype && pooled.dtype == input.dtype, "input, weight and output have one dtype");
+  require(weight.size[1] == input.size[1], "weight and input have the same channels (no groups here)");
+  require(pooled.size[0] == input.size[0] && pooled.size[1] == weight.size[0], "output is [N, K, ...]");
+  int64_t convolved[2];
+  for (int i = 0; i < 2; ++i) {
+    const int64_t reach = (weight.size[2 + i] - 1) * g.dilation[i] + 1;
+    const int64_t room = input.size[2 + i] + 2 * g.padding[i] - reach;
+    require(weight.size[2 + i] > 0 && room >= 0, "the kernel is larger than the padded input");
+    convolved[i] = room / g.stride[i] + 1;
+  }
+  check_pool(pooled, convolved[0], convolved[1], g);
+}
+
+void conv_relu_pool2d_forward(const py::object& input, const py::object& weight, const py::object& bias,
+                              const py::object& output, const py::object& positions, const PairSequence& stride,
+                              const PairSequence& padding, const PairSequence& dilation, const PairSequence& pool_size,
+                              const PairSequence& pool_stride, const PairSequence& pool_padding, int threads) {
+  ConvReluPool2dForward call;
+  call.input = from_python(input);
+  call.weight = from_python(weight);
+  call.bias = from_python(bias);
+  call.output = from_python(output);
+  call.positions = from_python(positions);
+  call.geometry = read_geometry(stride, padding, dilation, pool_size, pool_stride, pool_padding);
+  call.threads = threads;
+  check_pooled(call.output, call.positions);
+  check_convolution(call.input, call.weight, call.output, call.geometry);
+  require(!call.bias || (call.bias.ndim == 1 && call.bias.size[0] == call.weight.size[0] &&
+                         call.bias.dtype == call.input.dtype),
+          "bias is [K], of input's dtype");
+  py::gil_scoped_release unlocked;
+  fastseg::conv_relu_pool2d_forward(call);
+}
+
+void conv_relu_pool2d_backward(const py::object& grad_output, const py::object& positions, const py::object& input,
+                               const py::object& weight, const py::object& grad_input, const py::object& grad_weight,
+                               const py::object& grad_bias, const PairSequence& stride, const PairSequence& padding,
+                               const PairSequence& dilation, const PairSequence& pool_size,
+                               const PairSequence& pool_stride, const PairSequence& pool_padding, int threads) {
+  ConvReluPool2dBackward call;
+  call.grad_output = from_python(grad_output);
+  call.positions = from_python(positions);
+  call.input = from_python(input);
+  call.weight = from_python(weight);
+  call.grad_input = from_python(grad_input);
+  call.grad_weight = from_python(grad_weight);
+  call.grad_bias = from_python(grad_bias);
+  call.geometry = read_geometry(stride, padding, dilation, pool_size, pool_stride, pool_padding);
+  call.threads = threads;
+  check_pooled(call.grad_output, call.positions);
+  check_convolution(call.input, call.weight, call.grad_output, call.geometry);
+  const auto like = [&](const Tensor& gradient, const Tensor& tensor) {
+    return !gradient || (same_shape(gradient, tensor) && gradient.dtype == call.input.dtype);
+  };
+  require(like(call.grad_input, call.input) && like(call.grad_weight, call.weight),
+          "a gradient has its tensor's shape and dtype");
+  require(!call.grad_bias || (call.grad_bias.ndim == 1 && call.grad_bias.size[0] == call.weight.size[0] &&
+                              call.grad_bias.dtype == call.input.dtype),
+          "grad_bias is [K], of input's dtype");
+  py::gil_scoped_release unlocked;
+  fastseg::conv_relu_pool2d_backward(call);
+}
+
+void relu_pool2d_forward(const py::object& input, const py::object& output, const py::object& positions,
+                         const PairSequence& pool_size, const PairSequence& pool_stride,
+                         const PairSequence& pool_padding, bool relu_in_place, int threads) {
+  const py::tuple ones = py::make_tuple(1, 1), zeros = py::make_tuple(0, 0);
+  ReluPool2dForward call;
+  call.input = from_python(input);
+  call.output = from_python(output);
+  call.positions = from_python(positions);
+  call.geometry = read_geometry(ones, zeros, ones, pool_size, pool_stride, pool_padding);
+  call.relu_in_place = relu_in_place;
+  call.threads = threads;
+  check_pooled(call.output, call.positions);
+  require(call.input.ndim == 4 && call.input.dtype == call.output.dtype, "input is [N, K, H, W], of output's dtype");
+  require(call.input.size[0] == call.output.size[0] && call.input.size[1] == call.output.size[1],
+          "input and output have the same N and K");
+  require(!relu_in_place || call.geometry.pool_stride[0] >= call.geometry.pool_size[0],
+          "relu_in_place needs windows that don't overlap");
+  check_pool(call.output, call.input.size[2], call.input.size[3], call.geometry);
+  py::gil_scoped_release unlocked;
+  fastseg::relu_pool2d_forward(call);
+}
+
+void relu_pool2d_backward(const py::object& grad_output, const py::object& positions, const py::object& skip,
+                          const py::object& grad_skip, const py::object& grad_input, const PairSequence& pool_size,
+                          const PairSequence& pool_stride, const PairSequence& pool_padding, int threads) {
+  const py::tuple ones = py::make_tuple(1, 1), zeros = py::make_tuple(0, 0);
+  ReluPool2dBackward call;
+  call.grad_output = from_python(grad_output);
+  call.positions = from_python(positions);
+  call.skip = from_python(skip);
+  call.grad_skip = from_python(grad_skip);
+  call.grad_input = from_python(grad_input);
+  call.geometry = read_geometry(ones, zeros, ones, pool_size, pool_stride, pool_padding);
+  call.threads = threads;
+  const Tensor& dense = call.grad_input;
+  require(dense.ndim == 4 && is_floating(dense), "grad_input is a floating-point [N, K, H, W]");
+  require(bool(call.skip) == bool(call.grad_skip), "skip and grad_skip come together");
+  require(bool(call.grad_output) == bool(call.positions), "grad_output and positions come together");
+  for (const Tensor* full : {&call.skip, &call.grad_skip})
+    require(!*full || (same_shape(*full, dense) && full->dtype == dense.dtype), "skip has grad_input's shape and dtype");
+  if (call.grad_output) {
+    check_pooled(call.grad_output, call.positions);
+    require(call.grad_output.dtype == dense.dtype && call.grad_output.size[0] == dense.size[0] &&
+                call.grad_output.size[1] == dense.size[1],
+            "grad_output has grad_input's N, K and dtype");
+    check_pool(call.grad_output, dense.size[2], dense.size[3], call.geometry);
+  }
+  py::gil_scoped_release unlocked;
+  fastseg::relu_pool2d_backward(call);
+}
+
+// ---- instruction sets ----
+
+std::vector<std::string> runnable_isas() {
+  std::vector<std::string> names;
+  for (int i = 0; i <= static_cast<int>(best_isa()); ++i) names.push_back(name_of(static_cast<Isa>(i)));
+  return names;
+}
+
+}  // namespace
+}  // namespace python
+}  // namespace fastseg
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "The C++ kernels of fastseg. Private: fastseg.functional is the API.";
+  m.def("active_isa", [] { return std::string(fastseg::name_of(fastseg::active_isa())); });
+  m.def("runnable_isas", [] {
+    py::list names;
+    for (const std::string& name : fastseg::python::runnable_isas()) names.append(name);
+    return names;
+  });
+  m.def("select_isa", [](const std::string& name) { fastseg::select_isa(name.c_str()); });
+#ifdef _OPENMP
+  m.attr("openmp") = true;
+#else
+  m.attr("openmp") = false;
+#endif
+  m.def("conv_relu_pool2d_forward", &fastseg::python::conv_relu_pool2d_forward);
+  m.def("conv_relu_pool2d_backward", &fastseg::python::conv_relu_pool2d_backward);
+  m.def("relu_pool2d_forward", &fastseg::python::relu_pool2d_forward);
+  m.def("relu_pool2d_backward", &fastseg::python::relu_pool2d_backward);
+}

@@ -1,0 +1,60 @@
+// conv_relu_pool2d: convolution, bias, ReLU and max pooling as one operator. Arguments and geometry of its CPU kernels.
+#pragma once
+
+#include "isa.h"
+#include "tensor.h"
+
+namespace fastseg {
+
+// Positions are uint8: the index of the maximum in its window in scan order, or kCut where ReLU cut the maximum.
+constexpr int kCut = 255;
+
+// Index 0 is the height, index 1 the width.
+struct ConvPoolGeometry {
+  int64_t stride[2], padding[2], dilation[2];
+  int64_t pool_size[2], pool_stride[2], pool_padding[2];
+};
+
+// output, positions = max_pool(relu(conv(input, weight) + bias)); the full-resolution map is never in memory.
+struct ConvReluPool2dForward {
+  Tensor input;      // [N, C, H, W]
+  Tensor weight;     // [K, C, kernel height, kernel width]
+  Tensor bias;       // [K], optional
+  Tensor output;     // [N, K, pooled height, pooled width]
+  Tensor positions;  // of output's shape, optional
+  ConvPoolGeometry geometry;
+  int threads;
+};
+
+// The gradients that are given as tensors, from the sparse gradient of the pooled output.
+struct ConvReluPool2dBackward {
+  Tensor grad_output, positions, input, weight;
+  Tensor grad_input, grad_weight, grad_bias;  // each optional
+  ConvPoolGeometry geometry;
+  int threads;
+};
+
+// What follows a library's convolution: output, positions = max_pool(relu(input)).
+struct ReluPool2dForward {
+  Tensor input;  // [N, K, H, W]; with relu_in_place it becomes relu(input), which needs windows that don't overlap
+  Tensor output, positions;
+  ConvPoolGeometry geometry;  // of which the pooling half counts
+  bool relu_in_place;
+  int threads;
+};
+
+// grad_input = the dense gradient of the convolution's output, from the pooled gradient and that of the skip.
+struct ReluPool2dBackward {
+  Tensor grad_output, positions;  // optional together
+  Tensor skip, grad_skip;         // optional together: relu(conv) and its own gradient
+  Tensor grad_input;              // [N, K, H, W]
+  ConvPoolGeometry geometry;
+  int threads;
+};
+
+FASTSEG_KERNEL(conv_relu_pool2d_forward, ConvReluPool2dForward)
+FASTSEG_KERNEL(conv_relu_pool2d_backward, ConvReluPool2dBackward)
+FASTSEG_KERNEL(relu_pool2d_forward, ReluPool2dForward)
+FASTSEG_KERNEL(relu_pool2d_backward, ReluPool2dBackward)
+
+}  // namespace fastseg

@@ -1,0 +1,176 @@
+// conv_relu_pool2d, the library road: what follows (and, backwards, precedes) a library's convolution. Forward is ReLU,
+// pooling and positions in one pass; backward writes the dense gradient of the convolution's output in one pass.
+#include "conv_relu_pool2d.h"
+#include "parallel.h"
+#include "pool_tile.h"
+
+namespace fastseg {
+namespace FASTSEG_ISA {
+namespace {
+
+// Rows in work by one task, of one block of channels: half of a second-level cache.
+constexpr int64_t kRowsBytes = 128 * 1024;
+
+inline int64_t row_offset(const Tensor& tensor, int64_t image, int64_t channel, int64_t row) {
+  return image * tensor.stride[0] + channel * tensor.stride[1] + row * tensor.stride[2];
+}
+
+// A block of channels of one row of [N, K, H, W], as [W][block] of T; lanes past the last channel stay as they are.
+template <class T>
+void pack_row(const Tensor& tensor, int64_t image, int64_t channel, int64_t count, int64_t row, int64_t block,
+              T* target) {
+  pack(at(tensor, row_offset(tensor, image, channel, row)), tensor.dtype, tensor.size[3], count, tensor.stride[3],
+       tensor.stride[1], target, block);
+}
+
+template <class T>
+void unpack_row(const T* source, int64_t block, const Tensor& tensor, int64_t image, int64_t channel, int64_t count,
+                int64_t row) {
+  unpack(source, block, tensor.size[3], count, at_mutable(tensor, row_offset(tensor, image, channel, row)),
+         tensor.dtype, tensor.stride[3], tensor.stride[1]);
+}
+
+// target = where passed > 0 (or NaN): value, else 0
+template <class T>
+void relu_mask(const T* passed, const T* value, int64_t elements, T* target) {
+  for (int64_t i = 0; i < elements; i += kLanes<T>)
+    store<T>(target + i, load(passed + i) <= Vec<T>{} ? Vec<T>{} : load(value + i));
+}
+
+// Rows of the convolution's output that pooled row `window` is responsible for: they divide all rows among them.
+Span own_rows(const ReluPool2dForward& call, int64_t window) {
+  const ConvPoolGeometry& g = call.geometry;
+  const int64_t begin = window * g.pool_stride[0] - g.pool_padding[0];
+  return {window == 0 ? 0 : begin,
+          window + 1 == call.output.size[2] ? call.input.size[2] : begin + g.pool_stride[0]};
+}
+
+// One pooled row.
+template <class T>
+bool forward_task(const ReluPool2dForward& call, int64_t task) {
+  const ConvPoolGeometry& g = call.geometry;
+  const int64_t pooled_h = call.output.size[2], pooled_w = call.output.size[3], width = call.input.size[3];
+  const int64_t image = task / pooled_h, window = task % pooled_h, channels = call.input.size[1];
+  const Span span = window_span(g, 0, window, call.input.size[2]);
+  const Span rows = call.relu_in_place ? own_rows(call, window) : span;
+  const int64_t row_elements = width * kBlock<T>, pooled_elements = pooled_w * kBlock<T>;
+  const int64_t elements = rows.size() * row_elements + 2 * pooled_elements;
+  T* buffer = static_cast<T*>(scratch(elements * int64_t{sizeof(T)}));
+  if (buffer == nullptr) return false;
+  T* values = buffer + rows.size() * row_elements;
+  Int<T>* positions = reinterpret_cast<Int<T>*>(values + pooled_elements);
+
+  memset(buffer, 0, static_cast<size_t>(elements) * sizeof(T));  // lanes past the last channel are pooled too
+  for (int64_t channel = 0; channel < channels; channel += kBlock<T>) {
+    const int64_t count = least(kBlock<T>, channels - channel), block = round_up(count, kLanes<T>);
+    const T* window_rows[kCut];
+    for (int64_t row = rows.begin; row < rows.end; ++row) {
+      T* target = buffer + (row - rows.begin) * row_elements;
+      pack_row(call.input, image, channel, count, row, block, target);
+      if (row >= span.begin && row < span.end) window_rows[row - span.begin] = target;
+    }
+    pool_row(window_rows, span, window, width, g, pooled_w, block, values, positions);
+    unpack_pooled(values, positions, block, image, channel, count, window, call.output, call.positions);
+    if (!call.relu_in_place) continue;
+    for (int64_t row = rows.begin; row < rows.end; ++row) {
+      T* source = buffer + (row - rows.begin) * row_elements;
+      relu_mask(source, source, width * block, source);
+      unpack_row(source, block, call.input, image, channel, count, row);
+    }
+  }
+  return true;
+}
+
+template <class T>
+void forward(const ReluPool2dForward& call) {
+  if (!call.output.data || !call.input.data) return;
+  for_each_task(call.output.size[0] * call.output.size[2], call.threads,
+                [&](int64_t task) { return forward_task<T>(call, task); });
+}
+
+// Adds a pooled row's gradient to those of its windows' positions that lie in `rows` of the dense gradient.
+template <class T>
+void scatter_row(const ReluPool2dBackward& call, int64_t window, Span rows, int64_t block, const T* gradient,
+                 const Int<T>* positions, T* dense) {
+  const ConvPoolGeometry& g = call.geometry;
+  const int64_t width = call.grad_input.size[3];
+  const int64_t top = window * g.pool_stride[0] - g.pool_padding[0];
+  const Span span = {most(top, rows.begin), least(top + g.pool_size[0], rows.end)};
+  for (int64_t p = 0; p < call.grad_output.size[3]; ++p) {
+    const Span columns = window_span(g, 1, p, width);
+    const int64_t left = p * g.pool_stride[1] - g.pool_padding[1];
+    for (int64_t lane = 0; lane < block; lane += kLanes<T>) {
+      const Vec<T> value = load(gradient + p * block + lane);
+      IntVec<T> where;
+      memcpy(&where, positions + p * block + lane, sizeof where);
+      for (int64_t row = span.begin; row < span.end; ++row) {
+        for (int64_t column = columns.begin; column < columns.end; ++column) {
+          T* target = dense + ((row - rows.begin) * width + column) * block + lane;
+          const Int<T> position = static_cast<Int<T>>((row - top) * g.pool_size[1] + column - left);
+          store<T>(target, load(target) + (where == position - IntVec<T>{} ? value : Vec<T>{}));
+        }
+      }
+    }
+  }
+}
+
+// A band of the dense gradient's rows.
+template <class T>
+bool backward_task(const ReluPool2dBackward& call, int64_t band, int64_t task) {
+  const int64_t height = call.grad_input.size[2], width = call.grad_input.size[3], channels = call.grad_input.size[1];
+  const int64_t bands = ceil_div(height, band), image = task / bands;
+  const Span rows = {task % bands * band, least((task % bands + 1) * band, height)};
+  const int64_t pooled_w = call.grad_output ? call.grad_output.size[3] : 0;
+  const int64_t row_elements = width * kBlock<T>, pooled_elements = pooled_w * kBlock<T>;
+  const int64_t elements = (rows.size() + 1) * row_elements + 2 * pooled_elements;
+  T* dense = static_cast<T*>(scratch(elements * int64_t{sizeof(T)}));
+  if (dense == nullptr) return false;
+  T* skip = dense + rows.size() * row_elements;
+  T* gradient = skip + row_elements;
+  Int<T>* positions = reinterpret_cast<Int<T>*>(gradient + pooled_elements);
+  memset(dense, 0, static_cast<size_t>(elements) * sizeof(T));
+
+  for (int64_t channel = 0; channel < channels; channel += kBlock<T>) {
+    const int64_t count = least(kBlock<T>, channels - channel), block = round_up(count, kLanes<T>);
+    if (!call.grad_skip) memset(dense, 0, static_cast<size_t>(rows.size() * width * block) * sizeof(T));
+    for (int64_t row = rows.begin; call.grad_skip && row < rows.end; ++row) {
+      T* target = dense + (row - rows.begin) * width * block;
+      pack_row(call.grad_skip, image, channel, count, row, block, target);
+      pack_row(call.skip, image, channel, count, row, block, skip);
+      relu_mask(skip, target, width * block, target);
+    }
+    const Span windows = call.grad_output ? windows_of(call.geometry, 0, rows, call.grad_output.size[2]) : Span{0, 0};
+    for (int64_t window = windows.begin; window < windows.end; ++window) {
+      pack_row(call.grad_output, image, channel, count, window, block, gradient);
+      pack_from(static_cast<const uint8_t*>(call.positions.data) + row_offset(call.positions, image, channel, window),
+                pooled_w, count, call.positions.stride[3], call.positions.stride[1], positions, block);
+      scatter_row(call, window, rows, block, gradient, positions, dense);
+    }
+    for (int64_t row = rows.begin; row < rows.end; ++row)
+      unpack_row(dense + (row - rows.begin) * width * block, block, call.grad_input, image, channel, count, row);
+  }
+  return true;
+}
+
+template <class T>
+void backward(const ReluPool2dBackward& call) {
+  if (!call.grad_input.data) return;
+  const int64_t step = call.geometry.pool_stride[0];  // whole windows to a band, where they don't overlap
+  const int64_t row_bytes = call.grad_input.size[3] * kBlock<T> * int64_t{sizeof(T)};
+  const int64_t band = round_up(most(kRowsBytes / row_bytes, 1), step);
+  for_each_task(call.grad_input.size[0] * ceil_div(call.grad_input.size[2], band), call.threads,
+                [&](int64_t task) { return backward_task<T>(call, band, task); });
+}
+
+}  // namespace
+
+void relu_pool2d_forward(const ReluPool2dForward& call) {
+  call.input.dtype == DType::kFloat64 ? forward<double>(call) : forward<float>(call);
+}
+
+void relu_pool2d_backward(const ReluPool2dBackward& call) {
+  call.grad_input.dtype == DType::kFloat64 ? backward<double>(call) : backward<float>(call);
+}
+
+}  // namespace FASTSEG_ISA
+}  // namespace fastseg

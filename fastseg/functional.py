@@ -1,0 +1,181 @@
+"""The stateless operators: what they mean, what they accept, and the checks of their arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastseg import reference
+from fastseg._native import log_slow_road
+from fastseg.ops import conv_relu_pool2d as _conv_relu_pool2d
+
+IntOrPair = int | Sequence[int]
+
+
+def conv_relu_pool2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: IntOrPair = 1,
+    padding: str | IntOrPair = 0,
+    dilation: IntOrPair = 1,
+    groups: int = 1,
+    *,
+    pool_size: IntOrPair = 2,
+    pool_stride: IntOrPair | None = None,
+    pool_padding: IntOrPair = 0,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+    return_skip: bool = False,
+) -> Tensor | tuple[Tensor, ...]:
+    """Convolution, bias, ReLU and max pooling in one operator: ``max_pool2d(relu(conv2d(input, weight, bias)))``.
+
+    Equals the three torch functions for every argument that they accept; see `torch.nn.functional.conv2d` and
+    `torch.nn.functional.max_pool2d` for the formulas of the sizes. Of equal maxima the first in scan order takes the
+    gradient, NaN propagates, and a window whose maximum ReLU cut passes no gradient. Where a fused kernel serves the
+    call, the full-resolution map is never in memory. Differentiable to any order; second derivatives run as plain
+    PyTorch.
+
+    Args:
+        input: Images ``[N, C, H, W]`` or ``[C, H, W]``; float32, float64, bfloat16 or float16. Read by its strides;
+            channels_last in gives channels_last out.
+        weight: Kernels ``[K, C / groups, kernel height, kernel width]`` of input's dtype.
+        bias: ``[K]`` of input's dtype, or None.
+        stride: Step of the convolution, in pixels: one number or (height, width), as all that follow.
+        padding: Zeros on each side of the input, in pixels; or "valid" (none), or "same" (the convolution keeps the
+            size; needs stride 1).
+        dilation: Distance between the kernel's taps, in pixels.
+        groups: Blocks of channels that are convolved apart.
+        pool_size: Size of the pooling window, in positions of the convolution's output.
+        pool_stride: Step of the pooling window; None for ``pool_size``.
+        pool_padding: Implicit -inf on each side before pooling; at most half of ``pool_size``.
+        ceil_mode: Round the pooled size up instead of down.
+        return_indices: Also return the maxima's flat positions in the convolution's output, as max_pool2d does.
+        return_skip: Also return the un-pooled ``relu(conv2d(...))``, with a gradient of its own (a U-Net's skip).
+
+    Returns:
+        The pooled tensor ``[N, K, PH, PW]`` in input's dtype; then, where asked, the indices (int64, of the same
+        shape) and the skip ``[N, K, CH, CW]``, in this order.
+
+    Raises:
+        ValueError: Shapes or numbers don't fit; the message names the argument.
+        TypeError: A dtype that isn't supported, or dtypes that differ.
+    """
+    input, weight, bias = _autocast(input, weight, bias)
+    _check_tensors(input, weight, bias, groups)
+    if input.ndim == 3:
+        results = conv_relu_pool2d(
+            input.unsqueeze(0), weight, bias, stride, padding, dilation, groups,
+            pool_size=pool_size, pool_stride=pool_stride, pool_padding=pool_padding, ceil_mode=ceil_mode,
+            return_indices=return_indices, return_skip=return_skip,
+        )  # fmt: skip
+        return tuple(r.squeeze(0) for r in results) if isinstance(results, tuple) else results.squeeze(0)
+
+    strides, dilations = _pair("stride", stride, 1), _pair("dilation", dilation, 1)
+    input, paddings = _resolve_padding(input, weight, padding, strides, dilations)
+    pool_sizes = _pair("pool_size", pool_size, 1)
+    geometry = _conv_relu_pool2d.Geometry(
+        stride=strides,
+        padding=paddings,
+        dilation=dilations,
+        groups=groups,
+        pool_size=pool_sizes,
+        pool_stride=pool_sizes if pool_stride is None else _pair("pool_stride", pool_stride, 1),
+        pool_padding=_pair("pool_padding", pool_padding, 0),
+        ceil_mode=ceil_mode,
+    )
+    _check_sizes(input, weight, geometry)
+    if pool_sizes[0] * pool_sizes[1] > _conv_relu_pool2d.MAX_WINDOW:
+        if not torch.compiler.is_compiling():
+            log_slow_road("conv_relu_pool2d", f"a pool window of more than {_conv_relu_pool2d.MAX_WINDOW} positions")
+        return reference.conv_relu_pool2d(
+            input, weight, bias, strides, paddings, dilations, groups,
+            pool_size=pool_sizes, pool_stride=geometry.pool_stride, pool_padding=geometry.pool_padding,
+            ceil_mode=ceil_mode, return_indices=return_indices, return_skip=return_skip,
+        )  # fmt: skip
+    return _conv_relu_pool2d.conv_relu_pool2d(input, weight, bias, geometry, return_indices, return_skip)
+
+
+FLOATING_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The tensors in autocast's dtype where it is on for their device, as it treats conv2d."""
+    device = tensors[0].device.type if tensors[0] is not None else "cpu"
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    # Autocast leaves float64 alone.
+    return tuple(
+        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors
+    )
+
+
+def _check_tensors(input: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> None:
+    if input.ndim not in (3, 4):
+        raise ValueError(f"input: expected [N, C, H, W] or [C, H, W], got shape {tuple(input.shape)}")
+    if weight.ndim != 4:
+        raise ValueError(f"weight: expected [K, C / groups, height, width], got shape {tuple(weight.shape)}")
+    if groups < 1 or weight.shape[0] % groups:
+        raise ValueError(f"groups: expected a divisor of weight's {weight.shape[0]} output channels, got {groups}")
+    if input.shape[-3] != weight.shape[1] * groups:
+        raise ValueError(
+            f"input: expected {weight.shape[1] * groups} channels (weight {tuple(weight.shape)}, groups {groups}), "
+            f"got {input.shape[-3]}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias: expected shape ({weight.shape[0]},), got {tuple(bias.shape)}")
+    if input.dtype not in FLOATING_DTYPES:
+        raise TypeError(f"input: expected float32, float64, bfloat16 or float16, got {input.dtype}")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype != input.dtype:
+            raise TypeError(f"{name}: expected input's dtype {input.dtype}, got {tensor.dtype}")
+        if tensor is not None and tensor.device != input.device:
+            raise ValueError(f"{name}: expected input's device {input.device}, got {tensor.device}")
+
+
+def _pair(name: str, value: IntOrPair, least: int) -> tuple[int, int]:
+    pair = (value, value) if isinstance(value, int) else tuple(value)
+    if len(pair) == 1:
+        pair *= 2
+    if len(pair) != 2 or any(number < least for number in pair):
+        raise ValueError(f"{name}: expected one or two integers of at least {least}, got {value}")
+    return pair
+
+
+def _resolve_padding(
+    input: Tensor, weight: Tensor, padding: str | IntOrPair, stride: tuple[int, int], dilation: tuple[int, int]
+) -> tuple[Tensor, tuple[int, int]]:
+    """The padding in numbers; an input padded by hand where "same" needs one more zero at the end (even kernels)."""
+    if not isinstance(padding, str):
+        return input, _pair("padding", padding, 0)
+    if padding == "valid":
+        return input, (0, 0)
+    if padding != "same":
+        raise ValueError(f'padding: expected numbers, "same" or "valid", got {padding!r}')
+    if stride != (1, 1):
+        raise ValueError(f'stride: padding="same" needs stride 1, got {stride}')
+    height, width = (d * (size - 1) for d, size in zip(dilation, weight.shape[2:], strict=True))
+    if height % 2 or width % 2:
+        input = F.pad(input, (0, width % 2, 0, height % 2))
+    return input, (height // 2, width // 2)
+
+
+def _check_sizes(input: Tensor, weight: Tensor, geometry: _conv_relu_pool2d.Geometry) -> None:
+    for axis, name in enumerate(("height", "width")):
+        if geometry.pool_padding[axis] * 2 > geometry.pool_size[axis]:
+            raise ValueError(
+                f"pool_padding: expected at most half of pool_size {geometry.pool_size}, got {geometry.pool_padding}"
+            )
+        reach = geometry.dilation[axis] * (weight.shape[2 + axis] - 1) + 1
+        if input.shape[2 + axis] + 2 * geometry.padding[axis] < reach:
+            raise ValueError(
+                f"input: the kernel reaches over {reach} pixels of {name}, more than the padded input's "
+                f"{input.shape[2 + axis] + 2 * geometry.padding[axis]}"
+            )
+    pooled = _conv_relu_pool2d.pooled_size(_conv_relu_pool2d.convolved_size(input, weight, geometry), geometry)
+    if min(pooled) < 1:
+        raise ValueError(f"pool_size: {geometry.pool_size} leaves no output (pooled size {pooled})")

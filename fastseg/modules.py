@@ -1,0 +1,143 @@
+"""Drop-in layers: torch.nn's constructors and state_dict, fastseg's operators."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastseg import functional
+
+IntOrPair = int | tuple[int, int]
+
+
+class ConvReLUPool2d(nn.Conv2d):
+    """`torch.nn.Conv2d`, ReLU and `torch.nn.MaxPool2d` in one layer.
+
+    The parameters are those of `torch.nn.Conv2d`, ``weight`` and ``bias``: its state_dict loads, and everything that
+    looks for an `nn.Conv2d` (weight initialisation, optimizers) finds one. See `fastseg.functional.conv_relu_pool2d`
+    for the formula, the shapes and the pooling arguments, `torch.nn.Conv2d` for the others.
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        kernel_size: Size of the convolution's kernel, in pixels.
+        stride: Step of the convolution, in pixels.
+        padding: Padding on each side, in pixels, or "same" or "valid".
+        dilation: Distance between the kernel's taps, in pixels.
+        groups: Blocks of channels that are convolved apart.
+        bias: Whether the convolution has a bias.
+        padding_mode: "zeros", or "reflect", "replicate" or "circular", for which the input is padded first.
+        device: Where the parameters live.
+        dtype: The parameters' dtype.
+        pool_size: Size of the pooling window.
+        pool_stride: Step of the pooling window; None for ``pool_size``.
+        pool_padding: Implicit -inf on each side before pooling.
+        ceil_mode: Round the pooled size up instead of down.
+        return_indices: Also return the maxima's positions.
+        return_skip: Also return the un-pooled output of the ReLU.
+    """
+
+    operator: ClassVar[Callable[..., Any]] = staticmethod(functional.conv_relu_pool2d)
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: IntOrPair,
+        stride: IntOrPair = 1,
+        padding: str | IntOrPair = 0,
+        dilation: IntOrPair = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        pool_size: IntOrPair = 2,
+        pool_stride: IntOrPair | None = None,
+        pool_padding: IntOrPair = 0,
+        ceil_mode: bool = False,
+        return_indices: bool = False,
+        return_skip: bool = False,
+    ) -> None:
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype
+        )
+        self.pool_size = pool_size
+        self.pool_stride = pool_size if pool_stride is None else pool_stride
+        self.pool_padding = pool_padding
+        self.ceil_mode = ceil_mode
+        self.return_indices = return_indices
+        self.return_skip = return_skip
+
+    def forward(self, input: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """The pooled output; with it, where asked in the constructor, the indices and the skip."""
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+            padding = 0
+        return self.operator(
+            input,
+            self.weight,
+            self.bias,
+            self.stride,
+            padding,
+            self.dilation,
+            self.groups,
+            pool_size=self.pool_size,
+            pool_stride=self.pool_stride,
+            pool_padding=self.pool_padding,
+            ceil_mode=self.ceil_mode,
+            return_indices=self.return_indices,
+            return_skip=self.return_skip,
+        )
+
+    @classmethod
+    def from_torch(cls, conv: nn.Conv2d, pool: nn.MaxPool2d, *, return_skip: bool = False) -> ConvReLUPool2d:
+        """The layer that does what ``pool(relu(conv(input)))`` does, sharing conv's parameters.
+
+        Raises:
+            ValueError: The pool is dilated, which the fused operator does not support.
+        """
+        if pool.dilation not in (1, (1, 1)):
+            raise ValueError(f"pool: expected dilation 1, got {pool.dilation}; keep the three layers for it")
+        layer = cls(
+            conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,
+            conv.groups, conv.bias is not None, conv.padding_mode, device="meta",
+            pool_size=pool.kernel_size, pool_stride=pool.stride, pool_padding=pool.padding, ceil_mode=pool.ceil_mode,
+            return_indices=pool.return_indices, return_skip=return_skip,
+        )  # fmt: skip
+        layer.weight, layer.bias = conv.weight, conv.bias
+        return layer.train(conv.training)
+
+    def to_torch(self) -> nn.Sequential:
+        """``Sequential(Conv2d, ReLU, MaxPool2d)`` that does what this layer does, sharing its parameters.
+
+        Raises:
+            ValueError: The layer returns its skip, which a Sequential can't.
+        """
+        if self.return_skip:
+            raise ValueError("return_skip: a Sequential has one output; build the layer without it first")
+        conv = nn.Conv2d(
+            self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding, self.dilation,
+            self.groups, self.bias is not None, self.padding_mode, device="meta",
+        )  # fmt: skip
+        conv.weight, conv.bias = self.weight, self.bias
+        pool = nn.MaxPool2d(
+            self.pool_size, self.pool_stride, self.pool_padding,
+            return_indices=self.return_indices, ceil_mode=self.ceil_mode,
+        )  # fmt: skip
+        return nn.Sequential(conv, nn.ReLU(), pool).train(self.training)
+
+    def extra_repr(self) -> str:
+        """The arguments that differ from the defaults, for ``repr(layer)``."""
+        parts = [super().extra_repr(), f"pool_size={self.pool_size}"]
+        if self.pool_stride != self.pool_size:
+            parts.append(f"pool_stride={self.pool_stride}")
+        if self.pool_padding not in (0, (0, 0)):
+            parts.append(f"pool_padding={self.pool_padding}")
+        parts += [f"{name}=True" for name in ("ceil_mode", "return_indices", "return_skip") if getattr(self, name)]
+        return ", ".join(parts)

@@ -1,0 +1,1 @@
+"""The operators: schema, fake, implementations and gradient, one module each."""
