@@ -109,7 +109,7 @@ def _count(total: int, fraction: float) -> int:
 
 def _match(images: Path, masks: Path) -> list[Pair]:
     """Every image of the folder ``images`` with the mask of the same stem, sorted by stem."""
-    image_files, mask_files = _by_stem(images), _by_stem(masks)
+    image_files, mask_files = images_by_stem(images), images_by_stem(masks)
     if not image_files:
         raise DataError(f"{images}: no images in this folder")
     if unmasked := image_files.keys() - mask_files.keys():
@@ -119,7 +119,18 @@ def _match(images: Path, masks: Path) -> list[Pair]:
     return [Pair(image_files[stem], mask_files[stem]) for stem in sorted(image_files)]
 
 
-def _by_stem(folder: Path) -> dict[str, Path]:
+def images_by_stem(folder: Path) -> dict[str, Path]:
+    """The files of a folder whose suffix Pillow reads, hidden ones left out, in the order of their names.
+
+    Args:
+        folder: An existing folder.
+
+    Returns:
+        The path of each file by its stem.
+
+    Raises:
+        DataError: Two files share a stem.
+    """
     files: dict[str, Path] = {}
     suffixes = _readable_suffixes()
     for path in sorted(folder.iterdir()):

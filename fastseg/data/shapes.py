@@ -11,12 +11,14 @@ from torch.utils.data import Dataset
 
 from fastseg.data.pictures import palette, save_mask
 
+_CIRCLE, _RECTANGLE, _TRIANGLE = 1, 2, 3  # labels, as in ShapesDataset.CLASSES
+
 _SHAPES = (4, 9)  # shapes in an image: at least, and below
 _RADIUS = (0.12, 0.26)  # of a shape, as a share of the image's shorter side
 _STRETCH = (0.5, 1.0)  # height of a rectangle or triangle, as a share of its width
-_CORNERS = {  # of a shape of radius 1 around 0, by label; the circle has none
-    2: np.array([(-0.8, -0.8), (0.8, -0.8), (0.8, 0.8), (-0.8, 0.8)]),
-    3: np.array([(-1.0, -0.6), (1.0, -0.6), (0.0, 1.2)]),
+_CORNERS = {  # of a shape of radius 1 around 0; the circle has none
+    _RECTANGLE: np.array([(-0.8, -0.8), (0.8, -0.8), (0.8, 0.8), (-0.8, 0.8)]),
+    _TRIANGLE: np.array([(-1.0, -0.6), (1.0, -0.6), (0.0, 1.2)]),
 }
 _HUES = (0.0, 0.15, 0.40, 0.65)  # centre of each class's hues; ground first
 _HUE_SPREAD = 0.12  # standard deviation: neighbouring classes share many hues
@@ -42,7 +44,7 @@ class ShapesDataset(Dataset[tuple[Tensor, Tensor]]):
         seed: Seed of the whole data set.
 
     Raises:
-        ValueError: ``length`` is negative, or ``size`` is not positive.
+        ValueError: ``length`` or ``seed`` is negative, or ``size`` is not positive.
     """
 
     CLASSES = ("background", "circle", "rectangle", "triangle")
@@ -50,6 +52,8 @@ class ShapesDataset(Dataset[tuple[Tensor, Tensor]]):
     def __init__(self, length: int, size: tuple[int, int] = (96, 96), seed: int = 0) -> None:
         if length < 0:
             raise ValueError(f"length must not be negative, but it is {length}")
+        if seed < 0:
+            raise ValueError(f"seed must not be negative, but it is {seed}")
         if len(size) != 2 or min(size) < 1:
             raise ValueError(f"size must be two positive numbers (height, width), but it is {size}")
         self.length = length
@@ -70,9 +74,10 @@ class ShapesDataset(Dataset[tuple[Tensor, Tensor]]):
         for _ in range(generator.integers(*_SHAPES)):
             label = int(generator.integers(1, len(self.CLASSES)))
             inside = _outline(generator, label, height, width)
-            image[inside] = _fill(generator, label, height, width)[inside]
+            brightness = generator.uniform(*_PATTERN_CONTRAST) * _pattern(generator, label, height, width)[inside]
+            image[inside] = _color(generator, label) + brightness[:, None]
             mask[inside] = label
-        image += generator.normal(0, _NOISE, image.shape)
+        image += _NOISE * generator.standard_normal(image.shape)
         pixels = np.rint(image.clip(0, 1) * 255).astype(np.uint8)
         return torch.from_numpy(pixels).permute(2, 0, 1).contiguous(), torch.from_numpy(mask)
 
@@ -105,12 +110,16 @@ def _ground(generator: np.random.Generator, height: int, width: int) -> np.ndarr
     return _color(generator, 0) + smooth[..., None]
 
 
-def _fill(generator: np.random.Generator, label: int, height: int, width: int) -> np.ndarray:
-    """One colour with the pattern of the class, float64 of shape (height, width, 3)."""
-    rows, columns = np.mgrid[:height, :width] + generator.integers(_PATTERN_PERIOD, size=(2, 1, 1))
-    across, along = (np.sign(np.sin(2 * np.pi * (axis + 0.5) / _PATTERN_PERIOD)) for axis in (rows, columns))
-    pattern = (across, along, across * along)[label - 1]
-    return _color(generator, label) + generator.uniform(*_PATTERN_CONTRAST) * pattern[..., None]
+def _pattern(generator: np.random.Generator, label: int, height: int, width: int) -> np.ndarray:
+    """The pattern of the class ``label`` at a random offset: 1 and -1, of shape (height, width)."""
+    rows, columns = _stripes(generator, height)[:, None], _stripes(generator, width)[None, :]
+    pattern = {_CIRCLE: rows, _RECTANGLE: columns, _TRIANGLE: rows * columns}[label]
+    return np.broadcast_to(pattern, (height, width))
+
+
+def _stripes(generator: np.random.Generator, length: int) -> np.ndarray:
+    phase = (np.arange(length) + generator.integers(_PATTERN_PERIOD)) % _PATTERN_PERIOD
+    return np.where(phase < _PATTERN_PERIOD / 2, 1, -1)
 
 
 def _outline(generator: np.random.Generator, label: int, height: int, width: int) -> np.ndarray:
@@ -119,7 +128,7 @@ def _outline(generator: np.random.Generator, label: int, height: int, width: int
     draw = ImageDraw.Draw(canvas)
     center = generator.uniform((0, 0), (width, height))
     radius = generator.uniform(*_RADIUS) * min(height, width)
-    if label == 1:
+    if label == _CIRCLE:
         draw.ellipse([*(center - radius), *(center + radius)], fill=1)
     else:
         angle = generator.uniform(0, 2 * np.pi)

@@ -1,0 +1,238 @@
+import pickle
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from fastseg.data import DataError, MaskDataset, Pair, infer_num_classes, read_image
+
+HEIGHT, WIDTH = 12, 20  # not square: swapped axes show
+
+
+def gradient() -> np.ndarray:
+    rows, columns = np.mgrid[:HEIGHT, :WIDTH]
+    return np.stack([rows * 10, columns * 10, rows + columns], axis=-1).astype(np.uint8)
+
+
+def labels(num_classes: int = 4) -> np.ndarray:
+    rows, columns = np.mgrid[:HEIGHT, :WIDTH]
+    return ((rows // 3 + columns // 5) % num_classes).astype(np.uint8)
+
+
+def write_pair(folder: Path, image: Image.Image, mask: Image.Image, *, suffix: str = ".png") -> Pair:
+    pair = Pair(folder / f"image{suffix}", folder / "mask.png")
+    image.save(pair.image)
+    mask.save(pair.mask)
+    return pair
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Pair:
+    return write_pair(tmp_path, Image.fromarray(gradient()), Image.fromarray(labels()))
+
+
+def test_an_item_is_the_files_content(pair: Pair) -> None:
+    dataset = MaskDataset([pair], num_classes=4)
+    image, mask = dataset[0]
+    assert dataset.pairs == [pair]
+    assert len(dataset) == 1
+    assert image.dtype == mask.dtype == torch.uint8
+    assert image.is_contiguous()
+    assert torch.equal(image, torch.from_numpy(gradient()).permute(2, 0, 1))
+    assert torch.equal(mask, torch.from_numpy(labels()))
+
+
+def test_a_data_loader_stacks_the_items_of_a_pickled_copy(pair: Pair) -> None:
+    dataset = pickle.loads(pickle.dumps(MaskDataset([pair] * 4)))  # as worker processes get it
+    images, masks = next(iter(DataLoader(dataset, batch_size=4)))
+    assert images.shape == (4, 3, HEIGHT, WIDTH)
+    assert masks.shape == (4, HEIGHT, WIDTH)
+
+
+def test_size_resizes_the_image_smoothly_and_the_mask_to_the_nearest_label(pair: Pair) -> None:
+    image, mask = MaskDataset([pair], size=(6, 5))[0]
+    assert image.shape == (3, 6, 5)
+    assert mask.shape == (6, 5)
+    # the same filter, but Pillow rounds to a grey level after each axis: twice half a level
+    full = torch.from_numpy(gradient()).permute(2, 0, 1)[None].float()
+    expected = torch.nn.functional.interpolate(full, size=(6, 5), mode="bilinear", antialias=True)[0]
+    assert (image.float() - expected).abs().max() <= 1
+    nearest = torch.nn.functional.interpolate(torch.from_numpy(labels())[None, None], size=(6, 5), mode="nearest-exact")
+    assert torch.equal(mask, nearest[0, 0])
+
+
+def test_enlarging_a_mask_makes_no_new_label(pair: Pair) -> None:
+    _, mask = MaskDataset([pair], size=(31, 57))[0]
+    assert set(mask.unique().tolist()) == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK"])
+def test_images_of_every_mode_become_rgb(tmp_path: Path, mode: str) -> None:
+    source = Image.fromarray(gradient()).convert(mode)
+    suffix = ".tiff" if mode == "CMYK" else ".png"
+    pair = write_pair(tmp_path, source, Image.fromarray(labels()), suffix=suffix)
+    image, _ = MaskDataset([pair])[0]
+    assert torch.equal(image, torch.from_numpy(np.array(source.convert("RGB"))).permute(2, 0, 1))
+
+
+def test_a_palette_image_with_a_transparency_table_becomes_rgb(tmp_path: Path) -> None:
+    source = Image.fromarray(gradient()).quantize(8)
+    source.save(tmp_path / "image.png", transparency=bytes(range(0, 256, 32)))
+    expected = torch.from_numpy(np.array(source.convert("RGB"))).permute(2, 0, 1)
+    assert torch.equal(read_image(tmp_path / "image.png"), expected)
+
+
+def test_an_image_is_turned_as_its_exif_orientation_says(tmp_path: Path) -> None:
+    source = Image.fromarray(gradient())
+    exif = Image.Exif()
+    exif[0x0112] = 6  # Orientation: a quarter turn clockwise
+    source.save(tmp_path / "image.png", exif=exif)
+    turned = np.rot90(gradient(), -1).copy()
+    assert torch.equal(read_image(tmp_path / "image.png"), torch.from_numpy(turned).permute(2, 0, 1))
+
+
+def test_read_image_resizes(tmp_path: Path, pair: Pair) -> None:
+    assert torch.equal(read_image(pair.image, size=(6, 5)), MaskDataset([pair], size=(6, 5))[0][0])
+
+
+@pytest.mark.parametrize("size", [None, (24, 10)], ids=["own-size", "resized"])
+def test_palette_masks_keep_their_indices(tmp_path: Path, size: tuple[int, int] | None) -> None:
+    mask = Image.fromarray(labels())
+    mask.putpalette(np.random.default_rng(0).integers(0, 256, 768, dtype=np.uint8).tobytes())
+    pair = write_pair(tmp_path, Image.fromarray(gradient()), mask)
+    plain = Image.fromarray(labels())
+    if size is not None:
+        plain = plain.resize(size[::-1], Image.Resampling.NEAREST)
+    assert torch.equal(MaskDataset([pair], size=size)[0][1], torch.from_numpy(np.array(plain)))
+
+
+def test_bilevel_masks_are_the_classes_0_and_1(tmp_path: Path) -> None:
+    pair = write_pair(tmp_path, Image.fromarray(gradient()), Image.fromarray(labels(2) == 1))
+    _, mask = MaskDataset([pair], num_classes=2)[0]
+    assert mask.dtype == torch.uint8
+    assert torch.equal(mask, torch.from_numpy(labels(2)))
+    assert infer_num_classes([pair], 255) == 2
+
+
+@pytest.mark.parametrize(
+    ("num_classes", "ignore_index", "factor", "dtype"),
+    [
+        pytest.param(None, 255, 300, torch.int64, id="16-bit-file"),
+        pytest.param(901, 255, 300, torch.int64, id="many-classes"),
+        pytest.param(4, 65535, 1, torch.int64, id="large-ignore_index"),
+        pytest.param(4, 255, 1, torch.uint8, id="few-classes-in-a-16-bit-file"),
+        pytest.param(4, -100, 1, torch.uint8, id="negative-ignore_index"),
+    ],
+)
+def test_masks_are_int64_where_labels_may_exceed_255(
+    tmp_path: Path, num_classes: int | None, ignore_index: int, factor: int, dtype: torch.dtype
+) -> None:
+    values = labels().astype(np.uint16) * factor
+    pair = write_pair(tmp_path, Image.fromarray(gradient()), Image.fromarray(values))
+    _, mask = MaskDataset([pair], num_classes=num_classes, ignore_index=ignore_index)[0]
+    assert mask.dtype == dtype
+    assert torch.equal(mask.long(), torch.from_numpy(values.astype(np.int64)))
+
+
+def test_sizes_that_differ_are_named_with_both_files(tmp_path: Path) -> None:
+    pair = write_pair(tmp_path, Image.fromarray(gradient()), Image.fromarray(labels()[:, :-1]))
+    message = f"{re.escape(str(pair.image))} is 20x12, but its mask {re.escape(str(pair.mask))} is 19x12"
+    with pytest.raises(DataError, match=message):
+        MaskDataset([pair], size=(6, 5))[0]
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA"])
+def test_colour_masks_are_refused(tmp_path: Path, mode: str) -> None:
+    pair = write_pair(tmp_path, Image.fromarray(gradient()), Image.fromarray(gradient()).convert(mode))
+    with pytest.raises(DataError, match=rf"mask\.png: an index mask is expected .* its mode is {mode}$"):
+        MaskDataset([pair])[0]
+
+
+def test_images_of_more_than_8_bits_are_refused(tmp_path: Path) -> None:
+    pair = write_pair(tmp_path, Image.fromarray(labels().astype(np.uint16)), Image.fromarray(labels()))
+    with pytest.raises(
+        DataError, match=r"image\.png: an image with 8 bits a channel is expected, but its mode is I;16"
+    ):
+        MaskDataset([pair])[0]
+
+
+@pytest.mark.parametrize("damaged", ["image", "mask"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param(lambda data: data[: len(data) // 2], id="truncated"),
+        pytest.param(lambda data: b"", id="empty"),
+        pytest.param(lambda data: b"not an image", id="no-image"),
+        pytest.param(lambda data: data[:40] + b"\0" * 20 + data[60:], id="overwritten"),
+    ],
+)
+def test_a_damaged_file_is_named(pair: Pair, damaged: str, damage: object) -> None:
+    path = getattr(pair, damaged)
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(DataError, match=rf"^{re.escape(str(path))}: can't be read as an image"):
+        MaskDataset([pair])[0]
+
+
+def test_a_file_deleted_since_it_was_found_is_named(pair: Pair) -> None:
+    pair.mask.unlink()
+    with pytest.raises(DataError, match=rf"^{re.escape(str(pair.mask))}: can't be read"):
+        MaskDataset([pair])[0]
+
+
+@pytest.mark.parametrize(
+    ("num_classes", "ignore_index", "message"),
+    [
+        pytest.param(3, 255, "label 3 is outside the classes 0..2 and is not the ignored label 255", id="outside"),
+        pytest.param(4, 255, None, id="inside"),
+        pytest.param(3, 3, None, id="ignored"),
+        pytest.param(1, 3, "label 1 is outside the classes 0..0", id="one-class"),
+    ],
+)
+def test_a_label_outside_the_classes_is_named(
+    pair: Pair, num_classes: int, ignore_index: int, message: str | None
+) -> None:
+    dataset = MaskDataset([pair], num_classes=num_classes, ignore_index=ignore_index)
+    if message is None:
+        assert dataset[0][1].max() == 3
+        return
+    with pytest.raises(DataError, match=rf"^{re.escape(str(pair.mask))}: {message}"):
+        dataset[0]
+
+
+def test_a_label_that_resizing_would_drop_is_still_found(tmp_path: Path) -> None:
+    values = np.zeros((HEIGHT, WIDTH), dtype=np.uint8)
+    values[0, 0] = 9
+    pair = write_pair(tmp_path, Image.fromarray(gradient()), Image.fromarray(values))
+    with pytest.raises(DataError, match="label 9"):
+        MaskDataset([pair], size=(2, 2), num_classes=4)[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        pytest.param({"size": (0, 5)}, r"size must be two positive numbers.*\(0, 5\)", id="size"),
+        pytest.param({"num_classes": 0}, "num_classes must be positive, but it is 0", id="num_classes"),
+    ],
+)
+def test_bad_arguments_are_refused(pair: Pair, arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MaskDataset([pair], **arguments)
+
+
+@pytest.mark.parametrize(
+    ("ignore_index", "expected"),
+    [pytest.param(255, 4, id="ignored-label-absent"), pytest.param(3, 3, id="largest-is-ignored")],
+)
+def test_infer_num_classes_counts_to_the_largest_label(pair: Pair, ignore_index: int, expected: int) -> None:
+    assert infer_num_classes([pair], ignore_index) == expected
+
+
+def test_infer_num_classes_refuses_masks_without_a_class(tmp_path: Path) -> None:
+    blank = Image.fromarray(np.full((HEIGHT, WIDTH), 255, dtype=np.uint8))
+    pair = write_pair(tmp_path, Image.fromarray(gradient()), blank)
+    with pytest.raises(DataError, match="no label other than ignore_index 255 in 1 masks"):
+        infer_num_classes([pair], 255)
