@@ -23,7 +23,7 @@ def palette(num_classes: int) -> np.ndarray:
     """A colour for each class.
 
     CamVid's own colours for 11 classes; otherwise the colours of matplotlib's "tab10", continued with evenly spread
-    hues, so that a class has the same colour whatever the number of classes. Up to 256 classes no two colours are equal.
+    hues, so that a class has the same colour whatever the number of classes. The first 256 colours all differ.
 
     Args:
         num_classes: Number of classes C.
