@@ -154,9 +154,7 @@ def test_colour_masks_are_refused(tmp_path: Path, mode: str) -> None:
 
 def test_images_of_more_than_8_bits_are_refused(tmp_path: Path) -> None:
     pair = write_pair(tmp_path, Image.fromarray(labels().astype(np.uint16)), Image.fromarray(labels()))
-    with pytest.raises(
-        DataError, match=r"image\.png: an image with 8 bits a channel is expected, but its mode is I;16"
-    ):
+    with pytest.raises(DataError, match=r"image\.png: an image with 8 bits a channel is expected, but its mode is I"):
         MaskDataset([pair])[0]
 
 

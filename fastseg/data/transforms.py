@@ -10,6 +10,7 @@ from kornia.augmentation import (
     RandomRotation,
     RandomVerticalFlip,
 )
+from kornia.constants import DataKey, Resample
 from torch import Tensor, nn
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # RGB, of images in 0..1
@@ -53,8 +54,12 @@ class Augment(nn.Module):
         if vflip > 0:
             steps.append(RandomVerticalFlip(p=vflip))
         if rotation > 0:
-            steps.append(RandomRotation(degrees=(-rotation, rotation), resample="bilinear", p=1.0))
-        self.steps = AugmentationSequential(*steps, data_keys=["input", "mask"]) if steps else None
+            steps.append(RandomRotation(degrees=(-rotation, rotation), resample="bilinear", align_corners=True, p=1.0))
+        # Said for the mask too: kornia 0.8 samples masks on another grid than images otherwise.
+        mask_options = {DataKey.MASK: {"resample": Resample.NEAREST, "align_corners": True}}
+        self.steps = (
+            AugmentationSequential(*steps, data_keys=["input", "mask"], extra_args=mask_options) if steps else None
+        )
 
     def forward(self, images: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
         """Transform a batch.
