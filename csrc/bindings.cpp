@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include <array>
+#include <limits>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -33,7 +34,7 @@ Tensor from_python(const py::object& description) {
   const auto sizes = py::reinterpret_borrow<py::tuple>(parts[2]), strides = py::reinterpret_borrow<py::tuple>(parts[3]);
   require(py::isinstance<py::tuple>(parts[2]) && py::isinstance<py::tuple>(parts[3]) && sizes.size() == strides.size(),
           "sizes and strides are tuples of one length");
-  require(sizes.size() <= kMaxDims, "a tensor has at most four dimensions here");
+  require(sizes.size() <= kMaxDims, "a tensor has at most eight dimensions here");
   tensor.ndim = static_cast<int>(sizes.size());
   bool empty = false;
   for (int i = 0; i < tensor.ndim; ++i) {
@@ -215,6 +216,112 @@ void relu_pool2d_backward(const py::object& grad_output, const py::object& posit
   fastseg::relu_pool2d_backward(call);
 }
 
+// ---- cross_entropy ----
+
+bool is_dense(const Tensor& tensor) {
+  int64_t expected = 1;
+  for (int i = tensor.ndim - 1; i >= 0; --i) {
+    if (tensor.size[i] == 0) return true;
+    if (tensor.size[i] != 1 && tensor.stride[i] != expected) return false;
+    expected *= tensor.size[i];
+  }
+  return true;
+}
+
+// Whether tensor is of shape [leading, then all of input's sizes but the classes'].
+bool is_per_pixel(const Tensor& tensor, const Tensor& input, int leading) {
+  if (tensor.ndim != input.ndim - 1 + leading) return false;
+  for (int i = leading; i < tensor.ndim; ++i)
+    if (tensor.size[i] != input.size[i == leading ? 0 : i - leading + 1]) return false;
+  return true;
+}
+
+void check_cross_entropy(const CrossEntropy& call) {
+  const Tensor &input = call.input, &target = call.target;
+  require(input.ndim >= 2 && is_floating(input), "input is a floating-point [N, C, d1, ...]");
+  require(input.size[1] >= 1 && input.size[1] <= std::numeric_limits<int32_t>::max(), "input has 1 to 2^31 - 1 classes");
+  const bool wide = input.dtype == DType::kFloat64;
+  const DType accumulated = wide ? DType::kFloat64 : DType::kFloat32;
+  if (is_floating(target)) {
+    require(same_shape(target, input), "class probabilities have input's shape");
+    require((target.dtype == DType::kFloat64) == wide, "class probabilities are float64 where input is, and only there");
+  } else {
+    require(is_per_pixel(target, input, 0), "target is [N, d1, ...]");
+  }
+  require(!call.weight || (call.weight.ndim == 1 && call.weight.size[0] == input.size[1] && is_dense(call.weight) &&
+                           call.weight.dtype == accumulated),
+          "weight is a dense [C], float64 where input is, else float32");
+  require(is_per_pixel(call.statistics, input, 1) && call.statistics.size[0] == 2 && is_dense(call.statistics) &&
+              call.statistics.dtype == accumulated,
+          "statistics is a dense [2, N, d1, ...], float64 where input is, else float32");
+  require(call.total_weight && call.total_weight.ndim == 0 && call.total_weight.dtype == accumulated,
+          "total_weight is a number, float64 where input is, else float32");
+  require(call.reduction >= Reduction::kNone && call.reduction <= Reduction::kSum, "unknown reduction");
+}
+
+// The loss, or its gradient: a value per pixel without a reduction, else one.
+void check_loss(const Tensor& loss, const CrossEntropy& call) {
+  const bool fits = call.reduction == Reduction::kNone ? is_per_pixel(loss, call.input, 0) : loss && loss.ndim == 0;
+  require(fits && loss.dtype == call.total_weight.dtype, "the loss has a value per pixel, or one; statistics' dtype");
+}
+
+template <class Call>
+Call read_cross_entropy(const py::object& input, const py::object& target, const py::object& weight,
+                        const py::object& statistics, const py::object& total_weight, int64_t ignore_index,
+                        int reduction, double label_smoothing, int threads) {
+  Call call;
+  call.input = from_python(input);
+  call.target = from_python(target);
+  call.weight = from_python(weight);
+  call.statistics = from_python(statistics);
+  call.total_weight = from_python(total_weight);
+  call.ignore_index = ignore_index;
+  call.reduction = static_cast<Reduction>(reduction);
+  call.label_smoothing = label_smoothing;
+  call.threads = threads;
+  check_cross_entropy(call);
+  return call;
+}
+
+template <class Call>
+void run_cross_entropy(Call& call, void (*kernel)(const Call&)) {
+  InvalidLabel invalid = {};
+  call.invalid = &invalid;
+  {
+    py::gil_scoped_release unlocked;
+    kernel(call);
+  }
+  if (!invalid.found) return;
+  throw py::index_error("target: expected classes in [0, " + std::to_string(call.input.size[1]) +
+                        ") or ignore_index (" + std::to_string(call.ignore_index) + "), got " +
+                        std::to_string(invalid.value));
+}
+
+void cross_entropy_forward(const py::object& input, const py::object& target, const py::object& weight,
+                           const py::object& loss, const py::object& statistics, const py::object& total_weight,
+                           int64_t ignore_index, int reduction, double label_smoothing, int threads) {
+  auto call = read_cross_entropy<CrossEntropyForward>(input, target, weight, statistics, total_weight, ignore_index,
+                                                      reduction, label_smoothing, threads);
+  call.loss = from_python(loss);
+  check_loss(call.loss, call);
+  require(is_dense(call.loss), "the loss is dense");
+  run_cross_entropy(call, fastseg::cross_entropy_forward);
+}
+
+void cross_entropy_backward(const py::object& grad_output, const py::object& input, const py::object& target,
+                            const py::object& weight, const py::object& statistics, const py::object& total_weight,
+                            const py::object& grad_input, int64_t ignore_index, int reduction, double label_smoothing,
+                            int threads) {
+  auto call = read_cross_entropy<CrossEntropyBackward>(input, target, weight, statistics, total_weight, ignore_index,
+                                                       reduction, label_smoothing, threads);
+  call.grad_output = from_python(grad_output);
+  call.grad_input = from_python(grad_input);
+  check_loss(call.grad_output, call);
+  require(same_shape(call.grad_input, call.input) && call.grad_input.dtype == call.input.dtype,
+          "grad_input has input's shape and dtype");
+  run_cross_entropy(call, fastseg::cross_entropy_backward);
+}
+
 // ---- instruction sets ----
 
 std::vector<std::string> runnable_isas() {
@@ -245,4 +352,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("conv_relu_pool2d_backward", &fastseg::python::conv_relu_pool2d_backward);
   m.def("relu_pool2d_forward", &fastseg::python::relu_pool2d_forward);
   m.def("relu_pool2d_backward", &fastseg::python::relu_pool2d_backward);
+  m.def("cross_entropy_forward", &fastseg::python::cross_entropy_forward);
+  m.def("cross_entropy_backward", &fastseg::python::cross_entropy_backward);
 }

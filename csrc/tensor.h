@@ -8,7 +8,7 @@ namespace fastseg {
 // The order is the contract with fastseg/_native.py, which sends these numbers.
 enum class DType : int { kFloat32, kFloat64, kBFloat16, kFloat16, kUInt8, kInt16, kInt32, kInt64 };
 
-constexpr int kMaxDims = 4;
+constexpr int kMaxDims = 8;
 
 struct Tensor {
   void* data = nullptr;  // null: an optional tensor that was not given, or one without elements

@@ -11,6 +11,7 @@ from torch import Tensor
 from fastseg import reference
 from fastseg._native import log_slow_road
 from fastseg.ops import conv_relu_pool2d as _conv_relu_pool2d
+from fastseg.ops import cross_entropy as _cross_entropy
 
 IntOrPair = int | Sequence[int]
 
@@ -99,19 +100,67 @@ def conv_relu_pool2d(
     return _conv_relu_pool2d.conv_relu_pool2d(input, weight, bias, geometry, return_indices, return_skip)
 
 
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """Cross-entropy between logits and class labels or class probabilities.
+
+    Equals `torch.nn.functional.cross_entropy`; see `torch.nn.CrossEntropyLoss` for the formulas. It reads half and
+    bfloat16 logits as they are, in any memory format, computes in float32 (float64 for float64), and keeps two numbers
+    a pixel for the backward pass, not the probabilities. Differentiable for ``input`` to any order; second derivatives,
+    and calls whose target or weight needs a gradient, run as plain PyTorch.
+
+    Args:
+        input: Logits ``[C]``, ``[N, C]`` or ``[N, C, d1, ...]``; float32, float64, bfloat16 or float16. Never
+            written to.
+        target: Labels in [0, C), of input's shape without C, as uint8, int16, int32 or int64; or class probabilities,
+            floating-point, of input's shape.
+        weight: ``[C]``, how much each class counts; any floating-point dtype.
+        ignore_index: A label that adds nothing to the loss, its gradient or the mean's divisor. With probabilities it
+            must be negative, and has no meaning.
+        reduction: "none" for a loss per pixel; "mean" for their sum over the weights of the labels that count (over the
+            number of pixels, with probabilities); or "sum".
+        label_smoothing: Share of the target, in [0, 1], that is spread evenly over all classes.
+
+    Returns:
+        The loss in input's dtype (its promotion with target's, for probabilities; float32 for half dtypes under
+        autocast): ``[N, d1, ...]`` for "none", else one number. NaN for the "mean" over no pixel.
+
+    Raises:
+        IndexError: A label is neither in [0, C) nor ignore_index (on a CPU).
+        ValueError: Shapes, devices or numbers don't fit; the message names the argument.
+        TypeError: A dtype that isn't supported.
+    """
+    _check_cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing)
+    if target.requires_grad or (weight is not None and weight.requires_grad):
+        if not torch.compiler.is_compiling():
+            log_slow_road("cross_entropy", "target or weight needs a gradient")
+        return reference.cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing)
+
+    probabilities = target.is_floating_point()
+    dtype = torch.promote_types(input.dtype, target.dtype) if probabilities else input.dtype
+    accumulated = _cross_entropy.accumulation_dtype(input)
+    if dtype.itemsize < accumulated.itemsize and torch.is_autocast_enabled(input.device.type):
+        dtype = accumulated
+    if probabilities and torch.float64 in (input.dtype, target.dtype):
+        target = target.to(accumulated)
+    if weight is not None:
+        weight = weight.to(accumulated).contiguous()
+    if input.ndim > 1:
+        loss = _cross_entropy.cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing)
+    else:
+        batch = target.unsqueeze(0) if probabilities else target.reshape(1)
+        loss = _cross_entropy.cross_entropy(input.unsqueeze(0), batch, weight, ignore_index, reduction, label_smoothing)
+        loss = loss.squeeze(0) if reduction == "none" else loss
+    return loss.to(dtype)
+
+
 FLOATING_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
-
-def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The tensors in autocast's dtype where it is on for their device, as it treats conv2d."""
-    device = tensors[0].device.type if tensors[0] is not None else "cpu"
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    # Autocast leaves float64 alone.
-    return tuple(
-        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors
-    )
 
 
 def _check_tensors(input: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> None:
@@ -179,3 +228,52 @@ def _check_sizes(input: Tensor, weight: Tensor, geometry: _conv_relu_pool2d.Geom
     pooled = _conv_relu_pool2d.pooled_size(_conv_relu_pool2d.convolved_size(input, weight, geometry), geometry)
     if min(pooled) < 1:
         raise ValueError(f"pool_size: {geometry.pool_size} leaves no output (pooled size {pooled})")
+
+
+LABEL_DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
+
+
+def _check_cross_entropy(
+    input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, label_smoothing: float
+) -> None:
+    if input.ndim == 0:
+        raise ValueError("input: expected [C], [N, C] or [N, C, d1, ...], got a scalar")
+    if input.dtype not in FLOATING_DTYPES:
+        raise TypeError(f"input: expected float32, float64, bfloat16 or float16, got {input.dtype}")
+    classes = input.shape[min(1, input.ndim - 1)]
+    if classes == 0:
+        raise ValueError(f"input: expected at least one class, got shape {tuple(input.shape)}")
+    _check_target(input, target, ignore_index)
+    if weight is not None:
+        if weight.ndim != 1 or weight.shape[0] != classes:
+            raise ValueError(f"weight: expected shape ({classes},), got {tuple(weight.shape)}")
+        if not weight.is_floating_point():
+            raise TypeError(f"weight: expected a floating-point dtype, got {weight.dtype}")
+        if weight.device != input.device:
+            raise ValueError(f"weight: expected input's device {input.device}, got {weight.device}")
+    if reduction not in _cross_entropy.REDUCTIONS:
+        raise ValueError(f'reduction: expected "none", "mean" or "sum", got {reduction!r}')
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing: expected a number in [0, 1], got {label_smoothing}")
+
+
+def _check_target(input: Tensor, target: Tensor, ignore_index: int) -> None:
+    if target.device != input.device:
+        raise ValueError(f"target: expected input's device {input.device}, got {target.device}")
+    if target.is_floating_point():
+        if target.shape != input.shape:
+            raise ValueError(
+                f"target: expected class probabilities of input's shape {tuple(input.shape)}, got {tuple(target.shape)}"
+                f" in {target.dtype}; class labels need an integer dtype"
+            )
+        if target.dtype not in FLOATING_DTYPES:
+            raise TypeError(f"target: expected float32, float64, bfloat16 or float16, got {target.dtype}")
+        if ignore_index >= 0:
+            raise ValueError(f"ignore_index: class probabilities have no label to ignore, got {ignore_index}")
+        return
+    if target.dtype not in LABEL_DTYPES:
+        raise TypeError(f"target: expected uint8, int16, int32 or int64 labels, got {target.dtype}")
+    expected = (*input.shape[:1], *input.shape[2:]) if input.ndim > 1 else ()
+    # As torch's, [C] logits also take a label of shape [1].
+    if target.shape != expected and not (input.ndim == 1 and target.shape == (1,)):
+        raise ValueError(f"target: expected labels of shape {expected}, got {tuple(target.shape)} in {target.dtype}")

@@ -141,3 +141,16 @@ class ConvReLUPool2d(nn.Conv2d):
             parts.append(f"pool_padding={self.pool_padding}")
         parts += [f"{name}=True" for name in ("ceil_mode", "return_indices", "return_skip") if getattr(self, name)]
         return ", ".join(parts)
+
+
+class CrossEntropyLoss(nn.CrossEntropyLoss):
+    """`torch.nn.CrossEntropyLoss` on `fastseg.functional.cross_entropy`: same constructor, same state_dict.
+
+    See `fastseg.functional.cross_entropy` for the shapes and dtypes; labels need not be int64.
+    """
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """The loss between logits ``[N, C, d1, ...]`` and labels ``[N, d1, ...]`` or class probabilities."""
+        return functional.cross_entropy(
+            input, target, self.weight, self.ignore_index, self.reduction, self.label_smoothing
+        )

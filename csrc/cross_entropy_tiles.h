@@ -1,0 +1,266 @@
+// How cross_entropy's kernels walk over their tensors: the pixels of a call, cut into tiles, and a tile's values as
+// dense rows along pixels, one row a class.
+#pragma once
+
+#include "cross_entropy.h"
+#include "pack.h"
+#include "parallel.h"
+
+namespace fastseg {
+namespace FASTSEG_ISA {
+namespace {
+
+// A tile's rows fit half of a 512 KB L2 cache; its per-pixel arrays fit L1.
+constexpr int64_t kTileBytes = 192 * 1024;
+constexpr int64_t kMaxTilePixels = 2048;
+constexpr int64_t kTilePixelMultiple = 32;  // whole blocks of vectors, on every instruction set
+// Rows whose distance is a power of two would compete for the same cache sets.
+constexpr int64_t kRowPadding = 64 / sizeof(float);
+// Each task's sums are added in the order of the tasks, so that results don't depend on the number of threads.
+constexpr int64_t kMaxTasks = 1024;
+
+inline int64_t smaller(int64_t a, int64_t b) {
+  return a < b ? a : b;
+}
+inline int64_t round_up(int64_t value, int64_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
+
+enum Role { kInput, kTarget, kGradOutput, kGradInput, kRoles };
+
+// All dimensions but the classes', outermost first, merged wherever the strides of every tensor allow.
+struct Pixels {
+  int64_t count = 1;
+  int ndim = 0;
+  int64_t size[kMaxDims];
+  int64_t stride[kMaxDims][kRoles];
+
+  int64_t inner_stride(Role role) const { return stride[ndim - 1][role]; }
+
+  // The tensors in the order of Role; null for one that the call has not. Those with input's rank have classes.
+  explicit Pixels(const Tensor* const (&tensors)[kRoles]) {
+    const Tensor& input = *tensors[kInput];
+    for (int d = 0; d < input.ndim; ++d) {
+      if (d == 1) continue;
+      count *= input.size[d];
+      if (input.size[d] != 1) append(tensors, d);
+    }
+    if (ndim == 0) append(tensors, 0);  // a single pixel
+  }
+
+ private:
+  void append(const Tensor* const (&tensors)[kRoles], int d) {
+    const int64_t length = tensors[kInput]->size[d];
+    int64_t next[kRoles];
+    bool mergeable = ndim > 0;
+    for (int r = 0; r < kRoles; ++r) {
+      const Tensor* tensor = tensors[r];
+      const bool given = tensor != nullptr && tensor->ndim > 0;
+      const bool has_classes = given && tensor->ndim == tensors[kInput]->ndim;
+      next[r] = given ? tensor->stride[d > 0 && !has_classes ? d - 1 : d] : 0;
+      mergeable = mergeable && stride[ndim - 1][r] == next[r] * length;
+    }
+    if (!mergeable) size[ndim++] = 1;
+    size[ndim - 1] *= length;
+    memcpy(stride[ndim - 1], next, sizeof next);
+  }
+};
+
+// Consecutive pixels at one distance from each other in every tensor.
+struct Run {
+  int64_t first, length;   // within the tile
+  int64_t offset[kRoles];  // of the first pixel, in elements
+};
+
+template <class Body>
+void for_each_run(const Pixels& pixels, int64_t begin, int64_t count, Body body) {
+  int64_t index[kMaxDims];
+  for (int d = pixels.ndim - 1; d >= 0; --d) {
+    index[d] = begin % pixels.size[d];
+    begin /= pixels.size[d];
+  }
+  const int inner = pixels.ndim - 1;
+  for (int64_t done = 0; done < count;) {
+    Run run = {done, smaller(count - done, pixels.size[inner] - index[inner]), {}};
+    for (int d = 0; d <= inner; ++d)
+      for (int r = 0; r < kRoles; ++r) run.offset[r] += index[d] * pixels.stride[d][r];
+    body(run);
+    done += run.length;
+    index[inner] += run.length;
+    for (int d = inner; d > 0 && index[d] == pixels.size[d]; --d) {
+      index[d] = 0;
+      ++index[d - 1];
+    }
+  }
+}
+
+// The partition of a call's pixels into tasks and tiles, from its shape alone.
+struct Plan {
+  int64_t classes;
+  int64_t tile_pixels, tile_stride;  // a tile's pixels, and the distance of its rows in scratch memory
+  int64_t task_pixels, tasks;
+
+  template <class T>
+  static Plan of(const CrossEntropy& call, const Pixels& pixels, bool probabilities) {
+    Plan plan;
+    plan.classes = call.input.size[1];
+    const int64_t pixel_bytes = plan.classes * static_cast<int64_t>(sizeof(T)) * (probabilities ? 2 : 1);
+    const int64_t fitting = kTileBytes / pixel_bytes / kTilePixelMultiple * kTilePixelMultiple;
+    plan.tile_pixels = fitting < kTilePixelMultiple ? kTilePixelMultiple : smaller(fitting, kMaxTilePixels);
+    plan.tile_pixels = smaller(plan.tile_pixels, round_up(pixels.count, kTilePixelMultiple));
+    plan.tile_stride = plan.tile_pixels + kRowPadding;
+    const int64_t tiles = plan.tile_pixels == 0 ? 0 : round_up(pixels.count, plan.tile_pixels) / plan.tile_pixels;
+    plan.task_pixels = round_up(tiles, kMaxTasks) / kMaxTasks * plan.tile_pixels;
+    plan.tasks = tiles == 0 ? 0 : round_up(pixels.count, plan.task_pixels) / plan.task_pixels;
+    return plan;
+  }
+};
+
+// Calls body(begin, count) for each tile of a task until one returns false.
+template <class Body>
+bool for_each_tile(const Plan& plan, const Pixels& pixels, int64_t task, Body body) {
+  const int64_t end = smaller(pixels.count, (task + 1) * plan.task_pixels);
+  for (int64_t begin = task * plan.task_pixels; begin < end; begin += plan.tile_pixels)
+    if (!body(begin, smaller(plan.tile_pixels, end - begin))) return false;
+  return true;
+}
+
+// rows[c * stride + p] = the tensor's value for class c and the tile's pixel p, up to whole vectors filled with zeros.
+template <class T>
+void pack_tile(const Tensor& tensor, Role role, const Pixels& pixels, int64_t begin, int64_t count, T* rows,
+               int64_t stride) {
+  const int64_t classes = tensor.size[1];
+  for_each_run(pixels, begin, count, [&](const Run& run) {
+    pack(at(tensor, run.offset[role]), tensor.dtype, classes, run.length, tensor.stride[1], pixels.inner_stride(role),
+         rows + run.first, stride);
+  });
+  const int64_t padding = round_up(count, kTilePixelMultiple) - count;
+  if (padding == 0) return;
+  for (int64_t c = 0; c < classes; ++c) memset(rows + c * stride + count, 0, padding * sizeof(T));
+}
+
+// The inverse of pack_tile.
+template <class T>
+void unpack_tile(const T* rows, int64_t stride, const Tensor& tensor, Role role, const Pixels& pixels, int64_t begin,
+                 int64_t count) {
+  for_each_run(pixels, begin, count, [&](const Run& run) {
+    unpack(rows + run.first, stride, tensor.size[1], run.length, at_mutable(tensor, run.offset[role]), tensor.dtype,
+           tensor.stride[1], pixels.inner_stride(role));
+  });
+}
+
+// Whether a tile's rows lie in the tensor's memory as in scratch: dense along the pixels, of type T, in whole vectors.
+template <class T>
+bool is_row_major(const Tensor& tensor, Role role, const Pixels& pixels, int64_t begin, int64_t count) {
+  const DType dtype = sizeof(T) == sizeof(double) ? DType::kFloat64 : DType::kFloat32;
+  const int64_t inner = pixels.size[pixels.ndim - 1];
+  return tensor.dtype == dtype && pixels.inner_stride(role) == 1 && count % kLanes<T> == 0 &&
+         begin / inner == (begin + count - 1) / inner;
+}
+
+// A label in a lane's integer; negative where the pixel is ignored.
+constexpr int kIgnored = -1;
+
+template <class Label, class I>
+bool read_label_run(const Label* source, int64_t count, int64_t stride, const CrossEntropy& call, I* labels) {
+  const uint64_t classes = static_cast<uint64_t>(call.input.size[1]);
+  bool valid = true;
+  for (int64_t p = 0; p < count; ++p) {
+    const int64_t label = source[p * stride];
+    const bool ignored = label == call.ignore_index;
+    labels[p] = ignored ? kIgnored : static_cast<I>(label);
+    valid &= ignored | (static_cast<uint64_t>(label) < classes);
+  }
+  return valid;
+}
+
+template <class Label>
+int64_t first_invalid(const Label* source, int64_t stride, const CrossEntropy& call) {
+  for (int64_t p = 0;; p += stride) {
+    const int64_t label = source[p];
+    if (label != call.ignore_index && (label < 0 || label >= call.input.size[1])) return label;
+  }
+}
+
+// The labels of a tile, padded with kIgnored. False, and *invalid says which, where one is no class.
+template <class I>
+bool read_labels(const CrossEntropy& call, const Pixels& pixels, int64_t begin, int64_t count, I* labels,
+                 InvalidLabel* invalid) {
+  const int64_t stride = pixels.inner_stride(kTarget);
+  for_each_run(pixels, begin, count, [&](const Run& run) {
+    const auto read = [&](const auto* source) {
+      if (invalid->found || read_label_run(source, run.length, stride, call, labels + run.first)) return;
+      *invalid = {true, first_invalid(source, stride, call)};
+    };
+    const void* source = at(call.target, run.offset[kTarget]);
+    if (call.target.dtype == DType::kUInt8) read(static_cast<const uint8_t*>(source));
+    if (call.target.dtype == DType::kInt16) read(static_cast<const int16_t*>(source));
+    if (call.target.dtype == DType::kInt32) read(static_cast<const int32_t*>(source));
+    if (call.target.dtype == DType::kInt64) read(static_cast<const int64_t*>(source));
+  });
+  for (int64_t p = count; p < round_up(count, kTilePixelMultiple); ++p) labels[p] = kIgnored;
+  return !invalid->found;
+}
+
+// How much a class counts: q = probability * scale[c] + shift[c], which holds the class's weight and the smoothing.
+template <class T>
+struct ClassTerms {
+  T smoothing;  // zero where it is off
+  T *weight, *scale, *shift;
+  T shift_sum = 0;
+
+  static int64_t elements(const Plan& plan) { return 3 * plan.classes; }
+
+  ClassTerms(const CrossEntropy& call, T* memory) {
+    const int64_t classes = call.input.size[1];
+    smoothing = call.label_smoothing > 0 ? static_cast<T>(call.label_smoothing) : T(0);
+    weight = memory;
+    scale = memory + classes;
+    shift = memory + 2 * classes;
+    for (int64_t c = 0; c < classes; ++c) {
+      weight[c] = call.weight ? static_cast<const T*>(call.weight.data)[c] : T(1);
+      scale[c] = (1 - smoothing) * weight[c];
+      shift[c] = smoothing / static_cast<T>(classes) * weight[c];
+      shift_sum += shift[c];
+    }
+  }
+};
+
+// A tile's scratch memory. All pieces start on cache lines.
+template <class T>
+struct Tile {
+  int64_t classes, stride;
+  T *logits, *probabilities;             // [classes, stride]; probabilities only where the target is such
+  T *largest, *log_sum;                  // [stride], as all that follow: the statistics
+  T *spread, *loss, *weight;             // forward
+  T *grad, *target_sum, *grad_of_label;  // backward
+  Int<T>* labels;
+
+  static int64_t elements(const Plan& plan, bool probabilities) {
+    return (plan.classes * (probabilities ? 2 : 1) + 9) * plan.tile_stride;
+  }
+
+  Tile(const Plan& plan, bool has_probabilities, T* memory) : classes(plan.classes), stride(plan.tile_stride) {
+    const auto take = [&](int64_t rows) {
+      T* piece = memory;
+      memory += rows * stride;
+      return piece;
+    };
+    logits = take(classes);
+    probabilities = has_probabilities ? take(classes) : nullptr;
+    T** const arrays[] = {&largest, &log_sum, &spread, &loss, &weight, &grad, &target_sum, &grad_of_label};
+    for (T** array : arrays) *array = take(1);
+    labels = reinterpret_cast<Int<T>*>(take(1));
+  }
+};
+
+// The calling thread's scratch memory for a tile and the class terms; null where memory ran out.
+template <class T>
+T* tile_memory(const Plan& plan, bool probabilities) {
+  const int64_t elements = Tile<T>::elements(plan, probabilities) + ClassTerms<T>::elements(plan);
+  return static_cast<T*>(scratch(elements * static_cast<int64_t>(sizeof(T))));
+}
+
+}  // namespace
+}  // namespace FASTSEG_ISA
+}  // namespace fastseg

@@ -1,0 +1,186 @@
+"""cross_entropy's registration: schemas, fake, CPU and fallback implementations, and the gradient.
+
+The operators take what `fastseg.functional.cross_entropy` has resolved: input ``[N, C, d1, ...]``; class labels
+``[N, d1, ...]`` of an integer dtype, or class probabilities of input's shape; weight ``[C]``, contiguous. Weight, loss,
+statistics and total_weight have the accumulation dtype: float64 for float64 input, else float32. So have probabilities,
+or a half dtype instead of float32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastseg import reference
+from fastseg._native import describe, log_slow_road, native
+
+REDUCTIONS = ("none", "mean", "sum")  # in the order of csrc/cross_entropy.h's Reduction
+MAX_DIMS = 8  # csrc/tensor.h's kMaxDims
+
+
+def accumulation_dtype(input: Tensor) -> torch.dtype:
+    """The dtype of the arithmetic."""
+    return torch.float64 if input.dtype == torch.float64 else torch.float32
+
+
+# ---- schemas ----
+
+_OPTIONS = "SymInt ignore_index, str reduction, float label_smoothing"
+_library = torch.library.Library("fastseg", "FRAGMENT")
+_library.define(
+    f"cross_entropy(Tensor input, Tensor target, Tensor? weight, {_OPTIONS})"
+    " -> (Tensor loss, Tensor statistics, Tensor total_weight)"
+)
+_library.define(
+    "cross_entropy_backward(Tensor grad_output, Tensor input, Tensor target, Tensor? weight, Tensor statistics, "
+    f"Tensor total_weight, {_OPTIONS}) -> Tensor"
+)
+
+
+def _allocate_outputs(input: Tensor, reduction: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, statistics (each pixel's largest logit m, and log(sum(exp(x - m)))), and what "mean" divides by."""
+    pixels = (input.shape[0], *input.shape[2:])
+    dtype = accumulation_dtype(input)
+    return (
+        input.new_empty(pixels if reduction == "none" else (), dtype=dtype),
+        input.new_empty((2, *pixels), dtype=dtype),
+        input.new_empty((), dtype=dtype),
+    )
+
+
+@torch.library.register_fake("fastseg::cross_entropy", lib=_library)
+def _forward_fake(
+    input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, label_smoothing: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _allocate_outputs(input, reduction)
+
+
+@torch.library.register_fake("fastseg::cross_entropy_backward", lib=_library)
+def _backward_fake(grad_output: Tensor, input: Tensor, *rest: Any) -> Tensor:
+    return torch.empty_like(input)
+
+
+# ---- implementations ----
+
+
+def _kernels(input: Tensor) -> Any:
+    """The extension where it serves the call, else None and a line in the log."""
+    if input.ndim > MAX_DIMS:
+        log_slow_road("cross_entropy", f"the kernels take at most {MAX_DIMS} dimensions")
+        return None
+    return native("cross_entropy")
+
+
+def _forward_cpu(
+    input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, label_smoothing: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    kernels = _kernels(input)
+    if kernels is None:
+        return _forward_plain(input, target, weight, ignore_index, reduction, label_smoothing)
+    outputs = _allocate_outputs(input, reduction)
+    kernels.cross_entropy_forward(
+        describe(input), describe(target), describe(weight), *map(describe, outputs),
+        ignore_index, REDUCTIONS.index(reduction), label_smoothing, torch.get_num_threads(),
+    )  # fmt: skip
+    return outputs
+
+
+def _backward_cpu(
+    grad_output: Tensor, input: Tensor, target: Tensor, weight: Tensor | None, statistics: Tensor, total_weight: Tensor,
+    ignore_index: int, reduction: str, label_smoothing: float,
+) -> Tensor:  # fmt: skip
+    kernels = _kernels(input)
+    if kernels is None:
+        return _backward_plain(
+            grad_output, input, target, weight, statistics, total_weight, ignore_index, reduction, label_smoothing
+        )
+    grad_input = torch.empty_like(input)
+    kernels.cross_entropy_backward(
+        describe(grad_output), describe(input), describe(target), describe(weight), describe(statistics),
+        describe(total_weight), describe(grad_input),
+        ignore_index, REDUCTIONS.index(reduction), label_smoothing, torch.get_num_threads(),
+    )  # fmt: skip
+    return grad_input
+
+
+def _forward_plain(
+    input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, label_smoothing: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The operator from torch's own, for devices without a kernel."""
+    if input.device.type != "cpu":
+        log_slow_road("cross_entropy", f"no kernel for device type {input.device.type!r}")
+    logits = input.to(accumulation_dtype(input))
+    loss = reference.cross_entropy(logits, target, weight, ignore_index, reduction, label_smoothing)
+    largest = logits.amax(1)
+    statistics = torch.stack((largest, (logits - largest.unsqueeze(1)).exp().sum(1).log()))
+    if target.is_floating_point():
+        return loss, statistics, largest.new_full((), largest.numel())
+    valid = target != ignore_index
+    counts = valid if weight is None else weight[target.where(valid, 0).long()].where(valid, 0)
+    return loss, statistics, counts.sum().to(statistics.dtype)
+
+
+def _backward_plain(
+    grad_output: Tensor, input: Tensor, target: Tensor, weight: Tensor | None, statistics: Tensor, total_weight: Tensor,
+    ignore_index: int, reduction: str, label_smoothing: float,
+) -> Tensor:  # fmt: skip
+    largest, log_sum = statistics.unsqueeze(2)
+    probabilities = (input - largest - log_sum).exp()
+    grad = (grad_output / total_weight if reduction == "mean" else grad_output).expand_as(statistics[0])
+    if target.is_floating_point():
+        distribution = target.to(statistics.dtype)
+    else:
+        ignored = target == ignore_index
+        labels = target.masked_fill(ignored, 0).long().unsqueeze(1)
+        distribution = torch.zeros_like(probabilities).scatter_(1, labels, 1)
+        grad = grad.masked_fill(ignored, 0)
+    if label_smoothing > 0:
+        distribution = distribution * (1 - label_smoothing) + label_smoothing / input.shape[1]
+    if weight is not None:
+        distribution = distribution * weight.view(-1, *[1] * (input.ndim - 2))
+    grad_input = (probabilities * distribution.sum(1, keepdim=True) - distribution) * grad.unsqueeze(1)
+    return torch.empty_like(input).copy_(grad_input)
+
+
+_library.impl("cross_entropy", _forward_cpu, "CPU")
+_library.impl("cross_entropy_backward", _backward_cpu, "CPU")
+_library.impl("cross_entropy", _forward_plain, "CompositeExplicitAutograd")
+_library.impl("cross_entropy_backward", _backward_plain, "CompositeExplicitAutograd")
+
+
+# ---- gradient ----
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """The gradient around the operator; forward and backward are both operators, so that compilers can trace them."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, target: Tensor, weight: Tensor | None, *options: Any) -> Tensor:
+        loss, statistics, total_weight = torch.ops.fastseg.cross_entropy.default(input, target, weight, *options)
+        ctx.save_for_backward(input, target, weight, statistics, total_weight)
+        ctx.options = options
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        input, target, weight, statistics, total_weight = ctx.saved_tensors
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # create_graph=True: this gradient will be differentiated itself, which plain PyTorch can.
+            loss = reference.cross_entropy(input.to(grad_loss.dtype), target, weight, *ctx.options)
+            (grad_input,) = torch.autograd.grad(loss, input, grad_loss, create_graph=True)
+        else:
+            grad_input = torch.ops.fastseg.cross_entropy_backward.default(
+                grad_loss, input, target, weight, statistics, total_weight, *ctx.options
+            )
+        return grad_input, None, None, None, None, None
+
+
+def cross_entropy(
+    input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, label_smoothing: float
+) -> Tensor:
+    """The operator with its gradient for input; arguments checked by `fastseg.functional.cross_entropy`."""
+    if torch.is_grad_enabled() and input.requires_grad:
+        return _CrossEntropy.apply(input, target, weight, ignore_index, reduction, label_smoothing)
+    return torch.ops.fastseg.cross_entropy.default(input, target, weight, ignore_index, reduction, label_smoothing)[0]
