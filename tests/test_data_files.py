@@ -86,13 +86,15 @@ def test_a_palette_image_with_a_transparency_table_becomes_rgb(tmp_path: Path) -
     assert torch.equal(read_image(tmp_path / "image.png"), expected)
 
 
-def test_an_image_is_turned_as_its_exif_orientation_says(tmp_path: Path) -> None:
+@pytest.mark.parametrize("suffix", [".png", ".tiff"])
+def test_an_image_is_turned_as_its_exif_orientation_says(tmp_path: Path, suffix: str) -> None:
     source = Image.fromarray(gradient())
     exif = Image.Exif()
     exif[0x0112] = 6  # Orientation: a quarter turn clockwise
-    source.save(tmp_path / "image.png", exif=exif)
+    path = tmp_path / f"image{suffix}"
+    source.save(path, exif=exif)
     turned = np.rot90(gradient(), -1).copy()
-    assert torch.equal(read_image(tmp_path / "image.png"), torch.from_numpy(turned).permute(2, 0, 1))
+    assert torch.equal(read_image(path), torch.from_numpy(turned).permute(2, 0, 1))
 
 
 def test_read_image_resizes(tmp_path: Path, pair: Pair) -> None:

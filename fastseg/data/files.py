@@ -1,5 +1,6 @@
 """Reading images and masks: files in, checked tensors out."""
 
+import struct
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,8 +14,9 @@ from fastseg.data.errors import DataError
 from fastseg.data.pairs import Pair
 
 # What Pillow raises on damaged files (found by damaging files of ten formats): OSError for most, SyntaxError for broken
-# PNG chunks, ValueError for broken headers, and its own error for sizes that only a damaged or hostile header claims.
-_UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+# PNG chunks, ValueError for broken headers, struct.error for broken EXIF data, and its own error for sizes that only a
+# damaged or hostile header claims.
+_UNREADABLE = (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
 
 _INDEX_MODES = ("1", "L", "P", "I", "I;16", "I;16L", "I;16B", "I;16N")  # Pillow's modes with one integer for each pixel
 _DEEP_MODES = (
