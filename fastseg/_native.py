@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import logging
 from typing import Any, TypeAlias
@@ -10,7 +11,7 @@ from typing import Any, TypeAlias
 import torch  # before _C: the extension then shares torch's OpenMP thread pool
 
 try:
-    from fastseg import _C
+    _C: Any = importlib.import_module("fastseg._C")
 except ImportError as error:
     _C = None
     load_error: str | None = f"{type(error).__name__}: {error}"
@@ -59,8 +60,8 @@ def info() -> dict[str, Any]:
 
     Returns:
         A dictionary with the keys ``fastseg`` and ``torch`` (versions), ``cpu`` ("native", or why not),
-        ``cpu_isa`` (the instruction set in use) and ``cpu_isas`` (those that this machine runs; the environment variable
-        ``FASTSEG_CPU_ISA`` chooses one), ``openmp`` (whether the kernels run on several threads), ``threads``
+        ``cpu_isa`` (the instruction set in use) and ``cpu_isas`` (those that this machine runs; the environment
+        variable ``FASTSEG_CPU_ISA`` chooses one), ``openmp`` (whether the kernels run on several threads), ``threads``
         (``torch.get_num_threads()``), ``cuda`` (devices that torch sees) and ``triton`` (whether it can be imported).
     """
     from fastseg import __version__

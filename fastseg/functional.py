@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,7 +11,7 @@ from fastseg._native import log_slow_road
 from fastseg.ops import conv_relu_pool2d as _conv_relu_pool2d
 from fastseg.ops import cross_entropy as _cross_entropy
 
-IntOrPair = int | Sequence[int]
+IntOrPair = int | tuple[int, ...]
 
 
 def conv_relu_pool2d(
@@ -38,7 +36,8 @@ def conv_relu_pool2d(
     `torch.nn.functional.max_pool2d` for the formulas of the sizes. Of equal maxima the first in scan order takes the
     gradient, NaN propagates, and a window whose maximum ReLU cut passes no gradient. Where a fused kernel serves the
     call, the full-resolution map is never in memory. Differentiable to any order; second derivatives run as plain
-    PyTorch.
+    PyTorch. In half types the maximum is found before the values are rounded, so that among values that round to one
+    the indices may differ from torch's.
 
     Args:
         input: Images ``[N, C, H, W]`` or ``[C, H, W]``; float32, float64, bfloat16 or float16. Read by its strides;
@@ -65,7 +64,7 @@ def conv_relu_pool2d(
         ValueError: Shapes or numbers don't fit; the message names the argument.
         TypeError: A dtype that isn't supported, or dtypes that differ.
     """
-    input, weight, bias = _autocast(input, weight, bias)
+    input, weight, bias = _conv_relu_pool2d.cast_for_autocast(input, weight, bias)
     _check_tensors(input, weight, bias, groups)
     if input.ndim == 3:
         results = conv_relu_pool2d(
@@ -168,6 +167,8 @@ def _check_tensors(input: Tensor, weight: Tensor, bias: Tensor | None, groups: i
         raise ValueError(f"input: expected [N, C, H, W] or [C, H, W], got shape {tuple(input.shape)}")
     if weight.ndim != 4:
         raise ValueError(f"weight: expected [K, C / groups, height, width], got shape {tuple(weight.shape)}")
+    if weight.shape[0] == 0:
+        raise ValueError(f"weight: expected at least one output channel, got shape {tuple(weight.shape)}")
     if groups < 1 or weight.shape[0] % groups:
         raise ValueError(f"groups: expected a divisor of weight's {weight.shape[0]} output channels, got {groups}")
     if input.shape[-3] != weight.shape[1] * groups:

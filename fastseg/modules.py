@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,6 +11,12 @@ from torch import Tensor, nn
 from fastseg import functional
 
 IntOrPair = int | tuple[int, int]
+
+
+def _convolution_arguments(conv: nn.Conv2d) -> dict[str, Any]:
+    """The constructor's arguments of ``conv``, for a twin without memory that is to share its parameters."""
+    names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+    return {name: getattr(conv, name) for name in names} | {"bias": conv.bias is not None, "device": "meta"}
 
 
 class ConvReLUPool2d(nn.Conv2d):
@@ -52,7 +58,7 @@ class ConvReLUPool2d(nn.Conv2d):
         dilation: IntOrPair = 1,
         groups: int = 1,
         bias: bool = True,
-        padding_mode: str = "zeros",
+        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
         device: Any = None,
         dtype: Any = None,
         *,
@@ -73,9 +79,9 @@ class ConvReLUPool2d(nn.Conv2d):
         self.return_indices = return_indices
         self.return_skip = return_skip
 
-    def forward(self, input: Tensor) -> Tensor | tuple[Tensor, ...]:
+    def forward(self, input: Tensor) -> Any:
         """The pooled output; with it, where asked in the constructor, the indices and the skip."""
-        padding = self.padding
+        padding: Any = self.padding
         if self.padding_mode != "zeros":
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = 0
@@ -105,11 +111,14 @@ class ConvReLUPool2d(nn.Conv2d):
         if pool.dilation not in (1, (1, 1)):
             raise ValueError(f"pool: expected dilation 1, got {pool.dilation}; keep the three layers for it")
         layer = cls(
-            conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,
-            conv.groups, conv.bias is not None, conv.padding_mode, device="meta",
-            pool_size=pool.kernel_size, pool_stride=pool.stride, pool_padding=pool.padding, ceil_mode=pool.ceil_mode,
-            return_indices=pool.return_indices, return_skip=return_skip,
-        )  # fmt: skip
+            **_convolution_arguments(conv),
+            pool_size=pool.kernel_size,
+            pool_stride=pool.stride,
+            pool_padding=pool.padding,
+            ceil_mode=pool.ceil_mode,
+            return_indices=pool.return_indices,
+            return_skip=return_skip,
+        )
         layer.weight, layer.bias = conv.weight, conv.bias
         return layer.train(conv.training)
 
@@ -121,10 +130,7 @@ class ConvReLUPool2d(nn.Conv2d):
         """
         if self.return_skip:
             raise ValueError("return_skip: a Sequential has one output; build the layer without it first")
-        conv = nn.Conv2d(
-            self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding, self.dilation,
-            self.groups, self.bias is not None, self.padding_mode, device="meta",
-        )  # fmt: skip
+        conv = nn.Conv2d(**_convolution_arguments(self))
         conv.weight, conv.bias = self.weight, self.bias
         pool = nn.MaxPool2d(
             self.pool_size, self.pool_stride, self.pool_padding,

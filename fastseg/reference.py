@@ -5,13 +5,10 @@ Imports torch alone. All functions are differentiable, to any order, by PyTorch'
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IntOrPair = int | Sequence[int]
+IntOrPair = int | tuple[int, ...]
 
 
 def conv_relu_pool2d(
@@ -32,7 +29,7 @@ def conv_relu_pool2d(
 ) -> Tensor | tuple[Tensor, ...]:
     """``max_pool2d(relu(conv2d(input, weight, bias, ...)), pool_size, ...)``; see `fastseg.functional`."""
     skip = F.relu(F.conv2d(input, weight, bias, stride, padding, dilation, groups))
-    output, indices = F.max_pool2d(
+    output, indices = F.max_pool2d(  # type: ignore[call-overload]  # its stub asks for pairs where numbers do
         skip, pool_size, pool_stride, pool_padding, ceil_mode=ceil_mode, return_indices=True
     )
     results = (output, *((indices,) if return_indices else ()), *((skip,) if return_skip else ()))

@@ -1,7 +1,7 @@
 """Error bounds and input makers, shared by the tests and the benchmarks, and open to users who test their own models.
 
-No bound here is a chosen number: a result may be off from a float64 truth by a small factor of what plain PyTorch itself
-is off, in the same dtype on the same input.
+No bound here is a chosen number: a result may be off from a float64 truth by a small factor of what plain PyTorch
+itself is off, in the same dtype on the same input.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +60,3 @@ class SegmentationModel(nn.Module):
     def extra_repr(self) -> str:
         """The number of classes, for ``repr(model)``."""
         return f"num_classes={self.num_classes}"
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        return super().__call__(*args, **kwargs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -36,8 +37,7 @@ class FCN(SegmentationModel):
         self.num_classes = num_classes
         channels = (in_channels, *widths)
         self.stages = nn.ModuleList(
-            self.front_end(before, after, kernel_size, padding="same")
-            for before, after in zip(channels[:-1], channels[1:], strict=True)
+            self.front_end(before, after, kernel_size, padding="same") for before, after in pairwise(channels)
         )
         self.classifier = nn.Conv2d(channels[-1], num_classes, 1)
 

@@ -1,7 +1,7 @@
 """conv_relu_pool2d's registration: schemas, fake, CPU and fallback implementations, and the gradient.
 
-Two roads lead through the operator on a CPU. "direct": one fused C++ kernel, the full-resolution map is never in memory.
-"library": torch's own convolution, then one C++ kernel for ReLU, pooling and positions. `choose_road` decides.
+Two roads lead through the operator on a CPU. "direct": one fused C++ kernel; the full-resolution map is never in
+memory. "library": torch's own convolution, then one C++ kernel for ReLU, pooling and positions. `choose_road` decides.
 """
 
 from __future__ import annotations
@@ -104,7 +104,9 @@ def _memory_format(input: Tensor, weight: Tensor) -> torch.memory_format:
     return torch.channels_last if either else torch.contiguous_format
 
 
-def _empty(like: Tensor, shape: tuple[int, ...], layout: torch.memory_format, dtype: torch.dtype | None = None) -> Tensor:
+def _empty(
+    like: Tensor, shape: tuple[int, ...], layout: torch.memory_format, dtype: torch.dtype | None = None
+) -> Tensor:
     return torch.empty(shape, dtype=dtype or like.dtype, device=like.device, memory_format=layout)
 
 
@@ -126,9 +128,7 @@ _library.define(
 
 
 @torch.library.register_fake("fastseg::conv_relu_pool2d", lib=_library)
-def _forward_fake(
-    input: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+def _forward_fake(input: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     geometry, (with_positions, with_skip) = Geometry(*rest[:8]), rest[8:]
     return _allocate_outputs(input, weight, geometry, with_positions, with_skip)
 
@@ -173,9 +173,7 @@ def _allocate_gradients(input: Tensor, weight: Tensor, needs: list[bool]) -> tup
 # ---- implementations ----
 
 
-def _forward_cpu(
-    input: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+def _forward_cpu(input: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     geometry, (with_positions, with_skip) = Geometry(*rest[:8]), rest[8:]
     kernels = native("conv_relu_pool2d")
     if kernels is None:
@@ -190,9 +188,7 @@ def _forward_cpu(
         )  # fmt: skip
         return output, positions, skip
 
-    convolved = torch.conv2d(
-        input, weight, bias, geometry.stride, geometry.padding, geometry.dilation, geometry.groups
-    )
+    convolved = torch.conv2d(input, weight, bias, geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
     # Where windows overlap, two of them read one row: it can't be rewritten in passing.
     overlap = any(s < p for s, p in zip(geometry.pool_stride, geometry.pool_size, strict=True))
     if with_skip and overlap:
@@ -232,7 +228,7 @@ def _backward_cpu(
 def _convolution_backward(
     grad_convolved: Tensor, input: Tensor, weight: Tensor, geometry: Geometry, needs: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """torch's own gradients of the convolution, in the layout that the fake promises."""
+    """PyTorch's own gradients of the convolution, in the layout that the fake promises."""
     gradients = torch.ops.aten.convolution_backward(
         grad_convolved, input, weight, list(weight.shape[:1]), geometry.stride, geometry.padding, geometry.dilation,
         False, [0, 0], geometry.groups, needs,
@@ -246,9 +242,7 @@ def _convolution_backward(
     return grad_input, grad_weight, gradients[2] if needs[2] else results[2]
 
 
-def _forward_plain(
-    input: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+def _forward_plain(input: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The operator for devices without a kernel, from torch's own operators."""
     geometry, (with_positions, with_skip) = Geometry(*rest[:8]), rest[8:]
     if input.device.type != "cpu":
@@ -283,6 +277,27 @@ def _backward_plain(
     return _convolution_backward(grad_convolved, input, weight, geometry, needs)
 
 
+def cast_for_autocast(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The tensors in autocast's dtype where it is on for their device, as it treats conv2d; float64 stays."""
+    device = input.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return input, weight, bias
+    dtype = torch.get_autocast_dtype(device)
+
+    def cast(tensor: Tensor) -> Tensor:
+        return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
+
+    return cast(input), cast(weight), None if bias is None else cast(bias)
+
+
+def _forward_autocast(input: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    tensors = cast_for_autocast(input, weight, bias)
+    with torch.autocast(input.device.type, enabled=False):
+        return torch.ops.fastseg.conv_relu_pool2d(*tensors, *rest)
+
+
+_library.impl("conv_relu_pool2d", _forward_autocast, "AutocastCPU")
+_library.impl("conv_relu_pool2d", _forward_autocast, "AutocastCUDA")
 _library.impl("conv_relu_pool2d", _forward_cpu, "CPU")
 _library.impl("conv_relu_pool2d_backward", _backward_cpu, "CPU")
 _library.impl("conv_relu_pool2d", _forward_plain, "CompositeExplicitAutograd")
@@ -299,9 +314,7 @@ class _ConvReLUPool2d(torch.autograd.Function):
     def forward(
         ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, with_skip: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        output, positions, skip = torch.ops.fastseg.conv_relu_pool2d(
-            input, weight, bias, *geometry, True, with_skip
-        )
+        output, positions, skip = torch.ops.fastseg.conv_relu_pool2d(input, weight, bias, *geometry, True, with_skip)
         ctx.save_for_backward(input, weight, bias, positions, skip if with_skip else None)
         ctx.geometry = geometry
         ctx.set_materialize_grads(False)
@@ -309,9 +322,7 @@ class _ConvReLUPool2d(torch.autograd.Function):
         return output, positions, skip
 
     @staticmethod
-    def backward(
-        ctx: Any, grad_output: Tensor | None, _: Any, grad_skip: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor | None, _: Any, grad_skip: Tensor | None) -> tuple[Tensor | None, ...]:
         input, weight, bias, positions, skip = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:3])
         if grad_output is None and grad_skip is None:
@@ -335,7 +346,7 @@ def _differentiable_backward(
         pool_padding=geometry.pool_padding, ceil_mode=geometry.ceil_mode, return_skip=True,
     )  # fmt: skip
     pairs = [(o, g) for o, g in ((output, grad_output), (skip, grad_skip)) if g is not None]
-    wanted = [t for t, need in zip((input, weight, bias), needs, strict=True) if need]
+    wanted = [t for t, need in zip((input, weight, bias), needs, strict=True) if need and t is not None]
     outputs, gradients = zip(*pairs, strict=True)
     found = iter(torch.autograd.grad(outputs, wanted, gradients, create_graph=True))
     return [next(found) if need else None for need in needs]

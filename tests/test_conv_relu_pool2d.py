@@ -1,0 +1,315 @@
+"""conv_relu_pool2d against plain PyTorch: values and gradients, on both roads and every instruction set."""
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastseg
+from fastseg import _native, functional, reference
+from fastseg.ops import conv_relu_pool2d as operator
+from fastseg.testing import assert_parity, make, values_and_gradients
+
+ROADS = ("direct", "library")
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SKIP = {"return_indices": True, "return_skip": True}
+STEM = {"stride": 2, "padding": 3, "pool_size": 3, "pool_stride": 2, "pool_padding": 1}
+
+# Arguments, and why they are here.
+OPTIONS = {
+    "default": {},
+    "padded": {"padding": 1},
+    "stem": STEM,  # overlapping windows that start in the pool's padding
+    "same": {"padding": "same"},
+    "valid-indices": {"padding": "valid", "return_indices": True},
+    "indices-skip": {"padding": 1, "return_indices": True, "return_skip": True},
+    "overlap-skip": {"pool_size": 3, "pool_stride": 1, "pool_padding": 1, "return_skip": True},
+    "dilated": {"dilation": (2, 1), "padding": (2, 1)},
+    "ceil": {"pool_size": 3, "pool_stride": 2, "ceil_mode": True, "return_indices": True},  # a cut last window
+    "ceil-padded": {"pool_size": 2, "pool_padding": 1, "ceil_mode": True, "return_indices": True},
+    "gaps": {"pool_size": 2, "pool_stride": 3, "return_skip": True},  # rows and columns that no window holds
+    "oblong": {"stride": (2, 1), "padding": (0, 2), "pool_size": (1, 3), "pool_stride": (2, 2)},
+    "pool-1": {"pool_size": 1},  # ReLU alone
+    "pool-tall": {"pool_size": (5, 1), "pool_stride": (1, 1)},  # taller than the stride: rows are reused
+}
+
+# N, C, H, W, K, kernel height, kernel width. Odd sizes; channels that fill neither a vector nor a block of two.
+SHAPES = {
+    "rgb": (2, 3, 17, 19, 20, 3, 3),
+    "one-channel": (1, 1, 12, 33, 1, 5, 3),
+    "blocks": (1, 5, 13, 16, 37, 4, 2),  # even kernels make "same" asymmetric
+}
+
+
+@pytest.fixture(params=ROADS)
+def road(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Leads calls down one of the two roads; those that the direct road can't serve go by the library all the same."""
+
+    def choose(input: Tensor, weight: Tensor, groups: int, with_skip: bool) -> str:
+        return "library" if groups > 1 or with_skip else request.param
+
+    monkeypatch.setattr(operator, "choose_road", choose)
+    return request.param
+
+
+@pytest.fixture(params=_native._C.runnable_isas())
+def isa(request: pytest.FixtureRequest) -> str:
+    """Selects an instruction set; afterwards the one that was active is active again."""
+    before = _native._C.active_isa()
+    _native._C.select_isa(request.param)
+    yield request.param
+    _native._C.select_isa(before)
+
+
+def tensors(shape: tuple[int, ...], dtype: torch.dtype, layout: str = "nchw", bias: bool = True) -> list[Tensor | None]:
+    n, c, h, w, k, kernel_h, kernel_w = shape
+    scale = (c * kernel_h * kernel_w) ** -0.5
+    return [
+        make((n, c, h, w), dtype, layout=layout, requires_grad=True),
+        make((k, c, kernel_h, kernel_w), dtype, seed=1, scale=scale, requires_grad=True),
+        make((k,), dtype, seed=2, scale=0.1, requires_grad=True) if bias else None,
+    ]
+
+
+def check(arguments: list[Tensor | None], **options: object) -> list[Tensor]:
+    actual = values_and_gradients(functional.conv_relu_pool2d, arguments, **options)
+    plain = values_and_gradients(reference.conv_relu_pool2d, arguments, **options)
+    truth = values_and_gradients(reference.conv_relu_pool2d, arguments, torch.float64, **options)
+    input, weight = arguments[0], arguments[1]
+    if options.get("return_indices") and actual[0].dtype in (torch.bfloat16, torch.float16):
+        # Plain PyTorch rounds the map before it looks for the maximum, fastseg doesn't: they may choose differently
+        # among values that round to one. So what stands at the indices is compared, not the indices.
+        map = reference.conv_relu_pool2d(*(t if t is None else t.double() for t in arguments), **options | SKIP)[2]
+        for results in (actual, plain, truth):
+            results[1] = map.flatten(2).gather(2, results[1].flatten(2)).to(results[0].dtype)
+    # The longest sum: a weight's gradient runs over all pixels, a value over the kernel's taps.
+    assert_parity(actual, plain, truth, terms=max(input[:, 0].numel(), weight[0].numel(), weight[:, 0].numel()))
+    return actual
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_parity(road: str, isa: str, options: dict, dtype: torch.dtype, layout: str, shape: tuple[int, ...]) -> None:
+    check(tensors(shape, dtype, layout), **options)
+
+
+@pytest.mark.parametrize("groups", [2, 6])
+def test_groups_and_no_bias(groups: int) -> None:
+    weight = make((12, 6 // groups, 3, 3), seed=1, requires_grad=True)
+    check([make((2, 6, 11, 12), requires_grad=True), weight, None], groups=groups, dilation=2, padding=2)
+
+
+@pytest.mark.parametrize(
+    "wanted", [(True, False, False), (False, True, False), (False, False, True), (True, True, True)]
+)
+def test_gradients_only_where_needed(road: str, wanted: tuple[bool, ...]) -> None:
+    arguments = [t.requires_grad_(w) for t, w in zip(tensors(SHAPES["rgb"], torch.float32), wanted, strict=True)]
+    check(arguments, padding=1)
+
+
+def test_unbatched(road: str) -> None:
+    arguments = tensors(SHAPES["rgb"], torch.float32)
+    arguments[0] = arguments[0].detach()[0].requires_grad_()
+    check(arguments, padding=1, return_indices=True, return_skip=True)
+
+
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+def test_output_layout_follows_input(road: str, layout: str) -> None:
+    arguments = tensors((2, 3, 8, 8, 4, 3, 3), torch.float32, layout)
+    memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+    outputs = functional.conv_relu_pool2d(*arguments, padding=1, return_skip=True)
+    gradient = torch.autograd.grad(outputs[0].sum() + outputs[1].sum(), arguments[0])[0]
+    for tensor in (*outputs, functional.conv_relu_pool2d(*arguments), gradient):
+        assert tensor.is_contiguous(memory_format=memory_format)
+
+
+VIEWS = {
+    "sliced-batch": lambda t: t[::2],
+    "sliced-columns": lambda t: t[..., 1:-2],
+    "strided": lambda t: t[:, :, ::2, ::2],
+    "flipped-axes": lambda t: t.transpose(2, 3),
+    "expanded": lambda t: t[:1].expand(3, -1, -1, -1),
+    "permuted": lambda t: t.permute(0, 3, 1, 2)[:, :3],
+}
+
+
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
+def test_strided_input(road: str, view: object) -> None:
+    base = make((4, 3, 18, 22), requires_grad=True)
+    _, weight, bias = tensors(SHAPES["rgb"], torch.float32)
+
+    def through_view(function: object) -> object:
+        return lambda base, weight, bias: function(view(base), weight, bias, padding=1)
+
+    actual = values_and_gradients(through_view(functional.conv_relu_pool2d), [base, weight, bias])
+    plain = values_and_gradients(through_view(reference.conv_relu_pool2d), [base, weight, bias])
+    truth = values_and_gradients(through_view(reference.conv_relu_pool2d), [base, weight, bias], torch.float64)
+    assert_parity(actual, plain, truth, terms=base[:, 0].numel())
+
+
+INCOMING = {
+    "expanded": lambda output: torch.ones((), dtype=output.dtype).expand_as(output),
+    "transposed": lambda output: make(output.shape, output.dtype).transpose(2, 3).contiguous().transpose(2, 3),
+    "from-cat": lambda output: make((output.shape[0], 2 * output.shape[1], *output.shape[2:]))[:, output.shape[1] :],
+    "channels-last": lambda output: make(output.shape, output.dtype, layout="channels_last"),
+}
+
+
+@pytest.mark.parametrize("skip", [False, True], ids=["pooled", "with-skip"])
+@pytest.mark.parametrize("incoming", INCOMING.values(), ids=INCOMING)
+def test_strided_gradient(road: str, incoming: object, skip: bool) -> None:
+    arguments = tensors(SHAPES["rgb"], torch.float32)
+
+    def gradients(function: object, dtype: torch.dtype) -> list[Tensor]:
+        leaves = [t.detach().to(dtype).requires_grad_() for t in arguments]
+        outputs = function(*leaves, padding=1, return_skip=True)[: 1 + skip]
+        given = [incoming(output.detach().float()).to(dtype) for output in outputs]
+        return list(torch.autograd.grad(outputs, leaves, given))
+
+    actual = gradients(functional.conv_relu_pool2d, torch.float32)
+    plain = gradients(reference.conv_relu_pool2d, torch.float32)
+    assert_parity(actual, plain, gradients(reference.conv_relu_pool2d, torch.float64), terms=arguments[0][:, 0].numel())
+
+
+def test_gradient_of_skip_alone() -> None:
+    arguments = tensors(SHAPES["rgb"], torch.float64)
+    actual = torch.autograd.grad(functional.conv_relu_pool2d(*arguments, return_skip=True)[1].square().sum(), arguments)
+    plain = torch.autograd.grad(reference.conv_relu_pool2d(*arguments, return_skip=True)[1].square().sum(), arguments)
+    torch.testing.assert_close(actual, plain)
+
+
+def test_no_images(road: str) -> None:
+    arguments = [torch.randn(s, requires_grad=True) for s in ((0, 3, 9, 9), (4, 3, 3, 3), (4,))]
+    output = functional.conv_relu_pool2d(*arguments)
+    assert output.shape == (0, 4, 3, 3)
+    for gradient, argument in zip(torch.autograd.grad(output.sum(), arguments), arguments, strict=True):
+        assert torch.equal(gradient, torch.zeros_like(argument))
+
+
+# ---- the pool's hard cases, on an identity convolution so that the map is known ----
+
+
+MAPS = {
+    "ties": torch.ones(6, 6),
+    "cut-by-relu": -torch.ones(6, 6),
+    "zeros": torch.zeros(6, 6),
+    "negative-zero": torch.full((6, 6), -0.0),
+    "one-nan": torch.ones(6, 6).index_put((torch.tensor(2), torch.tensor(3)), torch.tensor(float("nan"))),
+    "nan-after-larger": torch.arange(36.0).flip(0).view(6, 6).index_fill(1, torch.tensor([3]), float("nan")),
+    "all-nan": torch.full((6, 6), float("nan")),
+    "infinities": torch.tensor([float("inf"), -float("inf"), 1.0]).repeat(12).view(6, 6),
+    "all-negative-infinity": torch.full((6, 6), -float("inf")),
+}
+
+
+@pytest.mark.parametrize("window", [(2, 2, 0), (3, 2, 1), (2, 1, 1)], ids=["2x2", "3x3-stride-2", "2x2-stride-1"])
+@pytest.mark.parametrize("map", MAPS.values(), ids=MAPS)
+def test_window_maximum(road: str, isa: str, map: Tensor, window: tuple[int, int, int]) -> None:
+    size, stride, padding = window
+    leaf = map[None, None].clone().requires_grad_()
+    identity = torch.ones(1, 1, 1, 1)
+    check([leaf, identity, None], pool_size=size, pool_stride=stride, pool_padding=padding, return_indices=True)
+
+
+def test_large_window_takes_plain_pytorch_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    _native.log_slow_road.cache_clear()
+    check([make((1, 1, 33, 40), requires_grad=True), make((2, 1, 2, 2), requires_grad=True), None], pool_size=16)
+    assert "more than 255 positions" in caplog.text
+
+
+def test_largest_window_of_the_kernels(road: str) -> None:
+    check([make((1, 1, 20, 36), requires_grad=True), make((9, 1, 2, 2), seed=1, requires_grad=True), None],
+          pool_size=(15, 17), pool_stride=(2, 9), return_indices=True)  # fmt: skip
+
+
+# ---- determinism, memory, graphs ----
+
+
+def test_bitwise_equal_for_any_number_of_threads(road: str) -> None:
+    arguments = tensors((3, 3, 33, 31, 19, 3, 3), torch.float32)
+    before = torch.get_num_threads()
+    results = []
+    for threads in (1, 2, 3, 2):
+        torch.set_num_threads(threads)
+        results.append(values_and_gradients(functional.conv_relu_pool2d, arguments, padding=1))
+    torch.set_num_threads(before)
+    # oneDNN's own convolution divides its sums by thread, so that on its road the same number must give the same.
+    pairs = [(1, 3)] if road == "library" else [(0, 1), (0, 2), (1, 3)]
+    for first, second in pairs:
+        torch.testing.assert_close(results[first], results[second], rtol=0, atol=0)
+
+
+def test_fresh_memory_filled_with_nan_changes_nothing(road: str) -> None:
+    arguments = tensors(SHAPES["blocks"], torch.float32)
+    expected = values_and_gradients(functional.conv_relu_pool2d, arguments, **STEM)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills every torch.empty with NaN
+    try:
+        poisoned = values_and_gradients(functional.conv_relu_pool2d, arguments, **STEM)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    torch.testing.assert_close(poisoned, expected, rtol=0, atol=0)
+
+
+def test_arguments_are_left_alone_and_graph_can_be_retained(road: str) -> None:
+    arguments = tensors(SHAPES["rgb"], torch.float32)
+    copies = [t.detach().clone() for t in arguments]
+    outputs = functional.conv_relu_pool2d(*arguments, padding=1, return_skip=True)
+    loss = sum(output.sum() for output in outputs)
+    first = torch.autograd.grad(loss, arguments, retain_graph=True)
+    torch.testing.assert_close(first, torch.autograd.grad(loss, arguments), rtol=0, atol=0)
+    torch.testing.assert_close([t.detach() for t in arguments], copies, rtol=0, atol=0)
+
+
+def test_gradcheck_first_and_second_order(road: str) -> None:
+    arguments = tensors((1, 2, 6, 7, 3, 3, 2), torch.float64)
+    for options in ({"padding": 1}, {"return_skip": True}):
+        function = lambda *a, options=options: functional.conv_relu_pool2d(*a, **options)  # noqa: E731
+        assert torch.autograd.gradcheck(function, arguments)
+        assert torch.autograd.gradgradcheck(function, arguments)
+
+
+def test_instruction_set_override_in_a_fresh_process() -> None:
+    import os
+    import subprocess
+    import sys
+
+    script = "import fastseg; print(fastseg.info()['cpu_isa'])"
+    for name in fastseg.info()["cpu_isas"]:
+        environment = {**os.environ, "FASTSEG_CPU_ISA": name}
+        run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+        assert run.stdout.strip() == name
+    run = subprocess.run(
+        [sys.executable, "-c", script], env={**os.environ, "FASTSEG_CPU_ISA": "sse9"}, capture_output=True, text=True
+    )
+    assert "sse9" in run.stderr
+    assert "portable" in run.stderr
+
+
+# ---- errors ----
+
+BAD = {
+    "rank": ({"input": torch.ones(3, 3)}, ValueError, "input: expected"),
+    "channels": ({"input": torch.ones(1, 2, 8, 8)}, ValueError, "expected 3 channels"),
+    "weight-rank": ({"weight": torch.ones(4, 3, 3)}, ValueError, "weight: expected"),
+    "no-kernels": ({"weight": torch.ones(0, 3, 3, 3)}, ValueError, "at least one output channel"),
+    "groups": ({"groups": 3}, ValueError, "groups: expected a divisor"),
+    "bias": ({"bias": torch.ones(5)}, ValueError, "bias: expected shape"),
+    "integers": ({"input": torch.ones(1, 3, 8, 8, dtype=torch.int32)}, TypeError, "input: expected float32"),
+    "dtypes": ({"weight": torch.ones(4, 3, 3, 3, dtype=torch.float64)}, TypeError, "weight: expected input's dtype"),
+    "stride": ({"stride": 0}, ValueError, "stride: expected"),
+    "three-numbers": ({"dilation": (1, 1, 1)}, ValueError, "dilation: expected"),
+    "padding-word": ({"padding": "full"}, ValueError, "padding: expected"),
+    "same-stride": ({"padding": "same", "stride": 2}, ValueError, "needs stride 1"),
+    "kernel-too-large": ({"input": torch.ones(1, 3, 2, 8)}, ValueError, "reaches over 3 pixels of height"),
+    "pool-too-large": ({"pool_size": 7}, ValueError, "leaves no output"),
+    "pool-padding": ({"pool_padding": 2}, ValueError, "at most half"),
+}
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), BAD.values(), ids=BAD)
+def test_errors_name_the_argument(changes: dict, error: type[Exception], message: str) -> None:
+    arguments = {"input": torch.ones(1, 3, 8, 8), "weight": torch.ones(4, 3, 3, 3)} | changes
+    with pytest.raises(error, match=message):
+        functional.conv_relu_pool2d(**arguments)
