@@ -1,0 +1,126 @@
+"""The networks and their plain-PyTorch twins: same weights, same losses, gradients and predictions."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastseg
+from fastseg import models
+from fastseg.testing import assert_parity, make, make_labels
+
+NETWORKS = {
+    "fcn": (models.FCN, models.plain.FCN, {"widths": (8, 12)}),
+    "fcn-5x5": (models.FCN, models.plain.FCN, {"widths": (8,), "kernel_size": 5, "in_channels": 1}),
+    "unet": (models.UNet, models.plain.UNet, {"widths": (8, 12, 16)}),
+    "unet-even-kernel": (models.UNet, models.plain.UNet, {"widths": (4, 8), "kernel_size": 2}),
+}
+CLASSES = 5
+
+
+def twins(network: type, plain: type, options: dict) -> tuple[nn.Module, nn.Module]:
+    torch.manual_seed(0)
+    model = network(num_classes=CLASSES, **options)
+    twin = plain(num_classes=CLASSES, **options)
+    twin.load_state_dict(model.state_dict())
+    return model, twin
+
+
+def step(model: nn.Module, images: Tensor, labels: Tensor) -> list[Tensor]:
+    images = images.to(next(model.parameters()).dtype)
+    loss = model.loss(images, labels, ignore_index=255)
+    return [loss.detach(), model(images).detach(), *torch.autograd.grad(loss, list(model.parameters()))]
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize(("network", "plain", "options"), NETWORKS.values(), ids=NETWORKS)
+def test_twins_agree(network: type, plain: type, options: dict, layout: str) -> None:
+    model, twin = twins(network, plain, options)
+    if layout == "channels_last":
+        model, twin = (m.to(memory_format=torch.channels_last) for m in (model, twin))
+    images = make((2, options.get("in_channels", 3), 21, 26), layout=layout)  # sizes that don't divide by the pools
+    labels = make_labels((2, 21, 26), CLASSES, torch.uint8, ignore_index=255)
+    truth = step(copy.deepcopy(twin).double(), images, labels)
+    assert_parity(step(model, images, labels), step(twin, images, labels), truth, terms=labels.numel())
+    assert model(images).shape == (2, CLASSES, 21, 26)
+
+
+@pytest.mark.parametrize(("network", "plain", "options"), NETWORKS.values(), ids=NETWORKS)
+def test_twin_uses_no_fastseg_operator(
+    network: type, plain: type, options: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, twin = twins(network, plain, options)
+    for operator in ("conv_relu_pool2d", "cross_entropy"):
+        monkeypatch.setattr(torch.ops.fastseg, operator, None)
+    twin.loss(make((1, options.get("in_channels", 3), 16, 16)), make_labels((1, 16, 16), CLASSES)).backward()
+
+
+def test_predict() -> None:
+    model = models.FCN(num_classes=CLASSES)
+    images = make((2, 3, 16, 16))
+    labels = model.predict(images)
+    assert labels.dtype == torch.uint8
+    assert torch.equal(labels.long(), model(images).argmax(1))
+    assert models.FCN(num_classes=300, widths=(4,)).predict(images).dtype == torch.int64
+
+
+def test_compiled_model_gives_the_eager_loss_and_gradients() -> None:
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    model = models.FCN(num_classes=CLASSES, widths=(4, 8))
+    images, labels = make((2, 3, 16, 16)), make_labels((2, 16, 16), CLASSES)
+    expected = torch.autograd.grad(model.loss(images, labels), list(model.parameters()))
+    compiled = torch.compile(lambda images, labels: model.loss(images, labels), fullgraph=True)
+    actual = torch.autograd.grad(compiled(images, labels), list(model.parameters()))
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize(("network", "error"), [(models.FCN, "at least one"), (models.UNet, "at least two")])
+def test_too_few_widths(network: type, error: str) -> None:
+    with pytest.raises(ValueError, match=error):
+        network(num_classes=2, widths=())
+
+
+# ---- the classic tutorial: two conv-ReLU-pool blocks, flatten, linear, cross-entropy, Adam ----
+
+TUTORIAL_CLASSES = 10
+STEPS = 20
+
+
+def tutorial(fused: bool) -> nn.Sequential:
+    def block(before: int, after: int) -> list[nn.Module]:
+        if fused:
+            return [fastseg.ConvReLUPool2d(before, after, 3, padding=1)]
+        return [nn.Conv2d(before, after, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
+
+    torch.manual_seed(0)
+    return nn.Sequential(*block(3, 32), *block(32, 64), nn.Flatten(), nn.Linear(64 * 56 * 56, TUTORIAL_CLASSES))
+
+
+def train(model: nn.Module, loss_function: nn.Module, dtype: torch.dtype) -> tuple[Tensor, list[Tensor], Tensor]:
+    """Losses of each step, the first step's gradients, and the accuracy at the end."""
+    images = make((4, 3, 224, 224), seed=1).to(dtype)
+    labels = make_labels((4,), TUTORIAL_CLASSES, seed=2)
+    model.to(dtype)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
+    losses, gradients = [], []
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        loss = loss_function(model(images), labels)
+        loss.backward()
+        gradients = gradients or [p.grad.clone() for p in model.parameters()]
+        optimizer.step()
+        losses.append(loss.detach())
+    return torch.stack(losses), gradients, (model(images).argmax(1) == labels).double().mean()
+
+
+def test_classic_tutorial_trains_alike() -> None:
+    fused = train(tutorial(True), fastseg.CrossEntropyLoss(), torch.float32)
+    plain = train(tutorial(False), nn.CrossEntropyLoss(), torch.float32)
+    truth = train(tutorial(False), nn.CrossEntropyLoss(), torch.float64)
+    # Over the steps, rounding errors grow in both trainings alike; 224 * 224 pixels lie behind a weight's gradient.
+    assert_parity([fused[0], *fused[1]], [plain[0], *plain[1]], [truth[0], *truth[1]], terms=224 * 224)
+    assert fused[2] == plain[2]
+    assert fused[0][-1] < fused[0][0] / 2
