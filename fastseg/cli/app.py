@@ -1,0 +1,47 @@
+"""The commands and what they share."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+import fastseg
+from fastseg.cli.demo import demo
+from fastseg.cli.evaluate import evaluate
+from fastseg.cli.predict import predict
+from fastseg.cli.train import train
+
+app = typer.Typer(
+    help="Image segmentation on fused kernels: train, evaluate, predict.",
+    add_completion=False,
+    pretty_exceptions_enable=False,  # a programming error shows Python's own traceback
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback(invoke_without_command=True)
+def _fastseg(
+    context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False
+) -> None:
+    if version:
+        typer.echo(f"fastseg {fastseg.__version__}")
+    elif context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@app.command()
+def info() -> None:
+    """Print versions, kernels and devices, for bug reports."""
+    table = Table("", "value", show_header=False)
+    for name, value in fastseg.info().items():
+        table.add_row(name, str(value))
+    Console().print(table)
+
+
+app.command()(demo)
+app.command()(train)
+app.command()(evaluate)
+app.command()(predict)

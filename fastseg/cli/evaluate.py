@@ -1,0 +1,34 @@
+"""``fastseg evaluate``."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from typer import Option
+
+from fastseg.cli import options
+from fastseg.cli.output import iou_table, main_console
+from fastseg.training import evaluate as run_evaluation
+from fastseg.training.history import known
+
+
+def evaluate(
+    data: options.Data,
+    checkpoint: options.Checkpoint,
+    split: Annotated[Literal["train", "val", "test"], Option(help="Part of the data set.")] = "val",
+    batch_size: options.BatchSize = 8,
+    backend: options.Backend = "fastseg",
+    device: options.Device = "auto",
+    workers: options.Workers = None,
+) -> None:
+    """Measure a checkpoint on a split: loss, pixel accuracy, IoU of each class, mean IoU."""
+    (loss, scores), metadata = run_evaluation(
+        checkpoint, data, split, batch_size=batch_size, backend=backend, device=device, workers=workers
+    )
+    console = main_console()
+    console.print(iou_table(metadata.class_names, [known(value) for value in scores.iou]))
+    console.print(
+        f"{split}: loss {loss:.4f}, pixel accuracy {scores.pixel_accuracy:.4f}, mean IoU {scores.mean_iou:.4f}",
+        soft_wrap=True,
+        highlight=False,
+    )
