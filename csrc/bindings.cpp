@@ -11,6 +11,7 @@
 #include "conv_relu_pool2d.h"
 #include "cross_entropy.h"
 #include "isa.h"
+#include "parallel.h"
 #include "tensor.h"
 
 namespace py = pybind11;
@@ -55,6 +56,17 @@ bool same_shape(const Tensor& a, const Tensor& b) {
   for (int i = 0; i < a.ndim; ++i)
     if (a.size[i] != b.size[i]) return false;
   return true;
+}
+
+// From a floating-point tensor's first element to its last, in bytes.
+int64_t byte_span(const Tensor& tensor) {
+  int64_t last = 0;
+  for (int i = 0; i < tensor.ndim; ++i) {
+    if (tensor.size[i] == 0) return 0;
+    last += (tensor.size[i] - 1) * tensor.stride[i];
+  }
+  const int64_t element = tensor.dtype == DType::kFloat64 ? 8 : tensor.dtype == DType::kFloat32 ? 4 : 2;
+  return (last + 1) * element;
 }
 
 // ---- conv_relu_pool2d ----
@@ -319,6 +331,7 @@ void cross_entropy_backward(const py::object& grad_output, const py::object& inp
   check_loss(call.grad_output, call);
   require(same_shape(call.grad_input, call.input) && call.grad_input.dtype == call.input.dtype,
           "grad_input has input's shape and dtype");
+  advise_huge_pages(call.grad_input.data, byte_span(call.grad_input));
   run_cross_entropy(call, fastseg::cross_entropy_backward);
 }
 

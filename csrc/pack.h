@@ -62,6 +62,31 @@ FASTSEG_INLINE void narrow(float value, Float16* target) {
 FASTSEG_INLINE void narrow(int32_t value, uint8_t* target) { *target = static_cast<uint8_t>(value); }
 FASTSEG_INLINE void narrow(int64_t value, uint8_t* target) { *target = static_cast<uint8_t>(value); }
 
+// Blocks of 4 x 4, transposed: four numbers that are neighbours in memory become one column of four rows.
+template <class S, class T>
+FASTSEG_INLINE void pack_block(const S* source, int64_t column_stride, T* target, int64_t target_stride) {
+  T block[4][4];
+  for (int i = 0; i < 4; ++i)
+    for (int j = 0; j < 4; ++j) block[i][j] = widen(source[i * column_stride + j]);
+  transpose4(&block[0][0], 4, target, target_stride);
+}
+template <class T>
+FASTSEG_INLINE void pack_block(const T* source, int64_t column_stride, T* target, int64_t target_stride) {
+  transpose4(source, column_stride, target, target_stride);
+}
+
+template <class T, class S>
+FASTSEG_INLINE void unpack_block(const T* source, int64_t source_stride, S* target, int64_t column_stride) {
+  T block[4][4];
+  transpose4(source, source_stride, &block[0][0], 4);
+  for (int i = 0; i < 4; ++i)
+    for (int j = 0; j < 4; ++j) narrow(block[i][j], &target[i * column_stride + j]);
+}
+template <class T>
+FASTSEG_INLINE void unpack_block(const T* source, int64_t source_stride, T* target, int64_t column_stride) {
+  transpose4(source, source_stride, target, column_stride);
+}
+
 // target[row * target_stride + column] = source[row * row_stride + column * column_stride]
 template <class S, class T>
 void pack_from(const S* source, int64_t rows, int64_t columns, int64_t row_stride, int64_t column_stride, T* target,
@@ -83,10 +108,7 @@ void pack_from(const S* source, int64_t rows, int64_t columns, int64_t row_strid
     for (; done + 4 <= columns; done += 4) {
       for (int64_t r = 0; r < rows; r += 4) {
         if (r + 4 > rows) r = rows - 4;  // the last block overlaps the one before
-        T block[4][4];
-        for (int i = 0; i < 4; ++i)
-          for (int j = 0; j < 4; ++j) block[i][j] = widen(source[r + j + (done + i) * column_stride]);
-        transpose4(&block[0][0], 4, target + r * target_stride + done, target_stride);
+        pack_block(source + r + done * column_stride, column_stride, target + r * target_stride + done, target_stride);
       }
     }
   }
@@ -112,10 +134,8 @@ void unpack_to(const T* source, int64_t source_stride, int64_t rows, int64_t col
     for (; done + 4 <= columns; done += 4) {
       for (int64_t r = 0; r < rows; r += 4) {
         if (r + 4 > rows) r = rows - 4;
-        T block[4][4];
-        transpose4(source + r * source_stride + done, source_stride, &block[0][0], 4);
-        for (int i = 0; i < 4; ++i)
-          for (int j = 0; j < 4; ++j) narrow(block[i][j], &target[r + j + (done + i) * column_stride]);
+        unpack_block(source + r * source_stride + done, source_stride, target + r + done * column_stride,
+                     column_stride);
       }
     }
   }

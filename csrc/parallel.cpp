@@ -6,6 +6,10 @@
 #include <memory>
 #include <new>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 namespace fastseg {
 namespace {
 
@@ -39,6 +43,18 @@ Workspace::Workspace(int64_t bytes) : data_(allocate(bytes > 0 ? bytes : 1)) {
 }
 
 Workspace::~Workspace() { std::free(data_); }
+
+void advise_huge_pages(void* data, int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t kHugePage = 2 << 20;
+  const uintptr_t address = reinterpret_cast<uintptr_t>(data);
+  const uintptr_t begin = (address + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t end = (address + static_cast<uintptr_t>(bytes)) / kHugePage * kHugePage;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)data, (void)bytes;
+#endif
+}
 
 bool parallel_for(int64_t tasks, int threads, bool (*run)(void*, int64_t), void* context) {
   std::atomic<bool> ok{true};

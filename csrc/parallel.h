@@ -1,4 +1,4 @@
-// Parallel loops over independent tasks, and scratch memory that each thread keeps.
+// Parallel loops over independent tasks, and memory: scratch that each thread keeps, and huge pages for large results.
 #pragma once
 
 #include <stdint.h>
@@ -22,6 +22,10 @@ class Workspace {
  private:
   void* data_;
 };
+
+// Asks the operating system to back fresh memory by huge pages where it holds any; a hint, which changes no value.
+// Large results are new memory at every call, and touching it 4 KB at a time costs more than computing them.
+void advise_huge_pages(void* data, int64_t bytes);
 
 // Calls run(context, task) for every task in [0, tasks) on up to `threads` threads. Returns false where any run did.
 bool parallel_for(int64_t tasks, int threads, bool (*run)(void* context, int64_t task), void* context);
