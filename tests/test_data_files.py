@@ -1,5 +1,6 @@
 import pickle
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -170,7 +171,7 @@ def test_images_of_more_than_8_bits_are_refused(tmp_path: Path) -> None:
         pytest.param(lambda data: data[:40] + b"\0" * 20 + data[60:], id="overwritten"),
     ],
 )
-def test_a_damaged_file_is_named(pair: Pair, damaged: str, damage: object) -> None:
+def test_a_damaged_file_is_named(pair: Pair, damaged: str, damage: Callable[[bytes], bytes]) -> None:
     path = getattr(pair, damaged)
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(DataError, match=rf"^{re.escape(str(path))}: can't be read as an image"):

@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -170,7 +171,7 @@ def layout_with_train_alone(root: Path) -> Path:
         ),
     ],
 )
-def test_a_broken_folder_is_named(tmp_path: Path, layout: object, split: str, message: str) -> None:
+def test_a_broken_folder_is_named(tmp_path: Path, layout: Callable[[Path], Path], split: str, message: str) -> None:
     root = layout(tmp_path)
     with pytest.raises(DataError, match=message) as error:
         find_pairs(root, split)

@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +36,9 @@ def test_palette_refuses_no_classes() -> None:
 
 
 @pytest.mark.parametrize("as_type", [torch.tensor, np.array], ids=["tensor", "array"])
-def test_colorize_paints_each_label_and_blackens_ignored_ones(as_type: object) -> None:
+def test_colorize_paints_each_label_and_blackens_ignored_ones(
+    as_type: Callable[[list[list[int]]], torch.Tensor | np.ndarray],
+) -> None:
     colors = palette(3)
     picture = colorize(as_type([[0, 1, IGNORE], [2, 2, 0]]), colors, IGNORE)
     assert picture.mode == "RGB"

@@ -1,20 +1,20 @@
 import pytest
 import torch
-import torch.nn.functional as F
 
 from fastseg.data import IMAGENET_MEAN, IMAGENET_STD, Augment, Normalize
 
 IGNORE = 255
 
 
-def batch(count: int = 4, size: tuple[int, int] = (24, 32)) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images whose first channel is their mask / 10: the two must stay together whatever moves."""
-    generator = torch.Generator().manual_seed(0)
-    # coarse cells, so that most pixels lie inside one after any rotation
-    cells = torch.randint(1, 10, (count, size[0] // 8, size[1] // 8), generator=generator, dtype=torch.uint8)
-    masks = cells.repeat_interleave(8, dim=1).repeat_interleave(8, dim=2)
-    images = (masks / 10).unsqueeze(1).repeat(1, 3, 1, 1)
-    return images, masks
+HEIGHT, WIDTH = 8, 30  # far from square, and each pixel's number below 255 is a uint8 label
+
+
+def batch(count: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images that hold each pixel's column, row and the number one; masks that hold each pixel's number."""
+    rows, columns = torch.meshgrid(torch.arange(HEIGHT), torch.arange(WIDTH), indexing="ij")
+    image = torch.stack([columns / WIDTH, rows / HEIGHT, torch.ones(HEIGHT, WIDTH)])
+    mask = (rows * WIDTH + columns).to(torch.uint8)
+    return image.repeat(count, 1, 1, 1), mask.repeat(count, 1, 1)
 
 
 @pytest.mark.parametrize(
@@ -44,15 +44,15 @@ def test_image_and_mask_move_together_and_keep_their_types(dtype: torch.dtype, i
     assert moved_masks.dtype == dtype
     assert moved_images.shape == images.shape
     assert moved_masks.shape == masks.shape
-    assert moved_images.min() >= 0
-    assert moved_images.max() <= 1
-    # Where a pixel's whole 5x5 neighbourhood has one label, bilinear and nearest sampling see the same value.
-    wide = F.pad(moved_masks.double(), (2, 2, 2, 2), value=IGNORE).unsqueeze(1)
-    inside = (F.max_pool2d(wide, 5, 1) == -F.max_pool2d(-wide, 5, 1)).squeeze(1) & (moved_masks != IGNORE)
-    assert inside.double().mean() > 0.1
-    difference = (moved_images[:, 0].double() * 10 - moved_masks)[inside].abs()
-    # the sum of four float32 weights, each rounded, of values up to 10
-    assert difference.max() <= 4 * 10 * torch.finfo(torch.float32).eps
+    # Bilinear sampling of the coordinates gives the point that a pixel came from; the mask must hold the nearest pixel.
+    columns, rows, weight = moved_images.double().unbind(1)
+    inside = (moved_masks != IGNORE) & (weight > 1 - 1e-6)  # 1e-6: four rounded weights; outside, some are missing
+    assert inside.double().mean() > 0.3
+    numbers = moved_masks.long()
+    # the point's coordinates, of magnitude WIDTH, take about sixteen float32 roundings from the angle on
+    half = 0.5 + 16 * WIDTH * torch.finfo(torch.float32).eps
+    assert (columns * WIDTH - numbers % WIDTH)[inside].abs().max() <= half
+    assert (rows * HEIGHT - numbers // WIDTH)[inside].abs().max() <= half
 
 
 def test_a_rotation_ignores_what_comes_from_outside() -> None:
@@ -76,17 +76,17 @@ def test_a_rotation_makes_no_new_label(ignore_index: int) -> None:
     assert set(moved.unique().tolist()) == {5, 65535, ignore_index}
 
 
-def test_the_angle_stays_within_the_rotation() -> None:
-    # A vertical line through the centre of an image, of half-length r, ends at most r * sin(angle) beside the centre.
+def test_the_angle_is_drawn_from_both_sides_within_the_rotation() -> None:
+    # The upper end of a vertical line through the centre moves by half the height times the tangent of the angle.
     torch.manual_seed(0)
     size, limit = 65, 10.0
     masks = torch.zeros(64, size, size, dtype=torch.uint8)
     masks[:, :, size // 2] = 1
     _, moved = Augment(hflip=0, rotation=limit)(torch.rand(64, 3, size, size), masks)
-    offset = (moved == 1).nonzero()[:, 2] - size // 2
+    offset = (moved[:, 0] == 1).nonzero()[:, 1] - size // 2
     reach = size // 2 * torch.tan(torch.deg2rad(torch.tensor(limit))).item()
     assert offset.abs().max() <= reach + 1  # + 1: rounding to the nearest pixel at both ends
-    assert offset.min() < -reach / 2  # both signs are drawn
+    assert offset.min() < -reach / 2
     assert offset.max() > reach / 2
 
 
