@@ -28,7 +28,8 @@ def conv_relu_pool2d(
     return_skip: bool = False,
 ) -> Tensor | tuple[Tensor, ...]:
     """``max_pool2d(relu(conv2d(input, weight, bias, ...)), pool_size, ...)``; see `fastseg.functional`."""
-    skip = F.relu(F.conv2d(input, weight, bias, stride, padding, dilation, groups))
+    # In place, as networks are written: this is the baseline of the benchmarks too, and it should be a strong one.
+    skip = F.relu(F.conv2d(input, weight, bias, stride, padding, dilation, groups), inplace=True)
     output, indices = F.max_pool2d(skip, pool_size, pool_stride, pool_padding, ceil_mode=ceil_mode, return_indices=True)
     results = (output, *((indices,) if return_indices else ()), *((skip,) if return_skip else ()))
     return results if len(results) > 1 else output
