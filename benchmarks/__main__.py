@@ -1,0 +1,41 @@
+"""Runs the suite and writes its report: ``python -m benchmarks --out FILE.md``; see the package's docstring."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from benchmarks import report
+
+SUITE = Path(__file__).parent
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="Markdown file to write; the chart lies beside it")
+    parser.add_argument("--quick", action="store_true", help="a few cases in a few rounds, to see that all of it runs")
+    parser.add_argument(
+        "--from", dest="run", type=Path, help="a --benchmark-json of pytest to report, instead of measuring"
+    )
+    parser.add_argument("--device", choices=["cpu"], default="cpu", help="what to measure on")
+    arguments = parser.parse_args()
+    if arguments.run is not None:
+        report.write(json.loads(arguments.run.read_text()), arguments.out)
+        return 0
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder, "run.json")
+        command = [sys.executable, "-m", "pytest", str(SUITE), "-q", "--benchmark-quiet", f"--benchmark-json={run}"]
+        # In a process of its own: pytest's hooks and the peers' compilers leave nothing behind here.
+        status = subprocess.run([*command, *(["--quick"] if arguments.quick else [])], check=False).returncode
+        if not run.exists():
+            return status
+        report.write(json.loads(run.read_text()), arguments.out)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
