@@ -1,0 +1,277 @@
+"""The command line, end to end on generated images."""
+
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import fastseg
+from fastseg.cli import demo as cli_demo
+from fastseg.cli import run
+from fastseg.data import ShapesDataset
+from fastseg.training import demo, load_checkpoint
+
+SMALL = ["--epochs", "1", "--batch-size", "4", "--widths", "4,8", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("shapes")
+    ShapesDataset(10, (30, 34)).write(root)  # sides that neither network divides
+    return root
+
+
+@pytest.fixture(scope="module")
+def trained(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run on ``shapes``, with images resized and a test split."""
+    out = tmp_path_factory.mktemp("run")
+    arguments = ["--data", str(shapes), "--out", str(out), "--size", "24x28", "--test-fraction", "0.2"]
+    assert run(["train", *arguments, *SMALL]) == 0
+    return out
+
+
+def test_train_prints_the_run_and_its_best_epoch(
+    shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--model", "unet", "--optimizer", "sgd", "--loss", "mse", "--lr", "0.1", "--rotation", "10"]
+    assert run(["train", "--data", str(shapes), "--out", str(tmp_path), *options, *SMALL]) == 0
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    assert f"run folder: {tmp_path}\n" in printed.out
+    assert re.search(
+        r"epoch 1/1: train loss [\d.]+, val loss [\d.]+, pixel accuracy [\d.]+, mean IoU [\d.]+", printed.out
+    )
+    assert re.search(r"class 3 +│ +(0\.\d+|-)", printed.out)
+    assert "best epoch 1 of 1" in printed.out
+    model, metadata = load_checkpoint(tmp_path / "best.safetensors")
+    assert type(model) is fastseg.models.UNet
+    assert (metadata.config.loss, metadata.config.optimizer, metadata.config.rotation) == ("mse", "sgd", 10.0)
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_evaluate_prints_scores(shapes: Path, trained: Path, split: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--data", str(shapes), "--checkpoint", str(trained / "best.safetensors"), "--split", split]
+    assert run(["evaluate", *arguments]) == 0
+    printed = capsys.readouterr().out
+    found = re.search(rf"{split}: loss ([\d.]+), pixel accuracy ([\d.]+), mean IoU ([\d.]+)", printed)
+    assert found is not None
+    if split == "val":
+        record = load_checkpoint(trained / "best.safetensors")[1].history[-1]
+        assert found[1] == f"{record.val_loss:.4f}"
+        assert found[3] == f"{record.mean_iou:.4f}"
+
+
+def test_predict_writes_masks_and_overlays_in_the_images_size(
+    shapes: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.effect_noise((50, 20), 64).convert("RGB").save(tmp_path / "wide.jpg")
+    arguments = ["--checkpoint", str(trained / "best.safetensors"), "--out", str(tmp_path / "out")]
+    assert run(["predict", *arguments, str(shapes / "images"), str(tmp_path / "wide.jpg")]) == 0
+    assert "11 masks and overlays" in capsys.readouterr().out
+    assert len(list((tmp_path / "out").iterdir())) == 22
+    for name, size in (("00003", (34, 30)), ("wide", (50, 20))):
+        with Image.open(tmp_path / "out" / f"{name}.png") as mask:
+            assert (mask.mode, mask.size) == ("P", size)
+            assert np.array(mask).max() < 4
+        with Image.open(tmp_path / "out" / f"{name}_overlay.png") as overlay:
+            assert (overlay.mode, overlay.size) == ("RGB", size)
+
+
+def test_predictions_are_the_most_likely_class_of_the_upsampled_logits(
+    shapes: Path, trained: Path, tmp_path: Path
+) -> None:
+    """At 24x28 the network itself says what it sees: a mask of that size is its own prediction."""
+    ShapesDataset(1, (24, 28), seed=5).write(tmp_path)
+    checkpoint = str(trained / "best.safetensors")
+    assert run(["predict", "--checkpoint", checkpoint, "--out", str(tmp_path), str(tmp_path / "images")]) == 0
+    model, metadata = load_checkpoint(checkpoint)
+    image = ShapesDataset(1, (24, 28), seed=5)[0][0]
+    normalized = fastseg.data.Normalize(metadata.mean, metadata.std)(image)
+    with Image.open(tmp_path / "00000.png") as mask:
+        assert np.array_equal(np.array(mask), model.predict(normalized[None])[0].numpy())
+
+
+def drop(path: Path) -> None:
+    path.unlink()
+
+
+def relabel(path: Path) -> None:
+    labels = np.zeros((30, 34), np.uint8)
+    labels[3, 4] = 9
+    Image.fromarray(labels).save(path)
+
+
+def shrink(path: Path) -> None:
+    Image.fromarray(np.zeros((8, 9), np.uint8)).save(path)
+
+
+def scramble(path: Path) -> None:
+    path.write_bytes(b"no picture")
+
+
+DAMAGE = {
+    "image without mask": (lambda data: drop(data / "masks" / "00002.png"), ["00002.png", "no mask"]),
+    "mask without image": (lambda data: drop(data / "images" / "00002.png"), ["00002.png", "no image"]),
+    "sizes differ": (lambda data: shrink(data / "masks" / "00002.png"), ["00002.png", "34x30", "9x8"]),
+    "unreadable image": (lambda data: scramble(data / "images" / "00002.png"), ["00002.png", "can't be read"]),
+    "unreadable mask": (lambda data: scramble(data / "masks" / "00002.png"), ["00002.png", "can't be read"]),
+    "label outside classes": (lambda data: relabel(data / "masks" / "00002.png"), ["00002.png", "label 9"]),
+}
+
+
+def assert_one_line(printed: object, words: list[str]) -> None:
+    assert re.fullmatch(r"error: .+\n", printed.err), printed.err
+    assert all(word in printed.err for word in words), printed.err
+
+
+@pytest.mark.parametrize(
+    ("damage", "words", "workers"),
+    [*((*case, "0") for case in DAMAGE.values()), (*DAMAGE["label outside classes"], "1")],
+    ids=[*DAMAGE, "label outside classes, in a loading process"],
+)
+def test_damaged_data_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], None], words: list[str], workers: str
+) -> None:
+    ShapesDataset(5, (30, 34)).write(tmp_path)
+    damage(tmp_path)
+    arguments = ["--data", str(tmp_path), "--out", str(tmp_path / "run"), "--classes", "4", "--workers", workers]
+    assert run(["train", *arguments, *SMALL]) == 2
+    assert_one_line(capsys.readouterr(), words)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("train", ["Missing option '--data'"]),
+        ("train --data {missing}", ["{missing}: no such folder"]),
+        ("train --data {shapes} --model vgg", ["--model", "vgg"]),
+        ("train --data {shapes} --epochs many", ["--epochs"]),
+        ("train --data {shapes} --size 32", ["size must be HxW", "32"]),
+        ("train --data {shapes} --widths 4;8", ["widths must be numbers with commas", "4;8"]),
+        ("train --data {shapes} --lr -1", ["lr must be positive", "-1"]),
+        ("train --data {shapes} --hflip 2", ["hflip must be in [0, 1]"]),
+        ("train --data {shapes} --wings", ["--wings"]),
+        ("train --data {shapes} --out {trained}", ["{trained} holds a run"]),
+        ("train --data {shapes} --out {file}", ["{file}"]),
+        ("train --data {shapes} --resume", ["resume needs out"]),
+        ("train --data {shapes} --resume --out {missing}", ["{missing}", "no such file"]),
+        ("train --data {shapes} --resume --out {trained} --model unet", ["model must be fcn"]),
+        ("evaluate --data {shapes} --checkpoint {missing}", ["{missing}: no such file"]),
+        ("evaluate --data {shapes} --checkpoint {file}", ["{file}: can't be read as a checkpoint"]),
+        ("evaluate --data {missing} --checkpoint {best}", ["{missing}: no such folder"]),
+        ("predict --checkpoint {best} --out {new} {missing}", ["{missing}: no such file or folder"]),
+        ("predict --checkpoint {best} --out {new} {file}", ["{file}: can't be read as an image"]),
+        ("predict --checkpoint {best} --out {new} {shapes}/images {shapes}/masks/00000.png", ["have the same stem"]),
+        ("demo --steps 0", ["--steps"]),
+        ("fly", ["No such command 'fly'"]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_mistake_is_one_line(
+    shapes: Path,
+    trained: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: str,
+    words: list[str],
+) -> None:
+    places = {"shapes": shapes, "trained": trained, "best": trained / "best.safetensors"}
+    places |= {name: tmp_path / name for name in ("missing", "new", "file")}
+    places["file"].write_text("neither a folder nor a checkpoint nor an image")
+    capsys.readouterr()  # what the fixtures printed
+    assert run([argument.format(**places) for argument in arguments.split()]) == 2
+    assert_one_line(capsys.readouterr(), [word.format(**places) for word in words])
+
+
+def test_a_checkpoint_of_fewer_classes_is_one_line(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ShapesDataset(5, (30, 34)).write(tmp_path)
+    for path in (tmp_path / "masks").iterdir():
+        relabel(path)
+    assert run(["evaluate", "--data", str(tmp_path), "--checkpoint", str(trained / "best.safetensors")]) == 2
+    assert_one_line(capsys.readouterr(), ["masks", "label 9 is outside the classes 0..3"])
+
+
+def test_a_diverging_run_fails_in_one_line(shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = ["--data", str(shapes), "--out", str(tmp_path), "--lr", "1e30", "--optimizer", "sgd"]
+    assert run(["train", *settings, *SMALL]) == 1
+    assert_one_line(capsys.readouterr(), ["epoch 1: the loss of step 2 is", "lower lr"])
+    model, metadata = load_checkpoint(tmp_path / "last.safetensors")
+    assert metadata.epoch == 0
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+def test_a_programming_error_is_not_hidden(shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fastseg.training.loop, "open_session", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(["train", "--data", str(shapes), "--out", str(tmp_path), *SMALL])
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)],
+    ids=["Ctrl-C", "kill", "kill -9"],
+)
+def test_an_ended_run_leaves_a_checkpoint_that_loads(
+    shapes: Path, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    command = [sys.executable, "-m", "fastseg", "train", "--data", str(shapes), "--out", str(tmp_path), *SMALL]
+    with subprocess.Popen(
+        [*command, "--epochs", "10000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        for line in process.stdout:
+            if line.startswith("epoch 2/"):
+                process.send_signal(number)
+                break
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert load_checkpoint(tmp_path / "last.safetensors")[1].epoch >= 2
+    assert "Traceback" not in err
+    if number == signal.SIGINT:
+        assert err == "error: interrupted\n"
+        assert "resume continues from there" in out
+
+
+def test_demo_compares_and_draws(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo, "TRAIN_IMAGES", 16)
+    monkeypatch.setattr(demo, "VAL_IMAGES", 4)
+    results = []
+
+    def demonstrate(*arguments: object, **settings: object) -> demo.DemoResult:
+        results.append(demo.demonstrate(*arguments, **settings))
+        return results[0]
+
+    monkeypatch.setattr(cli_demo, "demonstrate", demonstrate)
+    assert run(["demo", "--steps", "4", "--out", str(tmp_path), "--device", "cpu"]) == 0
+    printed = capsys.readouterr().out
+    for row in ("mean IoU", "IoU triangle", "seconds per step", "resident memory"):
+        assert row in printed
+    for name in ("demo.png", "curves.png"):
+        assert str(tmp_path / name) in printed
+        with Image.open(tmp_path / name) as picture:
+            assert picture.format == "PNG"
+    (result,) = results
+    assert all(len(run.losses) == 4 and run.peak_memory > 0 for run in result.runs.values())
+    # float32's relative precision is 6e-8; 32 * 9 products are summed, and four steps of Adam carry errors on
+    assert result.logit_difference <= 1e-5 * result.logit_range
+    assert result.loss_difference < 1e-4
+
+
+def test_version_and_info(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--version"]) == 0
+    assert capsys.readouterr().out == f"fastseg {fastseg.__version__}\n"
+    assert run(["info"]) == 0
+    printed = capsys.readouterr().out
+    assert torch.__version__ in printed
+    assert run([]) == 0
+    assert "Usage: fastseg" in capsys.readouterr().out

@@ -1,0 +1,102 @@
+"""Two processes on the CPU, started by torchrun as a user would."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.torch import load_file
+
+from fastseg.data import ShapesDataset
+from fastseg.training import TrainConfig, evaluate, train
+
+TIMEOUT = 240  # seconds; a lost process would wait forever
+
+
+def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "fastseg"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=TIMEOUT)
+
+
+def config(data: Path, out: Path, batch_size: int) -> TrainConfig:
+    """A run without anything random but the order: its batches are the same images for any number of processes."""
+    return TrainConfig(
+        data=data,
+        out=out,
+        batch_size=batch_size,
+        epochs=2,
+        val_fraction=1 / 3,
+        optimizer="sgd",
+        lr=0.1,
+        widths=(4, 8),
+        hflip=0.0,
+        device="cpu",
+    )
+
+
+def options(settings: TrainConfig) -> list[str]:
+    """The command line of settings, as far as `config` sets them."""
+    names = ("data", "out", "batch_size", "epochs", "val_fraction", "optimizer", "lr", "hflip", "device")
+    pairs = ((f"--{name.replace('_', '-')}", str(getattr(settings, name))) for name in names)
+    return [*itertools.chain.from_iterable(pairs), "--widths", ",".join(map(str, settings.widths))]
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Nine images: six train; three validate, so that one process has more of them than the other."""
+    root = tmp_path_factory.mktemp("shapes")
+    ShapesDataset(9, (32, 32)).write(root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def pair_run(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder of a run of two processes, and what it printed."""
+    out = tmp_path_factory.mktemp("pair")
+    finished = torchrun("train", *options(config(shapes, out, batch_size=3)))
+    assert finished.returncode == 0, finished.stderr
+    return out, finished.stdout
+
+
+def test_one_process_prints(pair_run: tuple[Path, str]) -> None:
+    _, printed = pair_run
+    for text in ("run folder", "epoch 1/2", "epoch 2/2", "best epoch"):
+        assert printed.count(text) == 1
+
+
+def test_scores_are_those_of_one_process(shapes: Path, pair_run: tuple[Path, str]) -> None:
+    out, _ = pair_run
+    (loss, scores), metadata = evaluate(out / "last.safetensors", shapes, device="cpu")
+    record = metadata.history[-1]
+    assert (record.pixel_accuracy, record.mean_iou) == (scores.pixel_accuracy, scores.mean_iou)
+    assert record.val_loss == pytest.approx(loss, rel=1e-6)
+    assert json.loads((out / "history.jsonl").read_text().splitlines()[-1])["mean_iou"] == record.mean_iou
+
+
+def test_weights_are_those_of_one_process_with_the_whole_batch(
+    shapes: Path, pair_run: tuple[Path, str], tmp_path: Path
+) -> None:
+    """No pixel is ignored: the mean of the two processes' means is the mean of the whole batch."""
+    train(config(shapes, tmp_path, batch_size=6))
+    pair, single = (load_file(out / "last.safetensors") for out in (pair_run[0], tmp_path))
+    assert pair.keys() == single.keys()
+    for name, value in pair.items():
+        # two steps with another order of summation: a few units in the last place of the largest element
+        assert (value - single[name]).abs().max() <= 1e-5 * single[name].abs().max(), name
+
+
+def test_a_label_that_one_process_finds_ends_both(tmp_path: Path) -> None:
+    ShapesDataset(9, (32, 32)).write(tmp_path / "data")
+    path = tmp_path / "data" / "masks" / "00004.png"
+    labels = np.zeros((32, 32), np.uint8)
+    labels[0, 0] = 77
+    Image.fromarray(labels).save(path)
+    finished = torchrun("train", *options(config(tmp_path / "data", tmp_path / "run", batch_size=3)), "--classes", "4")
+    assert finished.returncode != 0
+    assert f"{path}: label 77" in finished.stderr
