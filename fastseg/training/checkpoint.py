@@ -84,7 +84,8 @@ class Metadata:
         if (version := fields.pop("version")) != FORMAT_VERSION:
             raise ValueError(f"its format version is {version!r}, not {FORMAT_VERSION}")
         for name in ("class_names", "mean", "std", "size", "class_weights"):
-            fields[name] = None if fields[name] is None else tuple(fields[name])
+            fields[name] = _tupled(fields[name])
+        fields["arguments"] = {name: _tupled(value) for name, value in fields["arguments"].items()}
         fields["config"] = TrainConfig.from_json(fields["config"])
         fields["history"] = tuple(EpochRecord.from_json(record) for record in fields["history"])
         metadata = cls(**fields)
@@ -207,6 +208,11 @@ def _read(path: Path) -> tuple[dict[str, Tensor], Metadata]:
         return tensors, Metadata.from_json(header)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: no checkpoint that this fastseg reads: {error}") from error
+
+
+def _tupled(value: Any) -> Any:
+    """A tuple for a list, which is what JSON makes of one; anything else unchanged."""
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -27,8 +27,8 @@ def train(config: TrainConfig, console: Console | None = None) -> History:
     """Train a network and keep its best and its last checkpoint.
 
     ``last.safetensors`` is written before the first epoch and after each one, ``best.safetensors`` after each epoch
-    with a new highest mean IoU on the validation split, ``history.jsonl`` and ``curves.png`` after each epoch; all but
-    the curves atomically. Whatever ends the run, ``last.safetensors`` is whole and holds the last finished epoch;
+    with a new highest mean IoU on the validation split, ``history.jsonl`` after each epoch, all atomically, and
+    ``curves.png`` at the end. Whatever ends the run, ``last.safetensors`` is whole and holds the last finished epoch;
     resuming starts the epoch after that from its beginning.
 
     Every random number of epoch ``e`` follows from the seed, ``e`` and the process's rank: the same settings on the
@@ -68,6 +68,9 @@ def train(config: TrainConfig, console: Console | None = None) -> History:
             except KeyboardInterrupt:
                 progress.line(f"{session.out / LAST} holds epoch {metadata.epoch}: resume continues from there")
                 raise
+            finally:
+                if world.is_main and metadata.history:
+                    save_history(metadata.history, session.out / CURVES)
         return History(session.out, metadata.class_names, metadata.history)
 
 
@@ -129,8 +132,6 @@ def _check_finite(session: Session, epoch: int, evaluation: Evaluation) -> None:
 def _save_last(session: Session, metadata: Metadata) -> None:
     save_checkpoint(session.out / LAST, session.network.model, metadata, session.optimizer)
     write_atomically(session.out / HISTORY, to_lines(metadata.history).encode())
-    if metadata.history:
-        save_history(metadata.history, session.out / CURVES)
 
 
 @contextlib.contextmanager
