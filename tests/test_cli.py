@@ -14,7 +14,7 @@ from PIL import Image
 
 import fastseg
 from fastseg.cli import demo as cli_demo
-from fastseg.cli import run
+from fastseg.cli.runner import run
 from fastseg.data import ShapesDataset
 from fastseg.training import demo, load_checkpoint
 
@@ -168,7 +168,11 @@ def test_damaged_data_is_one_line(
         ("evaluate --data {missing} --checkpoint {best}", ["{missing}: no such folder"]),
         ("predict --checkpoint {best} --out {new} {missing}", ["{missing}: no such file or folder"]),
         ("predict --checkpoint {best} --out {new} {file}", ["{file}: can't be read as an image"]),
-        ("predict --checkpoint {best} --out {new} {shapes}/images {shapes}/masks/00000.png", ["have the same stem"]),
+        (
+            "predict --checkpoint {best} --out {new} {shapes}/images {shapes}/masks/00000.png",
+            ["would overwrite the result"],
+        ),
+        ("predict --checkpoint {best} --out {shapes}/images {shapes}/images", ["would overwrite the image"]),
         ("demo --steps 0", ["--steps"]),
         ("fly", ["No such command 'fly'"]),
     ],
@@ -215,6 +219,16 @@ def test_a_programming_error_is_not_hidden(shapes: Path, tmp_path: Path, monkeyp
         run(["train", "--data", str(shapes), "--out", str(tmp_path), *SMALL])
 
 
+def test_a_missing_package_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.delitem(sys.modules, "fastseg.cli.runner")
+    monkeypatch.delattr(fastseg.cli, "runner")
+    monkeypatch.setitem(sys.modules, "typer", None)  # an import of it fails
+    with pytest.raises(SystemExit) as caught:
+        fastseg.cli.main()
+    assert caught.value.code == 2
+    assert_one_line(capsys.readouterr(), ["the command line needs typer", "fastseg-kernels[train]"])
+
+
 @pytest.mark.parametrize(
     ("number", "code"),
     [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)],
@@ -254,7 +268,7 @@ def test_demo_compares_and_draws(
     monkeypatch.setattr(cli_demo, "demonstrate", demonstrate)
     assert run(["demo", "--steps", "4", "--out", str(tmp_path), "--device", "cpu"]) == 0
     printed = capsys.readouterr().out
-    for row in ("mean IoU", "IoU triangle", "seconds per step", "resident memory"):
+    for row in ("mean IoU", "IoU triangle", "seconds per step", "peak memory"):
         assert row in printed
     for name in ("demo.png", "curves.png"):
         assert str(tmp_path / name) in printed

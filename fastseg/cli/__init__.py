@@ -1,68 +1,15 @@
 """The command line: ``fastseg`` or ``python -m fastseg``."""
 
-from __future__ import annotations
-
-import signal
 import sys
-from collections.abc import Sequence
-from types import FrameType
-
-import typer
-
-from fastseg.cli.app import app
-from fastseg.data import DataError
-from fastseg.training import CheckpointError, ConfigError, DivergedError
-from fastseg.training.distributed import launched_rank
-
-# Exit codes: 0, and
-FAILED = 1  # the run failed
-REFUSED = 2  # what the user gave can't be used
-INTERRUPTED = 128 + signal.SIGINT
-TERMINATED = 128 + signal.SIGTERM
-
-# Typer brings its own Click from 0.2x on and uses the click package before: its public BadParameter leads to both.
-_UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 
 
 def main() -> None:
     """Run the command of ``sys.argv`` and exit with its code."""
-    if launched_rank() is None:  # a process that waits for the others must die at once, not when it wakes up
-        signal.signal(signal.SIGTERM, _terminate)
-    sys.exit(run(sys.argv[1:]))
-
-
-def run(arguments: Sequence[str]) -> int:
-    """Run a command; what is the user's to mend becomes one line on stderr.
-
-    Args:
-        arguments: The command and its options.
-
-    Returns:
-        The exit code.
-    """
     try:
-        code = app(args=list(arguments), prog_name="fastseg", standalone_mode=False)
-    except _UsageError as error:
-        return _report(error.format_message(), REFUSED)  # type: ignore[attr-defined]
-    except (DataError, ConfigError, CheckpointError, OSError) as error:
-        return _report(str(error), REFUSED)
-    except DivergedError as error:
-        return _report(str(error), FAILED)
-    except (typer.Abort, KeyboardInterrupt):
-        code = INTERRUPTED
-    return _report("interrupted", INTERRUPTED) if code == INTERRUPTED else code or 0
-
-
-def _report(message: str, code: int) -> int:
-    lines = message.strip().splitlines()
-    if len(lines) > 1 and "Original Traceback" in message:  # of a process that loads images; the error is at its end
-        lines = [lines[-1].partition(": ")[2]]
-    rank = launched_rank()
-    process = "" if rank is None else f"process {rank}: "
-    print(f"error: {process}{' '.join(' '.join(lines).split())}", file=sys.stderr)
-    return code
-
-
-def _terminate(_signal: int, _frame: FrameType | None) -> None:
-    """Leave as by any exception, so that loading processes and half-written files are cleared away."""
-    sys.exit(TERMINATED)
+        from fastseg.cli import runner
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] == "fastseg":
+            raise
+        print(f"error: the command line needs {error.name}: install fastseg-kernels[train]", file=sys.stderr)
+        sys.exit(2)
+    runner.main()

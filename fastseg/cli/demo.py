@@ -32,30 +32,32 @@ def demo(
 
 def _table(result: DemoResult) -> Table:
     plain, fast = result.runs["plain"], result.runs["fastseg"]
-    table = Table("", TITLES["plain"], TITLES["fastseg"], "difference", title=f"FCN after {len(fast.losses)} steps")
+    on_gpu = result.device.type == "cuda"
+    memory = "the allocated device memory" if on_gpu else "the resident memory of a new process"
+    table = Table(
+        "",
+        TITLES["plain"],
+        TITLES["fastseg"],
+        "difference",
+        title=f"FCN after {len(fast.losses)} steps",
+        caption=f"Logits: up to {result.logit_range:.1f}, of both networks with fastseg's final weights. "
+        f"Peak memory: what a training step adds to {memory}.",
+    )
     for column in table.columns[1:]:
         column.justify = "right"
     for name, ours, theirs in zip(_score_names(), _scores(fast), _scores(plain), strict=True):
         table.add_row(name, f"{theirs:.4f}", f"{ours:.4f}", f"{abs(ours - theirs):.1e}")
     table.add_section()
-    table.add_row("training loss, largest difference in a step", "", "", f"{result.loss_difference:.1e}")
-    table.add_row(
-        f"logits with the same weights, up to {result.logit_range:.1f}", "", "", f"{result.logit_difference:.1e}"
-    )
+    table.add_row("training loss, largest of all steps", "", "", f"{result.loss_difference:.1e}")
+    table.add_row("logits, largest of all", "", "", f"{result.logit_difference:.1e}")
     table.add_section()
-    speed = plain.seconds_per_step / fast.seconds_per_step
+    times = plain.seconds_per_step, fast.seconds_per_step
     table.add_row(
-        "seconds per step, median",
-        f"{plain.seconds_per_step:.4f}",
-        f"{fast.seconds_per_step:.4f}",
-        f"{speed:.2f}x faster",
+        "seconds per step, median", *(f"{value:.4f}" for value in times), f"{times[0] / times[1]:.2f}x as fast"
     )
-    memory = "device" if result.device.type == "cuda" else "resident"
+    peaks = plain.peak_memory, fast.peak_memory
     table.add_row(
-        f"peak {memory} memory that a step adds, MiB",
-        f"{plain.peak_memory / _MIB:.1f}",
-        f"{fast.peak_memory / _MIB:.1f}",
-        f"{(fast.peak_memory - plain.peak_memory) / _MIB:+.1f}",
+        "peak memory, MiB", *(f"{value / _MIB:.1f}" for value in peaks), f"{(peaks[1] - peaks[0]) / _MIB:+.1f}"
     )
     return table
 

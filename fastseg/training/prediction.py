@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,13 @@ from fastseg.training.checkpoint import Metadata, load_checkpoint
 from fastseg.training.config import Backend, DeviceChoice
 from fastseg.training.distributed import choose_device
 from fastseg.training.networks import smallest_side
+
+
+class Target(NamedTuple):
+    """The files to write for one image."""
+
+    mask: Path
+    overlay: Path
 
 
 def predict(
@@ -49,39 +57,47 @@ def predict(
     Raises:
         CheckpointError: The file is no checkpoint that can be used.
         ConfigError: There is no such device.
-        DataError: An image is missing or can't be read, or two have the same stem.
+        DataError: An image is missing or can't be read, or a file to write is an image or would be written twice.
     """
-    files = _image_files([Path(path) for path in images])
+    out = Path(out)
+    targets = _targets(_image_files([Path(path) for path in images]), out)
     model, metadata = load_checkpoint(checkpoint, backend=backend)
     place = choose_device(device)
     model.to(place).eval()
     colors = palette(metadata.num_classes)
-    out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     shown = console if console is not None else Console(quiet=True)
-    masks = []
-    for path in track(files, "predict", console=shown, disable=not shown.is_terminal):
-        image, mask = _segment(path, model, metadata, place)
-        masks.append(out / f"{path.stem}.png")
-        save_mask(mask, masks[-1], colors)
-        overlay(image, mask, colors, alpha).save(out / f"{path.stem}_overlay.png")
-    return masks
+    for source, target in track(targets.items(), "predict", console=shown, disable=not shown.is_terminal):
+        image, mask = _segment(source, model, metadata, place)
+        save_mask(mask, target.mask, colors)
+        overlay(image, mask, colors, alpha).save(target.overlay)
+    return [target.mask for target in targets.values()]
 
 
 def _image_files(paths: list[Path]) -> list[Path]:
     """The files among ``paths`` and in the folders among them."""
-    files: dict[str, Path] = {}
+    files: list[Path] = []
     for path in paths:
         if not path.exists():
             raise DataError(f"{path}: no such file or folder")
-        found = images_by_stem(path) if path.is_dir() else {path.stem: path}
+        found = list(images_by_stem(path).values()) if path.is_dir() else [path]
         if not found:
             raise DataError(f"{path}: no images in this folder")
-        for stem, file in found.items():
-            if stem in files:
-                raise DataError(f"{files[stem]} and {file} have the same stem: their masks would be one file")
-            files[stem] = file
-    return list(files.values())
+        files += found
+    return files
+
+
+def _targets(files: list[Path], out: Path) -> dict[Path, Target]:
+    """What to write for each file; nothing is written twice, and no image is overwritten."""
+    targets: dict[Path, Target] = {}
+    taken = {file.resolve(): f"the image {file}" for file in files}
+    for file in files:
+        targets[file] = Target(out / f"{file.stem}.png", out / f"{file.stem}_overlay.png")
+        for target in targets[file]:
+            if (other := taken.get(target.resolve())) is not None:
+                raise DataError(f"{file}: its result {target} would overwrite {other}")
+            taken[target.resolve()] = f"the result of {file}"
+    return targets
 
 
 def _segment(path: Path, model: SegmentationModel, metadata: Metadata, device: torch.device) -> tuple[Tensor, Tensor]:

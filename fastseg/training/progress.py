@@ -29,17 +29,16 @@ class RunProgress:
         self.epochs = epochs
         self._bar = Progress(
             TextColumn("epoch {task.fields[epoch]}/" + str(epochs)),
-            BarColumn(),
+            BarColumn(bar_width=None),  # what the numbers leave
             MofNCompleteColumn(),
-            TextColumn("images"),
-            TextColumn("loss {task.fields[loss]:.4f}"),
-            TextColumn("{task.fields[rate]}"),
+            TextColumn("{task.fields[state]}"),
             TimeRemainingColumn(),
             console=console,
+            expand=True,
             disable=not console.is_terminal,
         )
         left = max(0, epochs - done) * images
-        self._task_id = self._bar.add_task("train", total=left, epoch=done, loss=float("nan"), rate="")
+        self._task_id = self._bar.add_task("train", total=left, epoch=done, state="")
         self._next_line = time.monotonic() + _SECONDS_BETWEEN_LINES
 
     def __enter__(self) -> RunProgress:
@@ -62,11 +61,11 @@ class RunProgress:
     def step_done(self, loss: float, images: int) -> None:
         """Count a step's images and show its loss."""
         speed = self._task.speed
-        rate = f"{speed:.1f} images/s" if speed else ""
-        self._bar.update(self._task_id, advance=images, loss=loss, rate=rate)
+        state = f"loss {loss:.4f}" + (f", {speed:.1f} images/s" if speed else "")
+        self._bar.update(self._task_id, advance=images, state=state)
         if self._bar.disable and time.monotonic() >= self._next_line:
             self._next_line = time.monotonic() + _SECONDS_BETWEEN_LINES
-            self.line(self._status(loss, rate))
+            self.line(self._status())
 
     def epoch_done(self, record: EpochRecord) -> None:
         """Write an epoch's measurements, which stay on the screen."""
@@ -76,12 +75,12 @@ class RunProgress:
             f"{record.seconds:.1f} s, {record.images_per_second:.1f} images/s"
         )
 
-    def _status(self, loss: float, rate: str) -> str:
+    def _status(self) -> str:
         task = self._task
-        parts = [f"{task.completed:.0f}/{task.total:.0f} images", f"loss {loss:.4f}", rate]
-        if (remaining := task.time_remaining) is not None:
-            parts.append(f"{datetime.timedelta(seconds=round(remaining))} left")
-        return f"epoch {task.fields['epoch']}/{self.epochs}: {', '.join(part for part in parts if part)}"
+        remaining = task.time_remaining
+        left = "" if remaining is None else f", {datetime.timedelta(seconds=round(remaining))} left"
+        done = f"{task.completed:.0f}/{task.total:.0f} images"
+        return f"epoch {task.fields['epoch']}/{self.epochs}: {done}, {task.fields['state']}{left}"
 
     def line(self, text: str) -> None:
         """Write a line that stays on the screen."""
