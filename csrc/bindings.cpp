@@ -49,7 +49,9 @@ Tensor from_python(const py::object& description) {
   return tensor;
 }
 
-bool is_floating(const Tensor& tensor) { return tensor.dtype <= DType::kFloat16; }
+bool is_floating(const Tensor& tensor) {
+  return tensor.dtype <= DType::kFloat16;
+}
 
 bool same_shape(const Tensor& a, const Tensor& b) {
   if (a.ndim != b.ndim) return false;
@@ -109,7 +111,8 @@ void check_pool(const Tensor& pooled, int64_t height, int64_t width, const ConvP
 void check_pooled(const Tensor& pooled, const Tensor& positions) {
   require(pooled.ndim == 4 && is_floating(pooled), "the pooled tensor is a floating-point [N, K, H, W]");
   if (!positions) return;
-  require(positions.dtype == DType::kUInt8 && same_shape(positions, pooled), "positions are uint8, of the output's shape");
+  require(positions.dtype == DType::kUInt8 && same_shape(positions, pooled),
+          "positions are uint8, of the output's shape");
 }
 
 void check_convolution(const Tensor& input, const Tensor& weight, const Tensor& pooled, const ConvPoolGeometry& g) {
@@ -141,8 +144,8 @@ void conv_relu_pool2d_forward(const py::object& input, const py::object& weight,
   call.threads = threads;
   check_pooled(call.output, call.positions);
   check_convolution(call.input, call.weight, call.output, call.geometry);
-  require(!call.bias || (call.bias.ndim == 1 && call.bias.size[0] == call.weight.size[0] &&
-                         call.bias.dtype == call.input.dtype),
+  require(!call.bias ||
+              (call.bias.ndim == 1 && call.bias.size[0] == call.weight.size[0] && call.bias.dtype == call.input.dtype),
           "bias is [K], of input's dtype");
   py::gil_scoped_release unlocked;
   fastseg::conv_relu_pool2d_forward(call);
@@ -216,7 +219,8 @@ void relu_pool2d_backward(const py::object& grad_output, const py::object& posit
   require(bool(call.skip) == bool(call.grad_skip), "skip and grad_skip come together");
   require(bool(call.grad_output) == bool(call.positions), "grad_output and positions come together");
   for (const Tensor* full : {&call.skip, &call.grad_skip})
-    require(!*full || (same_shape(*full, dense) && full->dtype == dense.dtype), "skip has grad_input's shape and dtype");
+    require(!*full || (same_shape(*full, dense) && full->dtype == dense.dtype),
+            "skip has grad_input's shape and dtype");
   if (call.grad_output) {
     check_pooled(call.grad_output, call.positions);
     require(call.grad_output.dtype == dense.dtype && call.grad_output.size[0] == dense.size[0] &&
@@ -251,12 +255,14 @@ bool is_per_pixel(const Tensor& tensor, const Tensor& input, int leading) {
 void check_cross_entropy(const CrossEntropy& call) {
   const Tensor &input = call.input, &target = call.target;
   require(input.ndim >= 2 && is_floating(input), "input is a floating-point [N, C, d1, ...]");
-  require(input.size[1] >= 1 && input.size[1] <= std::numeric_limits<int32_t>::max(), "input has 1 to 2^31 - 1 classes");
+  require(input.size[1] >= 1 && input.size[1] <= std::numeric_limits<int32_t>::max(),
+          "input has 1 to 2^31 - 1 classes");
   const bool wide = input.dtype == DType::kFloat64;
   const DType accumulated = wide ? DType::kFloat64 : DType::kFloat32;
   if (is_floating(target)) {
     require(same_shape(target, input), "class probabilities have input's shape");
-    require((target.dtype == DType::kFloat64) == wide, "class probabilities are float64 where input is, and only there");
+    require((target.dtype == DType::kFloat64) == wide,
+            "class probabilities are float64 where input is, and only there");
   } else {
     require(is_per_pixel(target, input, 0), "target is [N, d1, ...]");
   }

@@ -55,12 +55,12 @@ template <class T>
 struct Forward {
   const ConvReluPool2dForward& call;
   const ConvShape shape;
-  const int64_t width;       // the convolution's columns, rounded up to whole tiles
-  const int64_t packed_w;    // columns of a packed input row
-  const int64_t band;        // pooled rows to a task
-  const int64_t blocks;      // of channels
-  T* weights = nullptr;      // [blocks][taps][block]
-  T* bias = nullptr;         // [blocks][block]
+  const int64_t width;         // the convolution's columns, rounded up to whole tiles
+  const int64_t packed_w;      // columns of a packed input row
+  const int64_t band;          // pooled rows to a task
+  const int64_t blocks;        // of channels
+  T* weights = nullptr;        // [blocks][taps][block]
+  T* bias = nullptr;           // [blocks][block]
   int64_t* offsets = nullptr;  // [taps], from a patch's first element
 
   explicit Forward(const ConvReluPool2dForward& c)
@@ -95,8 +95,7 @@ struct Forward {
     memset(workspace, 0, static_cast<size_t>(weight_elements() + blocks * kBlock<T>) * sizeof(T));
     for (int64_t k = 0; k < shape.k; ++k) {
       const int64_t block = k / kBlock<T>, lane = k % kBlock<T>;
-      pack_kernel(call.weight, shape, k, weights + block * shape.taps() * kBlock<T> + lane,
-                  vectors(block) * kLanes<T>);
+      pack_kernel(call.weight, shape, k, weights + block * shape.taps() * kBlock<T> + lane, vectors(block) * kLanes<T>);
       if (call.bias)
         pack(at(call.bias, k * call.bias.stride[0]), call.bias.dtype, 1, 1, 1, 1, bias + block * kBlock<T> + lane, 1);
     }
@@ -104,7 +103,8 @@ struct Forward {
     for (int64_t row = 0; row < shape.kernel_h; ++row)
       for (int64_t column = 0; column < shape.kernel_w; ++column)
         for (int64_t c = 0; c < shape.c; ++c)
-          offsets[tap++] = (row * call.geometry.dilation[0] * packed_w + column * call.geometry.dilation[1]) * shape.c + c;
+          offsets[tap++] =
+              (row * call.geometry.dilation[0] * packed_w + column * call.geometry.dilation[1]) * shape.c + c;
   }
 
   // One row of the convolution for one block of channels: [width][block].
@@ -121,8 +121,9 @@ struct Forward {
     const ConvPoolGeometry& g = call.geometry;
     const int64_t bands = ceil_div(shape.pooled_h, band), image = task / bands;
     const Span pooled = {task % bands * band, least((task % bands + 1) * band, shape.pooled_h)};
-    const Span rows = input_rows(shape, g, {window_span(g, 0, pooled.begin, shape.convolved_h).begin,
-                                            window_span(g, 0, pooled.end - 1, shape.convolved_h).end});
+    const Span rows = input_rows(shape, g,
+                                 {window_span(g, 0, pooled.begin, shape.convolved_h).begin,
+                                  window_span(g, 0, pooled.end - 1, shape.convolved_h).end});
     const int64_t input_elements = rows.size() * packed_w * shape.c;
     const int64_t ring_elements = g.pool_size[0] * width * kBlock<T>, row_elements = shape.pooled_w * kBlock<T>;
     T* input = static_cast<T*>(scratch((input_elements + ring_elements + 2 * row_elements) * int64_t{sizeof(T)}));

@@ -1,6 +1,6 @@
 // conv_relu_pool2d, backward, the direct road. The gradient after a pool is sparse: at most one position of a window
-// carries any. So per pooled pixel and channel there is one patch of the input to weigh, not one for every position, and
-// the dense gradient of the full-resolution map is never built.
+// carries any. So per pooled pixel and channel there is one patch of the input to weigh, not one for every position,
+// and the dense gradient of the full-resolution map is never built.
 //
 //   grad_weight[k] = sum over windows of grad_output[k] * patch(position of the maximum)
 //   grad_input     = sum over windows and k of grad_output[k] * weight[k], added where that patch lies
@@ -15,10 +15,15 @@ namespace {
 // The sum of a weight gradient is cut into parts by the shape alone, never by the number of threads, and the parts are
 // added in their order: two runs are bitwise equal.
 constexpr int64_t kLargestParts = 64;
-constexpr int64_t kPatchBytes = 24 * 1024;    // patches of one tile of windows: a first-level cache, less the rest
-constexpr int64_t kLeastTile = 8;             // windows
-constexpr int64_t kBandBytes = 128 * 1024;    // a band of the packed input's gradient: half of a second-level cache
-constexpr int kPatchVectors = 6;              // vectors of a patch in registers, for two windows at a time
+constexpr int64_t kPatchBytes = 96 * 1024;  // patches of one tile of windows: a share of a second-level cache
+constexpr int64_t kLeastTile = 8;           // windows
+constexpr int64_t kBandBytes = 128 * 1024;  // a band of the packed input's gradient: half of a second-level cache
+constexpr int kPatchVectors = 6;            // vectors of a patch in registers, for two windows at a time
+
+// By position in a window of the row in work: where its patch begins, or negative where it carries no gradient.
+struct PatchTable {
+  int32_t patch[kCut + 1];
+};
 
 // The windows of one row and channel that carry gradient: its value, and where their patch begins.
 template <class T>
@@ -55,43 +60,57 @@ struct Backward {
     return windows;
   }
 
-  int64_t patch_elements() const { return call.geometry.pool_size[0] * covered(tile) * taps; }
+  // With room for the vector that the last piece of the last patch may run over by.
+  int64_t patch_elements() const { return call.geometry.pool_size[0] * covered(tile) * taps + kLanes<T>; }
 
   // Elements of T that `tile` windows' active list takes (gradients, then as many 32-bit offsets).
   int64_t active_elements() const { return 2 * tile; }
 
   Active<T> active_in(T* memory) const { return {memory, reinterpret_cast<int32_t*>(memory + tile), 0}; }
 
-  // Lists the windows [first, last) of a pooled row that carry gradient of channel k. Windows of ReLU-cut maxima and
-  // those whose maximum lies outside the convolution's rows `span` are left out.
-  void list_active(int64_t image, int64_t k, int64_t row, Span windows, Span span, Active<T>* active) const {
-    const Tensor &gradient = call.grad_output, &positions = call.positions;
+  // Positions outside the convolution's rows `span` are left out, as are windows whose maximum ReLU cut.
+  PatchTable patch_table(int64_t row, Span span) const {
     const ConvPoolGeometry& g = call.geometry;
-    const int64_t first_column = windows.begin * g.pool_stride[1] - g.pool_padding[1];
     const int64_t top = row * g.pool_stride[0] - g.pool_padding[0];
-    int32_t patch_of[kCut + 1];  // by position: where the patch begins, or negative
-    for (int64_t position = 0; position < g.pool_size[0] * g.pool_size[1]; ++position) {
-      const int64_t at_row = top + position / g.pool_size[1];
-      const bool inside = at_row >= span.begin && at_row < span.end;
-      patch_of[position] = inside ? static_cast<int32_t>(((position / g.pool_size[1]) * covered(tile) +
-                                                          position % g.pool_size[1]) * taps)
-                                  : -1;
-    }
-    patch_of[kCut] = -1;
-    const int64_t offset = image * gradient.stride[0] + k * gradient.stride[1] + row * gradient.stride[2];
-    pack(at(gradient, offset + windows.begin * gradient.stride[3]), gradient.dtype, windows.size(), 1,
-         gradient.stride[3], 1, active->gradient, 1);
+    PatchTable table;
+    for (int32_t& patch : table.patch) patch = -1;
+    for (int64_t y = most(span.begin - top, 0); y < least(g.pool_size[0], span.end - top); ++y)
+      for (int64_t x = 0; x < g.pool_size[1]; ++x)
+        table.patch[y * g.pool_size[1] + x] = static_cast<int32_t>((y * covered(tile) + x) * taps);
+    return table;
+  }
+
+  // Lists the windows of a pooled row that carry gradient of channel k, and returns the sum of it.
+  T list_active(int64_t image, int64_t k, int64_t row, Span windows, const PatchTable& table, Active<T>* active) const {
+    const Tensor &gradient = call.grad_output, &positions = call.positions;
+    pack(at(gradient, image * gradient.stride[0] + k * gradient.stride[1] + row * gradient.stride[2] +
+                          windows.begin * gradient.stride[3]),
+         gradient.dtype, 1, windows.size(), 0, gradient.stride[3], active->gradient, 0);
+    const int64_t step = positions.stride[3];
     const uint8_t* position = static_cast<const uint8_t*>(positions.data) + image * positions.stride[0] +
-                              k * positions.stride[1] + row * positions.stride[2];
-    active->count = 0;
-    for (int64_t p = windows.begin; p < windows.end; ++p) {
-      const int32_t patch = patch_of[position[p * positions.stride[3]]];
-      const int64_t column = p * g.pool_stride[1] - g.pool_padding[1] - first_column;
+                              k * positions.stride[1] + row * positions.stride[2] + windows.begin * step;
+    const int32_t window_step = static_cast<int32_t>(call.geometry.pool_stride[1] * taps);
+    int64_t count = 0;
+    int32_t window = 0;  // where the window's patches begin
+    for (int64_t p = 0; p < windows.size(); ++p, window += window_step) {
+      const int32_t patch = table.patch[position[p * step]];
       // Written always, kept only where the window counts: no branch to mispredict.
-      active->gradient[active->count] = active->gradient[p - windows.begin];
-      active->patch[active->count] = patch + static_cast<int32_t>(column * taps);
-      active->count += patch >= 0;
+      active->gradient[count] = active->gradient[p];
+      active->patch[count] = patch + window;
+      count += patch >= 0;
     }
+    active->count = count;
+    return sum_of(active->gradient, count);
+  }
+
+  static T sum_of(const T* values, int64_t count) {
+    Vec<T> sums = {};
+    int64_t i = 0;
+    for (; i + kLanes<T> <= count; i += kLanes<T>) sums += load(values + i);
+    T sum = 0;
+    for (int lane = 0; lane < kLanes<T>; ++lane) sum += sums[lane];
+    for (; i < count; ++i) sum += values[i];
+    return sum;
   }
 
   // The patches of all positions of a tile of windows: [pool rows][covered columns][taps], from packed input rows.
@@ -101,17 +120,16 @@ struct Backward {
     const int64_t left = windows.begin * g.pool_stride[1] - g.pool_padding[1];
     const Span span = window_span(g, 0, row, shape.convolved_h);
     const Span columns = {most(left, 0), least(left + covered(windows.size()), shape.convolved_w)};
-    const int64_t rest = taps - shape.taps();
     for (int64_t y = span.begin; y < span.end; ++y) {
       for (int64_t x = columns.begin; x < columns.end; ++x) {
         T* target = patches + ((y - top) * covered(tile) + x - left) * taps;
         const int64_t first_row = y * g.stride[0] - g.padding[0] - rows.begin;
         const T* source = input + (first_row * packed_w + x * g.stride[1]) * shape.c;
+        // Whole vectors: what runs over a piece's end is overwritten by the next piece, or lies past the taps.
         for_each_segment([&](int64_t offset, int64_t length) {
-          for (int64_t i = 0; i < length; ++i) target[i] = source[offset + i];
+          for (int64_t i = 0; i < length; i += kLanes<T>) store<T>(target + i, load(source + offset + i));
           target += length;
         });
-        for (int64_t i = 0; i < rest; ++i) target[i] = 0;
       }
     }
   }
@@ -162,11 +180,16 @@ struct Backward {
       sum += kPatchVectors * kLanes<T>;
     }
     switch (vectors) {
-      case 1: return weigh_patches<1>(active, patches, sum);
-      case 2: return weigh_patches<2>(active, patches, sum);
-      case 3: return weigh_patches<3>(active, patches, sum);
-      case 4: return weigh_patches<4>(active, patches, sum);
-      case 5: return weigh_patches<5>(active, patches, sum);
+      case 1:
+        return weigh_patches<1>(active, patches, sum);
+      case 2:
+        return weigh_patches<2>(active, patches, sum);
+      case 3:
+        return weigh_patches<3>(active, patches, sum);
+      case 4:
+        return weigh_patches<4>(active, patches, sum);
+      case 5:
+        return weigh_patches<5>(active, patches, sum);
     }
   }
 
@@ -178,8 +201,7 @@ struct Backward {
     memset(grad_bias, 0, static_cast<size_t>(shape.k) * sizeof(T));
     const int64_t input_rows_of_window = (g.pool_size[0] - 1) * g.stride[0] + (shape.kernel_h - 1) * g.dilation[0] + 1;
     const int64_t input_elements = input_rows_of_window * packed_w * shape.c;
-    T* input = static_cast<T*>(
-        scratch((input_elements + patch_elements() + active_elements()) * int64_t{sizeof(T)}));
+    T* input = static_cast<T*>(scratch((input_elements + patch_elements() + active_elements()) * int64_t{sizeof(T)}));
     if (input == nullptr) return false;
     T* patches = input + input_elements;
     Active<T> active = active_in(patches + patch_elements());
@@ -187,15 +209,13 @@ struct Backward {
     for (int64_t r = part * pooled_rows / parts; r < (part + 1) * pooled_rows / parts; ++r) {
       const int64_t image = r / shape.pooled_h, row = r % shape.pooled_h;
       const Span span = window_span(g, 0, row, shape.convolved_h), rows = input_rows(shape, g, span);
+      const PatchTable table = patch_table(row, span);
       if (call.grad_weight) pack_input(call.input, shape, g, image, rows, packed_w, input);
       for (int64_t first = 0; first < shape.pooled_w; first += tile) {
         const Span windows = {first, least(first + tile, shape.pooled_w)};
         if (call.grad_weight) build_patches(input, row, windows, rows, patches);
         for (int64_t k = 0; k < shape.k; ++k) {
-          list_active(image, k, row, windows, span, &active);
-          T sum = 0;
-          for (int64_t i = 0; i < active.count; ++i) sum += active.gradient[i];
-          grad_bias[k] += sum;
+          grad_bias[k] += list_active(image, k, row, windows, table, &active);
           if (call.grad_weight) add_weighed(active, patches, grad_weight + k * taps);
         }
       }
@@ -220,8 +240,8 @@ struct Backward {
           double sum = 0;
           for (int64_t part = 0; part < parts; ++part) sum += static_cast<double>(tap[part * shape.k * taps]);
           const T value = static_cast<T>(sum);
-          const int64_t offset = k * weight.stride[0] + c * weight.stride[1] + row * weight.stride[2] +
-                                 column * weight.stride[3];
+          const int64_t offset =
+              k * weight.stride[0] + c * weight.stride[1] + row * weight.stride[2] + column * weight.stride[3];
           unpack(&value, 1, 1, 1, at_mutable(weight, offset), weight.dtype, 1, 1);
         }
   }
@@ -291,14 +311,14 @@ struct Backward {
     const int64_t reach = (shape.kernel_h - 1) * g.dilation[0];
     const Span convolved = {most(ceil_div(band.begin + g.padding[0] - reach, g.stride[0]), 0),
                             least((band.end - 1 + g.padding[0]) / g.stride[0] + 1, shape.convolved_h)};
-    const Span window_rows =
-        convolved.begin < convolved.end ? windows_of(g, 0, convolved, shape.pooled_h) : Span{0, 0};
+    const Span window_rows = convolved.begin < convolved.end ? windows_of(g, 0, convolved, shape.pooled_h) : Span{0, 0};
     for (int64_t row = window_rows.begin; row < window_rows.end; ++row) {
+      const PatchTable table = patch_table(row, convolved);
       for (int64_t first = 0; first < shape.pooled_w; first += tile) {
         const Span windows = {first, least(first + tile, shape.pooled_w)};
         memset(patches, 0, static_cast<size_t>(patch_elements()) * sizeof(T));
         for (int64_t k = 0; k < shape.k; ++k) {
-          list_active(image, k, row, windows, convolved, &active);
+          list_active(image, k, row, windows, table, &active);
           spread_kernel(active, kernels + k * taps, taps, patches);
         }
         add_patches(patches, row, windows, band, target);

@@ -1,4 +1,5 @@
-// What the forward and the backward kernels of conv_relu_pool2d share: sizes, and a band of the input packed for reading.
+// What the forward and the backward kernels of conv_relu_pool2d share: sizes, and a band of the input packed for
+// reading.
 #pragma once
 
 #include "conv_relu_pool2d.h"
@@ -8,10 +9,18 @@ namespace fastseg {
 namespace FASTSEG_ISA {
 namespace {
 
-inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+inline int64_t least(int64_t a, int64_t b) {
+  return a < b ? a : b;
+}
+inline int64_t most(int64_t a, int64_t b) {
+  return a > b ? a : b;
+}
+inline int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+inline int64_t round_up(int64_t a, int64_t b) {
+  return ceil_div(a, b) * b;
+}
 
 // A half-open range of rows or columns.
 struct Span {
@@ -89,8 +98,8 @@ void pack_kernel(const Tensor& weight, const ConvShape& shape, int64_t channel, 
   for (int64_t row = 0; row < shape.kernel_h; ++row)
     for (int64_t column = 0; column < shape.kernel_w; ++column)
       for (int64_t c = 0; c < shape.c; ++c, target += step)
-        pack(at(weight, channel * weight.stride[0] + c * weight.stride[1] + row * weight.stride[2] +
-                            column * weight.stride[3]),
+        pack(at(weight,
+                channel * weight.stride[0] + c * weight.stride[1] + row * weight.stride[2] + column * weight.stride[3]),
              weight.dtype, 1, 1, 1, 1, target, 1);
 }
 

@@ -4,6 +4,8 @@
 // Forward reads the logits once and keeps m and s; backward reads the logits once and writes the gradient once.
 #include "cross_entropy.h"
 
+#include <math.h>
+
 #include "cross_entropy_tiles.h"
 #include "vector_math.h"
 
@@ -153,7 +155,12 @@ void forward(const CrossEntropyForward& call) {
   }
   *static_cast<T*>(call.total_weight.data) = static_cast<T>(weight);
   if (call.reduction == Reduction::kNone) return;
-  *static_cast<T*>(call.loss.data) = static_cast<T>(call.reduction == Reduction::kMean ? loss / weight : loss);
+  if (call.reduction == Reduction::kMean) {
+    // Where no label has weight, the labels' own share is 0 / 0, whatever the smoothing's is.
+    const bool undefined = kKind == Kind::kSmoothedLabels && weight == 0;
+    loss = undefined ? NAN : loss / weight;
+  }
+  *static_cast<T*>(call.loss.data) = static_cast<T>(loss);
 }
 
 // ---- backward ----
@@ -198,8 +205,7 @@ void read_grad(const CrossEntropyBackward& call, const Pixels& pixels, int64_t b
   for (int64_t p = 0; p < count; ++p) grad[p] = scalar;
 }
 
-// target_sum = sum(q) times the incoming gradient; grad_of_label = what of it belongs to the label itself. For
-// probabilities sum(q) alone: the gradient is multiplied last, since q is not constant along the classes.
+// grad, zero where the pixel is ignored, and what of it goes to the label itself; for probabilities sum(q).
 template <class T, Kind kKind>
 void weigh_pixels(const Tile<T>& tile, const ClassTerms<T>& terms, Rows<const T> target, int64_t count) {
   if (kKind == Kind::kProbabilities) {
@@ -213,11 +219,11 @@ void weigh_pixels(const Tile<T>& tile, const ClassTerms<T>& terms, Rows<const T>
     const bool ignored = tile.labels[p] == kIgnored;
     tile.grad[p] = ignored ? 0 : tile.grad[p];
     tile.grad_of_label[p] = ignored ? 0 : terms.scale[tile.labels[p]] * tile.grad[p];
-    tile.target_sum[p] = tile.grad_of_label[p] + terms.shift_sum * tile.grad[p];
   }
 }
 
-// grad_logits = exp(x - m - s) * sum(q) - q, all of it times the incoming gradient. May overwrite the logits.
+// grad_logits = (exp(x - m - s) * sum(q) - q) * grad. May overwrite the logits. The label's share and the smoothing's
+// are differences of their own, which vanish exactly where the probability is 1.
 template <class T, Kind kKind>
 void differentiate(const Tile<T>& tile, const ClassTerms<T>& terms, Rows<const T> logits, Rows<const T> target,
                    Rows<T> grad_logits, int64_t count) {
@@ -228,21 +234,18 @@ void differentiate(const Tile<T>& tile, const ClassTerms<T>& terms, Rows<const T
     const Int<T> label = static_cast<Int<T>>(c);
     for (int64_t p = 0; p < count; p += kLanes<T>) {
       const Vec<T> probability = exp_of_nonpositive<T>((load(x + p) - load(tile.largest + p)) - load(tile.log_sum + p));
-      const Vec<T> target_sum = load(tile.target_sum + p);
       if (kKind == Kind::kProbabilities) {
         const Vec<T> share = load(q + p) * terms.scale[c] + terms.shift[c];
-        store(grad_x + p, (probability * target_sum - share) * load(tile.grad + p));
+        store(grad_x + p, (probability * load(tile.target_sum + p) - share) * load(tile.grad + p));
         continue;
       }
       IntVec<T> labels;
       memcpy(&labels, tile.labels + p, sizeof labels);
-      if (kKind == Kind::kLabels) {
-        const Vec<T> one_hot = select_or_zero<T>(labels == label, broadcast<T>(1));
-        store(grad_x + p, (probability - one_hot) * target_sum);
-      } else {
-        const Vec<T> of_label = select_or_zero<T>(labels == label, load(tile.grad_of_label + p));
-        store(grad_x + p, (probability * target_sum - of_label) - load(tile.grad + p) * terms.shift[c]);
-      }
+      const Vec<T> one_hot = select_or_zero<T>(labels == label, broadcast<T>(1));
+      Vec<T> grad = (probability - one_hot) * load(tile.grad_of_label + p);
+      if (kKind == Kind::kSmoothedLabels)
+        grad += (probability * terms.shift_sum - terms.shift[c]) * load(tile.grad + p);
+      store(grad_x + p, grad);
     }
   }
 }

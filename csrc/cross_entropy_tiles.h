@@ -207,7 +207,7 @@ template <class T>
 struct ClassTerms {
   T smoothing;  // zero where it is off
   T *weight, *scale, *shift;
-  T shift_sum = 0;
+  T shift_sum;
 
   static int64_t elements(const Plan& plan) { return 3 * plan.classes; }
 
@@ -217,12 +217,14 @@ struct ClassTerms {
     weight = memory;
     scale = memory + classes;
     shift = memory + 2 * classes;
+    double sum = 0;
     for (int64_t c = 0; c < classes; ++c) {
       weight[c] = call.weight ? static_cast<const T*>(call.weight.data)[c] : T(1);
       scale[c] = (1 - smoothing) * weight[c];
       shift[c] = smoothing / static_cast<T>(classes) * weight[c];
-      shift_sum += shift[c];
+      sum += static_cast<double>(shift[c]);
     }
+    shift_sum = static_cast<T>(sum);
   }
 };
 

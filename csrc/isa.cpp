@@ -65,6 +65,8 @@ Isa active_isa() {
   return static_cast<Isa>(current);
 }
 
-void select_isa(const char* name) { selected.store(static_cast<int>(parse(name)), std::memory_order_relaxed); }
+void select_isa(const char* name) {
+  selected.store(static_cast<int>(parse(name)), std::memory_order_relaxed);
+}
 
 }  // namespace fastseg

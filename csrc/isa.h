@@ -36,19 +36,24 @@ void select_isa(const char* name);
   void function(const Arguments&);                   \
   }
 #if defined(__x86_64__) && !defined(FASTSEG_PORTABLE_ONLY)
-#define FASTSEG_KERNEL(function, Arguments)              \
-  FASTSEG_DECLARE_IN(portable, function, Arguments)      \
-  FASTSEG_DECLARE_IN(avx2, function, Arguments)          \
-  FASTSEG_DECLARE_IN(avx512, function, Arguments)        \
-  inline void function(const Arguments& arguments) {     \
-    switch (active_isa()) {                              \
-      case Isa::portable: return portable::function(arguments); \
-      case Isa::avx2: return avx2::function(arguments);  \
-      case Isa::avx512: return avx512::function(arguments); \
-    }                                                    \
+#define FASTSEG_KERNEL(function, Arguments)          \
+  FASTSEG_DECLARE_IN(portable, function, Arguments)  \
+  FASTSEG_DECLARE_IN(avx2, function, Arguments)      \
+  FASTSEG_DECLARE_IN(avx512, function, Arguments)    \
+  inline void function(const Arguments& arguments) { \
+    switch (active_isa()) {                          \
+      case Isa::portable:                            \
+        return portable::function(arguments);        \
+      case Isa::avx2:                                \
+        return avx2::function(arguments);            \
+      case Isa::avx512:                              \
+        return avx512::function(arguments);          \
+    }                                                \
   }
 #else
-#define FASTSEG_KERNEL(function, Arguments)         \
-  FASTSEG_DECLARE_IN(portable, function, Arguments) \
-  inline void function(const Arguments& arguments) { portable::function(arguments); }
+#define FASTSEG_KERNEL(function, Arguments)          \
+  FASTSEG_DECLARE_IN(portable, function, Arguments)  \
+  inline void function(const Arguments& arguments) { \
+    portable::function(arguments);                   \
+  }
 #endif

@@ -1,5 +1,6 @@
-// Between a tensor's memory (any floating-point dtype, any strides) and the kernels' scratch (dense rows of float, or of
-// double for float64 tensors). The kernels' loops know neither half types nor memory formats: these two functions do.
+// Between a tensor's memory (any floating-point dtype, any strides) and the kernels' scratch (dense rows of float, or
+// of double for float64 tensors). The kernels' loops know neither half types nor memory formats: these two functions
+// do.
 #pragma once
 
 #include "simd.h"
@@ -28,10 +29,18 @@ FASTSEG_INLINE float bits_float(uint32_t bits) {
   return value;
 }
 
-FASTSEG_INLINE float widen(float value) { return value; }
-FASTSEG_INLINE double widen(double value) { return value; }
-FASTSEG_INLINE int32_t widen(uint8_t value) { return value; }
-FASTSEG_INLINE float widen(BFloat16 value) { return bits_float(static_cast<uint32_t>(value.bits) << 16); }
+FASTSEG_INLINE float widen(float value) {
+  return value;
+}
+FASTSEG_INLINE double widen(double value) {
+  return value;
+}
+FASTSEG_INLINE int32_t widen(uint8_t value) {
+  return value;
+}
+FASTSEG_INLINE float widen(BFloat16 value) {
+  return bits_float(static_cast<uint32_t>(value.bits) << 16);
+}
 FASTSEG_INLINE float widen(Float16 value) {
   const uint32_t magnitude = static_cast<uint32_t>(value.bits & 0x7fff) << 13;
   const float rebias = bits_float(0x77800000);  // 2^112: the difference of the two exponent biases
@@ -41,8 +50,12 @@ FASTSEG_INLINE float widen(Float16 value) {
 }
 
 // Round to nearest, ties to even; NaN stays NaN.
-FASTSEG_INLINE void narrow(float value, float* target) { *target = value; }
-FASTSEG_INLINE void narrow(double value, double* target) { *target = value; }
+FASTSEG_INLINE void narrow(float value, float* target) {
+  *target = value;
+}
+FASTSEG_INLINE void narrow(double value, double* target) {
+  *target = value;
+}
 FASTSEG_INLINE void narrow(float value, BFloat16* target) {
   const uint32_t bits = float_bits(value);
   const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
@@ -59,8 +72,12 @@ FASTSEG_INLINE void narrow(float value, Float16* target) {
 }
 
 // Window positions, which are computed in integers as wide as the values and kept as bytes.
-FASTSEG_INLINE void narrow(int32_t value, uint8_t* target) { *target = static_cast<uint8_t>(value); }
-FASTSEG_INLINE void narrow(int64_t value, uint8_t* target) { *target = static_cast<uint8_t>(value); }
+FASTSEG_INLINE void narrow(int32_t value, uint8_t* target) {
+  *target = static_cast<uint8_t>(value);
+}
+FASTSEG_INLINE void narrow(int64_t value, uint8_t* target) {
+  *target = static_cast<uint8_t>(value);
+}
 
 // Blocks of 4 x 4, transposed: four numbers that are neighbours in memory become one column of four rows.
 template <class S, class T>
@@ -112,8 +129,8 @@ void pack_from(const S* source, int64_t rows, int64_t columns, int64_t row_strid
       }
     }
   }
-  for (int64_t c = done; c < columns; ++c)
-    for (int64_t r = 0; r < rows; ++r)
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = done; c < columns; ++c)
       target[r * target_stride + c] = widen(source[r * row_stride + c * column_stride]);
 }
 
@@ -177,10 +194,18 @@ inline void unpack(const double* source, int64_t source_stride, int64_t rows, in
 
 inline int64_t element_size(DType dtype) {
   switch (dtype) {
-    case DType::kUInt8: return 1;
-    case DType::kBFloat16: case DType::kFloat16: case DType::kInt16: return 2;
-    case DType::kFloat32: case DType::kInt32: return 4;
-    case DType::kFloat64: case DType::kInt64: return 8;
+    case DType::kUInt8:
+      return 1;
+    case DType::kBFloat16:
+    case DType::kFloat16:
+    case DType::kInt16:
+      return 2;
+    case DType::kFloat32:
+    case DType::kInt32:
+      return 4;
+    case DType::kFloat64:
+    case DType::kInt64:
+      return 8;
   }
   return 0;
 }

@@ -42,7 +42,9 @@ Workspace::Workspace(int64_t bytes) : data_(allocate(bytes > 0 ? bytes : 1)) {
   if (data_ == nullptr) throw std::bad_alloc();
 }
 
-Workspace::~Workspace() { std::free(data_); }
+Workspace::~Workspace() {
+  std::free(data_);
+}
 
 void advise_huge_pages(void* data, int64_t bytes) {
 #ifdef MADV_HUGEPAGE
@@ -66,6 +68,8 @@ bool parallel_for(int64_t tasks, int threads, bool (*run)(void*, int64_t), void*
   return ok.load(std::memory_order_relaxed);
 }
 
-void throw_out_of_memory() { throw std::bad_alloc(); }
+void throw_out_of_memory() {
+  throw std::bad_alloc();
+}
 
 }  // namespace fastseg

@@ -43,8 +43,7 @@ void pool_row(const T* const* rows, Span span, int64_t window_row, int64_t width
   for (int64_t p = 0; p < pooled_w; ++p) {
     const Span columns = window_span(g, 1, p, width);
     const int64_t window_left = p * g.pool_stride[1] - g.pool_padding[1];
-    const Int<T> first =
-        static_cast<Int<T>>((span.begin - window_top) * g.pool_size[1] + columns.begin - window_left);
+    const Int<T> first = static_cast<Int<T>>((span.begin - window_top) * g.pool_size[1] + columns.begin - window_left);
     for (int64_t lane = 0; lane < block; lane += kLanes<T>) {
       const int64_t offset = columns.begin * block + lane;
       T* value = values + p * block + lane;
@@ -60,7 +59,8 @@ void pool_row(const T* const* rows, Span span, int64_t window_row, int64_t width
   }
 }
 
-// Writes a row of pooled values and positions, [pooled_w][block], to channels [channel, channel + count) of the outputs.
+// Writes a row of pooled values and positions, [pooled_w][block], to channels [channel, channel + count) of the
+// outputs.
 template <class T>
 void unpack_pooled(const T* values, const Int<T>* positions, int64_t block, int64_t image, int64_t channel,
                    int64_t count, int64_t row, const Tensor& output, const Tensor& positions_out) {

@@ -41,8 +41,7 @@ void relu_mask(const T* passed, const T* value, int64_t elements, T* target) {
 Span own_rows(const ReluPool2dForward& call, int64_t window) {
   const ConvPoolGeometry& g = call.geometry;
   const int64_t begin = window * g.pool_stride[0] - g.pool_padding[0];
-  return {window == 0 ? 0 : begin,
-          window + 1 == call.output.size[2] ? call.input.size[2] : begin + g.pool_stride[0]};
+  return {window == 0 ? 0 : begin, window + 1 == call.output.size[2] ? call.input.size[2] : begin + g.pool_stride[0]};
 }
 
 // One pooled row.
