@@ -111,8 +111,8 @@ def cross_entropy(
 
     Equals `torch.nn.functional.cross_entropy`; see `torch.nn.CrossEntropyLoss` for the formulas. It reads half and
     bfloat16 logits as they are, in any memory format, computes in float32 (float64 for float64), and keeps two numbers
-    a pixel for the backward pass, not the probabilities. Differentiable for ``input`` to any order; second derivatives,
-    and calls whose target or weight needs a gradient, run as plain PyTorch.
+    a pixel for the backward pass, not the probabilities. Differentiable for ``input`` to any order. Second derivatives
+    run as plain PyTorch, as do calls whose target or weight needs a gradient, or whose probabilities alone are float64.
 
     Args:
         input: Logits ``[C]``, ``[N, C]`` or ``[N, C, d1, ...]``; float32, float64, bfloat16 or float16. Never
@@ -136,27 +136,29 @@ def cross_entropy(
         TypeError: A dtype that isn't supported.
     """
     _check_cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing)
-    if target.requires_grad or (weight is not None and weight.requires_grad):
+    reason = _unsupported(input, target, weight)
+    if reason is not None:
         if not torch.compiler.is_compiling():
-            log_slow_road("cross_entropy", "target or weight needs a gradient")
+            log_slow_road("cross_entropy", reason)
         return reference.cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing)
 
-    probabilities = target.is_floating_point()
-    dtype = torch.promote_types(input.dtype, target.dtype) if probabilities else input.dtype
-    accumulated = _cross_entropy.accumulation_dtype(input)
-    if dtype.itemsize < accumulated.itemsize and torch.is_autocast_enabled(input.device.type):
-        dtype = accumulated
-    if probabilities and torch.float64 in (input.dtype, target.dtype):
-        target = target.to(accumulated)
+    dtype, accumulated = input.dtype, _cross_entropy.accumulation_dtype(input)
+    if target.is_floating_point():
+        dtype = torch.promote_types(dtype, target.dtype)
+        target = target.to(accumulated) if accumulated == torch.float64 else target
+    device = input.device.type
+    if dtype.itemsize < accumulated.itemsize and torch.amp.is_autocast_available(device):
+        dtype = accumulated if torch.is_autocast_enabled(device) else dtype
     if weight is not None:
         weight = weight.to(accumulated).contiguous()
     if input.ndim > 1:
         loss = _cross_entropy.cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing)
     else:
-        batch = target.unsqueeze(0) if probabilities else target.reshape(1)
-        loss = _cross_entropy.cross_entropy(input.unsqueeze(0), batch, weight, ignore_index, reduction, label_smoothing)
+        loss = _cross_entropy.cross_entropy(
+            input.unsqueeze(0), target.unsqueeze(0), weight, ignore_index, reduction, label_smoothing
+        )
         loss = loss.squeeze(0) if reduction == "none" else loss
-    return loss.to(dtype)
+    return loss if loss.dtype == dtype else loss.to(dtype)
 
 
 FLOATING_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -237,14 +239,20 @@ LABEL_DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
 def _check_cross_entropy(
     input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, label_smoothing: float
 ) -> None:
-    if input.ndim == 0:
+    shape = tuple(input.shape)
+    if not shape:
         raise ValueError("input: expected [C], [N, C] or [N, C, d1, ...], got a scalar")
+    classes = shape[min(1, len(shape) - 1)]
+    if classes == 0:
+        raise ValueError(f"input: expected at least one class, got shape {shape}")
     if input.dtype not in FLOATING_DTYPES:
         raise TypeError(f"input: expected float32, float64, bfloat16 or float16, got {input.dtype}")
-    classes = input.shape[min(1, input.ndim - 1)]
-    if classes == 0:
-        raise ValueError(f"input: expected at least one class, got shape {tuple(input.shape)}")
-    _check_target(input, target, ignore_index)
+    if target.device != input.device:
+        raise ValueError(f"target: expected input's device {input.device}, got {target.device}")
+    if target.is_floating_point():
+        _check_probabilities(shape, target, ignore_index)
+    else:
+        _check_labels(shape, target)
     if weight is not None:
         if weight.ndim != 1 or weight.shape[0] != classes:
             raise ValueError(f"weight: expected shape ({classes},), got {tuple(weight.shape)}")
@@ -258,23 +266,30 @@ def _check_cross_entropy(
         raise ValueError(f"label_smoothing: expected a number in [0, 1], got {label_smoothing}")
 
 
-def _check_target(input: Tensor, target: Tensor, ignore_index: int) -> None:
-    if target.device != input.device:
-        raise ValueError(f"target: expected input's device {input.device}, got {target.device}")
-    if target.is_floating_point():
-        if target.shape != input.shape:
-            raise ValueError(
-                f"target: expected class probabilities of input's shape {tuple(input.shape)}, got {tuple(target.shape)}"
-                f" in {target.dtype}; class labels need an integer dtype"
-            )
-        if target.dtype not in FLOATING_DTYPES:
-            raise TypeError(f"target: expected float32, float64, bfloat16 or float16, got {target.dtype}")
-        if ignore_index >= 0:
-            raise ValueError(f"ignore_index: class probabilities have no label to ignore, got {ignore_index}")
-        return
+def _unsupported(input: Tensor, target: Tensor, weight: Tensor | None) -> str | None:
+    """Why plain PyTorch serves a call of cross_entropy, or None."""
+    if torch.is_grad_enabled() and (target.requires_grad or (weight is not None and weight.requires_grad)):
+        return "target or weight needs a gradient"
+    if target.dtype == torch.float64 and input.dtype != torch.float64:
+        return "float64 probabilities for logits of less precision"
+    return None
+
+
+def _check_probabilities(shape: tuple[int, ...], target: Tensor, ignore_index: int) -> None:
+    if target.shape != shape:
+        raise ValueError(
+            f"target: expected class probabilities of input's shape {shape}, got {tuple(target.shape)} in "
+            f"{target.dtype}; class labels need an integer dtype"
+        )
+    if target.dtype not in FLOATING_DTYPES:
+        raise TypeError(f"target: expected float32, float64, bfloat16 or float16, got {target.dtype}")
+    if ignore_index >= 0:
+        raise ValueError(f"ignore_index: class probabilities have no label to ignore, got {ignore_index}")
+
+
+def _check_labels(shape: tuple[int, ...], target: Tensor) -> None:
     if target.dtype not in LABEL_DTYPES:
         raise TypeError(f"target: expected uint8, int16, int32 or int64 labels, got {target.dtype}")
-    expected = (*input.shape[:1], *input.shape[2:]) if input.ndim > 1 else ()
-    # As torch's, [C] logits also take a label of shape [1].
-    if target.shape != expected and not (input.ndim == 1 and target.shape == (1,)):
+    expected = (*shape[:1], *shape[2:]) if len(shape) > 1 else ()
+    if target.shape != expected:
         raise ValueError(f"target: expected labels of shape {expected}, got {tuple(target.shape)} in {target.dtype}")

@@ -41,13 +41,10 @@ _library.define(
 
 def _allocate_outputs(input: Tensor, reduction: str) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, statistics (each pixel's largest logit m, and log(sum(exp(x - m)))), and what "mean" divides by."""
-    pixels = (input.shape[0], *input.shape[2:])
-    dtype = accumulation_dtype(input)
-    return (
-        input.new_empty(pixels if reduction == "none" else (), dtype=dtype),
-        input.new_empty((2, *pixels), dtype=dtype),
-        input.new_empty((), dtype=dtype),
-    )
+    images, _, *pixels = input.shape
+    statistics = input.new_empty((2, images, *pixels), dtype=accumulation_dtype(input))
+    total_weight = statistics.new_empty(())
+    return torch.empty_like(statistics[0] if reduction == "none" else total_weight), statistics, total_weight
 
 
 @torch.library.register_fake("fastseg::cross_entropy", lib=_library)
@@ -129,18 +126,23 @@ def _backward_plain(
     largest, log_sum = statistics.unsqueeze(2)
     probabilities = (input - largest - log_sum).exp()
     grad = (grad_output / total_weight if reduction == "mean" else grad_output).expand_as(statistics[0])
+    # How much a class counts: the target's share of it * scale + shift.
+    weights = statistics.new_ones(input.shape[1]) if weight is None else weight
+    scale, shift = (
+        term.view(-1, *[1] * (input.ndim - 2))
+        for term in (weights * (1 - label_smoothing), weights * label_smoothing / input.shape[1])
+    )
     if target.is_floating_point():
-        distribution = target.to(statistics.dtype)
+        share = target * scale + shift
+        grad_input = (probabilities * share.sum(1, keepdim=True) - share) * grad.unsqueeze(1)
     else:
         ignored = target == ignore_index
-        labels = target.masked_fill(ignored, 0).long().unsqueeze(1)
-        distribution = torch.zeros_like(probabilities).scatter_(1, labels, 1)
+        labels = target.masked_fill(ignored, 0).long()
         grad = grad.masked_fill(ignored, 0)
-    if label_smoothing > 0:
-        distribution = distribution * (1 - label_smoothing) + label_smoothing / input.shape[1]
-    if weight is not None:
-        distribution = distribution * weight.view(-1, *[1] * (input.ndim - 2))
-    grad_input = (probabilities * distribution.sum(1, keepdim=True) - distribution) * grad.unsqueeze(1)
+        one_hot = torch.zeros_like(probabilities).scatter_(1, labels.unsqueeze(1), 1)
+        grad_input = (probabilities - one_hot) * (scale.flatten()[labels] * grad).unsqueeze(1)
+        if label_smoothing > 0:
+            grad_input += (probabilities * shift.sum() - shift) * grad.unsqueeze(1)
     return torch.empty_like(input).copy_(grad_input)
 
 

@@ -1,0 +1,539 @@
+"""cross_entropy against plain PyTorch: values and gradients, in every combination and on every instruction set."""
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import fastseg
+from fastseg import _native, functional, reference
+from fastseg.ops import cross_entropy as operator
+from fastseg.testing import assert_parity, make, make_labels, values_and_gradients
+
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+LABEL_DTYPES = {"uint8": torch.uint8, "int16": torch.int16, "int32": torch.int32, "int64": torch.int64}
+REDUCTIONS = ("none", "mean", "sum")
+INFINITY, NAN = float("inf"), float("nan")
+
+
+@pytest.fixture(params=[*_native._C.runnable_isas(), "plain"])
+def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Each instruction set of the kernels, and the implementation for devices without one."""
+    before = _native._C.active_isa()
+    if request.param == "plain":
+        monkeypatch.setattr(operator, "native", lambda name: None)
+    else:
+        _native._C.select_isa(request.param)
+    yield request.param
+    _native._C.select_isa(before)
+
+
+def check(input: Tensor, target: Tensor, weight: Tensor | None = None, **options: Any) -> list[Tensor]:
+    """The loss and its gradient for input; asserts that both are as near to the truth as plain PyTorch's."""
+    before = input.detach().clone()
+    tensors = [input, target, weight]
+    actual = values_and_gradients(functional.cross_entropy, tensors, **options)
+    plain = values_and_gradients(reference.cross_entropy, tensors, **options)
+    truth = values_and_gradients(reference.cross_entropy, tensors, torch.float64, **options)
+    assert_parity(actual, plain, truth, terms=terms_of(input))
+    torch.testing.assert_close(input.detach(), before, rtol=0, atol=0, equal_nan=True)
+    return actual
+
+
+def terms_of(input: Tensor) -> int:
+    """The terms of the sums over the classes, for `assert_parity`."""
+    classes = input.shape[min(1, input.ndim - 1)]
+    # In float64, plain PyTorch is its own truth, whose error must be allowed for: sums of C equal shares (smoothing)
+    # are rounded in one direction C times; and exp, log, their arguments and products round by up to 8 units.
+    return (classes + 8) ** 2 if input.dtype == torch.float64 else classes
+
+
+def logits(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, **options: Any) -> Tensor:
+    return make(shape, dtype, scale=3.0, requires_grad=True, **options)
+
+
+def labels_for(input: Tensor, dtype: torch.dtype = torch.int64, **options: Any) -> Tensor:
+    return make_labels((input.shape[0], *input.shape[2:]), input.shape[1], dtype, **options)
+
+
+def probabilities_for(input: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return make(input.shape, torch.float64, seed=3, scale=2.0).softmax(min(1, input.ndim - 1)).to(dtype or input.dtype)
+
+
+# ---- shapes, dtypes, layouts ----
+
+# Why each is here.
+SHAPES = {
+    "single-pixel": (1, 5),
+    "classifier": (37, 10),
+    "sequence": (3, 7, 11),
+    "tiny-images": (19, 4, 2, 3),  # several images in a vector
+    "odd-image": (2, 21, 13, 17),
+    "whole-vectors": (2, 3, 8, 16),  # read and written in place
+    "many-tiles": (2, 3, 45, 67),  # more pixels than a tile holds, and tiles that cross from one image to the next
+    "volume": (2, 5, 3, 4, 7),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_labels(implementation: str, reduction: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    input = logits(shape, dtype)
+    check(input, labels_for(input, ignore_index=255), ignore_index=255, reduction=reduction)
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_probabilities(implementation: str, reduction: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    input = logits(shape, dtype)
+    for smoothing, weight in ((0.0, None), (0.2, make((shape[1],), dtype).abs())):
+        check(input, probabilities_for(input), weight, reduction=reduction, label_smoothing=smoothing)
+
+
+@pytest.mark.parametrize("classes", [1, 2, 3, 4, 5, 19, 21, 150, 171, 257])
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_class_counts(implementation: str, dtype: torch.dtype, layout: str, classes: int) -> None:
+    input = logits((2, classes, 9, 32), dtype, layout=layout)
+    check(input, labels_for(input))
+    check(input, labels_for(input), label_smoothing=0.1)
+    check(input, probabilities_for(input))
+
+
+def test_more_classes_than_a_tile_holds(implementation: str) -> None:
+    input = logits((3, 6000, 2))
+    check(input, labels_for(input))
+    check(input, probabilities_for(input))
+
+
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_gradient_keeps_the_layout(dtype: torch.dtype, layout: str) -> None:
+    input = logits((2, 5, 6, 8), dtype, layout=layout)
+    gradient = check(input, labels_for(input))[1]
+    assert gradient.stride() == input.stride()
+
+
+VIEWS = {
+    "sliced-batch": lambda t: t[::2],
+    "sliced-classes": lambda t: t[:, 1:4],
+    "sliced-columns": lambda t: t[..., 3:-2],
+    "strided": lambda t: t[:, :, ::2, 1::3],
+    "transposed": lambda t: t.transpose(2, 3),
+    "classes-last": lambda t: t.permute(0, 3, 1, 2),  # (N, L, C) -> (N, C, L), with two dimensions for L
+    "batch-last": lambda t: t.permute(2, 1, 3, 0),
+    "expanded-batch": lambda t: t[:1].expand(3, -1, -1, -1),
+    "expanded-pixels": lambda t: t[..., :1].expand(-1, -1, -1, 9),
+    "flattened-pixels": lambda t: t.flatten(2),
+    "volume": lambda t: t.unflatten(2, (2, -1))[:, :, :, 1:, 2:-1],
+}
+
+
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
+@pytest.mark.parametrize("target", ["labels", "probabilities"])
+def test_strided_input(target: str, dtype: torch.dtype, view: Callable[[Tensor], Tensor]) -> None:
+    base = logits((4, 6, 10, 32), dtype)
+    seen = view(base)
+    given = labels_for(seen) if target == "labels" else view(probabilities_for(base))
+
+    def through_view(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda base, given: function(view(base), given, reduction="none")
+
+    assert_parity(
+        values_and_gradients(through_view(functional.cross_entropy), [base, given]),
+        values_and_gradients(through_view(reference.cross_entropy), [base, given]),
+        values_and_gradients(through_view(reference.cross_entropy), [base, given], torch.float64),
+        terms=terms_of(seen),
+    )
+
+
+def test_strided_labels() -> None:
+    input = logits((2, 5, 6, 8))
+    wide = make_labels((2, 8, 12), 5)
+    check(input, wide.transpose(1, 2)[:, ::2])
+    check(input, wide[:, :1, :8].expand(2, 6, 8))
+
+
+INCOMING = {
+    "expanded": lambda loss: torch.ones((), dtype=loss.dtype).expand_as(loss),
+    "transposed": lambda loss: make(loss.shape, loss.dtype).transpose(1, 2).contiguous().transpose(1, 2),
+    "from-cat": lambda loss: make((loss.shape[0], 2 * loss.shape[1], loss.shape[2]), loss.dtype)[:, loss.shape[1] :],
+}
+
+
+@pytest.mark.parametrize("incoming", INCOMING.values(), ids=INCOMING)
+def test_strided_gradient(incoming: Callable[[Tensor], Tensor]) -> None:
+    input = logits((3, 7, 12, 32))
+    target = labels_for(input)
+
+    def gradient(function: Callable[..., Tensor], dtype: torch.dtype) -> Tensor:
+        leaf = input.detach().to(dtype).requires_grad_()
+        loss = function(leaf, target, reduction="none")
+        return torch.autograd.grad(loss, leaf, incoming(loss.detach().float()).to(dtype))[0]
+
+    assert_parity(
+        gradient(functional.cross_entropy, torch.float32),
+        gradient(reference.cross_entropy, torch.float32),
+        gradient(reference.cross_entropy, torch.float64),
+    )
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_any_strides(data: st.DataObject) -> None:
+    rank = data.draw(st.integers(2, 5), "rank")
+    sizes = data.draw(st.lists(st.integers(1, 9), min_size=rank, max_size=rank), "sizes")
+    order = data.draw(st.permutations(range(rank)), "order")
+    steps = data.draw(st.lists(st.integers(1, 2), min_size=rank, max_size=rank), "steps")
+    dtype = data.draw(st.sampled_from(list(DTYPES.values())), "dtype")
+    base = make([size * step for size, step in zip(sizes, steps, strict=True)], dtype)
+    input = base[tuple(slice(None, None, step) for step in steps)].permute(order).requires_grad_()
+    options = {
+        "reduction": data.draw(st.sampled_from(REDUCTIONS), "reduction"),
+        "label_smoothing": data.draw(st.sampled_from([0.0, 0.3]), "label_smoothing"),
+    }
+    check(input, labels_for(input, ignore_index=-100), **options)
+    check(input, probabilities_for(input), **options)
+
+
+def test_offsets_beyond_32_bits() -> None:
+    try:
+        memory = torch.empty(2**32 + 4096, dtype=torch.uint8)  # address space alone: no page but a few is touched
+    except RuntimeError as error:
+        pytest.skip(f"this machine refuses 4 GB of address space: {error}")
+    far = memory.view(torch.bfloat16).as_strided((2, 3, 64), (2**31, 64, 1))
+    values = make(far.shape, torch.bfloat16)
+    far.copy_(values)
+    target = labels_for(far)
+    torch.testing.assert_close(functional.cross_entropy(far, target), functional.cross_entropy(values, target))
+    loss = functional.cross_entropy(far.detach().requires_grad_(), target)
+    assert loss.requires_grad
+
+
+def test_more_dimensions_than_the_kernels_take(caplog: pytest.LogCaptureFixture) -> None:
+    _native.log_slow_road.cache_clear()
+    input = logits((2, 3, *[1, 2] * 4))
+    check(input, labels_for(input))
+    assert "at most 8 dimensions" in caplog.text
+
+
+# ---- the whole grid of options ----
+
+WEIGHTS = {
+    "unweighted": None,
+    "weighted": torch.tensor([0.5, 2.0, 1.0, 0.25, 3.0]),
+    "class-of-weight-0": torch.tensor([0.5, 0.0, 1.0, 0.25, 3.0]),
+    "float64-weight": torch.tensor([0.1, 2.0, 1.0, 0.3, 3.0], dtype=torch.float64),
+    "bfloat16-weight": torch.tensor([0.5, 2.0, 1.0, 0.25, 3.0], dtype=torch.bfloat16),
+}
+IGNORED = {"none-ignored": None, "ignore-a-class": 3, "ignore-255": 255, "ignore-100": -100}
+LABELS = {  # a label dtype and what is ignored, but for uint8, which has no -100
+    f"{dtype}-{name}": (LABEL_DTYPES[dtype], index)
+    for dtype, (name, index) in itertools.product(LABEL_DTYPES, IGNORED.items())
+    if (dtype, index) != ("uint8", -100)
+}
+
+
+@pytest.mark.parametrize(("label_dtype", "ignored"), LABELS.values(), ids=LABELS)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("weight", WEIGHTS.values(), ids=WEIGHTS)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_grid(
+    reduction: str, weight: Tensor | None, smoothing: float, label_dtype: torch.dtype, ignored: int | None
+) -> None:
+    input = logits((2, 5, 6, 7))
+    target = labels_for(input, label_dtype, ignore_index=ignored)
+    index = {} if ignored is None else {"ignore_index": ignored}
+    check(input, target, weight, reduction=reduction, label_smoothing=smoothing, **index)
+
+
+@pytest.mark.parametrize("input_dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("target_dtype", DTYPES.values(), ids=DTYPES)
+def test_probabilities_of_another_dtype(input_dtype: torch.dtype, target_dtype: torch.dtype) -> None:
+    input = logits((2, 5, 6, 7), input_dtype)
+    loss, _ = check(input, probabilities_for(input, target_dtype), WEIGHTS["weighted"], label_smoothing=0.1)
+    assert loss.dtype == torch.promote_types(input_dtype, target_dtype)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_one_dimension(reduction: str, smoothing: float) -> None:
+    input = logits((7,))
+    options = {"reduction": reduction, "label_smoothing": smoothing}
+    check(input, torch.tensor(3), **options)
+    check(input, torch.tensor(-100), **options)
+    check(input, probabilities_for(input), **options)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("shape", [(0, 4), (2, 4, 0, 3), (0, 4, 5, 6)], ids=str)
+def test_no_pixels(implementation: str, shape: tuple[int, ...], smoothing: float, reduction: str) -> None:
+    input = logits(shape)
+    check(input, labels_for(input), reduction=reduction, label_smoothing=smoothing)
+    check(input, probabilities_for(input), reduction=reduction, label_smoothing=smoothing)
+
+
+# ---- hard values ----
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("valid", [0, 1], ids=["all-ignored", "one-valid-pixel"])
+def test_hardly_any_label(implementation: str, valid: int, reduction: str, smoothing: float) -> None:
+    input = logits((2, 5, 6, 7))
+    target = torch.full((2, 6, 7), -100)
+    target[1, 2, 3 : 3 + valid] = 4
+    loss, gradient = check(input, target, reduction=reduction, label_smoothing=smoothing)
+    assert loss.isnan().any() == (valid == 0 and reduction == "mean")
+    assert gradient.count_nonzero() == valid * input.shape[1]
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_labels_of_weight_zero_alone(implementation: str, reduction: str, smoothing: float) -> None:
+    input = logits((2, 5, 6, 7))
+    weight = torch.tensor([0.0, 1.0, 2.0, 1.0, 1.0])
+    target = make_labels((2, 6, 7), 1, ignore_index=-100)
+    check(input, target, weight, reduction=reduction, label_smoothing=smoothing)
+
+
+# A row of logits each.
+ROWS = {
+    "all-1e4": [1e4, 1e4, 1e4, 1e4],
+    "all--1e4": [-1e4, -1e4, -1e4, -1e4],
+    "near-1e4": [1e4, 9999.0, 9998.0, 1e4],
+    "gap-of-1e4": [0.0, 1e4, 1.0, -1e4],
+    "underflow": [0.0, -80.0, -95.0, -104.0],
+    "one-infinity": [0.0, INFINITY, 1.0, 2.0],
+    "two-infinities": [INFINITY, INFINITY, 1.0, 2.0],
+    "one-negative-infinity": [0.0, -INFINITY, 1.0, 2.0],
+    "all-but-one-negative-infinity": [-INFINITY, -INFINITY, 1.0, -INFINITY],
+    "all-negative-infinity": [-INFINITY] * 4,
+    "both-infinities": [INFINITY, -INFINITY, 0.0, 1.0],
+    "nan": [0.0, NAN, 1.0, 2.0],
+    "nan-and-infinity": [INFINITY, NAN, 1.0, -INFINITY],
+}
+
+
+@pytest.mark.parametrize("weight", [None, torch.tensor([1.0, 0.0, 2.0, 0.5])], ids=["unweighted", "weighted"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
+def test_hard_rows(
+    implementation: str, row: list[float], reduction: str, smoothing: float, weight: Tensor | None
+) -> None:
+    options = {"reduction": reduction, "label_smoothing": smoothing}
+    # One pixel a label and an ignored one, between ordinary pixels that must stay ordinary without a reduction.
+    input = torch.randn(7, 4)
+    input[1:-1] = torch.tensor(row)
+    input.requires_grad_()
+    check(input, torch.tensor([0, 0, 1, 2, 3, -100, 1]), weight, **options)
+    check(input, torch.eye(4)[[0, 0, 1, 2, 3, 1, 1]], weight, **options)
+    check(input, probabilities_for(input), weight, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_probability_near_one(dtype: torch.dtype) -> None:
+    margins = torch.linspace(4, 40, 73, dtype=torch.float64)
+    input = torch.stack((margins, torch.zeros_like(margins)), 1).to(dtype).requires_grad_()
+    target = torch.zeros(73, dtype=torch.int64)
+    loss, gradient = check(input, target, reduction="sum")
+    truth = -torch.sigmoid(-input.detach().double()[:, 0])  # of the true class: p - 1
+    incoming = make((), torch.float32, seed=7).to(loss.dtype).double()  # that of values_and_gradients
+    # p is rounded in float32 before 1 is subtracted, and the result in the logits' dtype.
+    bound = torch.finfo(torch.float32).eps + torch.finfo(dtype).eps * truth.abs()
+    bound += torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps / incoming.abs()  # float16's subnormals
+    assert ((gradient[:, 0].double() / incoming - truth).abs() <= bound).all()
+
+
+def test_mean_of_many_pixels_keeps_its_digits() -> None:
+    input = logits((1, 2, 1500, 1500))
+    target = labels_for(input)
+    truth = reference.cross_entropy(input.double(), target)
+    # One rounding of the result and a few for each pixel's loss, which don't accumulate.
+    torch.testing.assert_close(functional.cross_entropy(input, target).double(), truth, rtol=2e-7, atol=0)
+
+
+# ---- errors ----
+
+OUTSIDE = {
+    "too-large": (21, torch.int64),
+    "ignore-of-other-data-sets": (255, torch.uint8),
+    "negative": (-1, torch.int16),
+    "far-negative": (-(2**31), torch.int32),
+    "32-bits-look-right": (2**32 + 1, torch.int64),
+}
+
+
+@pytest.mark.parametrize(("label", "dtype"), OUTSIDE.values(), ids=OUTSIDE)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("shape", [(2, 21, 90, 90), (50, 21)], ids=["images", "rows"])
+def test_label_outside_the_classes(shape: tuple[int, ...], smoothing: float, label: int, dtype: torch.dtype) -> None:
+    input = logits(shape)
+    target = labels_for(input, dtype)
+    target.view(-1)[-3] = label
+    for leaf in (input, input.detach()):
+        with pytest.raises(IndexError, match=rf"target: expected classes in \[0, 21\) .*, got {label}$"):
+            functional.cross_entropy(leaf, target, label_smoothing=smoothing)
+
+
+def test_first_label_outside_is_named_for_any_number_of_threads() -> None:
+    input = torch.zeros(1, 3, 400, 400)
+    target = torch.arange(400 * 400).view(1, 400, 400) + 3
+    before = torch.get_num_threads()
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        with pytest.raises(IndexError, match=r"got 3$"):
+            functional.cross_entropy(input, target)
+    torch.set_num_threads(before)
+
+
+X, Y = torch.zeros(3, 4), torch.zeros(3, dtype=torch.int64)
+REFUSED = {
+    "scalar": ((torch.tensor(1.0), torch.tensor(0)), {}, ValueError, "input: expected .*got a scalar"),
+    "integer-logits": ((X.long(), Y), {}, TypeError, "input: expected float32.* got torch.int64"),
+    "complex-logits": ((X.cfloat(), Y), {}, TypeError, "input: expected float32.* got torch.complex64"),
+    "no-class": ((torch.zeros(3, 0), Y), {}, ValueError, r"input: expected at least one class, got shape \(3, 0\)"),
+    "batch": ((X, Y[:2]), {}, ValueError, r"target: expected labels of shape \(3,\), got \(2,\)"),
+    "pixels": ((torch.zeros(3, 4, 5), torch.zeros(3, 4).long()), {}, ValueError, r"of shape \(3, 5\), got \(3, 4\)"),
+    "float-labels": ((X, Y.float()), {}, ValueError, "target: expected class probabilities.*need an integer dtype"),
+    "integer-probabilities": ((X, X.long()), {}, ValueError, r"target: expected labels of shape \(3,\), got \(3, 4\)"),
+    "bool-labels": ((X, Y.bool()), {}, TypeError, "target: expected uint8.*got torch.bool"),
+    "label-in-brackets": ((X[0], Y[:1]), {}, ValueError, r"target: expected labels of shape \(\), got \(1,\)"),
+    "weight-shape": ((X, Y, torch.ones(3)), {}, ValueError, r"weight: expected shape \(4,\), got \(3,\)"),
+    "weight-rank": ((X, Y, torch.ones(1, 4)), {}, ValueError, r"weight: expected shape \(4,\), got \(1, 4\)"),
+    "weight-dtype": ((X, Y, torch.ones(4).long()), {}, TypeError, "weight: expected a floating-point dtype"),
+    "reduction": ((X, Y), {"reduction": "average"}, ValueError, "reduction: expected .*got 'average'"),
+    "smoothing": ((X, Y), {"label_smoothing": 1.5}, ValueError, r"label_smoothing: expected .*\[0, 1\], got 1.5"),
+    "ignored-probabilities": ((X, X), {"ignore_index": 1}, ValueError, "ignore_index: class probabilities .*got 1"),
+    "device": ((X, Y.to("meta")), {}, ValueError, "target: expected input's device cpu, got meta"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "options", "error", "message"), REFUSED.values(), ids=REFUSED)
+def test_refused(arguments: tuple[Tensor, ...], options: dict, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        functional.cross_entropy(*arguments, **options)
+
+
+# ---- graphs, memory, determinism ----
+
+
+def test_bitwise_equal_for_any_number_of_threads_and_twice() -> None:
+    input = logits((2, 21, 97, 130))
+    target, probabilities = labels_for(input, ignore_index=-100), probabilities_for(input)
+    before = torch.get_num_threads()
+    for arguments, reduction in itertools.product(([input, target], [input, probabilities]), REDUCTIONS):
+        results = []
+        for threads in (1, 2, 3, 3):
+            torch.set_num_threads(threads)
+            results.append(values_and_gradients(functional.cross_entropy, arguments, reduction=reduction))
+        for other in results[1:]:
+            torch.testing.assert_close(other, results[0], rtol=0, atol=0)
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_fresh_memory_filled_with_nan_changes_nothing(implementation: str, reduction: str, layout: str) -> None:
+    input = logits((2, 5, 13, 17), layout=layout)
+    target = labels_for(input, ignore_index=-100)
+    expected = values_and_gradients(functional.cross_entropy, [input, target], reduction=reduction)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills every torch.empty with NaN
+    try:
+        poisoned = values_and_gradients(functional.cross_entropy, [input, target], reduction=reduction)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    torch.testing.assert_close(poisoned, expected, rtol=0, atol=0)
+
+
+def test_graph_can_be_retained_and_logits_shared() -> None:
+    input = logits((2, 5, 6, 7))
+    target, other = labels_for(input), labels_for(input, seed=1)
+    first, second = functional.cross_entropy(input, target), functional.cross_entropy(input, other)
+    once = torch.autograd.grad(first, input, retain_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(first, input), once, rtol=0, atol=0)
+    (first, second) = functional.cross_entropy(input, target), functional.cross_entropy(input, other)
+    both = torch.autograd.grad(first + second, input)[0]
+    alone = torch.autograd.grad(functional.cross_entropy(input, other), input)[0]
+    torch.testing.assert_close(both, once[0] + alone)
+
+
+def test_changed_logits_are_noticed() -> None:
+    input = logits((2, 5, 6, 7)) * 1
+    loss = functional.cross_entropy(input, labels_for(input))
+    input += 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+GRADCHECKED = {
+    "labels": {},
+    "smoothed": {"label_smoothing": 0.2, "reduction": "none"},
+    "weighted": {"weight": WEIGHTS["float64-weight"], "ignore_index": 1},
+    "sum": {"reduction": "sum", "weight": WEIGHTS["class-of-weight-0"], "label_smoothing": 0.1},
+}
+
+
+@pytest.mark.parametrize("options", GRADCHECKED.values(), ids=GRADCHECKED)
+@pytest.mark.parametrize("target", ["labels", "probabilities"])
+def test_gradcheck_to_second_order(target: str, options: dict) -> None:
+    input = logits((2, 5, 2, 3), torch.float64)
+    if target == "probabilities":
+        given, options = probabilities_for(input), {**options, "ignore_index": -100}
+    else:
+        given = labels_for(input)
+    assert torch.autograd.gradcheck(lambda x: functional.cross_entropy(x, given, **options), input)
+    assert torch.autograd.gradgradcheck(lambda x: functional.cross_entropy(x, given, **options), input)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_second_derivative_equals_plain(dtype: torch.dtype) -> None:
+    input, target = logits((3, 5), dtype), make_labels((3,), 5)
+
+    def penalty(function: Callable[..., Tensor], leaf: Tensor) -> Tensor:
+        (gradient,) = torch.autograd.grad(function(leaf, target), leaf, create_graph=True)
+        return torch.autograd.grad(gradient.square().sum(), leaf)[0]
+
+    wide = input.detach().double().requires_grad_()
+    assert_parity(
+        penalty(functional.cross_entropy, input),
+        penalty(reference.cross_entropy, input),
+        penalty(reference.cross_entropy, wide),
+    )
+
+
+@pytest.mark.parametrize("learned", ["target", "weight"])
+def test_gradient_of_target_or_weight_takes_plain_pytorch(learned: str, caplog: pytest.LogCaptureFixture) -> None:
+    _native.log_slow_road.cache_clear()
+    input = logits((2, 5, 6, 7))
+    target, weight = probabilities_for(input), torch.rand(5)
+    (target if learned == "target" else weight).requires_grad_()
+    actual = values_and_gradients(functional.cross_entropy, [input, target, weight])
+    assert len(actual) == 3
+    torch.testing.assert_close(actual, values_and_gradients(reference.cross_entropy, [input, target, weight]))
+    assert "target or weight needs a gradient" in caplog.text
+
+
+# ---- the layer ----
+
+
+def test_layer_equals_torch_and_loads_its_state() -> None:
+    plain = torch.nn.CrossEntropyLoss(torch.rand(5), ignore_index=2, reduction="sum", label_smoothing=0.1)
+    layer = fastseg.CrossEntropyLoss(torch.rand(5), ignore_index=2, reduction="sum", label_smoothing=0.1)
+    layer.load_state_dict(plain.state_dict())
+    input = logits((2, 5, 6, 7))
+    target = labels_for(input)
+    actual, expected = (values_and_gradients(module, [input, target]) for module in (layer, plain))
+    truth = values_and_gradients(plain.double(), [input, target], torch.float64)
+    assert_parity(actual, expected, truth, terms=5)
+    assert isinstance(layer, torch.nn.CrossEntropyLoss)
