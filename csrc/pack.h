@@ -17,16 +17,44 @@ struct Float16 {
   uint16_t bits;
 };
 
-FASTSEG_INLINE uint32_t float_bits(float value) {
-  uint32_t bits;
-  memcpy(&bits, &value, sizeof bits);
-  return bits;
+template <class To, class From>
+FASTSEG_INLINE To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From), "a bit cast changes no size");
+  To to;
+  memcpy(&to, &from, sizeof to);
+  return to;
 }
 
-FASTSEG_INLINE float bits_float(uint32_t bits) {
-  float value;
-  memcpy(&value, &bits, sizeof value);
-  return value;
+// Between float and the half types' bits, for one number (F = float, U = uint32_t) or a vector of them.
+template <class F, class U>
+FASTSEG_INLINE F widen_bfloat16(U half) {
+  return bit_cast<F>(half << 16);
+}
+template <class F, class U>
+FASTSEG_INLINE F widen_float16(U half) {
+  const U magnitude = (half & 0x7fffu) << 13;
+  const float rebias = bit_cast<float>(0x77800000u);  // 2^112: the difference of the two exponent biases
+  const U finite = bit_cast<U>(bit_cast<F>(magnitude) * rebias);
+  const U special = magnitude >= 0x0f800000u ? U{} + 0x7f800000u : U{};  // infinity and NaN keep a full exponent
+  return bit_cast<F>(finite | special | (half & 0x8000u) << 16);
+}
+
+// Round to nearest, ties to even; NaN stays NaN.
+template <class U, class F>
+FASTSEG_INLINE U narrow_bfloat16(F value) {
+  const U bits = bit_cast<U>(value);
+  const U rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return value == value ? rounded : U{} + 0x7fc0u;
+}
+template <class U, class F>
+FASTSEG_INLINE U narrow_float16(F value) {
+  const U bits = bit_cast<U>(value), magnitude = bits & 0x7fffffffu;
+  const U special = magnitude > 0x7f800000u ? U{} + 0x7e00u : U{} + 0x7c00u;
+  // Below 2^-14 the result is subnormal: adding 0.5 moves its mantissa to the low bits, rounded by the addition.
+  const U subnormal = bit_cast<U>(bit_cast<F>(magnitude) + 0.5f) - 0x3f000000u;
+  const U normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  const U finite = magnitude < 0x38800000u ? subnormal : normal;
+  return (magnitude >= 0x47800000u ? special : finite) | ((bits >> 16) & 0x8000u);
 }
 
 FASTSEG_INLINE float widen(float value) {
@@ -39,17 +67,12 @@ FASTSEG_INLINE int32_t widen(uint8_t value) {
   return value;
 }
 FASTSEG_INLINE float widen(BFloat16 value) {
-  return bits_float(static_cast<uint32_t>(value.bits) << 16);
+  return widen_bfloat16<float>(static_cast<uint32_t>(value.bits));
 }
 FASTSEG_INLINE float widen(Float16 value) {
-  const uint32_t magnitude = static_cast<uint32_t>(value.bits & 0x7fff) << 13;
-  const float rebias = bits_float(0x77800000);  // 2^112: the difference of the two exponent biases
-  const uint32_t finite = float_bits(bits_float(magnitude) * rebias);
-  const uint32_t special = (magnitude >= 0x0f800000) ? 0x7f800000u : 0u;  // infinity and NaN keep a full exponent
-  return bits_float(finite | special | (static_cast<uint32_t>(value.bits & 0x8000) << 16));
+  return widen_float16<float>(static_cast<uint32_t>(value.bits));
 }
 
-// Round to nearest, ties to even; NaN stays NaN.
 FASTSEG_INLINE void narrow(float value, float* target) {
   *target = value;
 }
@@ -57,18 +80,10 @@ FASTSEG_INLINE void narrow(double value, double* target) {
   *target = value;
 }
 FASTSEG_INLINE void narrow(float value, BFloat16* target) {
-  const uint32_t bits = float_bits(value);
-  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  target->bits = static_cast<uint16_t>(value == value ? rounded : 0x7fc0u);
+  target->bits = static_cast<uint16_t>(narrow_bfloat16<uint32_t>(value));
 }
 FASTSEG_INLINE void narrow(float value, Float16* target) {
-  const uint32_t bits = float_bits(value), magnitude = bits & 0x7fffffff;
-  const uint32_t special = magnitude > 0x7f800000 ? 0x7e00u : 0x7c00u;
-  // Below 2^-14 the result is subnormal: adding 0.5 moves its mantissa to the low bits, rounded by the addition.
-  const uint32_t subnormal = float_bits(bits_float(magnitude) + 0.5f) - 0x3f000000;
-  const uint32_t normal = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
-  const uint32_t result = magnitude >= 0x47800000 ? special : magnitude < 0x38800000 ? subnormal : normal;
-  target->bits = static_cast<uint16_t>(result | ((bits >> 16) & 0x8000));
+  target->bits = static_cast<uint16_t>(narrow_float16<uint32_t>(value));
 }
 
 // Window positions, which are computed in integers as wide as the values and kept as bytes.
@@ -79,29 +94,58 @@ FASTSEG_INLINE void narrow(int64_t value, uint8_t* target) {
   *target = static_cast<uint8_t>(value);
 }
 
-// Blocks of 4 x 4, transposed: four numbers that are neighbours in memory become one column of four rows.
-template <class S, class T>
-FASTSEG_INLINE void pack_block(const S* source, int64_t column_stride, T* target, int64_t target_stride) {
-  T block[4][4];
-  for (int i = 0; i < 4; ++i)
-    for (int j = 0; j < 4; ++j) block[i][j] = widen(source[i * column_stride + j]);
-  transpose4(&block[0][0], 4, target, target_stride);
-}
-template <class T>
-FASTSEG_INLINE void pack_block(const T* source, int64_t column_stride, T* target, int64_t target_stride) {
-  transpose4(source, column_stride, target, target_stride);
+template <class A, class B>
+constexpr bool kSame = false;
+template <class A>
+constexpr bool kSame<A, A> = true;
+
+// Four neighbours in memory, as a vector of T.
+typedef uint32_t UInt4 __attribute__((vector_size(16)));
+typedef uint16_t Half4 __attribute__((vector_size(8)));
+
+template <class T, class S>
+FASTSEG_INLINE typename Quad<T>::type load4(const S* source) {
+  typename Quad<T>::type values;
+  if constexpr (kSame<S, T>) {
+    memcpy(&values, source, sizeof values);
+  } else if constexpr (kSame<S, BFloat16> || kSame<S, Float16>) {
+    Half4 half;
+    memcpy(&half, source, sizeof half);
+    const UInt4 bits = __builtin_convertvector(half, UInt4);
+    if constexpr (kSame<S, BFloat16>)
+      values = widen_bfloat16<Quad<float>::type>(bits);
+    else
+      values = widen_float16<Quad<float>::type>(bits);
+  } else {
+    for (int i = 0; i < 4; ++i) values[i] = widen(source[i]);
+  }
+  return values;
 }
 
 template <class T, class S>
-FASTSEG_INLINE void unpack_block(const T* source, int64_t source_stride, S* target, int64_t column_stride) {
-  T block[4][4];
-  transpose4(source, source_stride, &block[0][0], 4);
-  for (int i = 0; i < 4; ++i)
-    for (int j = 0; j < 4; ++j) narrow(block[i][j], &target[i * column_stride + j]);
+FASTSEG_INLINE void store4(S* target, typename Quad<T>::type values) {
+  if constexpr (kSame<S, T>) {
+    memcpy(target, &values, sizeof values);
+  } else if constexpr (kSame<S, BFloat16> || kSame<S, Float16>) {
+    UInt4 bits;
+    if constexpr (kSame<S, BFloat16>)
+      bits = narrow_bfloat16<UInt4>(values);
+    else
+      bits = narrow_float16<UInt4>(values);
+    const Half4 half = __builtin_convertvector(bits, Half4);
+    memcpy(target, &half, sizeof half);
+  } else {
+    for (int i = 0; i < 4; ++i) narrow(values[i], &target[i]);
+  }
 }
-template <class T>
-FASTSEG_INLINE void unpack_block(const T* source, int64_t source_stride, T* target, int64_t column_stride) {
-  transpose4(source, source_stride, target, column_stride);
+
+// A block of 4 x 4, transposed: target[j * target_stride + i] = source[i * source_stride + j]. T does the arithmetic.
+template <class T, class S, class Target>
+FASTSEG_INLINE void transpose_block(const S* source, int64_t source_stride, Target* target, int64_t target_stride) {
+  typename Quad<T>::type rows[4];
+  for (int i = 0; i < 4; ++i) rows[i] = load4<T>(source + i * source_stride);
+  transpose4<T>(rows);
+  for (int i = 0; i < 4; ++i) store4<T>(target + i * target_stride, rows[i]);
 }
 
 // target[row * target_stride + column] = source[row * row_stride + column * column_stride]
@@ -125,7 +169,8 @@ void pack_from(const S* source, int64_t rows, int64_t columns, int64_t row_strid
     for (; done + 4 <= columns; done += 4) {
       for (int64_t r = 0; r < rows; r += 4) {
         if (r + 4 > rows) r = rows - 4;  // the last block overlaps the one before
-        pack_block(source + r + done * column_stride, column_stride, target + r * target_stride + done, target_stride);
+        transpose_block<T>(source + r + done * column_stride, column_stride, target + r * target_stride + done,
+                           target_stride);
       }
     }
   }
@@ -151,8 +196,8 @@ void unpack_to(const T* source, int64_t source_stride, int64_t rows, int64_t col
     for (; done + 4 <= columns; done += 4) {
       for (int64_t r = 0; r < rows; r += 4) {
         if (r + 4 > rows) r = rows - 4;
-        unpack_block(source + r * source_stride + done, source_stride, target + r + done * column_stride,
-                     column_stride);
+        transpose_block<T>(source + r * source_stride + done, source_stride, target + r + done * column_stride,
+                           column_stride);
       }
     }
   }

@@ -98,15 +98,14 @@ FASTSEG_INLINE typename Quad<T>::type shuffle(typename Quad<T>::type x, typename
 }
 
 template <class T>
-FASTSEG_INLINE void transpose4(const T* source, int64_t source_stride, T* target, int64_t target_stride) {
+FASTSEG_INLINE void transpose4(typename Quad<T>::type (&row)[4]) {
   using Row = typename Quad<T>::type;
-  Row row[4];
-  for (int i = 0; i < 4; ++i) memcpy(&row[i], source + i * source_stride, sizeof(Row));
   const Row low01 = shuffle<T, 0, 4, 1, 5>(row[0], row[1]), high01 = shuffle<T, 2, 6, 3, 7>(row[0], row[1]);
   const Row low23 = shuffle<T, 0, 4, 1, 5>(row[2], row[3]), high23 = shuffle<T, 2, 6, 3, 7>(row[2], row[3]);
-  const Row column[4] = {shuffle<T, 0, 1, 4, 5>(low01, low23), shuffle<T, 2, 3, 6, 7>(low01, low23),
-                         shuffle<T, 0, 1, 4, 5>(high01, high23), shuffle<T, 2, 3, 6, 7>(high01, high23)};
-  for (int i = 0; i < 4; ++i) memcpy(target + i * target_stride, &column[i], sizeof(Row));
+  row[0] = shuffle<T, 0, 1, 4, 5>(low01, low23);
+  row[1] = shuffle<T, 2, 3, 6, 7>(low01, low23);
+  row[2] = shuffle<T, 0, 1, 4, 5>(high01, high23);
+  row[3] = shuffle<T, 2, 3, 6, 7>(high01, high23);
 }
 
 }  // namespace
