@@ -22,7 +22,7 @@ from fastseg.training.distributed import World, choose_device
 from fastseg.training.engine import Evaluation, NetworkWithLoss, evaluate_batches
 from fastseg.training.errors import ConfigError
 from fastseg.training.memory import peak_step_memory
-from fastseg.training.networks import NETWORKS, complete_arguments
+from fastseg.training.networks import NETWORKS, complete_arguments, new_network
 from fastseg.training.plots import save_grid, save_panels
 
 BACKENDS: tuple[Backend, ...] = ("plain", "fastseg")
@@ -148,9 +148,10 @@ def _generate(length: int, seed: int) -> Example:
 def _start(seed: int, device: torch.device) -> dict[Backend, BackendRun]:
     """Both networks with the same weights."""
     torch.manual_seed(seed)
-    models = {name: NETWORKS[name]["fcn"](**ARGUMENTS) for name in BACKENDS}
-    models["fastseg"].load_state_dict(models["plain"].state_dict())
-    return {name: BackendRun(model.to(device)) for name, model in models.items()}
+    model = new_network("fcn", "plain", ARGUMENTS)
+    twin = NETWORKS["fastseg"]["fcn"](**ARGUMENTS)
+    twin.load_state_dict(model.state_dict())
+    return {"plain": BackendRun(model.to(device)), "fastseg": BackendRun(twin.to(device))}
 
 
 def _train(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+from torch import nn
+
 from fastseg import models
 from fastseg.models import SegmentationModel
 from fastseg.training.config import Backend, ModelKind
@@ -21,6 +23,21 @@ def complete_arguments(kind: ModelKind, **arguments: Any) -> dict[str, Any]:
     bound = inspect.signature(NETWORKS["fastseg"][kind]).bind(**given)
     bound.apply_defaults()
     return dict(bound.arguments)
+
+
+def new_network(kind: ModelKind, backend: Backend, arguments: dict[str, Any]) -> SegmentationModel:
+    """A network with the initial weights of He et al., "Delving deep into rectifiers" (2015), and no biases.
+
+    Torch's own initial weights are smaller: without normalisation layers, activations and gradients shrink from layer
+    to layer, and the first epochs are spent on growing them.
+    """
+    model = NETWORKS[backend][kind](**arguments)
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    return model
 
 
 def smallest_side(kind: ModelKind, arguments: dict[str, Any]) -> int:

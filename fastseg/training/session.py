@@ -18,7 +18,7 @@ from fastseg.training.config import TrainConfig
 from fastseg.training.distributed import World
 from fastseg.training.engine import NetworkWithLoss, with_loss
 from fastseg.training.errors import ConfigError
-from fastseg.training.networks import NETWORKS, complete_arguments, smallest_side
+from fastseg.training.networks import complete_arguments, new_network, smallest_side
 from fastseg.training.splits import Splits, count_weights, open_splits
 
 LAST, BEST, HISTORY, CURVES = "last.safetensors", "best.safetensors", "history.jsonl", "curves.png"
@@ -72,7 +72,7 @@ def open_session(config: TrainConfig, world: World) -> Session:
         hflip=config.hflip, vflip=config.vflip, rotation=config.rotation, ignore_index=splits.ignore_index
     )
     torch.manual_seed(config.seed)  # the initial weights
-    model = NETWORKS[config.backend][config.model](**metadata.arguments)
+    model = new_network(config.model, config.backend, metadata.arguments)
     model.to(memory_format=prepare.memory_format)  # type: ignore[call-overload]  # torch's stubs lack this one
     network = with_loss(model, metadata).to(world.device)
     optimizer = _optimizer(config, model)
