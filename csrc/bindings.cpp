@@ -2,7 +2,6 @@
 // kernel sees it; the interpreter lock is released around the kernels.
 #include <pybind11/pybind11.h>
 
-#include <array>
 #include <limits>
 #include <stdexcept>
 #include <string>
@@ -73,29 +72,29 @@ int64_t byte_span(const Tensor& tensor) {
 
 // ---- conv_relu_pool2d ----
 
-using Pair = std::array<int64_t, 2>;
-using PairSequence = py::sequence;  // (height, width)
+// In the order of fastseg/ops/conv_relu_pool2d_geometry.py's flatten(); groups and ceil_mode, the last two, are
+// Python's.
+constexpr size_t kGeometryNumbers = 14;
 
-void read_pair(const PairSequence& from, int64_t least, const char* what, int64_t* to) {
-  require(from.size() == 2, what);
-  for (int i = 0; i < 2; ++i) {
-    to[i] = from[i].cast<int64_t>();
-    require(to[i] >= least, what);
+ConvPoolGeometry read_geometry(const py::sequence& numbers) {
+  require(numbers.size() == kGeometryNumbers, "the geometry is 14 numbers");
+  ConvPoolGeometry g;
+  const struct {
+    int64_t* pair;
+    int64_t least;
+    const char* what;
+  } fields[] = {{g.stride, 1, "stride is positive"},           {g.padding, 0, "padding is not negative"},
+                {g.dilation, 1, "dilation is positive"},       {g.pool_size, 1, "pool_size is positive"},
+                {g.pool_stride, 1, "pool_stride is positive"}, {g.pool_padding, 0, "pool_padding is not negative"}};
+  size_t next = 0;
+  for (const auto& field : fields) {
+    for (int axis = 0; axis < 2; ++axis) {
+      field.pair[axis] = numbers[next++].cast<int64_t>();
+      require(field.pair[axis] >= field.least, field.what);
+    }
   }
-}
-
-ConvPoolGeometry read_geometry(const PairSequence& stride, const PairSequence& padding, const PairSequence& dilation,
-                               const PairSequence& pool_size, const PairSequence& pool_stride,
-                               const PairSequence& pool_padding) {
-  ConvPoolGeometry geometry;
-  read_pair(stride, 1, "stride is two positive numbers", geometry.stride);
-  read_pair(padding, 0, "padding is two numbers, not negative", geometry.padding);
-  read_pair(dilation, 1, "dilation is two positive numbers", geometry.dilation);
-  read_pair(pool_size, 1, "pool_size is two positive numbers", geometry.pool_size);
-  read_pair(pool_stride, 1, "pool_stride is two positive numbers", geometry.pool_stride);
-  read_pair(pool_padding, 0, "pool_padding is two numbers, not negative", geometry.pool_padding);
-  require(geometry.pool_size[0] * geometry.pool_size[1] <= kCut, "a pool window has at most 255 positions");
-  return geometry;
+  require(g.pool_size[0] * g.pool_size[1] <= kCut, "a pool window has at most 255 positions");
+  return g;
 }
 
 // Every window has at least one position inside the convolution's output, and the pooled size is not larger than that.
@@ -131,16 +130,15 @@ void check_convolution(const Tensor& input, const Tensor& weight, const Tensor& 
 }
 
 void conv_relu_pool2d_forward(const py::object& input, const py::object& weight, const py::object& bias,
-                              const py::object& output, const py::object& positions, const PairSequence& stride,
-                              const PairSequence& padding, const PairSequence& dilation, const PairSequence& pool_size,
-                              const PairSequence& pool_stride, const PairSequence& pool_padding, int threads) {
+                              const py::object& output, const py::object& positions, const py::sequence& geometry,
+                              int threads) {
   ConvReluPool2dForward call;
   call.input = from_python(input);
   call.weight = from_python(weight);
   call.bias = from_python(bias);
   call.output = from_python(output);
   call.positions = from_python(positions);
-  call.geometry = read_geometry(stride, padding, dilation, pool_size, pool_stride, pool_padding);
+  call.geometry = read_geometry(geometry);
   call.threads = threads;
   check_pooled(call.output, call.positions);
   check_convolution(call.input, call.weight, call.output, call.geometry);
@@ -153,9 +151,7 @@ void conv_relu_pool2d_forward(const py::object& input, const py::object& weight,
 
 void conv_relu_pool2d_backward(const py::object& grad_output, const py::object& positions, const py::object& input,
                                const py::object& weight, const py::object& grad_input, const py::object& grad_weight,
-                               const py::object& grad_bias, const PairSequence& stride, const PairSequence& padding,
-                               const PairSequence& dilation, const PairSequence& pool_size,
-                               const PairSequence& pool_stride, const PairSequence& pool_padding, int threads) {
+                               const py::object& grad_bias, const py::sequence& geometry, int threads) {
   ConvReluPool2dBackward call;
   call.grad_output = from_python(grad_output);
   call.positions = from_python(positions);
@@ -164,7 +160,7 @@ void conv_relu_pool2d_backward(const py::object& grad_output, const py::object& 
   call.grad_input = from_python(grad_input);
   call.grad_weight = from_python(grad_weight);
   call.grad_bias = from_python(grad_bias);
-  call.geometry = read_geometry(stride, padding, dilation, pool_size, pool_stride, pool_padding);
+  call.geometry = read_geometry(geometry);
   call.threads = threads;
   check_pooled(call.grad_output, call.positions);
   check_convolution(call.input, call.weight, call.grad_output, call.geometry);
@@ -181,14 +177,12 @@ void conv_relu_pool2d_backward(const py::object& grad_output, const py::object& 
 }
 
 void relu_pool2d_forward(const py::object& input, const py::object& output, const py::object& positions,
-                         const PairSequence& pool_size, const PairSequence& pool_stride,
-                         const PairSequence& pool_padding, bool relu_in_place, int threads) {
-  const py::tuple ones = py::make_tuple(1, 1), zeros = py::make_tuple(0, 0);
+                         const py::sequence& geometry, bool relu_in_place, int threads) {
   ReluPool2dForward call;
   call.input = from_python(input);
   call.output = from_python(output);
   call.positions = from_python(positions);
-  call.geometry = read_geometry(ones, zeros, ones, pool_size, pool_stride, pool_padding);
+  call.geometry = read_geometry(geometry);
   call.relu_in_place = relu_in_place;
   call.threads = threads;
   check_pooled(call.output, call.positions);
@@ -203,16 +197,15 @@ void relu_pool2d_forward(const py::object& input, const py::object& output, cons
 }
 
 void relu_pool2d_backward(const py::object& grad_output, const py::object& positions, const py::object& skip,
-                          const py::object& grad_skip, const py::object& grad_input, const PairSequence& pool_size,
-                          const PairSequence& pool_stride, const PairSequence& pool_padding, int threads) {
-  const py::tuple ones = py::make_tuple(1, 1), zeros = py::make_tuple(0, 0);
+                          const py::object& grad_skip, const py::object& grad_input, const py::sequence& geometry,
+                          int threads) {
   ReluPool2dBackward call;
   call.grad_output = from_python(grad_output);
   call.positions = from_python(positions);
   call.skip = from_python(skip);
   call.grad_skip = from_python(grad_skip);
   call.grad_input = from_python(grad_input);
-  call.geometry = read_geometry(ones, zeros, ones, pool_size, pool_stride, pool_padding);
+  call.geometry = read_geometry(geometry);
   call.threads = threads;
   const Tensor& dense = call.grad_input;
   require(dense.ndim == 4 && is_floating(dense), "grad_input is a floating-point [N, K, H, W]");

@@ -9,6 +9,7 @@ from torch import Tensor
 from fastseg import reference
 from fastseg._native import log_slow_road
 from fastseg.ops import conv_relu_pool2d as _conv_relu_pool2d
+from fastseg.ops import conv_relu_pool2d_geometry as _geometry
 from fastseg.ops import cross_entropy as _cross_entropy
 
 IntOrPair = int | tuple[int, ...]
@@ -74,27 +75,19 @@ def conv_relu_pool2d(
         )  # fmt: skip
         return tuple(r.squeeze(0) for r in results) if isinstance(results, tuple) else results.squeeze(0)
 
-    strides, dilations = _pair("stride", stride, 1), _pair("dilation", dilation, 1)
-    input, paddings = _resolve_padding(input, weight, padding, strides, dilations)
-    pool_sizes = _pair("pool_size", pool_size, 1)
-    geometry = _conv_relu_pool2d.Geometry(
-        stride=strides,
-        padding=paddings,
-        dilation=dilations,
-        groups=groups,
-        pool_size=pool_sizes,
-        pool_stride=pool_sizes if pool_stride is None else _pair("pool_stride", pool_stride, 1),
-        pool_padding=_pair("pool_padding", pool_padding, 0),
-        ceil_mode=ceil_mode,
+    geometry, (extra_h, extra_w) = _geometry.resolve(
+        weight.shape[2:], stride, padding, dilation, groups, pool_size, pool_stride, pool_padding, ceil_mode
     )
-    _check_sizes(input, weight, geometry)
-    if pool_sizes[0] * pool_sizes[1] > _conv_relu_pool2d.MAX_WINDOW:
+    if extra_h or extra_w:
+        input = F.pad(input, (0, extra_w, 0, extra_h))
+    _geometry.output_shapes(input.shape, weight.shape, geometry)  # refuses sizes that don't fit
+    if geometry.pool_size[0] * geometry.pool_size[1] > _geometry.MAX_WINDOW:
         if not torch.compiler.is_compiling():
-            log_slow_road("conv_relu_pool2d", f"a pool window of more than {_conv_relu_pool2d.MAX_WINDOW} positions")
+            log_slow_road("conv_relu_pool2d", f"a pool window of more than {_geometry.MAX_WINDOW} positions")
         return reference.conv_relu_pool2d(
-            input, weight, bias, strides, paddings, dilations, groups,
-            pool_size=pool_sizes, pool_stride=geometry.pool_stride, pool_padding=geometry.pool_padding,
-            ceil_mode=ceil_mode, return_indices=return_indices, return_skip=return_skip,
+            input, weight, bias, *geometry[:4], pool_size=geometry.pool_size, pool_stride=geometry.pool_stride,
+            pool_padding=geometry.pool_padding, ceil_mode=ceil_mode,
+            return_indices=return_indices, return_skip=return_skip,
         )  # fmt: skip
     return _conv_relu_pool2d.conv_relu_pool2d(input, weight, bias, geometry, return_indices, return_skip)
 
@@ -187,50 +180,6 @@ def _check_tensors(input: Tensor, weight: Tensor, bias: Tensor | None, groups: i
             raise TypeError(f"{name}: expected input's dtype {input.dtype}, got {tensor.dtype}")
         if tensor is not None and tensor.device != input.device:
             raise ValueError(f"{name}: expected input's device {input.device}, got {tensor.device}")
-
-
-def _pair(name: str, value: IntOrPair, least: int) -> tuple[int, int]:
-    pair = (value, value) if isinstance(value, int) else tuple(value)
-    if len(pair) == 1:
-        pair *= 2
-    if len(pair) != 2 or any(number < least for number in pair):
-        raise ValueError(f"{name}: expected one or two integers of at least {least}, got {value}")
-    return pair
-
-
-def _resolve_padding(
-    input: Tensor, weight: Tensor, padding: str | IntOrPair, stride: tuple[int, int], dilation: tuple[int, int]
-) -> tuple[Tensor, tuple[int, int]]:
-    """The padding in numbers; an input padded by hand where "same" needs one more zero at the end (even kernels)."""
-    if not isinstance(padding, str):
-        return input, _pair("padding", padding, 0)
-    if padding == "valid":
-        return input, (0, 0)
-    if padding != "same":
-        raise ValueError(f'padding: expected numbers, "same" or "valid", got {padding!r}')
-    if stride != (1, 1):
-        raise ValueError(f'stride: padding="same" needs stride 1, got {stride}')
-    height, width = (d * (size - 1) for d, size in zip(dilation, weight.shape[2:], strict=True))
-    if height % 2 or width % 2:
-        input = F.pad(input, (0, width % 2, 0, height % 2))
-    return input, (height // 2, width // 2)
-
-
-def _check_sizes(input: Tensor, weight: Tensor, geometry: _conv_relu_pool2d.Geometry) -> None:
-    for axis, name in enumerate(("height", "width")):
-        if geometry.pool_padding[axis] * 2 > geometry.pool_size[axis]:
-            raise ValueError(
-                f"pool_padding: expected at most half of pool_size {geometry.pool_size}, got {geometry.pool_padding}"
-            )
-        reach = geometry.dilation[axis] * (weight.shape[2 + axis] - 1) + 1
-        if input.shape[2 + axis] + 2 * geometry.padding[axis] < reach:
-            raise ValueError(
-                f"input: the kernel reaches over {reach} pixels of {name}, more than the padded input's "
-                f"{input.shape[2 + axis] + 2 * geometry.padding[axis]}"
-            )
-    pooled = _conv_relu_pool2d.pooled_size(_conv_relu_pool2d.convolved_size(input, weight, geometry), geometry)
-    if min(pooled) < 1:
-        raise ValueError(f"pool_size: {geometry.pool_size} leaves no output (pooled size {pooled})")
 
 
 LABEL_DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)

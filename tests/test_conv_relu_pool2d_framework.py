@@ -11,10 +11,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import fastseg
 from fastseg import _native, functional, reference
-from fastseg.ops import conv_relu_pool2d as operator
+from fastseg.ops.conv_relu_pool2d_geometry import flatten, resolve
 from fastseg.testing import assert_parity, make, values_and_gradients
 
-GEOMETRY = operator.Geometry((1, 1), (1, 1), (1, 1), 1, (2, 2), (2, 2), (0, 0), False)
+GEOMETRY = flatten(resolve((3, 3), 1, 1, 1, 1, 2, None, 0, False)[0])
 CHANNELS = {"direct": 3, "library": 32}  # input channels with which a 3x3 kernel takes each road
 
 
@@ -33,14 +33,14 @@ def arguments(channels: int = 3, layout: str = "nchw", **options: object) -> lis
 def test_opcheck(channels: int, with_skip: bool, layout: str) -> None:
     input, weight, bias = arguments(channels, layout)
     forward = torch.ops.fastseg.conv_relu_pool2d
-    torch.library.opcheck(forward.default, (input, weight, bias, *GEOMETRY, True, with_skip))
-    torch.library.opcheck(forward.default, (input.transpose(2, 3), weight, None, *GEOMETRY, False, with_skip))
-    output, positions, skip = forward(input, weight, bias, *GEOMETRY, True, with_skip)
+    torch.library.opcheck(forward.default, (input, weight, bias, GEOMETRY, True, with_skip))
+    torch.library.opcheck(forward.default, (input.transpose(2, 3), weight, None, GEOMETRY, False, with_skip))
+    output, positions, skip = forward(input, weight, bias, GEOMETRY, True, with_skip)
     for needs in ([True, True, True], [False, True, False]):
         skips = (torch.randn_like(skip), skip) if with_skip else (None, None)
         torch.library.opcheck(
             torch.ops.fastseg.conv_relu_pool2d_backward.default,
-            (torch.randn_like(output), skips[0], input, weight, positions, skips[1], *GEOMETRY, needs),
+            (torch.randn_like(output), skips[0], input, weight, positions, skips[1], GEOMETRY, needs),
         )
 
 
@@ -142,7 +142,7 @@ def test_autocast(dtype: torch.dtype, channels: int) -> None:
 def test_autocast_of_the_bare_operator() -> None:
     input, weight, bias = arguments()
     with torch.autocast("cpu", torch.bfloat16):
-        output, _, _ = torch.ops.fastseg.conv_relu_pool2d(input, weight, bias, *GEOMETRY, False, False)
+        output, _, _ = torch.ops.fastseg.conv_relu_pool2d(input, weight, bias, GEOMETRY, False, False)
     assert output.dtype == torch.bfloat16
 
 

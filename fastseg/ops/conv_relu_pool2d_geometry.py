@@ -1,0 +1,199 @@
+"""conv_relu_pool2d's numbers: arguments made explicit and checked, output sizes, and positions in pooling windows."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+MAX_WINDOW = 255  # positions in a pool window: they are kept as uint8, and CUT takes one value
+CUT = 255  # the position of a window whose maximum ReLU cut: it has no gradient
+
+Pair = tuple[int, int]  # (height, width)
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Geometry(NamedTuple):
+    """All numbers of the operator, explicit and checked."""
+
+    stride: Pair
+    padding: Pair
+    dilation: Pair
+    groups: int
+    pool_size: Pair
+    pool_stride: Pair
+    pool_padding: Pair
+    ceil_mode: bool
+
+    @property
+    def pool(self) -> tuple[Pair, Pair, Pair]:
+        """What the pooling kernels get."""
+        return self.pool_size, self.pool_stride, self.pool_padding
+
+
+def remember(function: F) -> F:
+    """`functools.cache` for a function of plain numbers that a call pays more for than its arithmetic is worth.
+
+    Compilers trace through to the function; arguments without a hash (symbolic sizes, lists) go there as well.
+    """
+    cached = functools.lru_cache(maxsize=4096)(function)
+
+    @functools.wraps(function)
+    def call(*args: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return function(*args)
+        try:
+            return cached(*args)
+        except TypeError:  # no hash
+            return function(*args)
+
+    return cast(F, call)
+
+
+@remember
+def flatten(geometry: Geometry) -> list[int]:
+    """The numbers in a row, as the operator's schema and the C++ kernels take them: a call pays for each argument."""
+    pairs = (geometry.stride, geometry.padding, geometry.dilation, *geometry.pool)
+    return [*(number for pair in pairs for number in pair), geometry.groups, int(geometry.ceil_mode)]
+
+
+@remember
+def unflatten(numbers: tuple[int, ...]) -> Geometry:
+    """The inverse of `flatten`."""
+    stride, padding, dilation, size, pool_stride, pool_padding = zip(numbers[0:12:2], numbers[1:12:2], strict=True)
+    return Geometry(stride, padding, dilation, numbers[12], size, pool_stride, pool_padding, bool(numbers[13]))
+
+
+def _pair(name: str, value: Any, least: int) -> Pair:
+    pair = (value, value) if isinstance(value, int) else tuple(value)
+    if len(pair) == 1:
+        pair *= 2
+    if len(pair) != 2 or any(not isinstance(number, int) or number < least for number in pair):
+        raise ValueError(f"{name}: expected one or two integers of at least {least}, got {value}")
+    return pair
+
+
+@remember
+def resolve(
+    kernel: tuple[int, ...],
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: int,
+    pool_size: Any,
+    pool_stride: Any,
+    pool_padding: Any,
+    ceil_mode: bool,
+) -> tuple[Geometry, Pair]:
+    """The arguments of `fastseg.functional.conv_relu_pool2d` as a `Geometry`.
+
+    Returns:
+        The geometry, and the rows and columns of zeros that the input needs at its end beside the geometry's padding:
+        none but for padding "same" with a kernel of even size.
+
+    Raises:
+        ValueError: A number is out of its range; the message names the argument.
+    """
+    strides, dilations, pool_sizes = (
+        _pair("stride", stride, 1),
+        _pair("dilation", dilation, 1),
+        _pair("pool_size", pool_size, 1),
+    )
+    pool_paddings = _pair("pool_padding", pool_padding, 0)
+    if any(2 * p > size for p, size in zip(pool_paddings, pool_sizes, strict=True)):
+        raise ValueError(f"pool_padding: expected at most half of pool_size {pool_sizes}, got {pool_paddings}")
+    extra = (0, 0)
+    if isinstance(padding, str):
+        if padding not in ("same", "valid"):
+            raise ValueError(f'padding: expected numbers, "same" or "valid", got {padding!r}')
+        if padding == "same" and strides != (1, 1):
+            raise ValueError(f'stride: padding="same" needs stride 1, got {strides}')
+        total = [d * (size - 1) if padding == "same" else 0 for d, size in zip(dilations, kernel, strict=True)]
+        paddings, extra = (total[0] // 2, total[1] // 2), (total[0] % 2, total[1] % 2)
+    else:
+        paddings = _pair("padding", padding, 0)
+    pool_strides = pool_sizes if pool_stride is None else _pair("pool_stride", pool_stride, 1)
+    return Geometry(
+        strides, paddings, dilations, groups, pool_sizes, pool_strides, pool_paddings, bool(ceil_mode)
+    ), extra
+
+
+@remember
+def convolved_size(height: int, width: int, kernel_h: int, kernel_w: int, geometry: Geometry) -> Pair:
+    """Height and width of the convolution's output, as conv2d counts them.
+
+    Raises:
+        ValueError: The kernel is larger than the padded input.
+    """
+    sizes = []
+    for axis, (size, kernel) in enumerate(((height, kernel_h), (width, kernel_w))):
+        padded, reach = size + 2 * geometry.padding[axis], geometry.dilation[axis] * (kernel - 1) + 1
+        if padded < reach:
+            name = ("height", "width")[axis]
+            raise ValueError(f"input: the kernel reaches over {reach} pixels of {name}, the padded input has {padded}")
+        sizes.append((padded - reach) // geometry.stride[axis] + 1)
+    return sizes[0], sizes[1]
+
+
+@remember
+def pooled_size(convolved_h: int, convolved_w: int, geometry: Geometry) -> Pair:
+    """Height and width of the pooled output, as max_pool2d counts them.
+
+    Raises:
+        ValueError: No window fits.
+    """
+    sizes = []
+    for size, window, stride, padding in zip((convolved_h, convolved_w), *geometry.pool, strict=True):
+        room = size + 2 * padding - window
+        steps = -(-room // stride) if geometry.ceil_mode else room // stride
+        # With ceil_mode, the last window must start inside the input or its left padding.
+        if geometry.ceil_mode and steps * stride >= size + padding:
+            steps -= 1
+        if steps < 0:
+            raise ValueError(
+                f"pool_size: {geometry.pool_size} leaves no output of a convolution of {convolved_h} x {convolved_w}"
+            )
+        sizes.append(steps + 1)
+    return sizes[0], sizes[1]
+
+
+@remember
+def output_shapes(
+    input: tuple[int, ...], weight: tuple[int, ...], geometry: Geometry
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of the pooled output and of the convolution's, from the shapes of input and weight."""
+    convolved = convolved_size(input[2], input[3], weight[2], weight[3], geometry)
+    leading = (input[0], weight[0])
+    return (*leading, *pooled_size(*convolved, geometry)), (*leading, *convolved)
+
+
+def expand_indices(positions: Tensor, convolved: tuple[int, ...], geometry: Geometry) -> Tensor:
+    """Window-local positions (uint8) as max_pool2d's indices: int64 offsets in the convolution's output.
+
+    A window that ReLU cut is all zeros after it, so its first position inside the output is its maximum.
+    """
+    rows, columns = _window_corners(positions, geometry)
+    local = positions.long()
+    cut = local == CUT
+    row = torch.where(cut, rows.clamp(min=0), rows + local // geometry.pool_size[1])
+    column = torch.where(cut, columns.clamp(min=0), columns + local % geometry.pool_size[1])
+    return row * convolved[1] + column
+
+
+def local_positions(indices: Tensor, output: Tensor, convolved_w: int, geometry: Geometry) -> Tensor:
+    """The inverse of `expand_indices`, given the pooled values (those not above zero were cut by ReLU)."""
+    rows, columns = _window_corners(output, geometry)
+    local = (indices // convolved_w - rows) * geometry.pool_size[1] + indices % convolved_w - columns
+    return torch.where(output <= 0, CUT, local).to(torch.uint8)
+
+
+def _window_corners(pooled: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
+    """First row ``[PH, 1]`` and first column ``[PW]`` of the pooling windows, which may lie in the padding."""
+    rows, columns = (
+        torch.arange(size, device=pooled.device) * stride - padding
+        for size, stride, padding in zip(pooled.shape[-2:], geometry.pool_stride, geometry.pool_padding, strict=True)
+    )
+    return rows[:, None], columns
