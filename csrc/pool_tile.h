@@ -33,8 +33,8 @@ FASTSEG_INLINE void pool_window(const T* const* rows, int64_t offset, int64_t co
   memcpy(position, &where, sizeof where);
 }
 
-// Pools one row of windows: rows[i] is the convolution's row span.begin + i, [width][block]; values and positions are
-// [pooled_w][block]. `block` is a multiple of the vector.
+// Pools one row of windows: rows[i] is the convolution's row span.begin + i, `block` channels of [width] columns that
+// lie `block` elements apart; values and positions are [pooled_w][block]. `block` is a multiple of the vector.
 template <class T>
 void pool_row(const T* const* rows, Span span, int64_t window_row, int64_t width, const ConvPoolGeometry& g,
               int64_t pooled_w, int64_t block, T* values, Int<T>* positions) {

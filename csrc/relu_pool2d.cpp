@@ -44,6 +44,14 @@ Span own_rows(const ReluPool2dForward& call, int64_t window) {
   return {window == 0 ? 0 : begin, window + 1 == call.output.size[2] ? call.input.size[2] : begin + g.pool_stride[0]};
 }
 
+// Whether a row of the tensor is [W][K] of T as it lies (channels_last), so that loops may work on it in place.
+template <class T>
+bool rows_are_dense(const Tensor& tensor) {
+  const DType dtype = sizeof(T) == sizeof(double) ? DType::kFloat64 : DType::kFloat32;
+  return tensor.dtype == dtype && tensor.stride[1] == 1 && tensor.stride[3] == tensor.size[1] &&
+         tensor.size[1] % kLanes<T> == 0;
+}
+
 // One pooled row.
 template <class T>
 bool forward_task(const ReluPool2dForward& call, int64_t task) {
@@ -52,29 +60,34 @@ bool forward_task(const ReluPool2dForward& call, int64_t task) {
   const int64_t image = task / pooled_h, window = task % pooled_h, channels = call.input.size[1];
   const Span span = window_span(g, 0, window, call.input.size[2]);
   const Span rows = call.relu_in_place ? own_rows(call, window) : span;
-  const int64_t row_elements = width * kBlock<T>, pooled_elements = pooled_w * kBlock<T>;
+  const bool dense = rows_are_dense<T>(call.input);
+  const int64_t widest = dense ? channels : kBlock<T>;
+  const int64_t row_elements = dense ? 0 : width * widest, pooled_elements = pooled_w * widest;
   const int64_t elements = rows.size() * row_elements + 2 * pooled_elements;
   T* buffer = static_cast<T*>(scratch(elements * int64_t{sizeof(T)}));
   if (buffer == nullptr) return false;
   T* values = buffer + rows.size() * row_elements;
   Int<T>* positions = reinterpret_cast<Int<T>*>(values + pooled_elements);
+  const auto row_of = [&](int64_t row) {
+    return dense ? static_cast<T*>(at_mutable(call.input, row_offset(call.input, image, 0, row)))
+                 : buffer + (row - rows.begin) * row_elements;
+  };
 
-  memset(buffer, 0, static_cast<size_t>(elements) * sizeof(T));  // lanes past the last channel are pooled too
-  for (int64_t channel = 0; channel < channels; channel += kBlock<T>) {
-    const int64_t count = least(kBlock<T>, channels - channel), block = round_up(count, kLanes<T>);
+  // Lanes past the last channel are pooled too.
+  memset(buffer, 0, static_cast<size_t>(rows.size() * row_elements) * sizeof(T));
+  for (int64_t channel = 0; channel < channels; channel += widest) {
+    const int64_t count = least(widest, channels - channel), block = round_up(count, kLanes<T>);
     const T* window_rows[kCut];
     for (int64_t row = rows.begin; row < rows.end; ++row) {
-      T* target = buffer + (row - rows.begin) * row_elements;
-      pack_row(call.input, image, channel, count, row, block, target);
-      if (row >= span.begin && row < span.end) window_rows[row - span.begin] = target;
+      if (!dense) pack_row(call.input, image, channel, count, row, block, row_of(row));
+      if (row >= span.begin && row < span.end) window_rows[row - span.begin] = row_of(row);
     }
     pool_row(window_rows, span, window, width, g, pooled_w, block, values, positions);
     unpack_pooled(values, positions, block, image, channel, count, window, call.output, call.positions);
     if (!call.relu_in_place) continue;
     for (int64_t row = rows.begin; row < rows.end; ++row) {
-      T* source = buffer + (row - rows.begin) * row_elements;
-      relu_mask(source, source, width * block, source);
-      unpack_row(source, block, call.input, image, channel, count, row);
+      relu_mask(row_of(row), row_of(row), width * block, row_of(row));
+      if (!dense) unpack_row(row_of(row), block, call.input, image, channel, count, row);
     }
   }
   return true;
@@ -116,22 +129,26 @@ void scatter_row(const ReluPool2dBackward& call, int64_t window, Span rows, int6
 // A band of the dense gradient's rows.
 template <class T>
 bool backward_task(const ReluPool2dBackward& call, int64_t band, int64_t task) {
-  const int64_t height = call.grad_input.size[2], width = call.grad_input.size[3], channels = call.grad_input.size[1];
+  const Tensor& output = call.grad_input;
+  const int64_t height = output.size[2], width = output.size[3], channels = output.size[1];
   const int64_t bands = ceil_div(height, band), image = task / bands;
   const Span rows = {task % bands * band, least((task % bands + 1) * band, height)};
   const int64_t pooled_w = call.grad_output ? call.grad_output.size[3] : 0;
-  const int64_t row_elements = width * kBlock<T>, pooled_elements = pooled_w * kBlock<T>;
-  const int64_t elements = (rows.size() + 1) * row_elements + 2 * pooled_elements;
-  T* dense = static_cast<T*>(scratch(elements * int64_t{sizeof(T)}));
-  if (dense == nullptr) return false;
-  T* skip = dense + rows.size() * row_elements;
-  T* gradient = skip + row_elements;
+  const bool in_place = rows_are_dense<T>(output) && output.stride[2] == width * channels;
+  const int64_t widest = in_place ? channels : kBlock<T>;
+  const int64_t band_elements = in_place ? 0 : rows.size() * width * widest, pooled_elements = pooled_w * widest;
+  const int64_t elements = band_elements + width * widest + 2 * pooled_elements;
+  T* buffer = static_cast<T*>(scratch(elements * int64_t{sizeof(T)}));
+  if (buffer == nullptr) return false;
+  T* dense = in_place ? static_cast<T*>(at_mutable(output, row_offset(output, image, 0, rows.begin))) : buffer;
+  T* skip = buffer + band_elements;
+  T* gradient = skip + width * widest;
   Int<T>* positions = reinterpret_cast<Int<T>*>(gradient + pooled_elements);
-  memset(dense, 0, static_cast<size_t>(elements) * sizeof(T));
+  memset(skip, 0, static_cast<size_t>(elements - band_elements) * sizeof(T));  // lanes past the last channel
 
-  for (int64_t channel = 0; channel < channels; channel += kBlock<T>) {
-    const int64_t count = least(kBlock<T>, channels - channel), block = round_up(count, kLanes<T>);
-    if (!call.grad_skip) memset(dense, 0, static_cast<size_t>(rows.size() * width * block) * sizeof(T));
+  for (int64_t channel = 0; channel < channels; channel += widest) {
+    const int64_t count = least(widest, channels - channel), block = round_up(count, kLanes<T>);
+    memset(dense, 0, static_cast<size_t>(rows.size() * width * block) * sizeof(T));
     for (int64_t row = rows.begin; call.grad_skip && row < rows.end; ++row) {
       T* target = dense + (row - rows.begin) * width * block;
       pack_row(call.grad_skip, image, channel, count, row, block, target);
@@ -145,8 +162,8 @@ bool backward_task(const ReluPool2dBackward& call, int64_t band, int64_t task) {
                 pooled_w, count, call.positions.stride[3], call.positions.stride[1], positions, block);
       scatter_row(call, window, rows, block, gradient, positions, dense);
     }
-    for (int64_t row = rows.begin; row < rows.end; ++row)
-      unpack_row(dense + (row - rows.begin) * width * block, block, call.grad_input, image, channel, count, row);
+    for (int64_t row = rows.begin; !in_place && row < rows.end; ++row)
+      unpack_row(dense + (row - rows.begin) * width * block, block, output, image, channel, count, row);
   }
   return true;
 }
@@ -155,7 +172,8 @@ template <class T>
 void backward(const ReluPool2dBackward& call) {
   if (!call.grad_input.data) return;
   const int64_t step = call.geometry.pool_stride[0];  // whole windows to a band, where they don't overlap
-  const int64_t row_bytes = call.grad_input.size[3] * kBlock<T> * int64_t{sizeof(T)};
+  const int64_t widest = rows_are_dense<T>(call.grad_input) ? call.grad_input.size[1] : kBlock<T>;
+  const int64_t row_bytes = call.grad_input.size[3] * widest * int64_t{sizeof(T)};
   const int64_t band = round_up(most(kRowsBytes / row_bytes, 1), step);
   for_each_task(call.grad_input.size[0] * ceil_div(call.grad_input.size[2], band), call.threads,
                 [&](int64_t task) { return backward_task<T>(call, band, task); });
