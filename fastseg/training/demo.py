@@ -32,7 +32,7 @@ BATCH_SIZE = 8
 SIZE = (96, 96)  # pixels
 TRAIN_IMAGES, VAL_IMAGES = 256, 48
 ARGUMENTS = complete_arguments("fcn", num_classes=len(ShapesDataset.CLASSES))
-LEARNING_RATE = 2e-3
+LEARNING_RATE = 3e-3
 IGNORE_INDEX = 255  # generated masks have no ignored pixel
 CHECKS = 10  # validations along the run
 PICTURED = 4  # validation images in the picture
