@@ -75,13 +75,20 @@ def read_rows(run: dict[str, Any]) -> Rows:
 def write(run: dict[str, Any], path: Path) -> None:
     """Write the tables to ``path`` (Markdown) and the chart beside it (PNG, of the same name)."""
     rows = read_rows(run)
+    path.parent.mkdir(parents=True, exist_ok=True)
     chart = path.with_suffix(".png")
     draw(rows, chart)
-    parts = ["# Benchmarks\n", machine(run), READING, f"![milliseconds of every case]({chart.name})\n", summary(rows)]
+    parts = [
+        "# Benchmarks\n",
+        machine(run),
+        READING,
+        f"![time over the best peer's, for every case]({chart.name})\n",
+        summary(rows),
+    ]
     for operator in dict.fromkeys(operator for operator, _ in rows):
         own = {case: timings for (of, case), timings in rows.items() if of == operator}
         parts += [f"## {operator}\n", time_table(own), memory_table(own)]
-    path.write_text("\n".join(parts + errors(rows)))
+    path.write_text("\n".join([*parts, errors(rows)]))
 
 
 # ---- tables ----
@@ -141,7 +148,7 @@ def memory_table(cases: dict[str, dict[str, Row]]) -> str:
     return "Peak memory, MiB\n\n" + format_table(lines)
 
 
-def errors(rows: Rows) -> list[str]:
+def errors(rows: Rows) -> str:
     """What failed, and why."""
     lines = [
         f"* {operator} {case}, {timing}, {label(contestant)}: `{error.splitlines()[0]}`\n"
@@ -149,7 +156,7 @@ def errors(rows: Rows) -> list[str]:
         for timing, row in timings.items()
         for contestant, error in row.errors.items()
     ]
-    return ["## Failed\n", *lines] if lines else []
+    return "".join(["## Failed\n\n", *lines]) if lines else ""
 
 
 def label(contestant: Contestant) -> str:
@@ -207,21 +214,26 @@ def format_table(lines: Sequence[Sequence[str]]) -> str:
 
 
 def draw(rows: Rows, path: Path) -> None:
-    """Milliseconds of every contestant, a panel for each timing and a line for each case."""
+    """Every contestant's time over the best peer's: a panel for each timing, a line for each case."""
     figure = Figure(figsize=(13, 1.5 + 0.4 * len(rows)), layout="constrained")
     panels: Sequence[Axes] = figure.subplots(1, len(TIMINGS), sharey=True)
     colours = dict(zip(KINDS, ("C3", "C0", "C2"), strict=True))
     markers = dict(zip(LAYOUTS, ("s", "o"), strict=True))
     for panel, timing in zip(panels, TIMINGS, strict=True):
         for contestant in CONTESTANTS:
-            medians = [
-                1e3 * median(timings[timing].rounds.get(contestant, [math.nan])) for timings in rows.values()
-            ]  # NaN isn't drawn
+            # How many times faster the best peer is; NaN, where there is no such contestant, isn't drawn.
+            points = [
+                median(row.speedups(row.fastest(KINDS[1:]), contestant) or [math.nan])
+                for row in (timings[timing] for timings in rows.values())
+            ]
             panel.plot(
-                medians, range(len(rows)), linestyle="none", marker=markers[contestant.layout],
+                points, range(len(rows)), linestyle="none", marker=markers[contestant.layout],
                 color=colours[contestant.kind], alpha=0.8, label=label(contestant),
             )  # fmt: skip
-        panel.set(title=timing, xscale="log", xlabel="ms")
+        panel.axvline(1, color="black", linewidth=0.8)
+        panel.set(title=timing, xscale="log", xlabel="time over the best peer's (left is faster)")
+        panel.set_xticks(ticks := [0.1, 0.2, 0.5, 1, 2, 5, 10], map(str, ticks))
+        panel.minorticks_off()
         panel.grid(alpha=0.3)
     panels[0].set_yticks(range(len(rows)), [" ".join(names) for names in rows])
     panels[0].invert_yaxis()

@@ -173,7 +173,7 @@ def measure(case: Case, training: bool, effort: Effort) -> dict[Contestant, Meas
         job = contestant.job(case, training)
         try:
             verifier.verify(job)
-        except (AssertionError, RuntimeError) as error:  # a wrong result; a failing compilation
+        except Exception as error:  # a wrong result or a failing compilation: reported, and the others are measured
             outcomes[contestant] = error
         else:
             jobs[contestant] = job

@@ -104,11 +104,12 @@ def test_report(tmp_path: Path) -> None:
         ],
         "failures": [failed | {"error": "InductorError: no compiler\nmore"}],
     }  # fmt: skip
-    report.write(run, tmp_path / "report.md")
-    text = (tmp_path / "report.md").read_text()
+    path = tmp_path / "results" / "report.md"
+    report.write(run, path)
+    text = path.read_text()
     assert "A CPU, 2 cores" in text
     assert "2.00x (1.75 - 2.00)" in text
     assert "**0.50x**" in text
     assert "4.00 (2.50 - 7.00) | - | 6.00 (4.00 - 13.0) | - | failed" in text
     assert "* pool 2x2, forward, compile NCHW: `InductorError: no compiler`" in text
-    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
