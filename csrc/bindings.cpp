@@ -146,6 +146,7 @@ void conv_relu_pool2d_forward(const py::object& input, const py::object& weight,
               (call.bias.ndim == 1 && call.bias.size[0] == call.weight.size[0] && call.bias.dtype == call.input.dtype),
           "bias is [K], of input's dtype");
   py::gil_scoped_release unlocked;
+  advise_huge_pages(call.output.data, byte_span(call.output));
   fastseg::conv_relu_pool2d_forward(call);
 }
 
@@ -193,6 +194,7 @@ void relu_pool2d_forward(const py::object& input, const py::object& output, cons
           "relu_in_place needs windows that don't overlap");
   check_pool(call.output, call.input.size[2], call.input.size[3], call.geometry);
   py::gil_scoped_release unlocked;
+  advise_huge_pages(call.output.data, byte_span(call.output));
   fastseg::relu_pool2d_forward(call);
 }
 
@@ -222,6 +224,7 @@ void relu_pool2d_backward(const py::object& grad_output, const py::object& posit
     check_pool(call.grad_output, dense.size[2], dense.size[3], call.geometry);
   }
   py::gil_scoped_release unlocked;
+  advise_huge_pages(call.grad_input.data, byte_span(call.grad_input));
   fastseg::relu_pool2d_backward(call);
 }
 

@@ -144,6 +144,15 @@ template <class T, class S, class Target>
 FASTSEG_INLINE void transpose_block(const S* source, int64_t source_stride, Target* target, int64_t target_stride) {
   typename Quad<T>::type rows[4];
   for (int i = 0; i < 4; ++i) rows[i] = load4<T>(source + i * source_stride);
+  if constexpr (kSame<T, int32_t> && kSame<Target, uint8_t>) {  // four bytes to a lane: a column without a shuffle
+    static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the first byte is the lowest");
+    const typename Quad<T>::type columns = rows[0] | (rows[1] << 8) | (rows[2] << 16) | (rows[3] << 24);
+    for (int i = 0; i < 4; ++i) {
+      const T column = columns[i];
+      memcpy(target + i * target_stride, &column, sizeof column);
+    }
+    return;
+  }
   transpose4<T>(rows);
   for (int i = 0; i < 4; ++i) store4<T>(target + i * target_stride, rows[i]);
 }

@@ -16,10 +16,10 @@ constexpr int kBlock = 2 * kLanes<T>;
 template <class T, int Rows, int Columns>
 FASTSEG_INLINE void pool_window(const T* const* rows, int64_t offset, int64_t column_step, int64_t row_count,
                                 int64_t column_count, Int<T> first, Int<T> pitch, T* value, Int<T>* position) {
-  Vec<T> best = broadcast<T>(static_cast<T>(-__builtin_inf()));
+  Vec<T> best = load(rows[0] + offset);
   IntVec<T> where = first - IntVec<T>{};
   for (int64_t i = 0; i < (Rows > 0 ? Rows : row_count); ++i) {
-    for (int64_t j = 0; j < (Columns > 0 ? Columns : column_count); ++j) {
+    for (int64_t j = i == 0 ? 1 : 0; j < (Columns > 0 ? Columns : column_count); ++j) {
       const Vec<T> candidate = load(rows[i] + offset + j * column_step);
       // Strictly greater, so that the first of equal maxima stays; NaN always wins, as in torch.
       const IntVec<T> better = (candidate > best) | (candidate != candidate);

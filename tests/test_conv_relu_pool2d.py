@@ -44,7 +44,7 @@ SHAPES = {
 def road(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Leads calls down one of the two roads; those that the direct road can't serve go by the library all the same."""
 
-    def choose(input: Tensor, weight: Tensor, groups: int, with_skip: bool) -> str:
+    def choose(weight: Tensor, groups: int, with_skip: bool, most_taps: int) -> str:
         return "library" if groups > 1 or with_skip else request.param
 
     monkeypatch.setattr(operator, "choose_road", choose)

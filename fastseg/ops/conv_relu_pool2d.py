@@ -23,17 +23,19 @@ from fastseg.ops.conv_relu_pool2d_geometry import (
     unflatten,
 )
 
-# Kernel taps (channels x height x width) up to which the direct kernel beats oneDNN's convolution plus a pool; a
-# convolution with more is bound by arithmetic, where oneDNN is ahead. Measured on 2 cores with AVX2, 2026-11-22.
-DIRECT_MAX_TAPS = 160
+# Kernel taps (channels x height x width) up to which the direct kernels beat oneDNN's convolution and a pool. With more,
+# arithmetic is the limit, where oneDNN is ahead; backward the direct kernels need a quarter of it, so they stay ahead
+# longer. Measured with AVX2 (AMD Zen 3, 2026-11-22), 2x2 pool: even at 288 taps forward, at 1152 behind in backward.
+DIRECT_FORWARD_MAX_TAPS = 288
+DIRECT_BACKWARD_MAX_TAPS = 576
 
 
-def choose_road(input: Tensor, weight: Tensor, groups: int, with_skip: bool) -> Literal["direct", "library"]:
-    """Which road serves a call on a CPU, from shapes and dtype alone."""
+def choose_road(weight: Tensor, groups: int, with_skip: bool, most_taps: int) -> Literal["direct", "library"]:
+    """Which road serves a call on a CPU, from shapes alone."""
     if groups > 1 or with_skip:  # the direct kernel has no groups, and a skip is the full-resolution map itself
         return "library"
     _, channels, height, width = weight.shape
-    return "direct" if channels * height * width <= DIRECT_MAX_TAPS else "library"
+    return "direct" if channels * height * width <= most_taps else "library"
 
 
 def _is_channels_last(tensor: Tensor) -> bool:
@@ -118,7 +120,7 @@ def _forward_cpu(
     geometry = unflatten(tuple(numbers))
     output, positions, skip = _allocate_outputs(input, weight, geometry, with_positions, False)
     outputs = (describe(output), describe(positions) if with_positions else None)
-    if choose_road(input, weight, geometry.groups, with_skip) == "direct":
+    if choose_road(weight, geometry.groups, with_skip, DIRECT_FORWARD_MAX_TAPS) == "direct":
         kernels.conv_relu_pool2d_forward(
             describe(input), describe(weight), describe(bias), *outputs, numbers, torch.get_num_threads()
         )
@@ -141,7 +143,8 @@ def _backward_cpu(
     if kernels is None:
         return _backward_plain(grad_output, grad_skip, input, weight, positions, skip, numbers, needs)
     geometry = unflatten(tuple(numbers))
-    if grad_output is not None and choose_road(input, weight, geometry.groups, grad_skip is not None) == "direct":
+    road = choose_road(weight, geometry.groups, grad_skip is not None, DIRECT_BACKWARD_MAX_TAPS)
+    if grad_output is not None and road == "direct":
         gradients = _allocate_gradients(input, weight, needs)
         kernels.conv_relu_pool2d_backward(
             describe(grad_output), describe(positions), describe(input), describe(weight),
