@@ -23,9 +23,9 @@ from fastseg.ops.conv_relu_pool2d_geometry import (
     unflatten,
 )
 
-# Kernel taps (channels x height x width) up to which the direct kernels beat oneDNN's convolution and a pool. With more,
-# arithmetic is the limit, where oneDNN is ahead; backward the direct kernels need a quarter of it, so they stay ahead
-# longer. Measured with AVX2 (AMD Zen 3, 2026-11-22), 2x2 pool: even at 288 taps forward, at 1152 behind in backward.
+# Kernel taps (channels x height x width) up to which the direct kernels beat oneDNN's convolution and a pool. With more
+# taps arithmetic is the limit, where oneDNN is ahead. Backward, the direct kernels need a quarter of the arithmetic and
+# stay ahead longer. Measured with AVX2 (AMD Zen 3, 2026-11-22), 2x2 pool: forward even at 288, backward behind at 1152.
 DIRECT_FORWARD_MAX_TAPS = 288
 DIRECT_BACKWARD_MAX_TAPS = 576
 
