@@ -1,0 +1,20 @@
+"""Fixtures that several test files share."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from fastseg import _native
+from fastseg.ops import cross_entropy as operator
+
+
+@pytest.fixture(params=[*_native._C.runnable_isas(), "plain"])
+def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Each instruction set of cross_entropy's kernels, and its implementation for devices without a kernel."""
+    before = _native._C.active_isa()
+    if request.param == "plain":
+        monkeypatch.setattr(operator, "native", lambda name: None)
+    else:
+        _native._C.select_isa(request.param)
+    yield request.param
+    _native._C.select_isa(before)
