@@ -2,9 +2,8 @@
 
 from fastseg import functional, models, reference
 from fastseg._native import info
+from fastseg._version import __version__
 from fastseg.modules import ConvReLUPool2d, CrossEntropyLoss
-
-__version__ = "0.1.0"
 
 __all__ = [
     "ConvReLUPool2d",

@@ -10,6 +10,8 @@ from typing import Any, TypeAlias
 
 import torch  # before _C: the extension then shares torch's OpenMP thread pool
 
+from fastseg._version import __version__
+
 try:
     _C: Any = importlib.import_module("fastseg._C")
 except ImportError as error:
@@ -64,8 +66,6 @@ def info() -> dict[str, Any]:
         variable ``FASTSEG_CPU_ISA`` chooses one), ``openmp`` (whether the kernels run on several threads), ``threads``
         (``torch.get_num_threads()``), ``cuda`` (devices that torch sees) and ``triton`` (whether it can be imported).
     """
-    from fastseg import __version__
-
     return {
         "fastseg": __version__,
         "torch": torch.__version__,
