@@ -133,7 +133,7 @@ bool forward_task(const CrossEntropyForward& call, const Pixels& pixels, const P
 }
 
 // The first invalid label in the order of the tasks, whichever thread met one first.
-void report(const InvalidLabel& found, InvalidLabel* invalid) {
+void keep_first(const InvalidLabel& found, InvalidLabel* invalid) {
   if (found.found && !invalid->found) *invalid = found;
 }
 
@@ -151,7 +151,7 @@ void forward(const CrossEntropyForward& call) {
   for (int64_t task = 0; task < plan.tasks; ++task) {
     loss += partials[task].loss;
     weight += partials[task].weight;
-    report(partials[task].invalid, call.invalid);
+    keep_first(partials[task].invalid, call.invalid);
   }
   *static_cast<T*>(call.total_weight.data) = static_cast<T>(weight);
   if (call.reduction == Reduction::kNone) return;
@@ -289,7 +289,7 @@ void backward(const CrossEntropyBackward& call) {
   for_each_task(plan.tasks, call.threads,
                 [&](int64_t task) { return backward_task<T, kKind>(call, pixels, plan, task, &invalid[task]); });
   *call.invalid = {};
-  for (int64_t task = 0; task < plan.tasks; ++task) report(invalid[task], call.invalid);
+  for (int64_t task = 0; task < plan.tasks; ++task) keep_first(invalid[task], call.invalid);
 }
 
 }  // namespace

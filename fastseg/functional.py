@@ -105,7 +105,8 @@ def cross_entropy(
     Equals `torch.nn.functional.cross_entropy`; see `torch.nn.CrossEntropyLoss` for the formulas. It reads half and
     bfloat16 logits as they are, in any memory format, computes in float32 (float64 for float64), and keeps two numbers
     a pixel for the backward pass, not the probabilities. Differentiable for ``input`` to any order. Second derivatives
-    run as plain PyTorch, as do calls whose target or weight needs a gradient, or whose probabilities alone are float64.
+    run as plain PyTorch, as do calls whose target or weight needs a gradient, or whose probabilities alone are float64;
+    small float32 logits take torch's own operator, which is faster there (`fastseg.ops.cross_entropy.choose_road`).
 
     Args:
         input: Logits ``[C]``, ``[N, C]`` or ``[N, C, d1, ...]``; float32, float64, bfloat16 or float16. Never
@@ -128,6 +129,14 @@ def cross_entropy(
         ValueError: Shapes, devices or numbers don't fit; the message names the argument.
         TypeError: A dtype that isn't supported.
     """
+    small = not torch.compiler.is_compiling() and _cross_entropy.choose_road(input, target, weight) == "plain"
+    if small and 0 <= label_smoothing <= 1:
+        try:
+            return F.cross_entropy(
+                input, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
+            )
+        except (IndexError, RuntimeError, ValueError):
+            pass  # The checks below find what is wrong, too, and name the argument.
     _check_cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing)
     reason = _unsupported(input, target, weight)
     if reason is not None:
@@ -135,23 +144,7 @@ def cross_entropy(
             log_slow_road("cross_entropy", reason)
         return reference.cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing)
 
-    dtype, accumulated = input.dtype, _cross_entropy.accumulation_dtype(input)
-    if target.is_floating_point():
-        dtype = torch.promote_types(dtype, target.dtype)
-        target = target.to(accumulated) if accumulated == torch.float64 else target
-    device = input.device.type
-    if dtype.itemsize < accumulated.itemsize and torch.amp.is_autocast_available(device):
-        dtype = accumulated if torch.is_autocast_enabled(device) else dtype
-    if weight is not None:
-        weight = weight.to(accumulated).contiguous()
-    if input.ndim > 1:
-        loss = _cross_entropy.cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing)
-    else:
-        loss = _cross_entropy.cross_entropy(
-            input.unsqueeze(0), target.unsqueeze(0), weight, ignore_index, reduction, label_smoothing
-        )
-        loss = loss.squeeze(0) if reduction == "none" else loss
-    return loss if loss.dtype == dtype else loss.to(dtype)
+    return _run_cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing)
 
 
 FLOATING_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -213,6 +206,33 @@ def _check_cross_entropy(
         raise ValueError(f'reduction: expected "none", "mean" or "sum", got {reduction!r}')
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing: expected a number in [0, 1], got {label_smoothing}")
+
+
+def _run_cross_entropy(
+    input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, label_smoothing: float
+) -> Tensor:
+    """The operator on checked arguments, brought to the shapes and dtypes that it takes; the loss in torch's dtype."""
+    dtype, accumulated = input.dtype, _cross_entropy.accumulation_dtype(input)
+    if target.is_floating_point():
+        dtype = torch.promote_types(dtype, target.dtype)
+        target = target.to(accumulated) if accumulated == torch.float64 else target
+    if dtype.itemsize < accumulated.itemsize and _autocasts(input):
+        dtype = accumulated
+    if weight is not None:
+        weight = weight.to(accumulated).contiguous()
+    if input.ndim > 1:
+        loss = _cross_entropy.cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing)
+    else:
+        loss = _cross_entropy.cross_entropy(
+            input.unsqueeze(0), target.unsqueeze(0), weight, ignore_index, reduction, label_smoothing
+        )
+        loss = loss.squeeze(0) if reduction == "none" else loss
+    return loss if loss.dtype == dtype else loss.to(dtype)
+
+
+def _autocasts(input: Tensor) -> bool:
+    device = input.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def _unsupported(input: Tensor, target: Tensor, weight: Tensor | None) -> str | None:

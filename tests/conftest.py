@@ -18,3 +18,9 @@ def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
         _native._C.select_isa(request.param)
     yield request.param
     _native._C.select_isa(before)
+
+
+@pytest.fixture
+def kernels_for_small_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leads cross_entropy's small logits, too, to the kernels, where torch's own operator would serve them."""
+    monkeypatch.setattr(operator, "PLAIN_MAX_LOGITS", 0)

@@ -26,6 +26,8 @@ import fastseg
 from fastseg import _native, functional, reference
 from fastseg.testing import assert_parity, make, make_labels, values_and_gradients
 
+pytestmark = pytest.mark.usefixtures("kernels_for_small_logits")
+
 # ---- shapes, dtypes, layouts ----
 
 # Why each is here.

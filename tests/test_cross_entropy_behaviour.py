@@ -8,6 +8,7 @@ import torch
 from cross_entropy_cases import (
     REDUCTIONS,
     WEIGHTS,
+    check,
     labels_for,
     logits,
     probabilities_for,
@@ -15,7 +16,10 @@ from cross_entropy_cases import (
 from torch import Tensor
 
 from fastseg import _native, functional, reference
-from fastseg.testing import assert_parity, make_labels, values_and_gradients
+from fastseg.ops import cross_entropy as operator
+from fastseg.testing import assert_parity, make, make_labels, values_and_gradients
+
+pytestmark = pytest.mark.usefixtures("kernels_for_small_logits")
 
 # ---- errors ----
 
@@ -73,10 +77,44 @@ REFUSED = {
 }
 
 
+@pytest.mark.parametrize("largest_plain", [0, operator.PLAIN_MAX_LOGITS], ids=["kernel", "plain"])
 @pytest.mark.parametrize(("arguments", "options", "error", "message"), REFUSED.values(), ids=REFUSED)
-def test_refused(arguments: tuple[Tensor, ...], options: dict, error: type[Exception], message: str) -> None:
+def test_refused(
+    arguments: tuple[Tensor, ...], options: dict, error: type[Exception], message: str, largest_plain: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(operator, "PLAIN_MAX_LOGITS", largest_plain)  # the road must not show
     with pytest.raises(error, match=message):
         functional.cross_entropy(*arguments, **options)
+
+
+# ---- small logits ----
+
+ROADS = {
+    "small": (make((64, 10)), make_labels((64,), 10), None, "plain"),
+    "largest-small": (torch.zeros(16, 2048), torch.zeros(16).long(), torch.ones(2048), "plain"),
+    "large": (torch.zeros(16, 2049), torch.zeros(16).long(), None, "kernel"),
+    "bfloat16": (make((64, 10), torch.bfloat16), make_labels((64,), 10), None, "kernel"),
+    "uint8-labels": (make((64, 10)), make_labels((64,), 10, torch.uint8), None, "kernel"),
+    "probabilities": (make((64, 10)), make((64, 10)).softmax(1), None, "kernel"),
+    "float64-weight": (make((64, 10)), make_labels((64,), 10), torch.ones(10).double(), "kernel"),
+    "no-pixels": (make((0, 10)), make_labels((0,), 10), None, "kernel"),
+}
+
+
+@pytest.mark.parametrize(("input", "target", "weight", "road"), ROADS.values(), ids=ROADS)
+def test_small_logits_take_torchs_own_operator(
+    input: Tensor, target: Tensor, weight: Tensor | None, road: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    assert operator.choose_road(input, target, weight) == road
+    check(input.clone().requires_grad_(), target, weight, label_smoothing=0.1)
+
+
+def test_label_outside_the_classes_of_small_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    with pytest.raises(IndexError, match=r"target: expected classes in \[0, 4\) .*, got 9$"):
+        functional.cross_entropy(X, torch.tensor([0, 9, 1]))
 
 
 # ---- graphs, memory, determinism ----

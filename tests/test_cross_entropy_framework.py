@@ -17,7 +17,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 import fastseg
 from fastseg import _native, functional, reference
+from fastseg.ops import cross_entropy as operator
 from fastseg.testing import assert_parity, make, make_labels, values_and_gradients
+
+pytestmark = pytest.mark.usefixtures("kernels_for_small_logits")
 
 forward = torch.ops.fastseg.cross_entropy.default
 backward = torch.ops.fastseg.cross_entropy_backward.default
@@ -258,6 +261,7 @@ def test_without_extension_takes_plain_pytorch_and_says_so(
 
 def train_one_step(rank: int, store: str) -> None:
     """One rank: its gradients after DistributedDataParallel's average must be plain PyTorch's."""
+    operator.PLAIN_MAX_LOGITS = 0  # a process of its own, without the fixture
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     images, target = make((2, 3, 8, 8), seed=rank), make_labels((2, 8, 8), 5, seed=rank)
