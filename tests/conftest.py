@@ -3,9 +3,16 @@
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from fastseg import _native
 from fastseg.ops import cross_entropy as operator
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """The same random numbers in every run, in whatever order the tests come."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(params=[*_native._C.runnable_isas(), "plain"])

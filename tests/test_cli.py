@@ -229,6 +229,11 @@ def test_a_missing_package_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert_one_line(capsys.readouterr(), ["the command line needs typer", "fastseg-kernels[train]"])
 
 
+def listen_to_interrupts() -> None:
+    """For a new process: a shell's background jobs, which the tests may be, ignore Ctrl-C, and children inherit it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize(
     ("number", "code"),
     [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)],
@@ -239,7 +244,11 @@ def test_an_ended_run_leaves_a_checkpoint_that_loads(
 ) -> None:
     command = [sys.executable, "-m", "fastseg", "train", "--data", str(shapes), "--out", str(tmp_path), *SMALL]
     with subprocess.Popen(
-        [*command, "--epochs", "10000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*command, "--epochs", "10000"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=listen_to_interrupts,
     ) as process:
         for line in process.stdout:
             if line.startswith("epoch 2/"):

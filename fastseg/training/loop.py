@@ -50,7 +50,7 @@ def train(config: TrainConfig, console: Console | None = None) -> History:
         CheckpointError: The checkpoint to continue from can't be used.
         DivergedError: The loss or a weight is not finite; ``last.safetensors`` holds the epoch before.
     """
-    with join_world(config.device) as world, _deterministic_cudnn():
+    with join_world(config.device) as world, _deterministic_cudnn(world.device):
         shown = console if console is not None and world.is_main else Console(quiet=True)
         session = open_session(config, world)
         shown.print(f"run folder: {session.out}", soft_wrap=True, highlight=False)
@@ -135,8 +135,11 @@ def _save_last(session: Session, metadata: Metadata) -> None:
 
 
 @contextlib.contextmanager
-def _deterministic_cudnn() -> Iterator[None]:
+def _deterministic_cudnn(device: torch.device) -> Iterator[None]:
     """Take cuDNN's deterministic algorithms, so that a seed reproduces a run; the caller's choice is restored."""
+    if device.type != "cuda":  # there is no cuDNN to set, and who has frozen torch's flags needs none
+        yield
+        return
     cudnn = torch.backends.cudnn
     before = cudnn.deterministic, cudnn.benchmark
     cudnn.deterministic, cudnn.benchmark = True, False
