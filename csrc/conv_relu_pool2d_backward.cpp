@@ -115,23 +115,29 @@ struct Backward {
 
   // The patches of all positions of a tile of windows: [pool rows][covered columns][taps], from packed input rows.
   void build_patches(const T* input, int64_t row, Span windows, Span rows, T* patches) const {
+    for_each_patch(row, windows, [&](int64_t patch, int64_t input_row, int64_t input_column) {
+      T* target = patches + patch;
+      const T* source = input + ((input_row - rows.begin) * packed_w + input_column) * shape.c;
+      // Whole vectors: what runs over a piece's end is overwritten by the next piece, or lies past the taps.
+      for_each_segment([&](int64_t offset, int64_t length) {
+        for (int64_t i = 0; i < length; i += kLanes<T>) store<T>(target + i, load(source + offset + i));
+        target += length;
+      });
+    });
+  }
+
+  // Calls visit(patch, input row, packed input column) for the convolution's positions in a tile of windows: where
+  // their patch begins in the tile's memory, and in the input.
+  template <class Visit>
+  void for_each_patch(int64_t row, Span windows, Visit visit) const {
     const ConvPoolGeometry& g = call.geometry;
     const int64_t top = row * g.pool_stride[0] - g.pool_padding[0];
     const int64_t left = windows.begin * g.pool_stride[1] - g.pool_padding[1];
     const Span span = window_span(g, 0, row, shape.convolved_h);
     const Span columns = {most(left, 0), least(left + covered(windows.size()), shape.convolved_w)};
-    for (int64_t y = span.begin; y < span.end; ++y) {
-      for (int64_t x = columns.begin; x < columns.end; ++x) {
-        T* target = patches + ((y - top) * covered(tile) + x - left) * taps;
-        const int64_t first_row = y * g.stride[0] - g.padding[0] - rows.begin;
-        const T* source = input + (first_row * packed_w + x * g.stride[1]) * shape.c;
-        // Whole vectors: what runs over a piece's end is overwritten by the next piece, or lies past the taps.
-        for_each_segment([&](int64_t offset, int64_t length) {
-          for (int64_t i = 0; i < length; i += kLanes<T>) store<T>(target + i, load(source + offset + i));
-          target += length;
-        });
-      }
-    }
+    for (int64_t y = span.begin; y < span.end; ++y)
+      for (int64_t x = columns.begin; x < columns.end; ++x)
+        visit(((y - top) * covered(tile) + x - left) * taps, y * g.stride[0] - g.padding[0], x * g.stride[1]);
   }
 
   // Calls visit(offset in the packed input, length) for the contiguous pieces of a patch, in the order of the taps.
@@ -272,26 +278,18 @@ struct Backward {
 
   // Adds the patches of the convolution's positions to those rows of the packed input's gradient that are in `band`.
   void add_patches(const T* patches, int64_t row, Span windows, Span band, T* target) const {
-    const ConvPoolGeometry& g = call.geometry;
-    const int64_t top = row * g.pool_stride[0] - g.pool_padding[0];
-    const int64_t left = windows.begin * g.pool_stride[1] - g.pool_padding[1];
-    const Span span = window_span(g, 0, row, shape.convolved_h);
-    const Span columns = {most(left, 0), least(left + covered(windows.size()), shape.convolved_w)};
     const int64_t pitch = packed_w * shape.c;
-    for (int64_t y = span.begin; y < span.end; ++y) {
-      for (int64_t x = columns.begin; x < columns.end; ++x) {
-        const T* source = patches + ((y - top) * covered(tile) + x - left) * taps;
-        const int64_t first_row = y * g.stride[0] - g.padding[0] - band.begin;
-        for_each_segment([&](int64_t offset, int64_t length) {
-          const int64_t at_row = first_row + offset / pitch;
-          if (at_row >= 0 && at_row < band.size()) {
-            T* to = target + at_row * pitch + x * g.stride[1] * shape.c + offset % pitch;
-            for (int64_t i = 0; i < length; ++i) to[i] += source[i];
-          }
-          source += length;
-        });
-      }
-    }
+    for_each_patch(row, windows, [&](int64_t patch, int64_t input_row, int64_t input_column) {
+      const T* source = patches + patch;
+      for_each_segment([&](int64_t offset, int64_t length) {
+        const int64_t at_row = input_row - band.begin + offset / pitch;
+        if (at_row >= 0 && at_row < band.size()) {
+          T* to = target + at_row * pitch + input_column * shape.c + offset % pitch;
+          for (int64_t i = 0; i < length; ++i) to[i] += source[i];
+        }
+        source += length;
+      });
+    });
   }
 
   // The gradient of a band of the input's rows: every window that reaches it is gone through, so that no two tasks

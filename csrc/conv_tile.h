@@ -3,24 +3,12 @@
 #pragma once
 
 #include "conv_relu_pool2d.h"
+#include "integers.h"
 #include "pack.h"
 
 namespace fastseg {
 namespace FASTSEG_ISA {
 namespace {
-
-inline int64_t least(int64_t a, int64_t b) {
-  return a < b ? a : b;
-}
-inline int64_t most(int64_t a, int64_t b) {
-  return a > b ? a : b;
-}
-inline int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
-inline int64_t round_up(int64_t a, int64_t b) {
-  return ceil_div(a, b) * b;
-}
 
 // A half-open range of rows or columns.
 struct Span {

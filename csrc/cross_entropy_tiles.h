@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cross_entropy.h"
+#include "integers.h"
 #include "pack.h"
 #include "parallel.h"
 
@@ -18,13 +19,6 @@ constexpr int64_t kTilePixelMultiple = 32;  // whole blocks of vectors, on every
 constexpr int64_t kRowPadding = 64 / sizeof(float);
 // Each task's sums are added in the order of the tasks, so that results don't depend on the number of threads.
 constexpr int64_t kMaxTasks = 1024;
-
-inline int64_t smaller(int64_t a, int64_t b) {
-  return a < b ? a : b;
-}
-inline int64_t round_up(int64_t value, int64_t multiple) {
-  return (value + multiple - 1) / multiple * multiple;
-}
 
 enum Role { kInput, kTarget, kGradOutput, kGradInput, kRoles };
 
@@ -81,7 +75,7 @@ void for_each_run(const Pixels& pixels, int64_t begin, int64_t count, Body body)
   }
   const int inner = pixels.ndim - 1;
   for (int64_t done = 0; done < count;) {
-    Run run = {done, smaller(count - done, pixels.size[inner] - index[inner]), {}};
+    Run run = {done, least(count - done, pixels.size[inner] - index[inner]), {}};
     for (int d = 0; d <= inner; ++d)
       for (int r = 0; r < kRoles; ++r) run.offset[r] += index[d] * pixels.stride[d][r];
     body(run);
@@ -106,8 +100,8 @@ struct Plan {
     plan.classes = call.input.size[1];
     const int64_t pixel_bytes = plan.classes * static_cast<int64_t>(sizeof(T)) * (probabilities ? 2 : 1);
     const int64_t fitting = kTileBytes / pixel_bytes / kTilePixelMultiple * kTilePixelMultiple;
-    plan.tile_pixels = fitting < kTilePixelMultiple ? kTilePixelMultiple : smaller(fitting, kMaxTilePixels);
-    plan.tile_pixels = smaller(plan.tile_pixels, round_up(pixels.count, kTilePixelMultiple));
+    plan.tile_pixels = fitting < kTilePixelMultiple ? kTilePixelMultiple : least(fitting, kMaxTilePixels);
+    plan.tile_pixels = least(plan.tile_pixels, round_up(pixels.count, kTilePixelMultiple));
     plan.tile_stride = plan.tile_pixels + kRowPadding;
     const int64_t tiles = plan.tile_pixels == 0 ? 0 : round_up(pixels.count, plan.tile_pixels) / plan.tile_pixels;
     plan.task_pixels = round_up(tiles, kMaxTasks) / kMaxTasks * plan.tile_pixels;
@@ -119,9 +113,9 @@ struct Plan {
 // Calls body(begin, count) for each tile of a task until one returns false.
 template <class Body>
 bool for_each_tile(const Plan& plan, const Pixels& pixels, int64_t task, Body body) {
-  const int64_t end = smaller(pixels.count, (task + 1) * plan.task_pixels);
+  const int64_t end = least(pixels.count, (task + 1) * plan.task_pixels);
   for (int64_t begin = task * plan.task_pixels; begin < end; begin += plan.tile_pixels)
-    if (!body(begin, smaller(plan.tile_pixels, end - begin))) return false;
+    if (!body(begin, least(plan.tile_pixels, end - begin))) return false;
   return true;
 }
 
