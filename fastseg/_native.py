@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.metadata
 import importlib.util
 import logging
+import os
 from typing import Any, TypeAlias
 
 import torch  # before _C: the extension then shares torch's OpenMP thread pool
@@ -21,6 +23,10 @@ else:
     load_error = None
 
 logger = logging.getLogger("fastseg")
+
+# Where the environment variable TRITON_INTERPRET is 1, Triton interprets kernels instead of compiling them, and CPU
+# tensors run through them instead of the C++ kernels: slowly, to test the kernels where there is no GPU.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 # The numbers are csrc/tensor.h's DType.
 DTYPE_CODES = {
@@ -61,19 +67,28 @@ def info() -> dict[str, Any]:
     """What fastseg runs on, for bug reports: versions, the CPU kernels' instruction set, threads and backends.
 
     Returns:
-        A dictionary with the keys ``fastseg`` and ``torch`` (versions), ``cpu`` ("native", or why not),
+        A dictionary with the keys ``fastseg``, ``torch`` and ``triton`` (versions; None where there is no Triton),
+        ``cpu`` (what CPU tensors run: "C++ kernels", the interpreted Triton kernels, or plain PyTorch and why),
         ``cpu_isa`` (the instruction set in use) and ``cpu_isas`` (those that this machine runs; the environment
         variable ``FASTSEG_CPU_ISA`` chooses one), ``openmp`` (whether the kernels run on several threads), ``threads``
-        (``torch.get_num_threads()``), ``cuda`` (devices that torch sees) and ``triton`` (whether it can be imported).
+        (``torch.get_num_threads()``), ``gpu`` (what GPU tensors run) and ``gpus`` (those that torch sees).
     """
+    triton = importlib.metadata.version("triton") if importlib.util.find_spec("triton") is not None else None
     return {
         "fastseg": __version__,
         "torch": torch.__version__,
-        "cpu": "native" if _C is not None else f"plain PyTorch ({load_error})",
+        "triton": triton,
+        "cpu": _describe_cpu(),
         "cpu_isa": _C.active_isa() if _C is not None else None,
         "cpu_isas": _C.runnable_isas() if _C is not None else [],
         "openmp": _C.openmp if _C is not None else False,
         "threads": torch.get_num_threads(),
-        "cuda": torch.cuda.device_count(),
-        "triton": importlib.util.find_spec("triton") is not None,
+        "gpu": "Triton kernels" if triton is not None else "plain PyTorch (no Triton)",
+        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
     }
+
+
+def _describe_cpu() -> str:
+    if INTERPRETED:
+        return "Triton kernels, interpreted"
+    return "C++ kernels" if _C is not None else f"plain PyTorch ({load_error})"

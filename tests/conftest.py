@@ -8,6 +8,14 @@ import torch
 from fastseg import _native
 from fastseg.ops import cross_entropy as operator
 
+if _native.INTERPRETED:
+    import triton_interpreter
+
+    triton_interpreter.prepare()
+
+# What CPU tensors may run through.
+CPU_KERNELS = ["triton"] if _native.INTERPRETED else _native._C.runnable_isas()
+
 
 @pytest.fixture(autouse=True)
 def seed() -> None:
@@ -15,13 +23,25 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=[*_native._C.runnable_isas(), "plain"])
+@pytest.fixture(params=CPU_KERNELS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Selects an instruction set of the C++ kernels, afterwards again the one before; or the interpreted kernels."""
+    if request.param == "triton":
+        yield request.param
+        return
+    before = _native._C.active_isa()
+    _native._C.select_isa(request.param)
+    yield request.param
+    _native._C.select_isa(before)
+
+
+@pytest.fixture(params=[*CPU_KERNELS, *([] if _native.INTERPRETED else ["plain"])])
 def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Each instruction set of cross_entropy's kernels, and its implementation for devices without a kernel."""
     before = _native._C.active_isa()
     if request.param == "plain":
         monkeypatch.setattr(operator, "native", lambda name: None)
-    else:
+    elif request.param != "triton":
         _native._C.select_isa(request.param)
     yield request.param
     _native._C.select_isa(before)

@@ -47,17 +47,12 @@ def road(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     def choose(weight: Tensor, groups: int, with_skip: bool, most_taps: int) -> str:
         return "library" if groups > 1 or with_skip else request.param
 
+    def choose_gpu(weight: Tensor, groups: int, with_skip: bool) -> str:
+        return choose(weight, groups, with_skip or weight.dtype == torch.float64, 0)
+
     monkeypatch.setattr(operator, "choose_road", choose)
+    monkeypatch.setattr(operator, "choose_gpu_road", choose_gpu)
     return request.param
-
-
-@pytest.fixture(params=_native._C.runnable_isas())
-def isa(request: pytest.FixtureRequest) -> str:
-    """Selects an instruction set; afterwards the one that was active is active again."""
-    before = _native._C.active_isa()
-    _native._C.select_isa(request.param)
-    yield request.param
-    _native._C.select_isa(before)
 
 
 def tensors(shape: tuple[int, ...], dtype: torch.dtype, layout: str = "nchw", bias: bool = True) -> list[Tensor | None]:

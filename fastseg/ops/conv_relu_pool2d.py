@@ -1,7 +1,8 @@
-"""conv_relu_pool2d's registration: schemas, fake, CPU and fallback implementations, and the gradient.
+"""conv_relu_pool2d's registration: schemas, fake, CPU, GPU and fallback implementations, and the gradient.
 
-Two roads lead through the operator on a CPU. "direct": one fused C++ kernel; the full-resolution map is never in
-memory. "library": torch's own convolution, then one C++ kernel for ReLU, pooling and positions. `choose_road` decides.
+Two roads lead through the operator. "direct": one fused kernel; the full-resolution map is never in memory. "library":
+torch's own convolution, then one kernel for (bias,) ReLU, pooling and positions. `choose_road` decides on a CPU,
+`choose_gpu_road` on a GPU.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fastseg import reference
+from fastseg import _triton, reference
 from fastseg._native import describe, log_slow_road, native
 from fastseg.ops.conv_relu_pool2d_geometry import (
     CUT,
@@ -36,6 +37,22 @@ def choose_road(weight: Tensor, groups: int, with_skip: bool, most_taps: int) ->
         return "library"
     _, channels, height, width = weight.shape
     return "direct" if channels * height * width <= most_taps else "library"
+
+
+# The same limits for Triton's kernels. Estimated for an H200, not measured yet: with 144 taps (16 channels under 3x3)
+# the product takes half as long as reading and writing the map would, with 288 as long. Half types and TF32 multiply on
+# tensor cores; full float32 doesn't, and is bound by arithmetic from the second layer on.
+GPU_DIRECT_MAX_TAPS = 160
+GPU_DIRECT_MAX_TAPS_WITHOUT_TENSOR_CORES = 64
+
+
+def choose_gpu_road(weight: Tensor, groups: int, with_skip: bool) -> Literal["direct", "library"]:
+    """Which road serves a call on a GPU, from shapes and dtype (and torch's setting of TF32) alone."""
+    if groups > 1 or with_skip or weight.dtype == torch.float64:  # float64 products are the library's
+        return "library"
+    tensor_cores = weight.dtype != torch.float32 or torch.backends.cudnn.allow_tf32
+    most_taps = GPU_DIRECT_MAX_TAPS if tensor_cores else GPU_DIRECT_MAX_TAPS_WITHOUT_TENSOR_CORES
+    return "direct" if weight[0].numel() <= most_taps else "library"
 
 
 def _is_channels_last(tensor: Tensor) -> bool:
@@ -128,7 +145,7 @@ def _forward_cpu(
 
     convolved = torch.conv2d(input, weight, bias, geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
     # Where windows overlap, two of them read one row: it can't be rewritten in passing.
-    in_place = with_skip and all(s >= p for s, p in zip(geometry.pool_stride, geometry.pool_size, strict=True))
+    in_place = with_skip and not _windows_overlap(geometry)
     if with_skip and not in_place:
         convolved.relu_()
     kernels.relu_pool2d_forward(describe(convolved), *outputs, numbers, in_place, torch.get_num_threads())
@@ -163,6 +180,67 @@ def _backward_cpu(
     return _convolution_backward(grad_convolved, input, weight, geometry, needs)
 
 
+def _windows_overlap(geometry: Geometry) -> bool:
+    return any(step < size for step, size in zip(geometry.pool_stride, geometry.pool_size, strict=True))
+
+
+def _forward_triton(
+    input: Tensor, weight: Tensor, bias: Tensor | None, numbers: list[int], with_positions: bool, with_skip: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    geometry = unflatten(tuple(numbers))
+    road = choose_gpu_road(weight, geometry.groups, with_skip)
+    kernels = _triton.kernels("conv_relu_pool2d", None if road == "direct" else "relu_pool2d")
+    if kernels is None:
+        return _forward_plain(input, weight, bias, numbers, with_positions, with_skip)
+    output, positions, skip = _allocate_outputs(input, weight, geometry, with_positions, False)
+    kept_positions = positions if with_positions else None
+    if road == "direct":
+        _, convolved_shape = output_shapes(input.shape, weight.shape, geometry)
+        kernels.forward(input, weight, bias, output, kept_positions, convolved_shape[2:], geometry)
+        return output, positions, skip
+    convolved = torch.conv2d(input, weight, None, geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
+    if with_skip:
+        # The map is overwritten by the skip, unless overlapping windows read it twice, or it lies another way.
+        layout = _output_format(input, weight)
+        in_place = not _windows_overlap(geometry) and convolved.is_contiguous(memory_format=layout)
+        skip = convolved if in_place else _empty(convolved, tuple(convolved.shape), layout)
+    kernels.forward(convolved, bias, output, kept_positions, skip if with_skip else None, geometry)
+    return output, positions, skip
+
+
+def _backward_triton(
+    grad_output: Tensor | None, grad_skip: Tensor | None, input: Tensor, weight: Tensor, positions: Tensor,
+    skip: Tensor | None, numbers: list[int], needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    geometry = unflatten(tuple(numbers))
+    _, convolved = output_shapes(input.shape, weight.shape, geometry)
+    direct = choose_gpu_road(weight, geometry.groups, grad_skip is not None) == "direct" and grad_output is not None
+    kernels = _triton.kernels("conv_relu_pool2d", "conv_relu_pool2d_backward" if direct else "relu_pool2d")
+    if kernels is None:
+        return _backward_plain(grad_output, grad_skip, input, weight, positions, skip, numbers, needs)
+    gradients = _allocate_gradients(input, weight, needs)
+    if direct:
+        if needs[1] or needs[2]:
+            grad_weight, grad_bias = kernels.backward_weight(
+                grad_output, positions, input, weight, convolved[2:], needs[1], geometry
+            )
+            if needs[1]:
+                gradients[1].copy_(grad_weight.permute(0, 3, 1, 2))
+            if needs[2]:
+                gradients[2].copy_(grad_bias)
+        if needs[0]:
+            kernels.backward_input(grad_output, positions, weight, gradients[0], convolved[2:], geometry)
+        return gradients
+    grad_convolved = _empty(input, convolved, _output_format(input, weight))
+    grad_bias = kernels.backward(
+        grad_output, positions, skip if grad_skip is not None else None, grad_skip, grad_convolved, needs[2], geometry
+    )
+    if needs[2]:
+        gradients[2].copy_(grad_bias)
+    grad_input, grad_weight, _ = _convolution_backward(grad_convolved, input, weight, geometry, [*needs[:2], False])
+    return grad_input, grad_weight, gradients[2]
+
+
 def _convolution_backward(
     grad_convolved: Tensor, input: Tensor, weight: Tensor, geometry: Geometry, needs: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -190,7 +268,7 @@ def _forward_plain(
     input: Tensor, weight: Tensor, bias: Tensor | None, numbers: list[int], with_positions: bool, with_skip: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The operator for devices without a kernel, from torch's own operators."""
-    if input.device.type != "cpu":
+    if input.device.type not in ("cpu", "cuda"):  # where those come here, it has been said why
         log_slow_road("conv_relu_pool2d", f"no kernel for device type {input.device.type!r}")
     geometry, layout = unflatten(tuple(numbers)), _output_format(input, weight)
     output, indices, skip = _plain(input, weight, bias, geometry)
@@ -239,8 +317,8 @@ def _forward_autocast(input: Tensor, weight: Tensor, bias: Tensor | None, *rest:
 
 _library.impl("conv_relu_pool2d", _forward_autocast, "AutocastCPU")
 _library.impl("conv_relu_pool2d", _forward_autocast, "AutocastCUDA")
-_library.impl("conv_relu_pool2d", _forward_cpu, "CPU")
-_library.impl("conv_relu_pool2d_backward", _backward_cpu, "CPU")
+_triton.register(_library, "conv_relu_pool2d", _forward_triton, _forward_cpu)
+_triton.register(_library, "conv_relu_pool2d_backward", _backward_triton, _backward_cpu)
 _library.impl("conv_relu_pool2d", _forward_plain, "CompositeExplicitAutograd")
 _library.impl("conv_relu_pool2d_backward", _backward_plain, "CompositeExplicitAutograd")
 

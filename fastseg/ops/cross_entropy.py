@@ -1,4 +1,4 @@
-"""cross_entropy's registration: schemas, fake, CPU and fallback implementations, and the gradient.
+"""cross_entropy's registration: schemas, fake, CPU, GPU and fallback implementations, and the gradient.
 
 The operators take what `fastseg.functional.cross_entropy` has resolved: input ``[N, C, d1, ...]``; class labels
 ``[N, d1, ...]`` of an integer dtype, or class probabilities of input's shape; weight ``[C]``, contiguous. Weight, loss,
@@ -13,8 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fastseg import reference
-from fastseg._native import describe, log_slow_road, native
+from fastseg import _triton, reference
+from fastseg._native import INTERPRETED, describe, log_slow_road, native
 
 REDUCTIONS = ("none", "mean", "sum")  # in the order of csrc/cross_entropy.h's Reduction
 MAX_DIMS = 8  # csrc/tensor.h's kMaxDims
@@ -31,7 +31,7 @@ def accumulation_dtype(input: Tensor) -> torch.dtype:
 
 def choose_road(input: Tensor, target: Tensor, weight: Tensor | None) -> Literal["kernel", "plain"]:
     """Which road serves a call on a CPU, from shapes and dtypes alone: "plain" is torch's own operator."""
-    small = 0 < input.numel() <= PLAIN_MAX_LOGITS and input.ndim > 1 and input.is_cpu
+    small = 0 < input.numel() <= PLAIN_MAX_LOGITS and input.ndim > 1 and input.is_cpu and not INTERPRETED
     usual = input.dtype == torch.float32 and target.dtype == torch.int64  # what torch has no other operator for
     return "plain" if small and usual and (weight is None or weight.dtype == torch.float32) else "kernel"
 
@@ -113,11 +113,35 @@ def _backward_cpu(
     return grad_input
 
 
+def _forward_triton(
+    input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, label_smoothing: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    kernels = _triton.kernels("cross_entropy")
+    if kernels is None:
+        return _forward_plain(input, target, weight, ignore_index, reduction, label_smoothing)
+    outputs = _allocate_outputs(input, reduction)
+    kernels.forward(input, target, weight, *outputs, ignore_index, reduction, label_smoothing)
+    return outputs
+
+
+def _backward_triton(
+    grad_output: Tensor, input: Tensor, target: Tensor, weight: Tensor | None, statistics: Tensor, total_weight: Tensor,
+    ignore_index: int, reduction: str, label_smoothing: float,
+) -> Tensor:  # fmt: skip
+    tensors = (grad_output, input, target, weight, statistics, total_weight)
+    kernels = _triton.kernels("cross_entropy")
+    if kernels is None:
+        return _backward_plain(*tensors, ignore_index, reduction, label_smoothing)
+    grad_input = torch.empty_like(input)
+    kernels.backward(*tensors, grad_input, ignore_index, reduction, label_smoothing)
+    return grad_input
+
+
 def _forward_plain(
     input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, label_smoothing: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The operator from torch's own, for devices without a kernel."""
-    if input.device.type != "cpu":
+    if input.device.type not in ("cpu", "cuda"):  # where those come here, it has been said why
         log_slow_road("cross_entropy", f"no kernel for device type {input.device.type!r}")
     logits = input.to(accumulation_dtype(input))
     loss = reference.cross_entropy(logits, target, weight, ignore_index, reduction, label_smoothing)
@@ -157,8 +181,8 @@ def _backward_plain(
     return torch.empty_like(input).copy_(grad_input)
 
 
-_library.impl("cross_entropy", _forward_cpu, "CPU")
-_library.impl("cross_entropy_backward", _backward_cpu, "CPU")
+_triton.register(_library, "cross_entropy", _forward_triton, _forward_cpu)
+_triton.register(_library, "cross_entropy_backward", _backward_triton, _backward_cpu)
 _library.impl("cross_entropy", _forward_plain, "CompositeExplicitAutograd")
 _library.impl("cross_entropy_backward", _backward_plain, "CompositeExplicitAutograd")
 

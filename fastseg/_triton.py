@@ -1,0 +1,38 @@
+"""The bridge to the Triton kernels: imports them at the first call that needs them, and registers them."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from fastseg._native import INTERPRETED, log_slow_road
+
+
+@functools.cache
+def _load(module: str) -> Any:
+    """The module of `fastseg.kernels`, or why it can't be imported."""
+    try:
+        return importlib.import_module(f"fastseg.kernels.{module}")
+    except ImportError as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def kernels(operator: str, module: str | None = None) -> Any:
+    """A module of Triton kernels, or None (and a log line) where Triton can't be imported."""
+    loaded = _load(module or operator)
+    if isinstance(loaded, str):
+        log_slow_road(operator, f"the Triton kernels couldn't be loaded ({loaded})")
+        return None
+    return loaded
+
+
+def register(
+    library: torch.library.Library, operator: str, triton: Callable[..., Any], cpu: Callable[..., Any]
+) -> None:
+    """Registers an operator's implementations: on GPUs (ROCm's, too, have the key CUDA) and on CPUs."""
+    library.impl(operator, triton, "CUDA")
+    library.impl(operator, triton if INTERPRETED else cpu, "CPU")

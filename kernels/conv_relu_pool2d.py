@@ -1,0 +1,182 @@
+"""conv_relu_pool2d's Triton kernel: convolution, bias, ReLU and max pooling, without the full-resolution map.
+
+An implicit matrix product: rows are pooling windows, columns output channels, and the sum runs over the kernel's taps
+and input channels. A program computes one position of all its windows after the other and keeps the largest value of
+each; bias and ReLU, which commute with the maximum, come once per window. Pooled values and positions are all that is
+written. NCHW and channels_last are read by their strides.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastseg.kernels.launch import Plan, choose, fit, index_type, launch, next_power_of_2
+from fastseg.kernels.relu_pool2d import keep_larger, locate, reach, store_pooled
+
+# ---- parts that the backward kernels share ----
+
+
+@triton.jit
+def taps(step, CHANNELS: tl.constexpr, KERNEL: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Kernel row, kernel column and channel [BLOCK_K] of the products of a step, and which of them exist.
+
+    Channels run fastest. Where they come in whole blocks, a step has one tap, so that its rows and columns are the same
+    throughout and the compiler reads whole vectors of channels.
+    """
+    local = tl.arange(0, BLOCK_K)
+    if CHANNELS % BLOCK_K == 0:
+        tap = tl.zeros((BLOCK_K,), tl.int32) + step // (CHANNELS // BLOCK_K)
+        channel = step % (CHANNELS // BLOCK_K) * BLOCK_K + local
+    else:
+        tap, channel = (step * BLOCK_K + local) // CHANNELS, (step * BLOCK_K + local) % CHANNELS
+    return tap // KERNEL[1], tap % KERNEL[1], channel, tap < KERNEL[0] * KERNEL[1]
+
+
+@triton.jit
+def load_patches(
+    image, rows, columns, exist, step, height, width, strides,
+    CHANNELS: tl.constexpr, KERNEL: tl.constexpr, DILATION: tl.constexpr, INDEX: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """What a step's taps see [BLOCK_P, BLOCK_K], for patches whose first tap is at rows and columns of an image."""
+    tap_y, tap_x, channel, taps_exist = taps(step, CHANNELS, KERNEL, BLOCK_K)
+    y = rows[:, None] + (tap_y * DILATION[0])[None, :]
+    x = columns[:, None] + (tap_x * DILATION[1])[None, :]
+    mask = exist[:, None] & taps_exist[None, :] & (y >= 0) & (y < height) & (x >= 0) & (x < width)
+    offsets = y.to(INDEX) * strides[2] + x.to(INDEX) * strides[3] + (channel.to(INDEX) * strides[1])[None, :]
+    return tl.load(image + offsets, mask, other=0)
+
+
+@triton.jit
+def window_pixels(
+    window_y, window_x, position, inside, convolved_h, convolved_w,
+    STRIDE: tl.constexpr, PADDING: tl.constexpr, POOL: tl.constexpr, POOL_STRIDE: tl.constexpr,
+    POOL_PADDING: tl.constexpr,
+):  # fmt: skip
+    """Where the patches of windows' pixels at a position begin in the input, and which of the pixels exist."""
+    row = window_y * POOL_STRIDE[0] - POOL_PADDING[0] + position // POOL[1]
+    column = window_x * POOL_STRIDE[1] - POOL_PADDING[1] + position % POOL[1]
+    exist = inside & (row >= 0) & (row < convolved_h) & (column >= 0) & (column < convolved_w)
+    return row * STRIDE[0] - PADDING[0], column * STRIDE[1] - PADDING[1], exist
+
+
+# ---- forward ----
+
+
+@triton.jit
+def _load_weights(
+    weight, step, channels, channels_exist, strides,
+    CHANNELS: tl.constexpr, KERNEL: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """A step's weights [BLOCK_K, BLOCK_O]."""
+    tap_y, tap_x, channel, exist = taps(step, CHANNELS, KERNEL, BLOCK_K)
+    products = channel * strides[1] + tap_y * strides[2] + tap_x * strides[3]
+    offsets = products[:, None] + (channels * strides[0])[None, :]
+    return tl.load(weight + offsets, exist[:, None] & channels_exist[None, :], other=0)
+
+
+@triton.jit
+def conv_relu_pool2d_forward(
+    input, weight, bias, output, positions,
+    height, width, convolved_h, convolved_w, windows, pooled_w, blocks, channel_blocks,
+    input_strides, weight_strides, output_strides,
+    CHANNELS: tl.constexpr, OUT_CHANNELS: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr,
+    PADDING: tl.constexpr, DILATION: tl.constexpr, POOL: tl.constexpr, POOL_STRIDE: tl.constexpr,
+    POOL_PADDING: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Pooled values, and positions where they are wanted."""
+    STEPS: tl.constexpr = (CHANNELS * KERNEL[0] * KERNEL[1] + BLOCK_K - 1) // BLOCK_K
+    image, window_y, window_x, inside, channels, channels_exist = locate(
+        tl.program_id(0), blocks, channel_blocks, pooled_w, windows, OUT_CHANNELS, BLOCK_P, BLOCK_O
+    )
+    input += image * input_strides[0]
+    if STEPS == 1:  # all of the weights are one tile: read once, not for every position
+        weights = _load_weights(weight, 0, channels, channels_exist, weight_strides, CHANNELS, KERNEL, BLOCK_K)
+    largest = tl.full((BLOCK_P, BLOCK_O), float("-inf"), tl.float32)
+    chosen = tl.zeros((BLOCK_P, BLOCK_O), tl.int32)
+    for position in range(POOL[0] * POOL[1]):
+        rows, columns, exist = window_pixels(
+            window_y, window_x, position, inside, convolved_h, convolved_w, STRIDE, PADDING, POOL, POOL_STRIDE,
+            POOL_PADDING,
+        )  # fmt: skip
+        value = tl.zeros((BLOCK_P, BLOCK_O), tl.float32)
+        for step in range(STEPS):
+            patches = load_patches(
+                input, rows, columns, exist, step, height, width, input_strides, CHANNELS, KERNEL, DILATION, INDEX,
+                BLOCK_K,
+            )  # fmt: skip
+            if STEPS > 1:
+                weights = _load_weights(
+                    weight, step, channels, channels_exist, weight_strides, CHANNELS, KERNEL, BLOCK_K
+                )
+            value = tl.dot(patches, weights, value, input_precision=PRECISION)
+        value = tl.where(exist[:, None], value, float("-inf"))
+        largest, chosen = keep_larger(value, position, largest, chosen)
+    if bias is not None:
+        largest += tl.load(bias + channels, channels_exist, other=0).to(tl.float32)[None, :]
+    store_pooled(
+        largest, chosen, output, positions, image, window_y, window_x, channels,
+        inside[:, None] & channels_exist[None, :], output_strides, INDEX,
+    )  # fmt: skip
+
+
+# ---- launcher ----
+
+# Not measured on a GPU yet. 128 windows by 64 channels on 8 warps (two groups of four for Hopper's matrix instruction)
+# leave each thread 32 sums, 32 maxima and 32 positions. Taps by blocks of 32 waste 5 of 32 products for 3x3x3.
+FORWARD_PLANS = {
+    f"{kind}-o{o}-k{k}": Plan({"BLOCK_P": windows, "BLOCK_O": o, "BLOCK_K": k}, num_warps=warps, num_stages=3)
+    for kind, windows in (("half", 128), ("single", 64))
+    for o, warps in ((16, 4), (32, 4), (64, 8))
+    for k in (16, 32)
+}
+LEAST_WINDOWS = 64  # smallest BLOCK_P: Hopper's matrix instruction has 64 rows
+
+
+def bucket_of(dtype: torch.dtype, channels: int, products: int) -> str:
+    """The bucket of a matrix product: its dtype's size, its columns, and the products that a sum has."""
+    kind = "half" if dtype.itemsize == 2 else "single"
+    return f"{kind}-o{next_power_of_2(channels, 16, 64)}-k{next_power_of_2(products, 16, 32)}"
+
+
+def dot_precision(tensor: Tensor) -> str:
+    """How a product of two tensors of this dtype is computed; for float32 as torch's convolutions are set."""
+    if tensor.dtype == torch.float32 and tensor.is_cuda and torch.backends.cudnn.allow_tf32:
+        return "tf32"
+    return "ieee"
+
+
+def forward(
+    input: Tensor, weight: Tensor, bias: Tensor | None, output: Tensor, positions: Tensor | None,
+    convolved: tuple[int, int], geometry: Any,
+) -> None:  # fmt: skip
+    """Fills output and positions; ``convolved`` is the height and width of the convolution's output.
+
+    See `fastseg.ops.conv_relu_pool2d`; groups must be 1.
+    """
+    if output.numel() == 0:
+        return
+    images, channels, height, width = input.shape
+    out_channels, _, *kernel = weight.shape
+    windows, device = output.shape[2] * output.shape[3], input.device
+    bucket = bucket_of(input.dtype, out_channels, weight[0].numel())
+    plan = choose(conv_relu_pool2d_forward, bucket, FORWARD_PLANS, device)
+    channel_blocks = triton.cdiv(out_channels, plan.tile["BLOCK_O"])
+    plan = fit(plan, "BLOCK_P", LEAST_WINDOWS, images * windows * channel_blocks, device)
+    blocks = triton.cdiv(windows, plan.tile["BLOCK_P"])
+    arguments = {
+        "input": input, "weight": weight, "bias": bias, "output": output, "positions": positions,
+        "height": height, "width": width, "convolved_h": convolved[0], "convolved_w": convolved[1],
+        "windows": windows, "pooled_w": output.shape[3], "blocks": blocks, "channel_blocks": channel_blocks,
+        "input_strides": input.stride(), "weight_strides": weight.stride(), "output_strides": output.stride(),
+        "CHANNELS": channels, "OUT_CHANNELS": out_channels, "KERNEL": tuple(kernel), "STRIDE": geometry.stride,
+        "PADDING": geometry.padding, "DILATION": geometry.dilation, "POOL": geometry.pool_size,
+        "POOL_STRIDE": geometry.pool_stride, "POOL_PADDING": geometry.pool_padding,
+        "PRECISION": dot_precision(input), "INDEX": index_type(reach(input, output)),
+    }  # fmt: skip
+    launch(conv_relu_pool2d_forward, bucket, plan, images * blocks * channel_blocks, device, arguments)

@@ -1,0 +1,209 @@
+"""conv_relu_pool2d's gradients by Triton, from the pooled gradient and the positions: the dense one is never built.
+
+The weight's gradient is a product over all windows of their gradients and the patches that won, position by position;
+programs share the windows, and their sums are added in a fixed order. The input's gradient is gathered: each pixel sums
+what comes from the windows whose winner it contributed to. No atomics, so that two runs are bitwise equal.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastseg.kernels.conv_relu_pool2d import bucket_of, dot_precision, load_patches, window_pixels
+from fastseg.kernels.launch import Plan, choose, fit, index_type, launch, multiprocessors, next_power_of_2
+from fastseg.kernels.relu_pool2d import CUT, load_unpooled, locate, offsets_of, reach
+
+# ---- weight and bias ----
+
+
+@triton.jit
+def conv_relu_pool2d_backward_weight(
+    grad_output, positions, input, partials,
+    height, width, convolved_h, convolved_w, windows, pooled_w, blocks, channel_blocks, product_blocks, chunks,
+    chunks_per_share, grad_strides, position_strides, input_strides,
+    CHANNELS: tl.constexpr, OUT_CHANNELS: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr,
+    PADDING: tl.constexpr, DILATION: tl.constexpr, POOL: tl.constexpr, POOL_STRIDE: tl.constexpr,
+    POOL_PADDING: tl.constexpr, PRECISION: tl.constexpr, WEIGHT: tl.constexpr, INDEX: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """A share of the windows' sums, [shares, OUT_CHANNELS, products + 1]: the weight's gradient, then the bias'.
+
+    A chunk is a block of an image's windows, a share some chunks in a row.
+    """
+    PRODUCTS: tl.constexpr = CHANNELS * KERNEL[0] * KERNEL[1]
+    program = tl.program_id(0)
+    step = program % product_blocks
+    channel_block = program // product_blocks % channel_blocks
+    share = program // product_blocks // channel_blocks
+    total = tl.zeros((BLOCK_O, BLOCK_K), tl.float32)
+    bias_total = tl.zeros((BLOCK_O,), tl.float32)
+    for chunk in range(share * chunks_per_share, tl.minimum((share + 1) * chunks_per_share, chunks)):
+        image, window_y, window_x, inside, channels, channels_exist = locate(
+            chunk * channel_blocks + channel_block, blocks, channel_blocks, pooled_w, windows, OUT_CHANNELS, BLOCK_P,
+            BLOCK_O,
+        )  # fmt: skip
+        mask = inside[:, None] & channels_exist[None, :]
+        at = image * position_strides[0] + offsets_of(window_y, window_x, channels, position_strides, INDEX)
+        chosen = tl.load(positions + at, mask, other=255).to(tl.int32)
+        at = image * grad_strides[0] + offsets_of(window_y, window_x, channels, grad_strides, INDEX)
+        gradient = tl.load(grad_output + at, mask, other=0)
+        bias_total += tl.sum(tl.where(chosen == CUT, 0.0, gradient.to(tl.float32)), 0)
+        if WEIGHT:
+            for position in range(POOL[0] * POOL[1]):
+                rows, columns, exist = window_pixels(
+                    window_y, window_x, position, inside, convolved_h, convolved_w, STRIDE, PADDING, POOL, POOL_STRIDE,
+                    POOL_PADDING,
+                )  # fmt: skip
+                patches = load_patches(
+                    input + image * input_strides[0], rows, columns, exist, step, height, width, input_strides,
+                    CHANNELS, KERNEL, DILATION, INDEX, BLOCK_K,
+                )  # fmt: skip
+                passed = tl.where(chosen == position, gradient.to(tl.float32), 0.0).to(patches.dtype)
+                total = tl.dot(tl.trans(passed), patches, total, input_precision=PRECISION)
+    channels = channel_block * BLOCK_O + tl.arange(0, BLOCK_O)
+    rows = partials + (share * OUT_CHANNELS + channels) * (PRODUCTS + 1)
+    if WEIGHT:
+        product = step * BLOCK_K + tl.arange(0, BLOCK_K)
+        mask = (channels < OUT_CHANNELS)[:, None] & (product < PRODUCTS)[None, :]
+        tl.store(rows[:, None] + product[None, :], total, mask)
+    if step == 0:
+        tl.store(rows + PRODUCTS, bias_total, channels < OUT_CHANNELS)
+
+
+# ---- input ----
+
+
+@triton.jit
+def conv_relu_pool2d_backward_input(
+    grad_output, positions, weight, grad_input,
+    pixels, width, convolved_h, convolved_w, pooled_h, pooled_w, blocks, channel_blocks,
+    grad_strides, position_strides, weight_strides, grad_input_strides,
+    CHANNELS: tl.constexpr, OUT_CHANNELS: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr,
+    PADDING: tl.constexpr, DILATION: tl.constexpr, POOL: tl.constexpr, POOL_STRIDE: tl.constexpr,
+    POOL_PADDING: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """The input's gradient. Here BLOCK_O is of the input's channels, BLOCK_K of the output's."""
+    image, rows, columns, exist, channels, channels_exist = locate(
+        tl.program_id(0), blocks, channel_blocks, width, pixels, CHANNELS, BLOCK_P, BLOCK_O
+    )
+    BLOCKS_A_TAP: tl.constexpr = (OUT_CHANNELS + BLOCK_K - 1) // BLOCK_K
+    total = tl.zeros((BLOCK_P, BLOCK_O), tl.float32)
+    for step in range(KERNEL[0] * KERNEL[1] * BLOCKS_A_TAP):
+        tap = step // BLOCKS_A_TAP
+        tap_y, tap_x = tap // KERNEL[1], tap % KERNEL[1]
+        out_channels = step % BLOCKS_A_TAP * BLOCK_K + tl.arange(0, BLOCK_K)
+        out_exist = out_channels < OUT_CHANNELS
+        # The pixel of the convolution's output that sees this pixel of the input through the tap.
+        y, x = rows + PADDING[0] - tap_y * DILATION[0], columns + PADDING[1] - tap_x * DILATION[1]
+        seen = exist & (y >= 0) & (y % STRIDE[0] == 0) & (x >= 0) & (x % STRIDE[1] == 0)
+        y, x = y // STRIDE[0], x // STRIDE[1]
+        seen = seen & (y < convolved_h) & (x < convolved_w)
+        gradient = load_unpooled(
+            grad_output, positions, image, y, x, seen, out_channels, out_exist, pooled_h, pooled_w, grad_strides,
+            position_strides, POOL, POOL_STRIDE, POOL_PADDING, tl.float32, INDEX,
+        )  # fmt: skip
+        of_tap = out_channels * weight_strides[0] + tap_y * weight_strides[2] + tap_x * weight_strides[3]
+        offsets = of_tap[:, None] + (channels * weight_strides[1])[None, :]
+        weights = tl.load(weight + offsets, out_exist[:, None] & channels_exist[None, :], other=0)
+        total = tl.dot(gradient.to(weights.dtype), weights, total, input_precision=PRECISION)
+    at = image * grad_input_strides[0] + offsets_of(rows, columns, channels, grad_input_strides, INDEX)
+    tl.store(grad_input + at, total, exist[:, None] & channels_exist[None, :])
+
+
+# ---- launchers ----
+
+# Not measured on a GPU yet.
+WEIGHT_PLANS = {
+    f"{kind}-o{o}-k{k}": Plan({"BLOCK_P": windows, "BLOCK_O": o, "BLOCK_K": k}, num_warps=4, num_stages=2)
+    for kind, windows in (("half", 128), ("single", 64))
+    for o in (16, 32, 64)
+    for k in (16, 32)
+}
+INPUT_PLANS = {
+    f"{kind}-o{o}-k{k}": Plan({"BLOCK_P": pixels, "BLOCK_O": o, "BLOCK_K": k}, num_warps=4, num_stages=2)
+    for kind, pixels in (("half", 128), ("single", 64))
+    for o in (16, 32, 64)
+    for k in (16, 32)
+}
+LEAST_PIXELS = 64  # smallest BLOCK_P of the input's gradient: Hopper's matrix instruction has 64 rows
+# Programs for each multiprocessor that share the windows: enough to fill it, few enough that adding up their sums
+# costs nothing beside the windows.
+SHARES_PER_MULTIPROCESSOR = 4
+
+
+def _constants(weight: Tensor, geometry: Any) -> dict[str, Any]:
+    out_channels, channels, *kernel = weight.shape
+    return {
+        "CHANNELS": channels, "OUT_CHANNELS": out_channels, "KERNEL": tuple(kernel), "STRIDE": geometry.stride,
+        "PADDING": geometry.padding, "DILATION": geometry.dilation, "POOL": geometry.pool_size,
+        "POOL_STRIDE": geometry.pool_stride, "POOL_PADDING": geometry.pool_padding,
+        "PRECISION": dot_precision(weight),
+    }  # fmt: skip
+
+
+def backward_weight(
+    grad_output: Tensor, positions: Tensor, input: Tensor, weight: Tensor, convolved: tuple[int, int],
+    with_weight: bool, geometry: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The gradients of weight [K, height, width, C] and bias [K], in float32; without ``with_weight`` only the bias'.
+
+    See `fastseg.ops.conv_relu_pool2d`; groups must be 1.
+    """
+    (out_channels, channels, *kernel), products = weight.shape, weight[0].numel()
+    images, _, pooled_h, pooled_w = grad_output.shape
+    windows, device = pooled_h * pooled_w, input.device
+    bucket = bucket_of(input.dtype, out_channels, products)
+    plan = choose(conv_relu_pool2d_backward_weight, bucket, WEIGHT_PLANS, device)
+    blocks = triton.cdiv(windows, plan.tile["BLOCK_P"])
+    channel_blocks = triton.cdiv(out_channels, plan.tile["BLOCK_O"])
+    product_blocks = triton.cdiv(products, plan.tile["BLOCK_K"]) if with_weight else 1
+    chunks = images * blocks
+    shares = triton.cdiv(SHARES_PER_MULTIPROCESSOR * multiprocessors(device), channel_blocks * product_blocks)
+    chunks_per_share = max(1, triton.cdiv(chunks, shares))
+    shares = triton.cdiv(chunks, chunks_per_share)
+    partials = torch.empty((shares, out_channels, products + 1), dtype=torch.float32, device=device)
+    arguments = {
+        "grad_output": grad_output, "positions": positions, "input": input, "partials": partials,
+        "height": input.shape[2], "width": input.shape[3], "convolved_h": convolved[0], "convolved_w": convolved[1],
+        "windows": windows, "pooled_w": pooled_w, "blocks": blocks, "channel_blocks": channel_blocks,
+        "product_blocks": product_blocks, "chunks": chunks, "chunks_per_share": chunks_per_share,
+        "grad_strides": grad_output.stride(), "position_strides": positions.stride(), "input_strides": input.stride(),
+        "WEIGHT": with_weight, "INDEX": index_type(reach(input, grad_output, positions) if images else 0),
+        **_constants(weight, geometry),
+    }  # fmt: skip
+    programs = shares * channel_blocks * product_blocks
+    launch(conv_relu_pool2d_backward_weight, bucket, plan, programs, device, arguments)
+    totals = partials.sum(0)
+    return totals[:, :-1].view(out_channels, *kernel, channels), totals[:, -1]
+
+
+def backward_input(
+    grad_output: Tensor, positions: Tensor, weight: Tensor, grad_input: Tensor, convolved: tuple[int, int],
+    geometry: Any,
+) -> None:  # fmt: skip
+    """Fills grad_input; see `fastseg.ops.conv_relu_pool2d`; groups must be 1."""
+    if grad_input.numel() == 0:
+        return
+    images, channels, height, width = grad_input.shape
+    pixels, device = height * width, grad_input.device
+    bucket = bucket_of(weight.dtype, channels, next_power_of_2(weight.shape[0]))
+    plan = choose(conv_relu_pool2d_backward_input, bucket, INPUT_PLANS, device)
+    channel_blocks = triton.cdiv(channels, plan.tile["BLOCK_O"])
+    plan = fit(plan, "BLOCK_P", LEAST_PIXELS, images * pixels * channel_blocks, device)
+    blocks = triton.cdiv(pixels, plan.tile["BLOCK_P"])
+    arguments = {
+        "grad_output": grad_output, "positions": positions, "weight": weight, "grad_input": grad_input,
+        "pixels": pixels, "width": width, "convolved_h": convolved[0], "convolved_w": convolved[1],
+        "pooled_h": grad_output.shape[2], "pooled_w": grad_output.shape[3], "blocks": blocks,
+        "channel_blocks": channel_blocks, "grad_strides": grad_output.stride(),
+        "position_strides": positions.stride(), "weight_strides": weight.stride(),
+        "grad_input_strides": grad_input.stride(), "INDEX": index_type(reach(grad_input, grad_output, positions)),
+        **_constants(weight, geometry),
+    }  # fmt: skip
+    launch(conv_relu_pool2d_backward_input, bucket, plan, images * blocks * channel_blocks, device, arguments)

@@ -1,0 +1,390 @@
+"""cross_entropy's Triton kernels.
+
+For a pixel with logits x, m = max(x), s = log(sum(exp(x - m))) and the target distribution q (a weighted one-hot
+vector, smoothed or not, or weighted class probabilities):
+
+    loss = -sum(q * (x - m - s))      d loss / dx = exp(x - m - s) * sum(q) - q
+
+Forward reads the logits once and keeps m and s; backward reads the logits once and writes the gradient once. A program
+has a tile of [classes, pixels] and goes over the classes: in NCHW a few classes of many pixels at a time, in
+channels_last all classes of a few pixels, so that neighbouring threads read neighbouring addresses in both. A label
+outside the classes that isn't ignored makes its pixel's loss and gradient NaN; nothing is read for it.
+
+All arithmetic is float32, for float64 logits float64. Sums over pixels: one per program, then those in a fixed order in
+float64, so that two runs are bitwise equal and a mean over 10^8 pixels keeps its digits.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastseg.kernels.launch import Plan, choose, fit, fold, index_type, launch, next_power_of_2
+
+# ---- parts of both kernels ----
+
+
+@triton.jit
+def _offset(run, sizes, strides):
+    """Where a run of pixels starts: ``run`` counts the runs along axes of ``sizes``, the last one fastest."""
+    offset = run * 0
+    for axis in tl.static_range(len(sizes) - 1, -1, -1):
+        offset += (run % sizes[axis]) * strides[axis]
+        run = run // sizes[axis]
+    return offset
+
+
+@triton.jit
+def _tile(tensor, start, class_stride, pixels, CLASSES: tl.constexpr, INDEX: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Classes from ``start`` on, which of them exist, and pointers [BLOCK_C, BLOCK_P] to those of the pixels."""
+    local = tl.arange(0, BLOCK_C)
+    offsets = (local.to(INDEX) * class_stride)[:, None] + pixels[None, :]
+    return start + local, start + local < CLASSES, tensor + tl.cast(start, tl.int64) * class_stride + offsets
+
+
+@triton.jit
+def _labels(target, offsets, inside, ignore_index, CLASSES: tl.constexpr):
+    """Labels [BLOCK_P], where they are ignored (as what lies beyond the last pixel is), and where they are classes."""
+    labels = tl.load(target + offsets, inside, other=0).to(tl.int64)
+    ignored = (labels == ignore_index) | (inside == 0)
+    return labels, ignored, (ignored == 0) & (labels >= 0) & (labels < CLASSES)
+
+
+@triton.jit
+def _smoothing(bits, ACC: tl.constexpr):
+    """The label smoothing, a double that came as its bits: a float argument would be a single."""
+    return bits.to(tl.int64).to(tl.float64, bitcast=True).to(ACC)
+
+
+# ---- forward ----
+
+
+@triton.jit(do_not_specialize=["ignore_index", "smoothing_bits"])
+def cross_entropy_forward(
+    input, target, weight, loss, statistics, total_weight, partials,
+    pixels, run_length, blocks, run_sizes,
+    input_runs, input_class, input_pixel, target_runs, target_class, target_pixel,
+    ignore_index, smoothing_bits,
+    CLASSES: tl.constexpr, PROBABILITIES: tl.constexpr, SMOOTHED: tl.constexpr, REDUCED: tl.constexpr,
+    INDEX: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """Statistics of each pixel, and its loss, or the program's sums of losses and weights.
+
+    Probabilities and smoothed labels have a dense share q of the loss: what ``spread`` adds up to is sum(q * (x - m)),
+    for labels q = weight * smoothing / classes.
+    """
+    ACC: tl.constexpr = statistics.dtype.element_ty
+    DENSE: tl.constexpr = PROBABILITIES or SMOOTHED
+    program = tl.program_id(0)
+    run, first = (program // blocks).to(tl.int64), (program % blocks).to(tl.int64) * BLOCK_P
+    local = tl.arange(0, BLOCK_P)
+    inside = first + local < run_length
+    input += _offset(run, run_sizes, input_runs) + first * input_pixel
+    target += _offset(run, run_sizes, target_runs) + first * target_pixel
+    input_pixels, target_pixels = local.to(INDEX) * input_pixel, local.to(INDEX) * target_pixel
+
+    if SMOOTHED:
+        smoothing = _smoothing(smoothing_bits, ACC)
+    if not PROBABILITIES:
+        labels, ignored, valid = _labels(target, target_pixels, inside, ignore_index, CLASSES)
+        logit = tl.load(input + input_pixels + labels * input_class, valid, other=0).to(ACC)
+
+    largest = tl.full((BLOCK_P,), float("-inf"), ACC)
+    total = tl.zeros((BLOCK_P,), ACC)
+    spread = tl.zeros((BLOCK_P,), ACC)
+    share = tl.zeros((BLOCK_P,), ACC)  # sum(q) so far
+    base = tl.zeros((BLOCK_P,), ACC)  # what has been subtracted from the logits so far: largest, but finite
+    for start in range(0, CLASSES, BLOCK_C):
+        _, exist, pointers = _tile(input, start, input_class, input_pixels, CLASSES, INDEX, BLOCK_C)
+        mask = exist[:, None] & inside[None, :]
+        logits = tl.load(pointers, mask, other=float("-inf")).to(ACC)
+        largest = tl.maximum(largest, tl.max(logits, 0))
+        before, base = base, tl.where(largest == float("-inf"), 0.0, largest)
+        shifted = logits - base[None, :]
+        total = total * tl.exp(before - base) + tl.sum(tl.exp(shifted), 0)
+        if DENSE:
+            q = _dense_share(
+                target, weight, smoothing_bits, start, target_class, target_pixels, inside, ACC, CLASSES, PROBABILITIES,
+                SMOOTHED, INDEX, BLOCK_C,
+            )  # fmt: skip
+            spread += (before - base) * share + tl.sum(tl.where(mask, q * shifted, 0.0), 0)
+            share += tl.sum(q, 0)
+    log_sum = tl.log(total)
+
+    first_pixel = run * run_length + first
+    tl.store(statistics + first_pixel + local, largest, inside)
+    tl.store(statistics + pixels + first_pixel + local, log_sum, inside)
+    if DENSE:
+        # largest - base is zero, but for pixels whose logits are all -inf: there it makes NaN, as in log_softmax.
+        dense_loss = share * (log_sum + (largest - base)) - spread
+    if PROBABILITIES:
+        value = tl.where(inside, dense_loss, 0.0)
+        counted = inside.to(ACC)
+    else:
+        counted = tl.where(valid, 1.0, 0.0).to(ACC)
+        if weight is not None:
+            counted = tl.load(weight + labels, valid, other=0)
+        value = ((largest - logit) + log_sum) * counted
+        if SMOOTHED:
+            value = value * (1 - smoothing) + dense_loss
+        value = tl.where(valid, value, tl.where(ignored, 0.0, float("nan")))
+    if REDUCED:
+        tl.store(partials + program, tl.sum(value, 0).to(tl.float64))
+        tl.store(partials + tl.num_programs(0) + program, tl.sum(counted, 0).to(tl.float64))
+    else:
+        tl.store(loss + first_pixel + local, value, inside)
+        tl.store(total_weight, 0.0, program == 0)  # of no use without a mean, but never left unwritten
+
+
+@triton.jit
+def _dense_share(
+    target, weight, smoothing_bits, start, target_class, target_pixels, inside, ACC: tl.constexpr,
+    CLASSES: tl.constexpr, PROBABILITIES: tl.constexpr, SMOOTHED: tl.constexpr, INDEX: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """The share q of the classes from ``start`` on: [BLOCK_C, BLOCK_P] for probabilities, [BLOCK_C, 1] for smoothed labels."""
+    classes, exist, pointers = _tile(target, start, target_class, target_pixels, CLASSES, INDEX, BLOCK_C)
+    if SMOOTHED:
+        smoothing = _smoothing(smoothing_bits, ACC)
+    if PROBABILITIES:
+        q = tl.load(pointers, exist[:, None] & inside[None, :], other=0).to(ACC)
+        if SMOOTHED:
+            q = q * (1 - smoothing) + smoothing / CLASSES
+    else:
+        q = tl.zeros((BLOCK_C, 1), ACC) + smoothing / CLASSES
+    if weight is not None:
+        q *= tl.load(weight + classes, exist, other=0)[:, None]
+    return tl.where(exist[:, None], q, 0.0)
+
+
+@triton.jit
+def cross_entropy_finish(
+    partials, loss, total_weight, programs,
+    MEAN: tl.constexpr, SMOOTHED_LABELS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The reduced loss, and what "mean" divides by, from all programs' sums."""
+    losses, weights = tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.float64)
+    for start in range(0, programs, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        losses += tl.load(partials + at, at < programs, other=0)
+        weights += tl.load(partials + programs + at, at < programs, other=0)
+    value, divisor = tl.sum(losses, 0), tl.sum(weights, 0)
+    tl.store(total_weight, divisor)
+    if MEAN:
+        value = value / divisor
+        if SMOOTHED_LABELS:  # where no label has weight, the labels' own share is 0 / 0, whatever the smoothing's is
+            value = tl.where(divisor == 0, float("nan"), value)
+    tl.store(loss, value)
+
+
+# ---- backward ----
+
+
+@triton.jit(do_not_specialize=["ignore_index", "smoothing_bits"])
+def cross_entropy_backward(
+    grad_output, input, target, weight, statistics, total_weight, grad_input,
+    pixels, run_length, blocks, run_sizes,
+    grad_output_runs, grad_output_pixel, input_runs, input_class, input_pixel, target_runs, target_class, target_pixel,
+    grad_input_runs, grad_input_class, grad_input_pixel,
+    ignore_index, smoothing_bits,
+    CLASSES: tl.constexpr, PROBABILITIES: tl.constexpr, SMOOTHED: tl.constexpr, REDUCED: tl.constexpr,
+    MEAN: tl.constexpr, INDEX: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """grad_input = (exp(x - m - s) * sum(q) - q) * grad_output.
+
+    The label's share and the smoothing's are differences of their own, which vanish where the probability is 1.
+    """
+    ACC: tl.constexpr = statistics.dtype.element_ty
+    program = tl.program_id(0)
+    run, first = (program // blocks).to(tl.int64), (program % blocks).to(tl.int64) * BLOCK_P
+    local = tl.arange(0, BLOCK_P)
+    inside = first + local < run_length
+    input += _offset(run, run_sizes, input_runs) + first * input_pixel
+    target += _offset(run, run_sizes, target_runs) + first * target_pixel
+    grad_input += _offset(run, run_sizes, grad_input_runs) + first * grad_input_pixel
+    input_pixels, target_pixels = local.to(INDEX) * input_pixel, local.to(INDEX) * target_pixel
+    grad_input_pixels = local.to(INDEX) * grad_input_pixel
+
+    statistics += run * run_length + first
+    largest = tl.load(statistics + local, inside, other=0)
+    log_sum = tl.load(statistics + pixels + local, inside, other=0)
+    if REDUCED:
+        grad = tl.zeros((BLOCK_P,), ACC) + tl.load(grad_output).to(ACC)
+        if MEAN:
+            grad /= tl.load(total_weight)
+    else:
+        grad_output += _offset(run, run_sizes, grad_output_runs) + first * grad_output_pixel
+        grad = tl.load(grad_output + local.to(INDEX) * grad_output_pixel, inside, other=0).to(ACC)
+
+    share = tl.zeros((BLOCK_P,), ACC)  # sum(q), for smoothed labels of their dense part
+    if PROBABILITIES or SMOOTHED:
+        for start in range(0, CLASSES, BLOCK_C):
+            q = _dense_share(
+                target, weight, smoothing_bits, start, target_class, target_pixels, inside, ACC, CLASSES, PROBABILITIES,
+                SMOOTHED, INDEX, BLOCK_C,
+            )  # fmt: skip
+            share += tl.sum(q, 0)
+    if not PROBABILITIES:
+        labels, ignored, valid = _labels(target, target_pixels, inside, ignore_index, CLASSES)
+        grad = tl.where(valid, grad, tl.where(ignored, 0.0, float("nan")))
+        label_grad = grad
+        if SMOOTHED:
+            label_grad *= 1 - _smoothing(smoothing_bits, ACC)
+        if weight is not None:
+            label_grad *= tl.load(weight + labels, valid, other=0)
+
+    for start in range(0, CLASSES, BLOCK_C):
+        classes, exist, pointers = _tile(input, start, input_class, input_pixels, CLASSES, INDEX, BLOCK_C)
+        mask = exist[:, None] & inside[None, :]
+        logits = tl.load(pointers, mask, other=0).to(ACC)
+        probability = tl.exp((logits - largest[None, :]) - log_sum[None, :])
+        if PROBABILITIES or SMOOTHED:
+            q = _dense_share(
+                target, weight, smoothing_bits, start, target_class, target_pixels, inside, ACC, CLASSES, PROBABILITIES,
+                SMOOTHED, INDEX, BLOCK_C,
+            )  # fmt: skip
+            gradient = (probability * share[None, :] - q) * grad[None, :]
+        if not PROBABILITIES:
+            one_hot = tl.where(classes[:, None] == labels[None, :], 1.0, 0.0)
+            label_gradient = (probability - one_hot) * label_grad[None, :]
+            gradient = gradient + label_gradient if SMOOTHED else label_gradient
+        _, _, pointers = _tile(grad_input, start, grad_input_class, grad_input_pixels, CLASSES, INDEX, BLOCK_C)
+        tl.store(pointers, gradient, mask)
+
+
+# ---- launchers ----
+
+FINISH_PLANS = {"all": Plan({"BLOCK": 4096}, num_warps=8)}
+
+
+def _plans(elements: int) -> dict[str, Plan]:
+    """Tiles of so many elements: of a few classes where pixels are neighbours in memory, else of all (to 256)."""
+    rows = {f"classes-inner-{c}": Plan({"BLOCK_C": c, "BLOCK_P": elements // c}) for c in (16, 32, 64, 128, 256)}
+    return {"pixels-inner": Plan({"BLOCK_C": 4, "BLOCK_P": elements // 4}), **rows}
+
+
+# Not measured on a GPU yet. 4096 elements of 4 warps are 32 a thread, which leaves registers for 8 programs on a
+# multiprocessor; 16 bytes of neighbouring pixels for each thread fill a memory transaction.
+FORWARD_PLANS = _plans(4096)
+BACKWARD_PLANS = _plans(4096)
+LEAST_PIXELS = 16  # smallest BLOCK_P
+
+
+def _bucket(input: Tensor) -> str:
+    classes = input.shape[1]
+    if input.stride(1) != 1 or classes == 1:
+        return "pixels-inner"
+    return f"classes-inner-{next_power_of_2(classes, 16, 256)}"
+
+
+class _Runs(NamedTuple):
+    """All tensors' pixels, as runs of evenly spaced ones: tensors that lie alike have few and long runs."""
+
+    length: int
+    sizes: tuple[int, ...]  # of the axes over the runs
+    strides: list[tuple[int, ...]]  # over the runs, of each tensor
+    steps: list[int]  # from one pixel of a run to the next, of each tensor
+
+    @property
+    def count(self) -> int:
+        """How many runs there are."""
+        return math.prod(self.sizes)
+
+
+def _runs(sizes: tuple[int, ...], strides: list[tuple[int, ...]]) -> _Runs:
+    """Merges neighbouring axes wherever every tensor's strides allow it."""
+    axes: list[tuple[int, tuple[int, ...]]] = []
+    for size, steps in zip(sizes, zip(*strides, strict=True), strict=True):
+        if size == 1:
+            continue
+        if axes and all(outer == size * inner for outer, inner in zip(axes[-1][1], steps, strict=True)):
+            axes[-1] = axes[-1][0] * size, steps
+        else:
+            axes.append((size, steps))
+    one = (1, (0,) * len(strides))
+    outer, (length, steps) = axes[:-1] or [one], axes[-1] if axes else one
+    sizes_of_outer, strides_of_outer = zip(*outer, strict=True)
+    return _Runs(length, sizes_of_outer, list(zip(*strides_of_outer, strict=True)), list(steps))
+
+
+def _pixel_strides(tensor: Tensor, has_classes: bool) -> tuple[int, ...]:
+    strides = tensor.stride()
+    return (strides[0], *strides[2:]) if has_classes else strides
+
+
+def _common_arguments(
+    tensors: list[Tensor], runs: _Runs, plan: Plan, ignore_index: int, label_smoothing: float
+) -> dict[str, Any]:
+    """What both kernels take; the tensors are input, target, and what else has classes."""
+    input, target, *_ = tensors
+    probabilities = target.ndim == input.ndim
+    class_strides = [tensor.stride(1) if tensor.ndim == input.ndim else 0 for tensor in tensors]
+    farthest = plan.tile["BLOCK_C"] * max(class_strides) + plan.tile["BLOCK_P"] * max(runs.steps)
+    return {
+        "pixels": runs.count * runs.length, "run_length": runs.length,
+        "blocks": triton.cdiv(runs.length, plan.tile["BLOCK_P"]), "run_sizes": runs.sizes,
+        "input_runs": runs.strides[0], "input_class": class_strides[0], "input_pixel": runs.steps[0],
+        "target_runs": runs.strides[1], "target_class": class_strides[1], "target_pixel": runs.steps[1],
+        "ignore_index": ignore_index, "smoothing_bits": struct.unpack("q", struct.pack("d", label_smoothing))[0],
+        "CLASSES": input.shape[1], "PROBABILITIES": probabilities, "SMOOTHED": label_smoothing > 0,
+        "INDEX": index_type(farthest),
+    }  # fmt: skip
+
+
+def forward(
+    input: Tensor, target: Tensor, weight: Tensor | None, loss: Tensor, statistics: Tensor, total_weight: Tensor,
+    ignore_index: int, reduction: str, label_smoothing: float,
+) -> None:  # fmt: skip
+    """Fills loss, statistics and total_weight; see `fastseg.ops.cross_entropy`."""
+    probabilities, sizes = target.ndim == input.ndim, (input.shape[0], *input.shape[2:])
+    runs = _runs(sizes, [_pixel_strides(input, True), _pixel_strides(target, probabilities)])
+    bucket, device = _bucket(input), input.device
+    plan = choose(cross_entropy_forward, bucket, FORWARD_PLANS, device)
+    plan = fold(plan, "BLOCK_P", runs.length, "BLOCK_C", input.shape[1])
+    plan = fit(plan, "BLOCK_P", LEAST_PIXELS, runs.count * runs.length, device)
+    arguments = _common_arguments([input, target], runs, plan, ignore_index, label_smoothing)
+    programs = runs.count * arguments["blocks"]
+    reduced = reduction != "none"
+    partials = torch.empty((2, programs), dtype=torch.float64, device=device) if reduced else None
+    arguments |= {
+        "input": input, "target": target, "weight": weight, "loss": loss, "statistics": statistics,
+        "total_weight": total_weight, "partials": partials, "REDUCED": reduced,
+    }  # fmt: skip
+    launch(cross_entropy_forward, bucket, plan, programs, device, arguments)
+    if reduced:
+        arguments = {
+            "partials": partials, "loss": loss, "total_weight": total_weight, "programs": programs,
+            "MEAN": reduction == "mean", "SMOOTHED_LABELS": label_smoothing > 0 and not probabilities,
+        }  # fmt: skip
+        finish_plan = choose(cross_entropy_finish, "all", FINISH_PLANS, device)
+        launch(cross_entropy_finish, "all", finish_plan, 1, device, arguments)
+
+
+def backward(
+    grad_output: Tensor, input: Tensor, target: Tensor, weight: Tensor | None, statistics: Tensor, total_weight: Tensor,
+    grad_input: Tensor, ignore_index: int, reduction: str, label_smoothing: float,
+) -> None:  # fmt: skip
+    """Fills grad_input; see `fastseg.ops.cross_entropy`."""
+    probabilities, sizes = target.ndim == input.ndim, (input.shape[0], *input.shape[2:])
+    tensors = [(input, True), (target, probabilities), (grad_input, True)]
+    if reduction == "none":
+        tensors.append((grad_output, False))
+    runs = _runs(sizes, [_pixel_strides(tensor, has_classes) for tensor, has_classes in tensors])
+    bucket, device = _bucket(input), input.device
+    plan = choose(cross_entropy_backward, bucket, BACKWARD_PLANS, device)
+    plan = fold(plan, "BLOCK_P", runs.length, "BLOCK_C", input.shape[1])
+    plan = fit(plan, "BLOCK_P", LEAST_PIXELS, runs.count * runs.length, device)
+    arguments = {
+        "grad_output": grad_output, "input": input, "target": target, "weight": weight, "statistics": statistics,
+        "total_weight": total_weight, "grad_input": grad_input, "REDUCED": reduction != "none",
+        "MEAN": reduction == "mean", "grad_input_runs": runs.strides[2], "grad_input_class": grad_input.stride(1),
+        "grad_input_pixel": runs.steps[2], "grad_output_runs": runs.strides[-1], "grad_output_pixel": runs.steps[-1],
+        **_common_arguments([input, target, grad_input], runs, plan, ignore_index, label_smoothing),
+    }  # fmt: skip
+    launch(cross_entropy_backward, bucket, plan, runs.count * arguments["blocks"], device, arguments)

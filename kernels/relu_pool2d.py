@@ -1,0 +1,268 @@
+"""conv_relu_pool2d's Triton kernels behind a library's convolution: bias, ReLU, max pooling and positions in one pass.
+
+Forward reads the convolution's output once. Backward writes the gradient of it from the pooled one, reading that and
+the positions alone. A tile is [BLOCK_P pixels, BLOCK_O channels]; whichever of the two lies side by side in memory is
+read by neighbouring threads.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastseg.kernels.launch import Plan, choose, fit, fold, index_type, launch, next_power_of_2
+
+CUT = tl.constexpr(255)  # the position of a window whose maximum ReLU cut
+
+
+@triton.jit
+def locate(
+    program, blocks, channel_blocks, width, pixels,
+    CHANNELS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr,
+):  # fmt: skip
+    """A program's image; rows, columns and existence of its pixels [BLOCK_P]; its channels and theirs [BLOCK_O]."""
+    image = (program // channel_blocks // blocks).to(tl.int64)
+    at = (program // channel_blocks % blocks) * BLOCK_P + tl.arange(0, BLOCK_P)
+    channels = (program % channel_blocks) * BLOCK_O + tl.arange(0, BLOCK_O)
+    return image, at // width, at % width, at < pixels, channels, channels < CHANNELS
+
+
+@triton.jit
+def offsets_of(rows, columns, channels, strides, INDEX: tl.constexpr):
+    """Offsets [BLOCK_P, BLOCK_O] within an image; strides are those of a tensor's four axes."""
+    pixels = rows.to(INDEX) * strides[2] + columns.to(INDEX) * strides[3]
+    return pixels[:, None] + (channels.to(INDEX) * strides[1])[None, :]
+
+
+@triton.jit
+def keep_larger(value, position, largest, chosen):
+    """The largest value so far and its position, as max_pool2d chooses: the first of equal ones, but the last NaN."""
+    larger = (value > largest) | (value != value)
+    return tl.where(larger, value, largest), tl.where(larger, position, chosen)
+
+
+@triton.jit
+def store_pooled(
+    largest, chosen, output, positions, image, rows, columns, channels, mask, strides, INDEX: tl.constexpr
+):
+    """Stores ReLU of the windows' maxima, and their positions, CUT where ReLU (after rounding) leaves nothing."""
+    pooled = tl.where(largest <= 0, 0.0, largest).to(output.dtype.element_ty)  # keeps NaN
+    offsets = image * strides[0] + offsets_of(rows, columns, channels, strides, INDEX)
+    tl.store(output + offsets, pooled, mask)
+    if positions is not None:
+        tl.store(positions + offsets, tl.where(pooled.to(tl.float32) <= 0, CUT, chosen).to(tl.uint8), mask)
+
+
+@triton.jit
+def load_unpooled(
+    grad_output, positions, image, rows, columns, exist, channels, channels_exist,
+    pooled_h, pooled_w, grad_strides, position_strides,
+    POOL: tl.constexpr, POOL_STRIDE: tl.constexpr, POOL_PADDING: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr,
+):  # fmt: skip
+    """The gradient [BLOCK_P, BLOCK_O] of pixels of the convolution's output.
+
+    The sum over the windows that hold a pixel of the gradients of those whose maximum it is.
+    """
+    total = tl.zeros((rows.shape[0], channels.shape[0]), ACC)
+    ACROSS: tl.constexpr = (POOL[1] - 1) // POOL_STRIDE[1] + 1  # windows in a row that hold a pixel, at most
+    DOWN: tl.constexpr = (POOL[0] - 1) // POOL_STRIDE[0] + 1
+    for window in range(DOWN * ACROSS):
+        window_y = (rows + POOL_PADDING[0]) // POOL_STRIDE[0] - window // ACROSS
+        window_x = (columns + POOL_PADDING[1]) // POOL_STRIDE[1] - window % ACROSS
+        local_y = rows + POOL_PADDING[0] - window_y * POOL_STRIDE[0]
+        local_x = columns + POOL_PADDING[1] - window_x * POOL_STRIDE[1]
+        holds = exist & (window_y >= 0) & (window_y < pooled_h) & (local_y < POOL[0])
+        holds = holds & (window_x >= 0) & (window_x < pooled_w) & (local_x < POOL[1])
+        mask = holds[:, None] & channels_exist[None, :]
+        at = image * position_strides[0] + offsets_of(window_y, window_x, channels, position_strides, INDEX)
+        position = tl.load(positions + at, mask, other=255).to(tl.int32)
+        at = image * grad_strides[0] + offsets_of(window_y, window_x, channels, grad_strides, INDEX)
+        gradient = tl.load(grad_output + at, mask, other=0).to(ACC)
+        total += tl.where(position == (local_y * POOL[1] + local_x)[:, None], gradient, 0.0)
+    return total
+
+
+@triton.jit
+def relu_pool2d_forward(
+    convolved, bias, output, positions, skip,
+    convolved_h, convolved_w, pooled_h, pooled_w, cells, cells_w, blocks, channel_blocks,
+    convolved_strides, output_strides, skip_strides,
+    CHANNELS: tl.constexpr, POOL: tl.constexpr, POOL_STRIDE: tl.constexpr, POOL_PADDING: tl.constexpr,
+    CELL: tl.constexpr, INDEX: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr,
+):  # fmt: skip
+    """Pools ReLU of the convolution's output and its bias; stores the un-pooled map, too, where ``skip`` is given.
+
+    Cells lie as the windows do, and more of them where needed to hold every pixel of the map. Each is as large as a
+    window, or as the windows' stride where a skip wants also what lies between them; what lies within the stride it
+    stores. Where windows don't overlap, so that no other program reads that, ``skip`` may be ``convolved`` itself.
+    """
+    ACC: tl.constexpr = tl.float64 if convolved.dtype.element_ty == tl.float64 else tl.float32
+    image, cell_y, cell_x, inside, channels, channels_exist = locate(
+        tl.program_id(0), blocks, channel_blocks, cells_w, cells, CHANNELS, BLOCK_P, BLOCK_O
+    )
+    shift = tl.zeros((BLOCK_O,), ACC)
+    if bias is not None:
+        shift += tl.load(bias + channels, channels_exist, other=0).to(ACC)
+    largest = tl.full((BLOCK_P, BLOCK_O), float("-inf"), ACC)
+    chosen = tl.zeros((BLOCK_P, BLOCK_O), tl.int32)
+    for place in range(CELL[0] * CELL[1]):
+        local_y, local_x = place // CELL[1], place % CELL[1]
+        row = cell_y * POOL_STRIDE[0] - POOL_PADDING[0] + local_y
+        column = cell_x * POOL_STRIDE[1] - POOL_PADDING[1] + local_x
+        exist = inside & (row >= 0) & (row < convolved_h) & (column >= 0) & (column < convolved_w)
+        mask = exist[:, None] & channels_exist[None, :]
+        at = image * convolved_strides[0] + offsets_of(row, column, channels, convolved_strides, INDEX)
+        value = tl.load(convolved + at, mask, other=float("-inf")).to(ACC) + shift[None, :]
+        if skip is not None:
+            owned = mask & (local_y < POOL_STRIDE[0]) & (local_x < POOL_STRIDE[1])
+            at = image * skip_strides[0] + offsets_of(row, column, channels, skip_strides, INDEX)
+            tl.store(skip + at, tl.where(value <= 0, 0.0, value), owned)
+            in_window = (local_y < POOL[0]) & (local_x < POOL[1])
+            value = tl.where(in_window, value, float("-inf"))
+        largest, chosen = keep_larger(value, local_y * POOL[1] + local_x, largest, chosen)
+    is_window = inside & (cell_y < pooled_h) & (cell_x < pooled_w)
+    store_pooled(
+        largest, chosen, output, positions, image, cell_y, cell_x, channels,
+        is_window[:, None] & channels_exist[None, :], output_strides, INDEX,
+    )  # fmt: skip
+
+
+@triton.jit
+def relu_pool2d_backward(
+    grad_output, positions, skip, grad_skip, grad_convolved, bias_partials,
+    convolved_w, pooled_h, pooled_w, pixels, blocks, channel_blocks,
+    grad_strides, position_strides, skip_strides, grad_skip_strides, grad_convolved_strides,
+    CHANNELS: tl.constexpr, POOL: tl.constexpr, POOL_STRIDE: tl.constexpr, POOL_PADDING: tl.constexpr,
+    INDEX: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr,
+):  # fmt: skip
+    """The gradient of the convolution's output; and each program's share of the bias' gradient, [programs, CHANNELS].
+
+    It comes from the pooled output (``grad_output`` may be None), from the skip, or from both.
+    """
+    ACC: tl.constexpr = tl.float64 if grad_convolved.dtype.element_ty == tl.float64 else tl.float32
+    program = tl.program_id(0)
+    image, rows, columns, exist, channels, channels_exist = locate(
+        program, blocks, channel_blocks, convolved_w, pixels, CHANNELS, BLOCK_P, BLOCK_O
+    )
+    mask = exist[:, None] & channels_exist[None, :]
+    gradient = tl.zeros((BLOCK_P, BLOCK_O), ACC)
+    if grad_output is not None:
+        gradient += load_unpooled(
+            grad_output, positions, image, rows, columns, exist, channels, channels_exist, pooled_h, pooled_w,
+            grad_strides, position_strides, POOL, POOL_STRIDE, POOL_PADDING, ACC, INDEX,
+        )  # fmt: skip
+    if grad_skip is not None:
+        at = image * skip_strides[0] + offsets_of(rows, columns, channels, skip_strides, INDEX)
+        passed = tl.load(skip + at, mask, other=0).to(ACC) <= 0
+        at = image * grad_skip_strides[0] + offsets_of(rows, columns, channels, grad_skip_strides, INDEX)
+        gradient += tl.where(passed, 0.0, tl.load(grad_skip + at, mask, other=0).to(ACC))
+    at = image * grad_convolved_strides[0] + offsets_of(rows, columns, channels, grad_convolved_strides, INDEX)
+    tl.store(grad_convolved + at, gradient, mask)
+    if bias_partials is not None:
+        row = (program // channel_blocks).to(tl.int64) * CHANNELS
+        tl.store(bias_partials + row + channels, tl.sum(gradient, 0), channels_exist)
+
+
+# ---- launchers ----
+
+
+def _plans(elements: int) -> dict[str, Plan]:
+    rows = {
+        f"channels-inner-{c}": Plan({"BLOCK_P": elements // c, "BLOCK_O": c}, num_warps=4) for c in (16, 32, 64, 128)
+    }
+    return {"pixels-inner": Plan({"BLOCK_P": elements, "BLOCK_O": 1}, num_warps=4), **rows}
+
+
+# Not measured on a GPU yet. 2048 elements of 4 warps are 16 a thread: two 16-byte accesses of a half type.
+FORWARD_PLANS = _plans(2048)
+BACKWARD_PLANS = _plans(2048)
+LEAST_PIXELS = 16  # smallest BLOCK_P
+
+
+def _bucket(tensor: Tensor) -> str:
+    channels = tensor.shape[1]
+    if tensor.stride(1) != 1 or channels == 1:
+        return "pixels-inner"
+    return f"channels-inner-{next_power_of_2(channels, 16, 128)}"
+
+
+def reach(*tensors: Tensor | None) -> int:
+    """The largest offset within an image of any of the tensors, [N, C, H, W] each."""
+    return max(
+        sum((size - 1) * stride for size, stride in zip(tensor.shape[1:], tensor.stride()[1:], strict=True))
+        for tensor in tensors
+        if tensor is not None and tensor.numel() > 0
+    )
+
+
+def strides_of(tensor: Tensor | None) -> tuple[int, ...]:
+    """A tensor's strides; zeros where there is none."""
+    return (0, 0, 0, 0) if tensor is None else tensor.stride()
+
+
+def forward(
+    convolved: Tensor, bias: Tensor | None, output: Tensor, positions: Tensor | None, skip: Tensor | None, geometry: Any
+) -> None:
+    """Fills output, positions and skip from a convolution's output; see `fastseg.ops.conv_relu_pool2d`."""
+    if output.numel() == 0:
+        return
+    images, channels, convolved_h, convolved_w = convolved.shape
+    size, stride, padding = geometry.pool
+    cell, (cells_h, cells_w) = size, output.shape[2:]
+    if skip is not None:
+        cell = tuple(max(pair) for pair in zip(size, stride, strict=True))
+        cells_h = max(cells_h, triton.cdiv(convolved_h + padding[0], stride[0]))
+        cells_w = max(cells_w, triton.cdiv(convolved_w + padding[1], stride[1]))
+    bucket, device = _bucket(convolved), convolved.device
+    plan = choose(relu_pool2d_forward, bucket, FORWARD_PLANS, device)
+    plan = fold(plan, "BLOCK_P", cells_h * cells_w, "BLOCK_O", channels)
+    plan = fit(plan, "BLOCK_P", LEAST_PIXELS, images * cells_h * cells_w * channels // plan.tile["BLOCK_O"], device)
+    blocks = triton.cdiv(cells_h * cells_w, plan.tile["BLOCK_P"])
+    channel_blocks = triton.cdiv(channels, plan.tile["BLOCK_O"])
+    arguments = {
+        "convolved": convolved, "bias": bias, "output": output, "positions": positions, "skip": skip,
+        "convolved_h": convolved_h, "convolved_w": convolved_w, "pooled_h": output.shape[2],
+        "pooled_w": output.shape[3], "cells": cells_h * cells_w, "cells_w": cells_w, "blocks": blocks,
+        "channel_blocks": channel_blocks, "convolved_strides": convolved.stride(), "output_strides": output.stride(),
+        "skip_strides": strides_of(skip), "CHANNELS": channels, "POOL": size, "POOL_STRIDE": stride,
+        "POOL_PADDING": padding, "CELL": cell, "INDEX": index_type(reach(convolved, output, skip)),
+    }  # fmt: skip
+    launch(relu_pool2d_forward, bucket, plan, images * blocks * channel_blocks, device, arguments)
+
+
+def backward(
+    grad_output: Tensor | None, positions: Tensor | None, skip: Tensor | None, grad_skip: Tensor | None,
+    grad_convolved: Tensor, with_bias: bool, geometry: Any,
+) -> Tensor | None:  # fmt: skip
+    """Fills grad_convolved; returns the bias' gradient (in the dtype of the arithmetic) where it is wanted."""
+    images, channels, convolved_h, convolved_w = grad_convolved.shape
+    pixels, accumulated = convolved_h * convolved_w, torch.float32
+    if grad_convolved.dtype == torch.float64:
+        accumulated = torch.float64
+    bucket, device = _bucket(grad_convolved), grad_convolved.device
+    plan = choose(relu_pool2d_backward, bucket, BACKWARD_PLANS, device)
+    plan = fold(plan, "BLOCK_P", pixels, "BLOCK_O", channels)
+    plan = fit(plan, "BLOCK_P", LEAST_PIXELS, images * pixels * channels // plan.tile["BLOCK_O"], device)
+    blocks = triton.cdiv(pixels, plan.tile["BLOCK_P"])
+    channel_blocks = triton.cdiv(channels, plan.tile["BLOCK_O"])
+    partials = torch.empty((images * blocks, channels), dtype=accumulated, device=device) if with_bias else None
+    pooled = (1, 1) if grad_output is None else grad_output.shape[2:]
+    size, stride, padding = geometry.pool
+    arguments = {
+        "grad_output": grad_output, "positions": positions if grad_output is not None else None, "skip": skip,
+        "grad_skip": grad_skip, "grad_convolved": grad_convolved, "bias_partials": partials,
+        "convolved_w": convolved_w, "pooled_h": pooled[0], "pooled_w": pooled[1], "pixels": pixels, "blocks": blocks,
+        "channel_blocks": channel_blocks, "grad_strides": strides_of(grad_output),
+        "position_strides": strides_of(positions), "skip_strides": strides_of(skip),
+        "grad_skip_strides": strides_of(grad_skip), "grad_convolved_strides": grad_convolved.stride(),
+        "CHANNELS": channels, "POOL": size, "POOL_STRIDE": stride, "POOL_PADDING": padding,
+        "INDEX": index_type(reach(grad_convolved, grad_output, positions, skip, grad_skip)),
+    }  # fmt: skip
+    programs = math.prod((images, blocks, channel_blocks)) if grad_convolved.numel() else 0
+    launch(relu_pool2d_backward, bucket, plan, programs, device, arguments)
+    return None if partials is None else partials.sum(0)

@@ -1,0 +1,59 @@
+"""What Triton's interpreter needs to run the kernels rightly, and in bearable time."""
+
+import dataclasses
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import triton.language as tl
+from triton.runtime import interpreter
+
+
+def prepare() -> None:
+    """Patch the interpreter of this process (private names; they are the same in Triton 3.6 and 3.9)."""
+    np.seterr(all="ignore")  # NaN and infinities are ordinary values here
+    _multiply_bfloat16_as_numbers()
+    _index_with_tensors()
+    _check_no_overflows()
+    _patch_the_language_once()
+
+
+def _multiply_bfloat16_as_numbers() -> None:
+    """The interpreter keeps bfloat16 as 16-bit integers, and multiplies those."""
+
+    def as_float32(handle: Any) -> np.ndarray:
+        if handle.dtype.scalar == tl.bfloat16:
+            return (handle.data.astype(np.uint32) << 16).view(np.float32)
+        return handle.data
+
+    create_dot = interpreter.InterpreterBuilder.create_dot
+
+    def dot(self: Any, a: Any, b: Any, d: Any, *rest: Any) -> Any:
+        if a.dtype.scalar == tl.bfloat16:
+            return interpreter.TensorHandle(np.matmul(as_float32(a), as_float32(b)) + d.data, d.dtype.scalar)
+        return create_dot(self, a, b, d, *rest)
+
+    interpreter.InterpreterBuilder.create_dot = dot
+
+
+def _index_with_tensors() -> None:
+    """Triton 3.6 lets tensors of one element be a range's bounds in a way that numpy 2.4 refuses."""
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch(tensor: Any, *scope: Any) -> None:
+        patch_tensor(tensor, *scope)
+        tensor.__index__ = lambda self: int(self.handle.data.reshape(-1)[0])
+
+    interpreter._patch_lang_tensor = patch
+
+
+def _check_no_overflows() -> None:
+    """Every integer sum and product would be checked for overflow, by several operations each."""
+    options = interpreter.interpreter_builder.options
+    interpreter.interpreter_builder.options = dataclasses.replace(options, sanitize_overflow=False)
+
+
+def _patch_the_language_once() -> None:
+    """Triton patches its whole language at every launch and at every call of a device function."""
+    interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
+    interpreter._patch_lang = lambda function: interpreter._LangPatchScope()
