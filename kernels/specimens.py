@@ -1,0 +1,305 @@
+"""Representative calls of every operator's launchers: what is compiled ahead of time, and what plans are tuned on.
+
+A specimen makes its tensors on a device and gives a function that calls the launcher on them. On CUDA tensors the
+call runs. On meta tensors, which hold no data, `record` tells what it would launch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastseg.kernels import conv_relu_pool2d, conv_relu_pool2d_backward, cross_entropy, relu_pool2d
+from fastseg.kernels.launch import Launch, recording
+from fastseg.ops.conv_relu_pool2d_geometry import Geometry, output_shapes, resolve
+
+Call = Callable[[], tuple[Tensor, ...]]
+
+
+class Specimen(NamedTuple):
+    """A call that stands for many; ``prepare`` gives a function that launches, and returns what the kernels filled."""
+
+    name: str
+    prepare: Callable[[torch.device], Call]
+    tuned: bool  # whether plans are tuned on it: it fills a GPU
+
+
+def record(specimen: Specimen) -> list[Launch]:
+    """What a specimen would launch where nothing is tuned."""
+    with recording():  # what it launches to prepare belongs to other specimens
+        call = specimen.prepare(torch.device("meta"))
+    with recording() as launches:
+        call()
+    return launches
+
+
+def _name(*parts: object) -> str:
+    return " ".join(str(part).removeprefix("torch.") for part in parts if part)
+
+
+def _tensor(sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device, channels_last: bool) -> Tensor:
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(sizes, dtype=dtype, device=device, memory_format=layout).normal_()
+
+
+# ---- cross_entropy ----
+
+
+@dataclasses.dataclass(frozen=True)
+class _CrossEntropy:
+    """Logits of a size and dtype, and the arguments of the loss; ``target`` of a floating dtype means probabilities."""
+
+    sizes: tuple[int, ...]
+    dtype: torch.dtype = torch.bfloat16
+    channels_last: bool = False
+    target: torch.dtype = torch.int64
+    weighted: bool = False
+    label_smoothing: float = 0.0
+    reduction: str = "mean"
+    tuned: bool = False
+
+    def specimens(self) -> Iterator[Specimen]:
+        """Its forward and its backward."""
+        name = _name(
+            "x".join(map(str, self.sizes)), self.dtype, self.channels_last and "channels_last", self.target,
+            self.weighted and "weighted", self.label_smoothing and "smoothed", self.reduction,
+        )  # fmt: skip
+        yield Specimen(f"cross_entropy {name} forward", self.forward, self.tuned)
+        yield Specimen(f"cross_entropy {name} backward", self.backward, self.tuned)
+
+    def tensors(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor]:
+        """Input, target, weight, and what forward fills: loss, statistics, total_weight."""
+        input = _tensor(self.sizes, self.dtype, device, self.channels_last)
+        images, classes, *pixels = self.sizes
+        accumulation = torch.float64 if self.dtype == torch.float64 else torch.float32
+        if self.target.is_floating_point:
+            target = _tensor(self.sizes, self.target, device, self.channels_last).softmax(1)
+        else:
+            target = torch.randint(classes, (images, *pixels), dtype=self.target, device=device)
+        weight = torch.rand(classes, dtype=accumulation, device=device) if self.weighted else None
+        statistics = torch.empty((2, images, *pixels), dtype=accumulation, device=device)
+        total_weight = statistics.new_empty(())
+        loss = torch.empty_like(statistics[0] if self.reduction == "none" else total_weight)
+        return input, target, weight, loss, statistics, total_weight
+
+    def forward(self, device: torch.device) -> Call:
+        """Prepares the forward call."""
+        input, target, weight, *outputs = self.tensors(device)
+        options = (-100, self.reduction, self.label_smoothing)
+
+        def call() -> tuple[Tensor, ...]:
+            cross_entropy.forward(input, target, weight, *outputs, *options)
+            return tuple(outputs)
+
+        return call
+
+    def backward(self, device: torch.device) -> Call:
+        """Prepares the backward call, by running forward."""
+        input, target, weight, loss, statistics, total_weight = self.tensors(device)
+        options = (-100, self.reduction, self.label_smoothing)
+        cross_entropy.forward(input, target, weight, loss, statistics, total_weight, *options)
+        grad_output, grad_input = torch.ones_like(loss), torch.empty_like(input)
+
+        def call() -> tuple[Tensor, ...]:
+            saved = (weight, statistics, total_weight)
+            cross_entropy.backward(grad_output, input, target, *saved, grad_input, *options)
+            return (grad_input,)
+
+        return call
+
+
+_ADE20K, _CITYSCAPES = (8, 150, 512, 512), (16, 19, 512, 1024)
+_CROSS_ENTROPY = [
+    # Each bucket's.
+    _CrossEntropy(_ADE20K, tuned=True),
+    _CrossEntropy(_CITYSCAPES, tuned=True),
+    _CrossEntropy((16, 11, 512, 1024), channels_last=True, tuned=True),
+    _CrossEntropy(_CITYSCAPES, channels_last=True, tuned=True),
+    _CrossEntropy((8, 64, 512, 512), channels_last=True, tuned=True),
+    _CrossEntropy((8, 104, 512, 512), channels_last=True, tuned=True),
+    _CrossEntropy(_ADE20K, channels_last=True, tuned=True),
+    # What else changes the code: other dtypes, numbers of classes, and arguments.
+    _CrossEntropy((16, 2, 512, 512), target=torch.uint8),
+    _CrossEntropy((4, 257, 256, 256), channels_last=True, reduction="sum"),
+    _CrossEntropy((8, 19, 512, 512), torch.float32, weighted=True),
+    _CrossEntropy((8, 19, 512, 512), torch.float32, True, torch.uint8, weighted=True, label_smoothing=0.1),
+    _CrossEntropy((8, 19, 512, 512), torch.float16, reduction="none", label_smoothing=0.1),
+    _CrossEntropy((8, 150, 512, 512), torch.float16, True),
+    _CrossEntropy((2, 19, 512, 512), torch.float64, weighted=True, label_smoothing=0.1),
+    _CrossEntropy((8, 19, 512, 512), target=torch.float32, weighted=True, label_smoothing=0.1),
+    _CrossEntropy((8, 150, 512, 512), torch.float16, True, torch.float16),
+    # Sizes: a matrix of logits, pixels that fill no whole vector, a picture of few programs, offsets past 2^31.
+    _CrossEntropy((65536, 1000), torch.float32),
+    _CrossEntropy((3, 21, 333, 501)),
+    _CrossEntropy((3, 21, 333, 501), channels_last=True, reduction="none"),
+    _CrossEntropy((1, 19, 4, 4)),
+    _CrossEntropy((1, 19, 4, 4), channels_last=True),
+    _CrossEntropy((1, 2, 32768, 32768)),
+]
+
+
+# ---- conv_relu_pool2d ----
+
+
+@dataclasses.dataclass(frozen=True)
+class _Convolution:
+    """A convolution that the fused kernels serve, "same" but for its stride, with a bias and a pool."""
+
+    sizes: tuple[int, int, int, int]
+    out_channels: int
+    dtype: torch.dtype = torch.bfloat16
+    channels_last: bool = True
+    kernel: int = 3
+    stride: int = 1
+    dilation: int = 1
+    pool: tuple[int, int, int] = (2, 2, 0)  # size, stride, padding
+    tuned: bool = False
+
+    def specimens(self) -> Iterator[Specimen]:
+        """Its forward, and the gradients of its weight and its input."""
+        name = _name(
+            "x".join(map(str, self.sizes)), f"to {self.out_channels}", self.dtype,
+            self.channels_last and "channels_last", f"kernel {self.kernel}",
+            self.stride > 1 and f"stride {self.stride}", self.dilation > 1 and f"dilation {self.dilation}",
+            f"pool {self.pool}",
+        )  # fmt: skip
+        yield Specimen(f"conv_relu_pool2d {name} forward", self.forward, self.tuned)
+        yield Specimen(f"conv_relu_pool2d {name} backward_weight", self.backward_weight, self.tuned)
+        yield Specimen(f"conv_relu_pool2d {name} backward_input", self.backward_input, self.tuned)
+
+    def tensors(self, device: torch.device) -> tuple[Geometry, tuple[int, int], tuple[Tensor, ...]]:
+        """The geometry, the convolution's height and width, and input, weight, bias, output and positions."""
+        kernel = (self.kernel, self.kernel)
+        padding = self.dilation * (self.kernel // 2)
+        geometry, _ = resolve(kernel, self.stride, padding, self.dilation, 1, *self.pool, False)
+        input = _tensor(self.sizes, self.dtype, device, self.channels_last)
+        weight = _tensor((self.out_channels, self.sizes[1], *kernel), self.dtype, device, self.channels_last)
+        bias = torch.randn(self.out_channels, dtype=self.dtype, device=device)
+        pooled, (_, _, height, width) = output_shapes(input.shape, weight.shape, geometry)
+        output = _tensor(pooled, self.dtype, device, self.channels_last)
+        positions = torch.empty_like(output, dtype=torch.uint8)
+        return geometry, (height, width), (input, weight, bias, output, positions)
+
+    def forward(self, device: torch.device) -> Call:
+        """Prepares the forward call."""
+        geometry, convolved, tensors = self.tensors(device)
+
+        def call() -> tuple[Tensor, ...]:
+            conv_relu_pool2d.forward(*tensors, convolved, geometry)
+            return tensors[3:]
+
+        return call
+
+    def backward_weight(self, device: torch.device) -> Call:
+        """Prepares the call for the gradients of weight and bias, by running forward."""
+        geometry, convolved, (input, weight, bias, output, positions) = self.tensors(device)
+        conv_relu_pool2d.forward(input, weight, bias, output, positions, convolved, geometry)
+        saved, grad_output = (positions, input, weight), torch.randn_like(output)
+        return lambda: conv_relu_pool2d_backward.backward_weight(grad_output, *saved, convolved, True, geometry)
+
+    def backward_input(self, device: torch.device) -> Call:
+        """Prepares the call for the gradient of the input, by running forward."""
+        geometry, convolved, (input, weight, bias, output, positions) = self.tensors(device)
+        conv_relu_pool2d.forward(input, weight, bias, output, positions, convolved, geometry)
+        grad_output, grad_input = torch.randn_like(output), torch.empty_like(input)
+
+        def call() -> tuple[Tensor, ...]:
+            conv_relu_pool2d_backward.backward_input(grad_output, positions, weight, grad_input, convolved, geometry)
+            return (grad_input,)
+
+        return call
+
+
+_CONVOLUTIONS = [
+    # First levels of networks.
+    _Convolution((32, 3, 512, 512), 64, tuned=True),
+    _Convolution((32, 3, 512, 512), 64, channels_last=False, tuned=True),
+    _Convolution((32, 3, 512, 512), 32, tuned=True),
+    _Convolution((32, 3, 512, 512), 16, tuned=True),
+    _Convolution((32, 1, 512, 512), 64, tuned=True),
+    _Convolution((32, 16, 256, 256), 32, tuned=True),
+    _Convolution((32, 3, 512, 512), 64, kernel=7, stride=2, pool=(3, 2, 1), tuned=True),
+    _Convolution((16, 3, 512, 512), 32, torch.float32, tuned=True),
+    # What else changes the code.
+    _Convolution((16, 3, 512, 512), 64, torch.float32, channels_last=False),
+    _Convolution((8, 3, 333, 501), 32, torch.float16, channels_last=False, dilation=2),
+    _Convolution((8, 4, 512, 512), 8, torch.float16, kernel=1),
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pooling:
+    """Bias, ReLU and pool of a convolution's output that a library computed."""
+
+    sizes: tuple[int, int, int, int]
+    dtype: torch.dtype = torch.bfloat16
+    channels_last: bool = True
+    pool: tuple[int, int, int] = (2, 2, 0)  # size, stride, padding
+    with_skip: bool = False
+    tuned: bool = False
+
+    def specimens(self) -> Iterator[Specimen]:
+        """Its forward and its backward."""
+        name = _name(
+            "x".join(map(str, self.sizes)), self.dtype, self.channels_last and "channels_last", f"pool {self.pool}",
+            self.with_skip and "skip",
+        )  # fmt: skip
+        yield Specimen(f"relu_pool2d {name} forward", self.forward, self.tuned)
+        yield Specimen(f"relu_pool2d {name} backward", self.backward, self.tuned)
+
+    def tensors(self, device: torch.device) -> tuple[Geometry, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """The geometry, and the convolution's output, bias, output, positions and skip."""
+        geometry, _ = resolve((1, 1), 1, 0, 1, 1, *self.pool, False)
+        convolved = _tensor(self.sizes, self.dtype, device, self.channels_last)
+        bias = torch.randn(self.sizes[1], dtype=self.dtype, device=device)
+        pooled, _ = output_shapes(convolved.shape, (self.sizes[1], self.sizes[1], 1, 1), geometry)
+        output = _tensor(pooled, self.dtype, device, self.channels_last)
+        skip = torch.empty_like(convolved) if self.with_skip else None
+        return geometry, convolved, bias, output, torch.empty_like(output, dtype=torch.uint8), skip
+
+    def forward(self, device: torch.device) -> Call:
+        """Prepares the forward call."""
+        geometry, convolved, bias, output, positions, skip = self.tensors(device)
+
+        def call() -> tuple[Tensor, ...]:
+            relu_pool2d.forward(convolved, bias, output, positions, skip, geometry)
+            return (output, positions) if skip is None else (output, positions, skip)
+
+        return call
+
+    def backward(self, device: torch.device) -> Call:
+        """Prepares the backward call, by running forward."""
+        geometry, convolved, bias, output, positions, skip = self.tensors(device)
+        relu_pool2d.forward(convolved, bias, output, positions, skip, geometry)
+        grad_output, grad_convolved = torch.randn_like(output), torch.empty_like(convolved)
+        grad_skip = None if skip is None else torch.randn_like(skip)
+
+        def call() -> tuple[Tensor, ...]:
+            saved = (positions, skip, grad_skip)
+            grad_bias = relu_pool2d.backward(grad_output, *saved, grad_convolved, True, geometry)
+            return grad_convolved, grad_bias
+
+        return call
+
+
+_POOLINGS = [
+    # Each bucket's.
+    _Pooling((32, 64, 256, 256), tuned=True),
+    _Pooling((32, 64, 256, 256), channels_last=False, tuned=True),
+    _Pooling((32, 16, 256, 256), tuned=True),
+    _Pooling((32, 32, 256, 256), tuned=True),
+    _Pooling((32, 128, 128, 128), tuned=True),
+    # What else changes the code.
+    _Pooling((16, 64, 256, 256), with_skip=True),
+    _Pooling((16, 64, 256, 256), torch.float32, channels_last=False, pool=(3, 2, 1), with_skip=True),
+    _Pooling((8, 24, 117, 133), torch.float16, pool=(3, 2, 1)),
+    _Pooling((4, 64, 128, 128), torch.float64),
+]
+
+
+_CASES: tuple[_CrossEntropy | _Convolution | _Pooling, ...] = (*_CROSS_ENTROPY, *_CONVOLUTIONS, *_POOLINGS)
+SPECIMENS: list[Specimen] = [specimen for case in _CASES for specimen in case.specimens()]
