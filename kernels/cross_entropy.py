@@ -104,16 +104,16 @@ def cross_entropy_forward(
         _, exist, pointers = _tile(input, start, input_class, input_pixels, CLASSES, INDEX, BLOCK_C)
         mask = exist[:, None] & inside[None, :]
         logits = tl.load(pointers, mask, other=float("-inf")).to(ACC)
-        largest = tl.maximum(largest, tl.max(logits, 0))
-        before, base = base, tl.where(largest == float("-inf"), 0.0, largest)
+        largest_before, largest = largest, tl.maximum(largest, tl.max(logits, 0))
+        base_before, base = base, tl.where(largest == float("-inf"), 0.0, largest)
         shifted = logits - base[None, :]
-        total = total * tl.exp(before - base) + tl.sum(tl.exp(shifted), 0)
+        total = total * tl.exp(largest_before - base) + tl.sum(tl.exp(shifted), 0)
         if DENSE:
             q = _dense_share(
                 target, weight, smoothing_bits, start, target_class, target_pixels, inside, ACC, CLASSES, PROBABILITIES,
                 SMOOTHED, INDEX, BLOCK_C,
             )  # fmt: skip
-            spread += (before - base) * share + tl.sum(tl.where(mask, q * shifted, 0.0), 0)
+            spread += (base_before - base) * share + tl.sum(tl.where(mask, q * shifted, 0.0), 0)
             share += tl.sum(q, 0)
     log_sum = tl.log(total)
 
@@ -148,7 +148,10 @@ def _dense_share(
     CLASSES: tl.constexpr, PROBABILITIES: tl.constexpr, SMOOTHED: tl.constexpr, INDEX: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """The share q of the classes from ``start`` on: [BLOCK_C, BLOCK_P] for probabilities, [BLOCK_C, 1] for smoothed labels."""
+    """The share q of the classes from ``start`` on.
+
+    Of probabilities [BLOCK_C, BLOCK_P], of smoothed labels [BLOCK_C, 1].
+    """
     classes, exist, pointers = _tile(target, start, target_class, target_pixels, CLASSES, INDEX, BLOCK_C)
     if SMOOTHED:
         smoothing = _smoothing(smoothing_bits, ACC)
