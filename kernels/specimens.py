@@ -43,7 +43,12 @@ def _name(*parts: object) -> str:
 
 def _tensor(sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device, channels_last: bool) -> Tensor:
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.empty(sizes, dtype=dtype, device=device, memory_format=layout).normal_()
+    return _normal(torch.empty(sizes, dtype=dtype, device=device, memory_format=layout))
+
+
+def _normal(tensor: Tensor) -> Tensor:
+    """Fills a tensor; not a meta tensor, for which torch would import its compiler: seconds."""
+    return tensor if tensor.is_meta else tensor.normal_()
 
 
 # ---- cross_entropy ----
@@ -178,7 +183,7 @@ class _Convolution:
         geometry, _ = resolve(kernel, self.stride, padding, self.dilation, 1, *self.pool, False)
         input = _tensor(self.sizes, self.dtype, device, self.channels_last)
         weight = _tensor((self.out_channels, self.sizes[1], *kernel), self.dtype, device, self.channels_last)
-        bias = torch.randn(self.out_channels, dtype=self.dtype, device=device)
+        bias = _normal(torch.empty(self.out_channels, dtype=self.dtype, device=device))
         pooled, (_, _, height, width) = output_shapes(input.shape, weight.shape, geometry)
         output = _tensor(pooled, self.dtype, device, self.channels_last)
         positions = torch.empty_like(output, dtype=torch.uint8)
@@ -198,14 +203,14 @@ class _Convolution:
         """Prepares the call for the gradients of weight and bias, by running forward."""
         geometry, convolved, (input, weight, bias, output, positions) = self.tensors(device)
         conv_relu_pool2d.forward(input, weight, bias, output, positions, convolved, geometry)
-        saved, grad_output = (positions, input, weight), torch.randn_like(output)
+        saved, grad_output = (positions, input, weight), _normal(torch.empty_like(output))
         return lambda: conv_relu_pool2d_backward.backward_weight(grad_output, *saved, convolved, True, geometry)
 
     def backward_input(self, device: torch.device) -> Call:
         """Prepares the call for the gradient of the input, by running forward."""
         geometry, convolved, (input, weight, bias, output, positions) = self.tensors(device)
         conv_relu_pool2d.forward(input, weight, bias, output, positions, convolved, geometry)
-        grad_output, grad_input = torch.randn_like(output), torch.empty_like(input)
+        grad_output, grad_input = _normal(torch.empty_like(output)), torch.empty_like(input)
 
         def call() -> tuple[Tensor, ...]:
             conv_relu_pool2d_backward.backward_input(grad_output, positions, weight, grad_input, convolved, geometry)
@@ -255,7 +260,7 @@ class _Pooling:
         """The geometry, and the convolution's output, bias, output, positions and skip."""
         geometry, _ = resolve((1, 1), 1, 0, 1, 1, *self.pool, False)
         convolved = _tensor(self.sizes, self.dtype, device, self.channels_last)
-        bias = torch.randn(self.sizes[1], dtype=self.dtype, device=device)
+        bias = _normal(torch.empty(self.sizes[1], dtype=self.dtype, device=device))
         pooled, _ = output_shapes(convolved.shape, (self.sizes[1], self.sizes[1], 1, 1), geometry)
         output = _tensor(pooled, self.dtype, device, self.channels_last)
         skip = torch.empty_like(convolved) if self.with_skip else None
@@ -275,8 +280,8 @@ class _Pooling:
         """Prepares the backward call, by running forward."""
         geometry, convolved, bias, output, positions, skip = self.tensors(device)
         relu_pool2d.forward(convolved, bias, output, positions, skip, geometry)
-        grad_output, grad_convolved = torch.randn_like(output), torch.empty_like(convolved)
-        grad_skip = None if skip is None else torch.randn_like(skip)
+        grad_output, grad_convolved = _normal(torch.empty_like(output)), torch.empty_like(convolved)
+        grad_skip = None if skip is None else _normal(torch.empty_like(skip))
 
         def call() -> tuple[Tensor, ...]:
             saved = (positions, skip, grad_skip)
