@@ -15,8 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastseg.kernels.launch import Plan, choose, fit, index_type, launch, next_power_of_2
+from fastseg.kernels.launch import Plan, choose, fit, index_type, launch, next_power_of_2, tile_map
 from fastseg.kernels.relu_pool2d import keep_larger, locate, reach, store_pooled
+
+FAR = tl.constexpr(2**29)  # farther than any image reaches, and two of them still fit into 32 bits
 
 # ---- parts that the backward kernels share ----
 
@@ -44,23 +46,37 @@ def load_patches(
 ):  # fmt: skip
     """What a step's taps see [BLOCK_P, BLOCK_K], for patches whose first tap is at rows and columns of an image."""
     tap_y, tap_x, channel, taps_exist = taps(step, CHANNELS, KERNEL, BLOCK_K)
-    y = rows[:, None] + (tap_y * DILATION[0])[None, :]
-    x = columns[:, None] + (tap_x * DILATION[1])[None, :]
-    mask = exist[:, None] & taps_exist[None, :] & (y >= 0) & (y < height) & (x >= 0) & (x < width)
-    offsets = y.to(INDEX) * strides[2] + x.to(INDEX) * strides[3] + (channel.to(INDEX) * strides[1])[None, :]
-    return tl.load(image + offsets, mask, other=0)
+    tap_y, tap_x = tap_y * DILATION[0], tap_x * DILATION[1]
+    pixels = rows.to(INDEX) * strides[2] + columns.to(INDEX) * strides[3]
+    products = tap_y.to(INDEX) * strides[2] + tap_x.to(INDEX) * strides[3] + channel.to(INDEX) * strides[1]
+    # What doesn't exist is moved out of the image, whose border has to be watched anyway: no more masks.
+    y = tl.where(exist, rows, -FAR)[:, None] + tl.where(taps_exist, tap_y, -FAR)[None, :]
+    x = columns[:, None] + tap_x[None, :]
+    mask = _within(y, height) & _within(x, width)
+    return tl.load(image + (pixels[:, None] + products[None, :]), mask, other=0)
+
+
+@triton.jit
+def _within(at, size):
+    """Whether 0 <= at < size, in one comparison."""
+    return at.to(tl.uint32, bitcast=True) < tl.cast(size, tl.uint32)
 
 
 @triton.jit
 def window_pixels(
     window_y, window_x, position, inside, convolved_h, convolved_w,
     STRIDE: tl.constexpr, PADDING: tl.constexpr, POOL: tl.constexpr, POOL_STRIDE: tl.constexpr,
-    POOL_PADDING: tl.constexpr,
+    POOL_PADDING: tl.constexpr, CLIPPED: tl.constexpr,
 ):  # fmt: skip
-    """Where the patches of windows' pixels at a position begin in the input, and which of the pixels exist."""
+    """Where the patches of windows' pixels at a position begin in the input, and which of the pixels exist.
+
+    Unless windows are CLIPPED by the map's border, all do, but for windows that don't exist themselves.
+    """
     row = window_y * POOL_STRIDE[0] - POOL_PADDING[0] + position // POOL[1]
     column = window_x * POOL_STRIDE[1] - POOL_PADDING[1] + position % POOL[1]
-    exist = inside & (row >= 0) & (row < convolved_h) & (column >= 0) & (column < convolved_w)
+    exist = inside
+    if CLIPPED:
+        exist = exist & _within(row, convolved_h) & _within(column, convolved_w)
     return row * STRIDE[0] - PADDING[0], column * STRIDE[1] - PADDING[1], exist
 
 
@@ -82,17 +98,17 @@ def _load_weights(
 @triton.jit
 def conv_relu_pool2d_forward(
     input, weight, bias, output, positions,
-    height, width, convolved_h, convolved_w, windows, pooled_w, blocks, channel_blocks,
+    height, width, convolved_h, convolved_w, pooled_h, pooled_w, down, across, channel_blocks,
     input_strides, weight_strides, output_strides,
     CHANNELS: tl.constexpr, OUT_CHANNELS: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr,
     PADDING: tl.constexpr, DILATION: tl.constexpr, POOL: tl.constexpr, POOL_STRIDE: tl.constexpr,
-    POOL_PADDING: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr,
+    POOL_PADDING: tl.constexpr, CLIPPED: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
+    BLOCK_P: tl.constexpr, TILE_W: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Pooled values, and positions where they are wanted."""
     STEPS: tl.constexpr = (CHANNELS * KERNEL[0] * KERNEL[1] + BLOCK_K - 1) // BLOCK_K
     image, window_y, window_x, inside, channels, channels_exist = locate(
-        tl.program_id(0), blocks, channel_blocks, pooled_w, windows, OUT_CHANNELS, BLOCK_P, BLOCK_O
+        tl.program_id(0), down, across, channel_blocks, pooled_h, pooled_w, OUT_CHANNELS, BLOCK_P, TILE_W, BLOCK_O
     )
     input += image * input_strides[0]
     if STEPS == 1:  # all of the weights are one tile: read once, not for every position
@@ -102,7 +118,7 @@ def conv_relu_pool2d_forward(
     for position in range(POOL[0] * POOL[1]):
         rows, columns, exist = window_pixels(
             window_y, window_x, position, inside, convolved_h, convolved_w, STRIDE, PADDING, POOL, POOL_STRIDE,
-            POOL_PADDING,
+            POOL_PADDING, CLIPPED,
         )  # fmt: skip
         value = tl.zeros((BLOCK_P, BLOCK_O), tl.float32)
         for step in range(STEPS):
@@ -115,7 +131,8 @@ def conv_relu_pool2d_forward(
                     weight, step, channels, channels_exist, weight_strides, CHANNELS, KERNEL, BLOCK_K
                 )
             value = tl.dot(patches, weights, value, input_precision=PRECISION)
-        value = tl.where(exist[:, None], value, float("-inf"))
+        if CLIPPED:
+            value = tl.where(exist[:, None], value, float("-inf"))
         largest, chosen = keep_larger(value, position, largest, chosen)
     if bias is not None:
         largest += tl.load(bias + channels, channels_exist, other=0).to(tl.float32)[None, :]
@@ -151,6 +168,19 @@ def dot_precision(tensor: Tensor) -> str:
     return "ieee"
 
 
+def geometry_constants(weight: Tensor, pooled: Any, convolved: tuple[int, int], geometry: Any) -> dict[str, Any]:
+    """The constants of a call, for any of the kernels; ``pooled`` are the height and the width of the output."""
+    out_channels, channels, *kernel = weight.shape
+    size, stride, padding = geometry.pool
+    ends = [(pooled[axis] - 1) * stride[axis] - padding[axis] + size[axis] for axis in (0, 1)]
+    return {
+        "CHANNELS": channels, "OUT_CHANNELS": out_channels, "KERNEL": tuple(kernel), "STRIDE": geometry.stride,
+        "PADDING": geometry.padding, "DILATION": geometry.dilation, "POOL": size, "POOL_STRIDE": stride,
+        "POOL_PADDING": padding, "CLIPPED": max(padding) > 0 or ends[0] > convolved[0] or ends[1] > convolved[1],
+        "PRECISION": dot_precision(weight),
+    }  # fmt: skip
+
+
 def forward(
     input: Tensor, weight: Tensor, bias: Tensor | None, output: Tensor, positions: Tensor | None,
     convolved: tuple[int, int], geometry: Any,
@@ -161,22 +191,20 @@ def forward(
     """
     if output.numel() == 0:
         return
-    images, channels, height, width = input.shape
-    out_channels, _, *kernel = weight.shape
-    windows, device = output.shape[2] * output.shape[3], input.device
-    bucket = bucket_of(input.dtype, out_channels, weight[0].numel())
+    images, _, height, width = input.shape
+    _, out_channels, pooled_h, pooled_w = output.shape
+    bucket, device = bucket_of(input.dtype, out_channels, weight[0].numel()), input.device
     plan = choose(conv_relu_pool2d_forward, bucket, FORWARD_PLANS, device)
     channel_blocks = triton.cdiv(out_channels, plan.tile["BLOCK_O"])
-    plan = fit(plan, "BLOCK_P", LEAST_WINDOWS, images * windows * channel_blocks, device)
-    blocks = triton.cdiv(windows, plan.tile["BLOCK_P"])
+    plan = fit(plan, "BLOCK_P", LEAST_WINDOWS, images * pooled_h * pooled_w * channel_blocks, device)
+    tiling = tile_map(plan.tile["BLOCK_P"], pooled_h, pooled_w)
     arguments = {
         "input": input, "weight": weight, "bias": bias, "output": output, "positions": positions,
         "height": height, "width": width, "convolved_h": convolved[0], "convolved_w": convolved[1],
-        "windows": windows, "pooled_w": output.shape[3], "blocks": blocks, "channel_blocks": channel_blocks,
-        "input_strides": input.stride(), "weight_strides": weight.stride(), "output_strides": output.stride(),
-        "CHANNELS": channels, "OUT_CHANNELS": out_channels, "KERNEL": tuple(kernel), "STRIDE": geometry.stride,
-        "PADDING": geometry.padding, "DILATION": geometry.dilation, "POOL": geometry.pool_size,
-        "POOL_STRIDE": geometry.pool_stride, "POOL_PADDING": geometry.pool_padding,
-        "PRECISION": dot_precision(input), "INDEX": index_type(reach(input, output)),
+        "pooled_h": pooled_h, "pooled_w": pooled_w, "down": tiling.down, "across": tiling.across,
+        "TILE_W": tiling.width, "channel_blocks": channel_blocks, "input_strides": input.stride(),
+        "weight_strides": weight.stride(), "output_strides": output.stride(),
+        "INDEX": index_type(reach(input, output)),
+        **geometry_constants(weight, (pooled_h, pooled_w), convolved, geometry),
     }  # fmt: skip
-    launch(conv_relu_pool2d_forward, bucket, plan, images * blocks * channel_blocks, device, arguments)
+    launch(conv_relu_pool2d_forward, bucket, plan, images * tiling.count * channel_blocks, device, arguments)

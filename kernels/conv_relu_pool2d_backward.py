@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastseg.kernels.conv_relu_pool2d import bucket_of, dot_precision, load_patches, window_pixels
-from fastseg.kernels.launch import Plan, choose, fit, index_type, launch, multiprocessors, next_power_of_2
+from fastseg.kernels.conv_relu_pool2d import bucket_of, geometry_constants, load_patches, window_pixels
+from fastseg.kernels.launch import Plan, choose, fit, index_type, launch, multiprocessors, next_power_of_2, tile_map
 from fastseg.kernels.relu_pool2d import CUT, load_unpooled, locate, offsets_of, reach
 
 # ---- weight and bias ----
@@ -24,16 +24,16 @@ from fastseg.kernels.relu_pool2d import CUT, load_unpooled, locate, offsets_of, 
 @triton.jit
 def conv_relu_pool2d_backward_weight(
     grad_output, positions, input, partials,
-    height, width, convolved_h, convolved_w, windows, pooled_w, blocks, channel_blocks, product_blocks, chunks,
-    chunks_per_share, grad_strides, position_strides, input_strides,
+    height, width, convolved_h, convolved_w, pooled_h, pooled_w, down, across, channel_blocks, product_blocks, tiles,
+    tiles_per_share, grad_strides, position_strides, input_strides,
     CHANNELS: tl.constexpr, OUT_CHANNELS: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr,
     PADDING: tl.constexpr, DILATION: tl.constexpr, POOL: tl.constexpr, POOL_STRIDE: tl.constexpr,
-    POOL_PADDING: tl.constexpr, PRECISION: tl.constexpr, WEIGHT: tl.constexpr, INDEX: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr,
+    POOL_PADDING: tl.constexpr, CLIPPED: tl.constexpr, PRECISION: tl.constexpr, WEIGHT: tl.constexpr,
+    INDEX: tl.constexpr, BLOCK_P: tl.constexpr, TILE_W: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """A share of the windows' sums, [shares, OUT_CHANNELS, products + 1]: the weight's gradient, then the bias'.
 
-    A chunk is a block of an image's windows, a share some chunks in a row.
+    A share is some tiles of windows in a row.
     """
     PRODUCTS: tl.constexpr = CHANNELS * KERNEL[0] * KERNEL[1]
     program = tl.program_id(0)
@@ -42,10 +42,10 @@ def conv_relu_pool2d_backward_weight(
     share = program // product_blocks // channel_blocks
     total = tl.zeros((BLOCK_O, BLOCK_K), tl.float32)
     bias_total = tl.zeros((BLOCK_O,), tl.float32)
-    for chunk in range(share * chunks_per_share, tl.minimum((share + 1) * chunks_per_share, chunks)):
+    for tile in range(share * tiles_per_share, tl.minimum((share + 1) * tiles_per_share, tiles)):
         image, window_y, window_x, inside, channels, channels_exist = locate(
-            chunk * channel_blocks + channel_block, blocks, channel_blocks, pooled_w, windows, OUT_CHANNELS, BLOCK_P,
-            BLOCK_O,
+            tile * channel_blocks + channel_block, down, across, channel_blocks, pooled_h, pooled_w, OUT_CHANNELS,
+            BLOCK_P, TILE_W, BLOCK_O,
         )  # fmt: skip
         mask = inside[:, None] & channels_exist[None, :]
         at = image * position_strides[0] + offsets_of(window_y, window_x, channels, position_strides, INDEX)
@@ -57,7 +57,7 @@ def conv_relu_pool2d_backward_weight(
             for position in range(POOL[0] * POOL[1]):
                 rows, columns, exist = window_pixels(
                     window_y, window_x, position, inside, convolved_h, convolved_w, STRIDE, PADDING, POOL, POOL_STRIDE,
-                    POOL_PADDING,
+                    POOL_PADDING, CLIPPED,
                 )  # fmt: skip
                 patches = load_patches(
                     input + image * input_strides[0], rows, columns, exist, step, height, width, input_strides,
@@ -81,16 +81,16 @@ def conv_relu_pool2d_backward_weight(
 @triton.jit
 def conv_relu_pool2d_backward_input(
     grad_output, positions, weight, grad_input,
-    pixels, width, convolved_h, convolved_w, pooled_h, pooled_w, blocks, channel_blocks,
+    height, width, convolved_h, convolved_w, pooled_h, pooled_w, down, across, channel_blocks,
     grad_strides, position_strides, weight_strides, grad_input_strides,
     CHANNELS: tl.constexpr, OUT_CHANNELS: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr,
     PADDING: tl.constexpr, DILATION: tl.constexpr, POOL: tl.constexpr, POOL_STRIDE: tl.constexpr,
-    POOL_PADDING: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr,
+    POOL_PADDING: tl.constexpr, CLIPPED: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
+    BLOCK_P: tl.constexpr, TILE_W: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """The input's gradient. Here BLOCK_O is of the input's channels, BLOCK_K of the output's."""
     image, rows, columns, exist, channels, channels_exist = locate(
-        tl.program_id(0), blocks, channel_blocks, width, pixels, CHANNELS, BLOCK_P, BLOCK_O
+        tl.program_id(0), down, across, channel_blocks, height, width, CHANNELS, BLOCK_P, TILE_W, BLOCK_O
     )
     BLOCKS_A_TAP: tl.constexpr = (OUT_CHANNELS + BLOCK_K - 1) // BLOCK_K
     total = tl.zeros((BLOCK_P, BLOCK_O), tl.float32)
@@ -137,16 +137,6 @@ LEAST_PIXELS = 64  # smallest BLOCK_P of the input's gradient: Hopper's matrix i
 SHARES_PER_MULTIPROCESSOR = 4
 
 
-def _constants(weight: Tensor, geometry: Any) -> dict[str, Any]:
-    out_channels, channels, *kernel = weight.shape
-    return {
-        "CHANNELS": channels, "OUT_CHANNELS": out_channels, "KERNEL": tuple(kernel), "STRIDE": geometry.stride,
-        "PADDING": geometry.padding, "DILATION": geometry.dilation, "POOL": geometry.pool_size,
-        "POOL_STRIDE": geometry.pool_stride, "POOL_PADDING": geometry.pool_padding,
-        "PRECISION": dot_precision(weight),
-    }  # fmt: skip
-
-
 def backward_weight(
     grad_output: Tensor, positions: Tensor, input: Tensor, weight: Tensor, convolved: tuple[int, int],
     with_weight: bool, geometry: Any,
@@ -157,25 +147,25 @@ def backward_weight(
     """
     (out_channels, channels, *kernel), products = weight.shape, weight[0].numel()
     images, _, pooled_h, pooled_w = grad_output.shape
-    windows, device = pooled_h * pooled_w, input.device
-    bucket = bucket_of(input.dtype, out_channels, products)
+    bucket, device = bucket_of(input.dtype, out_channels, products), input.device
     plan = choose(conv_relu_pool2d_backward_weight, bucket, WEIGHT_PLANS, device)
-    blocks = triton.cdiv(windows, plan.tile["BLOCK_P"])
+    tiling = tile_map(plan.tile["BLOCK_P"], pooled_h, pooled_w)
     channel_blocks = triton.cdiv(out_channels, plan.tile["BLOCK_O"])
     product_blocks = triton.cdiv(products, plan.tile["BLOCK_K"]) if with_weight else 1
-    chunks = images * blocks
+    tiles = images * tiling.count
     shares = triton.cdiv(SHARES_PER_MULTIPROCESSOR * multiprocessors(device), channel_blocks * product_blocks)
-    chunks_per_share = max(1, triton.cdiv(chunks, shares))
-    shares = triton.cdiv(chunks, chunks_per_share)
+    tiles_per_share = max(1, triton.cdiv(tiles, shares))
+    shares = triton.cdiv(tiles, tiles_per_share)
     partials = torch.empty((shares, out_channels, products + 1), dtype=torch.float32, device=device)
     arguments = {
         "grad_output": grad_output, "positions": positions, "input": input, "partials": partials,
         "height": input.shape[2], "width": input.shape[3], "convolved_h": convolved[0], "convolved_w": convolved[1],
-        "windows": windows, "pooled_w": pooled_w, "blocks": blocks, "channel_blocks": channel_blocks,
-        "product_blocks": product_blocks, "chunks": chunks, "chunks_per_share": chunks_per_share,
-        "grad_strides": grad_output.stride(), "position_strides": positions.stride(), "input_strides": input.stride(),
-        "WEIGHT": with_weight, "INDEX": index_type(reach(input, grad_output, positions) if images else 0),
-        **_constants(weight, geometry),
+        "pooled_h": pooled_h, "pooled_w": pooled_w, "down": tiling.down, "across": tiling.across,
+        "TILE_W": tiling.width, "channel_blocks": channel_blocks, "product_blocks": product_blocks, "tiles": tiles,
+        "tiles_per_share": tiles_per_share, "grad_strides": grad_output.stride(),
+        "position_strides": positions.stride(), "input_strides": input.stride(), "WEIGHT": with_weight,
+        "INDEX": index_type(reach(input, grad_output, positions) if images else 0),
+        **geometry_constants(weight, (pooled_h, pooled_w), convolved, geometry),
     }  # fmt: skip
     programs = shares * channel_blocks * product_blocks
     launch(conv_relu_pool2d_backward_weight, bucket, plan, programs, device, arguments)
@@ -191,19 +181,19 @@ def backward_input(
     if grad_input.numel() == 0:
         return
     images, channels, height, width = grad_input.shape
-    pixels, device = height * width, grad_input.device
+    pooled, device = grad_output.shape[2:], grad_input.device
     bucket = bucket_of(weight.dtype, channels, next_power_of_2(weight.shape[0]))
     plan = choose(conv_relu_pool2d_backward_input, bucket, INPUT_PLANS, device)
     channel_blocks = triton.cdiv(channels, plan.tile["BLOCK_O"])
-    plan = fit(plan, "BLOCK_P", LEAST_PIXELS, images * pixels * channel_blocks, device)
-    blocks = triton.cdiv(pixels, plan.tile["BLOCK_P"])
+    plan = fit(plan, "BLOCK_P", LEAST_PIXELS, images * height * width * channel_blocks, device)
+    tiling = tile_map(plan.tile["BLOCK_P"], height, width)
     arguments = {
         "grad_output": grad_output, "positions": positions, "weight": weight, "grad_input": grad_input,
-        "pixels": pixels, "width": width, "convolved_h": convolved[0], "convolved_w": convolved[1],
-        "pooled_h": grad_output.shape[2], "pooled_w": grad_output.shape[3], "blocks": blocks,
-        "channel_blocks": channel_blocks, "grad_strides": grad_output.stride(),
+        "height": height, "width": width, "convolved_h": convolved[0], "convolved_w": convolved[1],
+        "pooled_h": pooled[0], "pooled_w": pooled[1], "down": tiling.down, "across": tiling.across,
+        "TILE_W": tiling.width, "channel_blocks": channel_blocks, "grad_strides": grad_output.stride(),
         "position_strides": positions.stride(), "weight_strides": weight.stride(),
         "grad_input_strides": grad_input.stride(), "INDEX": index_type(reach(grad_input, grad_output, positions)),
-        **_constants(weight, geometry),
+        **geometry_constants(weight, pooled, convolved, geometry),
     }  # fmt: skip
-    launch(conv_relu_pool2d_backward_input, bucket, plan, images * blocks * channel_blocks, device, arguments)
+    launch(conv_relu_pool2d_backward_input, bucket, plan, images * tiling.count * channel_blocks, device, arguments)

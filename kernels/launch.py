@@ -140,6 +140,26 @@ def fold(plan: Plan, axis: str, extent: int, other: str, other_extent: int) -> P
     return plan._replace(tile={**plan.tile, axis: size, other: other_size})
 
 
+class Tiling(NamedTuple):
+    """A map cut into tiles: how wide they are, and how many stand below and beside each other."""
+
+    width: int
+    down: int
+    across: int
+
+    @property
+    def count(self) -> int:
+        """How many tiles there are."""
+        return self.down * self.across
+
+
+def tile_map(pixels: int, height: int, width: int) -> Tiling:
+    """Cuts a map into tiles of so many pixels, as wide as they can be with the fewest pixels outside the map."""
+    widths = [1 << bits for bits in range(pixels.bit_length())]
+    tilings = [Tiling(wide, triton.cdiv(height, pixels // wide), triton.cdiv(width, wide)) for wide in widths]
+    return min(reversed(tilings), key=lambda tiling: tiling.count)
+
+
 def index_type(largest_offset: int) -> tl.dtype:
     """The type of offsets of which the largest is given: 64 bits cost registers, 32 overflow at 2^31."""
     return tl.int64 if largest_offset >= 2**31 else tl.int32

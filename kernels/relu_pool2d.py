@@ -7,7 +7,6 @@ read by neighbouring threads.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -15,21 +14,27 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastseg.kernels.launch import Plan, choose, fit, fold, index_type, launch, next_power_of_2
+from fastseg.kernels.launch import Plan, choose, fit, fold, index_type, launch, next_power_of_2, tile_map
 
 CUT = tl.constexpr(255)  # the position of a window whose maximum ReLU cut
 
 
 @triton.jit
 def locate(
-    program, blocks, channel_blocks, width, pixels,
-    CHANNELS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr,
+    program, down, across, channel_blocks, height, width,
+    CHANNELS: tl.constexpr, BLOCK_P: tl.constexpr, TILE_W: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
-    """A program's image; rows, columns and existence of its pixels [BLOCK_P]; its channels and theirs [BLOCK_O]."""
-    image = (program // channel_blocks // blocks).to(tl.int64)
-    at = (program // channel_blocks % blocks) * BLOCK_P + tl.arange(0, BLOCK_P)
-    channels = (program % channel_blocks) * BLOCK_O + tl.arange(0, BLOCK_O)
-    return image, at // width, at % width, at < pixels, channels, channels < CHANNELS
+    """A program's image; rows, columns and existence of its pixels [BLOCK_P]; its channels and theirs [BLOCK_O].
+
+    Channels run fastest over the programs, then the tiles of a map of height x width, then the images.
+    """
+    tile = program // channel_blocks
+    image = (tile // (down * across)).to(tl.int64)
+    local = tl.arange(0, BLOCK_P)
+    rows = tile // across % down * (BLOCK_P // TILE_W) + local // TILE_W
+    columns = tile % across * TILE_W + local % TILE_W
+    channels = program % channel_blocks * BLOCK_O + tl.arange(0, BLOCK_O)
+    return image, rows, columns, (rows < height) & (columns < width), channels, channels < CHANNELS
 
 
 @triton.jit
@@ -90,10 +95,10 @@ def load_unpooled(
 @triton.jit
 def relu_pool2d_forward(
     convolved, bias, output, positions, skip,
-    convolved_h, convolved_w, pooled_h, pooled_w, cells, cells_w, blocks, channel_blocks,
+    convolved_h, convolved_w, pooled_h, pooled_w, cells_h, cells_w, down, across, channel_blocks,
     convolved_strides, output_strides, skip_strides,
     CHANNELS: tl.constexpr, POOL: tl.constexpr, POOL_STRIDE: tl.constexpr, POOL_PADDING: tl.constexpr,
-    CELL: tl.constexpr, INDEX: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr,
+    CELL: tl.constexpr, INDEX: tl.constexpr, BLOCK_P: tl.constexpr, TILE_W: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
     """Pools ReLU of the convolution's output and its bias; stores the un-pooled map, too, where ``skip`` is given.
 
@@ -103,7 +108,7 @@ def relu_pool2d_forward(
     """
     ACC: tl.constexpr = tl.float64 if convolved.dtype.element_ty == tl.float64 else tl.float32
     image, cell_y, cell_x, inside, channels, channels_exist = locate(
-        tl.program_id(0), blocks, channel_blocks, cells_w, cells, CHANNELS, BLOCK_P, BLOCK_O
+        tl.program_id(0), down, across, channel_blocks, cells_h, cells_w, CHANNELS, BLOCK_P, TILE_W, BLOCK_O
     )
     shift = tl.zeros((BLOCK_O,), ACC)
     if bias is not None:
@@ -135,10 +140,10 @@ def relu_pool2d_forward(
 @triton.jit
 def relu_pool2d_backward(
     grad_output, positions, skip, grad_skip, grad_convolved, bias_partials,
-    convolved_w, pooled_h, pooled_w, pixels, blocks, channel_blocks,
+    convolved_h, convolved_w, pooled_h, pooled_w, down, across, channel_blocks,
     grad_strides, position_strides, skip_strides, grad_skip_strides, grad_convolved_strides,
     CHANNELS: tl.constexpr, POOL: tl.constexpr, POOL_STRIDE: tl.constexpr, POOL_PADDING: tl.constexpr,
-    INDEX: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr,
+    INDEX: tl.constexpr, BLOCK_P: tl.constexpr, TILE_W: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the convolution's output; and each program's share of the bias' gradient, [programs, CHANNELS].
 
@@ -147,7 +152,7 @@ def relu_pool2d_backward(
     ACC: tl.constexpr = tl.float64 if grad_convolved.dtype.element_ty == tl.float64 else tl.float32
     program = tl.program_id(0)
     image, rows, columns, exist, channels, channels_exist = locate(
-        program, blocks, channel_blocks, convolved_w, pixels, CHANNELS, BLOCK_P, BLOCK_O
+        program, down, across, channel_blocks, convolved_h, convolved_w, CHANNELS, BLOCK_P, TILE_W, BLOCK_O
     )
     mask = exist[:, None] & channels_exist[None, :]
     gradient = tl.zeros((BLOCK_P, BLOCK_O), ACC)
@@ -222,17 +227,18 @@ def forward(
     plan = choose(relu_pool2d_forward, bucket, FORWARD_PLANS, device)
     plan = fold(plan, "BLOCK_P", cells_h * cells_w, "BLOCK_O", channels)
     plan = fit(plan, "BLOCK_P", LEAST_PIXELS, images * cells_h * cells_w * channels // plan.tile["BLOCK_O"], device)
-    blocks = triton.cdiv(cells_h * cells_w, plan.tile["BLOCK_P"])
+    tiling = tile_map(plan.tile["BLOCK_P"], cells_h, cells_w)
     channel_blocks = triton.cdiv(channels, plan.tile["BLOCK_O"])
     arguments = {
         "convolved": convolved, "bias": bias, "output": output, "positions": positions, "skip": skip,
         "convolved_h": convolved_h, "convolved_w": convolved_w, "pooled_h": output.shape[2],
-        "pooled_w": output.shape[3], "cells": cells_h * cells_w, "cells_w": cells_w, "blocks": blocks,
-        "channel_blocks": channel_blocks, "convolved_strides": convolved.stride(), "output_strides": output.stride(),
+        "pooled_w": output.shape[3], "cells_h": cells_h, "cells_w": cells_w, "down": tiling.down,
+        "across": tiling.across, "TILE_W": tiling.width, "channel_blocks": channel_blocks,
+        "convolved_strides": convolved.stride(), "output_strides": output.stride(),
         "skip_strides": strides_of(skip), "CHANNELS": channels, "POOL": size, "POOL_STRIDE": stride,
         "POOL_PADDING": padding, "CELL": cell, "INDEX": index_type(reach(convolved, output, skip)),
     }  # fmt: skip
-    launch(relu_pool2d_forward, bucket, plan, images * blocks * channel_blocks, device, arguments)
+    launch(relu_pool2d_forward, bucket, plan, images * tiling.count * channel_blocks, device, arguments)
 
 
 def backward(
@@ -241,28 +247,28 @@ def backward(
 ) -> Tensor | None:  # fmt: skip
     """Fills grad_convolved; returns the bias' gradient (in the dtype of the arithmetic) where it is wanted."""
     images, channels, convolved_h, convolved_w = grad_convolved.shape
-    pixels, accumulated = convolved_h * convolved_w, torch.float32
-    if grad_convolved.dtype == torch.float64:
-        accumulated = torch.float64
+    accumulated = torch.float64 if grad_convolved.dtype == torch.float64 else torch.float32
+    pixels = convolved_h * convolved_w
     bucket, device = _bucket(grad_convolved), grad_convolved.device
     plan = choose(relu_pool2d_backward, bucket, BACKWARD_PLANS, device)
     plan = fold(plan, "BLOCK_P", pixels, "BLOCK_O", channels)
     plan = fit(plan, "BLOCK_P", LEAST_PIXELS, images * pixels * channels // plan.tile["BLOCK_O"], device)
-    blocks = triton.cdiv(pixels, plan.tile["BLOCK_P"])
+    tiling = tile_map(plan.tile["BLOCK_P"], convolved_h, convolved_w)
     channel_blocks = triton.cdiv(channels, plan.tile["BLOCK_O"])
-    partials = torch.empty((images * blocks, channels), dtype=accumulated, device=device) if with_bias else None
+    partials = torch.empty((images * tiling.count, channels), dtype=accumulated, device=device) if with_bias else None
     pooled = (1, 1) if grad_output is None else grad_output.shape[2:]
     size, stride, padding = geometry.pool
     arguments = {
         "grad_output": grad_output, "positions": positions if grad_output is not None else None, "skip": skip,
         "grad_skip": grad_skip, "grad_convolved": grad_convolved, "bias_partials": partials,
-        "convolved_w": convolved_w, "pooled_h": pooled[0], "pooled_w": pooled[1], "pixels": pixels, "blocks": blocks,
-        "channel_blocks": channel_blocks, "grad_strides": strides_of(grad_output),
+        "convolved_h": convolved_h, "convolved_w": convolved_w, "pooled_h": pooled[0], "pooled_w": pooled[1],
+        "down": tiling.down, "across": tiling.across, "TILE_W": tiling.width, "channel_blocks": channel_blocks,
+        "grad_strides": strides_of(grad_output),
         "position_strides": strides_of(positions), "skip_strides": strides_of(skip),
         "grad_skip_strides": strides_of(grad_skip), "grad_convolved_strides": grad_convolved.stride(),
         "CHANNELS": channels, "POOL": size, "POOL_STRIDE": stride, "POOL_PADDING": padding,
         "INDEX": index_type(reach(grad_convolved, grad_output, positions, skip, grad_skip)),
     }  # fmt: skip
-    programs = math.prod((images, blocks, channel_blocks)) if grad_convolved.numel() else 0
+    programs = images * tiling.count * channel_blocks if grad_convolved.numel() else 0
     launch(relu_pool2d_backward, bucket, plan, programs, device, arguments)
     return None if partials is None else partials.sum(0)
