@@ -2,19 +2,25 @@
 
 ``python -m benchmarks --out FILE.md`` measures and writes the tables and a chart; ``pytest benchmarks/`` gives
 pytest-benchmark's own output, and its ``--benchmark-json`` file becomes the same tables with
-``python -m benchmarks --from FILE.json --out FILE.md``. ``--quick`` measures a few cases in a few rounds.
+``python -m benchmarks --from FILE.json --out FILE.md``. ``--quick`` measures a few cases in a few rounds;
+``--device cuda`` measures on a GPU, in bfloat16, in less than 8 minutes (`suite.COMPILE_TIME` says how that is kept).
 
 How it is measured:
 
-* Verified first: what a contestant will be timed on (values and gradients) is held to a float64 truth; one that fails
-  is not timed, its benchmarks fail, and the report says so. The same goes for a torch.compile that doesn't compile.
+* Verified first: what a contestant will be timed on (values and gradients) is held to a float64 truth, on a GPU too;
+  one that fails is not timed, its benchmarks fail, and the report says so. The same goes for a torch.compile that
+  doesn't compile.
 * Interleaved: a round times every contestant of a case once, in an order drawn anew, so that a busy moment of the
   machine, the clock's ups and downs and what the neighbour leaves in the caches meet all of them. pytest-benchmark
   times one function after the other, so the rounds are timed here (`suite.measure`) and handed to it with a clock that
   moves by the recorded seconds; statistics, tables, JSON and comparisons are pytest-benchmark's.
 * Ratios are taken within each round, then their median and quartiles are quoted.
-* Compilation and two warm-up calls are not counted.
-* Peak memory is the growth of the process's resident set during one warm call (`memory`).
+* Compilation and warm-up calls are not counted.
+* A GPU's time is its own: events around the passes, and before each call other work that covers the launches and
+  empties the caches. Of calls that are shorter than their launch, many are timed in a row from an idle device.
+* Peak memory is the growth, during one warm call, of the process's resident set (`memory`) or of what torch's allocator
+  has given out on a GPU.
+* The roofline (`roofline`) has two ceilings, a large copy and a large matrix product, which the run measures first.
 
 A case is one line in the ``CASES`` of a ``bench_<operator>.py``.
 """

@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks import report
+from benchmarks.devices import DEVICES
 
 SUITE = Path(__file__).parent
 
@@ -21,19 +22,25 @@ def main() -> int:
     parser.add_argument(
         "--from", dest="run", type=Path, help="a --benchmark-json of pytest to report, instead of measuring"
     )
-    parser.add_argument("--device", choices=["cpu"], default="cpu", help="what to measure on")
+    parser.add_argument("--device", choices=list(DEVICES), default="cpu", help="what to measure on")
     arguments = parser.parse_args()
     if arguments.run is not None:
         report.write(json.loads(arguments.run.read_text()), arguments.out)
         return 0
+    if missing := DEVICES[arguments.device].missing():
+        parser.error(f"--device {arguments.device}: {missing}")
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder, "run.json")
-        command = [sys.executable, "-m", "pytest", str(SUITE), "-q", "--benchmark-quiet", f"--benchmark-json={run}"]
+        command = [
+            sys.executable, "-m", "pytest", str(SUITE), "-q", "--benchmark-quiet", f"--benchmark-json={run}",
+            f"--device={arguments.device}", *(["--quick"] if arguments.quick else []),
+        ]  # fmt: skip
         # In a process of its own: pytest's hooks and the peers' compilers leave nothing behind here.
-        status = subprocess.run([*command, *(["--quick"] if arguments.quick else [])], check=False).returncode
-        if not run.exists():
+        status = subprocess.run(command, check=False).returncode
+        results = run.read_text() if run.exists() else ""
+        if not results:  # pytest has said why
             return status
-        report.write(json.loads(run.read_text()), arguments.out)
+        report.write(json.loads(results), arguments.out)
     return status
 
 

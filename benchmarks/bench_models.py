@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from benchmarks.bench_cross_entropy import count_partial_sums
+from benchmarks.devices import CUDA
 from benchmarks.suite import Case, Job
 from fastseg import models
-from fastseg.testing import MEMORY_FORMATS, make, make_labels
+from fastseg.testing import MEMORY_FORMATS
 
 NUM_CLASSES = 21
 
@@ -34,33 +37,46 @@ class ModelCase(Case):
     @property
     def terms(self) -> int:
         """Loss and gradients are sums over all pixels."""
-        return torch.Size((self.images[0], *self.images[2:])).numel()
+        return math.prod(self.labels)
 
-    def job(self, fused: bool, layout: str, training: bool, dtype: torch.dtype = torch.float32) -> Job:
+    @property
+    def labels(self) -> tuple[int, ...]:
+        """The labels' sizes."""
+        return (self.images[0], *self.images[2:])
+
+    @property
+    def partial_sums(self) -> int:
+        """Those behind the loss."""
+        return count_partial_sums(self.labels)
+
+    def job(self, fused: bool, layout: str, training: bool, dtype: torch.dtype | None = None) -> Job:
         """The loss with its gradients, or the prediction."""
-        network = self.build(fused).to(dtype=dtype, memory_format=MEMORY_FORMATS[layout])  # type: ignore[call-overload]
-        images = make(self.images, dtype, layout=layout)
+        network = self.build(fused, dtype).to(memory_format=MEMORY_FORMATS[layout])  # type: ignore[call-overload]
+        images = self.device.make(self.images, dtype, layout=layout)
         if not training:
             return Job(network.predict, (images,))
-        labels = make_labels((self.images[0], *self.images[2:]), NUM_CLASSES, seed=1)
+        labels = self.device.make_labels(self.labels, NUM_CLASSES, seed=1)
         return Job(network.loss, (images, labels), tuple(network.parameters()))
 
-    def build(self, fused: bool) -> models.SegmentationModel:
+    def build(self, fused: bool, dtype: torch.dtype | None) -> models.SegmentationModel:
         """The network, with the same weights every time."""
         torch.manual_seed(0)
-        return getattr(models if fused else models.plain, self.network)(self.images[1], num_classes=NUM_CLASSES)
+        network = getattr(models if fused else models.plain, self.network)(self.images[1], num_classes=NUM_CLASSES)
+        return network.to(self.device.name, self.device.dtype).to(dtype or self.device.dtype)
 
     def plain(self, training: bool) -> list[Tensor]:
-        """For gradients, the true ones for images that differ in the last places.
+        """For gradients in float32, the true ones for images that differ in the last places.
 
         The gradient of a network jumps where two values of a pooling window are nearly equal, or one is nearly zero.
-        Some of its millions of windows always are, so what float32 may do is what the truth does near by.
+        Some of its millions of windows always are, so what float32 may do is what the truth does near by. In a half
+        dtype, rounding decides a few windows of every hundred: so many that their sum is no chance any more, and plain
+        PyTorch's own error is the measure.
         """
-        if not training:
+        if not training or self.device.dtype != torch.float32:
             return super().plain(training)
         job = self.job(False, "nchw", training, torch.float64)
         images, labels = job.arguments
-        noise = PERTURBATION * torch.finfo(torch.float32).eps * make(images.shape, torch.float64, seed=2)
+        noise = PERTURBATION * torch.finfo(torch.float32).eps * self.device.make(images.shape, torch.float64, seed=2)
         return [result.float() for result in job._replace(arguments=(images * (1 + noise), labels)).results()]
 
     def judged(self, results: list[Tensor]) -> list[Tensor]:
@@ -73,12 +89,14 @@ class ModelCase(Case):
     def logits(self) -> Tensor:
         """The true logits."""
         with torch.no_grad():
-            return self.build(False).double()(make(self.images, torch.float64))
+            return self.build(False, torch.float64)(self.device.make(self.images, torch.float64))
 
 
 CASES = [
     ModelCase("FCN", (4, 3, 224, 224)),
     ModelCase("UNet", (4, 3, 192, 256)),
+    ModelCase("FCN", (16, 3, 512, 512), device=CUDA),
+    ModelCase("UNet", (16, 3, 512, 512), device=CUDA),
 ]
 
 

@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from collections.abc import Callable
+from time import perf_counter
 from typing import Any
 
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 import fastseg
-from benchmarks.suite import FORWARD, FULL, QUICK, TIMINGS, Case, Contestant, Measured, measure
+from benchmarks.devices import DEVICES, Device
+from benchmarks.roofline import measure_ceilings
+from benchmarks.suite import (
+    BACKWARD,
+    BOTH,
+    COMPILERS,
+    FORWARD,
+    FULL,
+    MODES,
+    QUICK,
+    Case,
+    Contestant,
+    Measured,
+    OutOfTimeError,
+    measure,
+)
 
-FAILURES = pytest.StashKey[list[dict[str, str]]]()
+RESULTS = pytest.StashKey[dict[str, Any]]()  # what goes into the JSON file beside pytest-benchmark's own
 
 
 class RecordedClock:
@@ -33,21 +51,39 @@ class RecordedClock:
 CLOCK = RecordedClock()
 
 
+class LogLines(logging.Handler):
+    """Keeps what fastseg logs: that a call runs as plain PyTorch, for one."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", choices=list(DEVICES), default="cpu", help="what to measure on")
     parser.addoption("--quick", action="store_true", help="measure a few cases in a few rounds")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     # The peers' warnings (inductor's, for one) are not ours to turn into errors.
     config.addinivalue_line("filterwarnings", "default")
-    config.stash[FAILURES] = []
-    if fastseg.info()["cpu"] != "native":
-        raise pytest.UsageError(f"fastseg's C++ kernels are not active: {fastseg.info()['cpu']}")
+    device = config.getoption("--device")
+    if missing := DEVICES[device].missing():
+        raise pytest.UsageError(f"--device {device}: {missing}")
+    log = LogLines()
+    logging.getLogger("fastseg").addHandler(log)
+    config.stash[RESULTS] = {"device": DEVICES[device].describe(), "missing": [], "log": log.lines}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Every case of a module, each timing of it, each contestant; the contestants of a case one after the other."""
-    quick = metafunc.config.getoption("--quick")
+    """Every case of a module, each timing of it, each contestant; the contestants of a case one after the other.
+
+    Training comes first: where there is no time to compile everything, it is what counts.
+    """
+    quick, device = metafunc.config.getoption("--quick"), metafunc.config.getoption("--device")
     operator = metafunc.function.__name__.removeprefix("test_")
     metafunc.parametrize(
         ("case", "timing", "contestant"),
@@ -57,17 +93,27 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
                 id=f"{case.name}-{timing}-{contestant.kind}-{contestant.layout}",
                 marks=pytest.mark.benchmark(timer=CLOCK, group=f"{operator} {case.name} {timing}"),
             )
-            for case in metafunc.module.CASES if case.quick or not quick
-            for timing in TIMINGS
+            for timings in ((BACKWARD, BOTH), (FORWARD,))
+            for case in metafunc.module.CASES if case.device.name == device and (case.quick or not quick)
+            for timing in timings
             for contestant in case.contestants
         ],
     )  # fmt: skip
 
 
+@pytest.fixture(scope="session")
+def device(request: pytest.FixtureRequest) -> Device:
+    """What is measured on; its ceilings are measured first."""
+    device = DEVICES[request.config.getoption("--device")]
+    request.config.stash[RESULTS]["ceilings"] = measure_ceilings(device)._asdict()
+    return device
+
+
 @pytest.fixture
 def record(
-    request: pytest.FixtureRequest, benchmark: BenchmarkFixture, case: Case, timing: str, contestant: Contestant
-) -> Callable[[], None]:
+    request: pytest.FixtureRequest, benchmark: BenchmarkFixture, device: Device, case: Case, timing: str,
+    contestant: Contestant,
+) -> Callable[[], None]:  # fmt: skip
     """Hands the measured rounds of one contestant to pytest-benchmark, or raises what made it fail."""
 
     def run() -> None:
@@ -77,12 +123,18 @@ def record(
             "timing": timing,
             **contestant._asdict(),
         }
-        effort = QUICK if request.config.getoption("--quick") else FULL
+        effort = (QUICK if request.config.getoption("--quick") else FULL)[device.name]
         outcome = measure(case, timing != FORWARD, effort)[contestant]
         if not isinstance(outcome, Measured):
-            request.config.stash[FAILURES].append(entry | {"error": f"{type(outcome).__name__}: {outcome}"})
+            skipped = isinstance(outcome, OutOfTimeError)
+            reason = str(outcome) if skipped else f"{type(outcome).__name__}: {outcome}"
+            request.config.stash[RESULTS]["missing"].append(entry | {"skipped": skipped, "reason": reason})
+            if skipped:
+                pytest.skip(reason)
             raise outcome
-        benchmark.extra_info.update(entry, peak_bytes=outcome.peak)
+        # A launch isn't bounded by the roofline.
+        work = () if case.launch_bound else case.work(timing)
+        benchmark.extra_info.update(entry, peak_bytes=outcome.peak, work=work)
         seconds = outcome.seconds(timing)
         rounds = iter(seconds)
         benchmark.pedantic(lambda: CLOCK.advance(next(rounds)), rounds=len(seconds))
@@ -95,4 +147,11 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 
 
 def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list[Any], output_json: dict[str, Any]) -> None:
-    output_json["failures"] = config.stash[FAILURES]
+    compiling: Counter[str] = Counter()
+    for (_, kind), seconds in COMPILERS.spent.items():
+        compiling[kind] += seconds
+    output_json.update(
+        config.stash[RESULTS],
+        seconds=perf_counter() - COMPILERS.start,
+        compiling={kind: compiling[kind] for kind in MODES if kind in compiling},
+    )

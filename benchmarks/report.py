@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from benchmarks.roofline import Ceilings, Work
 from benchmarks.suite import BACKWARD, BOTH, EAGER, FASTSEG, FORWARD, KINDS, TIMINGS, Contestant
 
 LAYOUTS = {"nchw": "NCHW", "channels_last": "channels_last"}
@@ -21,18 +22,42 @@ MIB = 2**20
 READING = """\
 Medians, with the first and the third quartile of the rounds in brackets. "x" is how many times faster fastseg is: the
 other's time over fastseg's, taken within each round; below 1 fastseg is slower, in bold. The best peer is the fastest
-of eager and torch.compile in either memory format, whatever fastseg's own. Forward is timed under `no_grad`; backward
-is the second part of forward+backward. Peak memory is the growth of the process's resident set during one call. For
-models, forward is a prediction, forward+backward the loss and all gradients.
+of all others in either memory format, whatever fastseg's own. Forward is timed under `no_grad`; backward is the second
+part of forward+backward. For models, forward is a prediction, forward+backward the loss and all gradients. The roofline
+is the time that a pass can't go below: what it has to read and write (each input and output once) at the rate of a
+large copy, or its matrix operations at the rate of a large matrix product, whichever takes longer; the percentage is
+that time over fastseg's.
 """
+
+READING_OF = {
+    "cpu": """\
+Peak memory is the growth of the process's resident set during one call. What stays in the caches from call to call can
+be faster than the roofline, which knows the memory alone.
+""",
+    "cuda": """\
+Times are the device's, between events around the passes; the caches hold none of a call's data when it begins. Where a
+call is shorter than its launch (the operators' cases without a roofline), calls follow each other from an idle device,
+and the time is mostly the host's. cuDNN chooses its algorithms as torch has it by default (`cudnn.benchmark` is off).
+Peak memory is what torch's allocator has given out at most during one call, beyond what it had before. torch.compile's
+max-autotune runs without CUDA graphs, and in chosen cases: compiling takes too long for all.
+""",
+}
 
 
 class Row(NamedTuple):
-    """One timing of one case: its contestants' seconds in each round and peak bytes, or what made them fail."""
+    """One timing of one case.
+
+    Args:
+        rounds: The contestants' seconds in each round.
+        peaks: Their peak bytes.
+        missing: Of those that weren't measured, whether they "failed" or were "skipped", and why.
+        work: What each pass can't do without.
+    """
 
     rounds: dict[Contestant, list[float]]
     peaks: dict[Contestant, int]
-    errors: dict[Contestant, str]
+    missing: dict[Contestant, tuple[str, str]]
+    work: list[Work]
 
     def fastest(self, kinds: Iterable[str]) -> Contestant | None:
         """Of some kinds, the contestant with the lowest median."""
@@ -58,7 +83,7 @@ def read_rows(run: dict[str, Any]) -> Rows:
     rows: Rows = {}
 
     def place(info: dict[str, Any]) -> tuple[Row, Contestant]:
-        timings = rows.setdefault((info["operator"], info["case"]), {timing: Row({}, {}, {}) for timing in TIMINGS})
+        timings = rows.setdefault((info["operator"], info["case"]), {timing: Row({}, {}, {}, []) for timing in TIMINGS})
         return timings[info["timing"]], Contestant(info["kind"], info["layout"])
 
     for benchmark in run["benchmarks"]:
@@ -66,15 +91,22 @@ def read_rows(run: dict[str, Any]) -> Rows:
         row.rounds[contestant] = benchmark["stats"]["data"]
         if benchmark["extra_info"]["peak_bytes"] is not None:
             row.peaks[contestant] = benchmark["extra_info"]["peak_bytes"]
-    for failure in run["failures"]:
-        row, contestant = place(failure)
-        row.errors[contestant] = failure["error"]
+        row.work[:] = [Work(*work) for work in benchmark["extra_info"]["work"]]
+    for entry in run["missing"]:
+        row, contestant = place(entry)
+        row.missing[contestant] = ("skipped" if entry["skipped"] else "failed", entry["reason"])
     return rows
+
+
+def contestants(rows: Iterable[Row]) -> list[Contestant]:
+    """All who took part, in their usual order."""
+    present = {contestant for row in rows for contestant in (*row.rounds, *row.missing)}
+    return [contestant for contestant in CONTESTANTS if contestant in present]
 
 
 def write(run: dict[str, Any], path: Path) -> None:
     """Write the tables to ``path`` (Markdown) and the chart beside it (PNG, of the same name)."""
-    rows = read_rows(run)
+    rows, ceilings = read_rows(run), Ceilings(**run["ceilings"])
     path.parent.mkdir(parents=True, exist_ok=True)
     chart = path.with_suffix(".png")
     draw(rows, chart)
@@ -82,13 +114,14 @@ def write(run: dict[str, Any], path: Path) -> None:
         "# Benchmarks\n",
         machine(run),
         READING,
+        READING_OF[run["device"]["type"]],
         f"![time over the best peer's, for every case]({chart.name})\n",
-        summary(rows),
+        summary(rows, ceilings),
     ]
     for operator in dict.fromkeys(operator for operator, _ in rows):
         own = {case: timings for (of, case), timings in rows.items() if of == operator}
-        parts += [f"## {operator}\n", time_table(own), memory_table(own)]
-    path.write_text("\n".join([*parts, errors(rows)]))
+        parts += [f"## {operator}\n", time_table(own), roofline_table(own, ceilings), memory_table(own)]
+    path.write_text("\n".join([*parts, missing(rows), log(run["log"])]))
 
 
 # ---- tables ----
@@ -96,21 +129,28 @@ def write(run: dict[str, Any], path: Path) -> None:
 
 def machine(run: dict[str, Any]) -> str:
     """What was measured, where and when."""
-    info, commit = run["machine_info"], run["commit_info"]
-    fastseg, cpu = info["fastseg"], info["cpu"]
+    info, commit, device = run["machine_info"], run["commit_info"], run["device"]
+    fastseg, cpu, ceilings = info["fastseg"], info["cpu"], Ceilings(**run["ceilings"])
     name = cpu.get("brand_raw", info["machine"])
     changed = " with local changes" if commit.get("dirty") else ""
+    known = commit.get("id") not in (None, "unversioned", "unknown")  # as pytest-benchmark has it
+    version = f"commit {commit['id'][:10]}{changed}" if known else "commit unknown"
+    compiling = "".join(f", {seconds:.0f} s for {kind}" for kind, seconds in run["compiling"].items())
     return (
-        f"* {name}, {cpu['count']} cores, {info['system']}; {fastseg['threads']} threads\n"
-        f"* fastseg {fastseg['fastseg']} (commit {str(commit.get('id'))[:10]}{changed}), {fastseg['cpu_isa']} kernels\n"
+        f"* {device['title']}\n"
+        f"* {name}, {cpu['count']} cores, {info['system']}\n"
+        f"* fastseg {fastseg['fastseg']} ({version})\n"
         f"* torch {fastseg['torch']}, Python {info['python_version']}\n"
-        f"* float32, {run['datetime'][:10]}\n"
+        f"* {device['dtype']}, {run['datetime'][:10]}, {run['seconds']:.0f} s in all{compiling}\n"
+        f"* ceilings: {significant(ceilings.bytes_per_second / 1e9)} GB/s copied (read and written), "
+        f"{significant(ceilings.operations_per_second / 1e12)} T operations/s of a {device['dtype']} matrix product\n"
     )
 
 
-def summary(rows: Rows) -> str:
+def summary(rows: Rows, ceilings: Ceilings) -> str:
     """A line for each case: fastseg in its faster memory format, and the lowest peaks of forward+backward."""
-    head = ["case", "forward ms", "x eager NCHW", "x best peer", "forward+backward ms", "x eager NCHW", "x best peer",
+    head = ["case", "forward ms", "x eager NCHW", "x best peer", "of the roofline",
+            "forward+backward ms", "x eager NCHW", "x best peer", "of the roofline",
             "backward x best peer", "peak MiB", "lowest peer's MiB"]  # fmt: skip
     lines = [head]
     for names, timings in rows.items():
@@ -121,6 +161,8 @@ def summary(rows: Rows) -> str:
             if timing != BACKWARD:
                 line += [milliseconds(row, own), factor(row.speedups(own, Contestant(EAGER, "nchw")))]
             line.append(factor(row.over_best_peer(own)))
+            if timing != BACKWARD:
+                line.append(share(row, own, ceilings))
         peaks = timings[BOTH].peaks
         line += [lowest_mebibytes(peaks, [FASTSEG]), lowest_mebibytes(peaks, KINDS[1:])]
         lines.append(line)
@@ -129,34 +171,58 @@ def summary(rows: Rows) -> str:
 
 def time_table(cases: dict[str, dict[str, Row]]) -> str:
     """Milliseconds of every contestant, and fastseg's factor in each memory format."""
-    own = [Contestant(FASTSEG, layout) for layout in LAYOUTS]
-    lines = [["case", "timing", *map(label, CONTESTANTS), *(f"{label(contestant)} x best peer" for contestant in own)]]
+    everyone = contestants(row for timings in cases.values() for row in timings.values())
+    own = [contestant for contestant in everyone if contestant.kind == FASTSEG]
+    lines = [["case", "timing", *map(label, everyone), *(f"{label(contestant)} x best peer" for contestant in own)]]
     for case, timings in cases.items():
         for timing, row in timings.items():
             factors = (factor(row.over_best_peer(contestant)) for contestant in own)
-            lines.append([case, timing, *(milliseconds(row, contestant) for contestant in CONTESTANTS), *factors])
+            lines.append([case, timing, *(milliseconds(row, contestant) for contestant in everyone), *factors])
     return "Milliseconds\n\n" + format_table(lines)
+
+
+def roofline_table(cases: dict[str, dict[str, Row]], ceilings: Ceilings) -> str:
+    """What each timing can't do without, what that takes at least, and how near fastseg comes; "" where unknown."""
+    own = [Contestant(FASTSEG, layout) for layout in LAYOUTS]
+    lines = [["case", "timing", "MB", "G operations", "floor ms", "bound by", *map(label, own)]]
+    for case, timings in cases.items():
+        for timing, row in timings.items():
+            if not row.work:
+                continue
+            lines.append([
+                case, timing, significant(sum(work.bytes for work in row.work) / 1e6),
+                significant(sum(work.operations for work in row.work) / 1e9),
+                significant(1e3 * ceilings.seconds(row.work)), " + ".join(ceilings.limits(row.work)),
+                *(share(row, contestant, ceilings) for contestant in own),
+            ])  # fmt: skip
+    return "Of the roofline\n\n" + format_table(lines) if len(lines) > 1 else ""
 
 
 def memory_table(cases: dict[str, dict[str, Row]]) -> str:
     """Peak memory of every contestant."""
-    lines = [["case", "timing", *map(label, CONTESTANTS)]]
+    everyone = contestants(row for timings in cases.values() for row in timings.values())
+    lines = [["case", "timing", *map(label, everyone)]]
     for case, timings in cases.items():
         for timing in (FORWARD, BOTH):
             peaks = timings[timing].peaks
-            lines.append([case, timing, *(mebibytes(peaks.get(contestant)) for contestant in CONTESTANTS)])
+            lines.append([case, timing, *(mebibytes(peaks.get(contestant)) for contestant in everyone)])
     return "Peak memory, MiB\n\n" + format_table(lines)
 
 
-def errors(rows: Rows) -> str:
-    """What failed, and why."""
+def missing(rows: Rows) -> str:
+    """Who failed or was left out, and why."""
     lines = [
-        f"* {operator} {case}, {timing}, {label(contestant)}: `{error.splitlines()[0]}`\n"
+        f"* {operator} {case}, {timing}, {label(contestant)}, {what}: `{reason.splitlines()[0]}`\n"
         for (operator, case), timings in rows.items()
         for timing, row in timings.items()
-        for contestant, error in row.errors.items()
+        for contestant, (what, reason) in row.missing.items()
     ]
-    return "".join(["## Failed\n\n", *lines]) if lines else ""
+    return "".join(["## Not measured\n\n", *lines]) if lines else ""
+
+
+def log(lines: Sequence[str]) -> str:
+    """What fastseg logged during the run: calls that it left to plain PyTorch."""
+    return "".join(["## fastseg's log\n\n", *(f"* {line}\n" for line in lines)]) if lines else ""
 
 
 def label(contestant: Contestant) -> str:
@@ -166,8 +232,8 @@ def label(contestant: Contestant) -> str:
 
 def milliseconds(row: Row, contestant: Contestant | None) -> str:
     """The median and the quartiles, in three significant digits."""
-    if contestant in row.errors:
-        return "failed"
+    if contestant in row.missing:
+        return row.missing[contestant][0]
     if contestant not in row.rounds:
         return NOTHING
     first, middle, third = (significant(1e3 * value) for value in quartiles(row.rounds[contestant]))
@@ -181,6 +247,13 @@ def factor(values: Sequence[float]) -> str:
     first, middle, third = quartiles(values)
     text = f"{middle:.2f}x"
     return f"{text if middle >= 1 else f'**{text}**'} ({first:.2f} - {third:.2f})"
+
+
+def share(row: Row, contestant: Contestant | None, ceilings: Ceilings) -> str:
+    """The roofline's time over a contestant's median."""
+    if contestant not in row.rounds or not row.work:
+        return NOTHING
+    return f"{100 * ceilings.seconds(row.work) / median(row.rounds[contestant]):.0f}%"
 
 
 def mebibytes(size: int | None) -> str:
@@ -200,8 +273,8 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def significant(value: float, digits: int = 3) -> str:
-    """A positive number in a few significant digits, without an exponent."""
-    return f"{value:.{max(0, digits - 1 - math.floor(math.log10(value)))}f}"
+    """A number of zero or more in a few significant digits, without an exponent."""
+    return f"{value:.{max(0, digits - 1 - math.floor(math.log10(value)))}f}" if value else "0"
 
 
 def format_table(lines: Sequence[Sequence[str]]) -> str:
@@ -217,10 +290,11 @@ def draw(rows: Rows, path: Path) -> None:
     """Every contestant's time over the best peer's: a panel for each timing, a line for each case."""
     figure = Figure(figsize=(13, 1.5 + 0.4 * len(rows)), layout="constrained")
     panels: Sequence[Axes] = figure.subplots(1, len(TIMINGS), sharey=True)
-    colours = dict(zip(KINDS, ("C3", "C0", "C2"), strict=True))
+    colours = dict(zip(KINDS, ("C3", "C0", "C2", "C4"), strict=True))
+    everyone = contestants(row for timings in rows.values() for row in timings.values())
     markers = dict(zip(LAYOUTS, ("s", "o"), strict=True))
     for panel, timing in zip(panels, TIMINGS, strict=True):
-        for contestant in CONTESTANTS:
+        for contestant in everyone:
             # How many times faster the best peer is; NaN, where there is no such contestant, isn't drawn.
             points = [
                 median(row.speedups(row.fastest(KINDS[1:]), contestant) or [math.nan])
@@ -237,5 +311,5 @@ def draw(rows: Rows, path: Path) -> None:
         panel.grid(alpha=0.3)
     panels[0].set_yticks(range(len(rows)), [" ".join(names) for names in rows])
     panels[0].invert_yaxis()
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(CONTESTANTS))
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(everyone))
     figure.savefig(path, dpi=80)

@@ -7,7 +7,9 @@ import gc
 import math
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
 from typing import NamedTuple
@@ -15,26 +17,64 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.memory import peak_growth
+from benchmarks.devices import CPU, Device
+from benchmarks.roofline import Work
 from fastseg.testing import assert_parity
 
-FASTSEG, EAGER, COMPILE = KINDS = ("fastseg", "eager", "compile")
+FASTSEG, EAGER, COMPILE, MAX_AUTOTUNE = KINDS = ("fastseg", "eager", "compile", "max-autotune")
 FORWARD, BACKWARD, BOTH = TIMINGS = ("forward", "backward", "forward+backward")
+
+# torch.compile's modes. Without CUDA graphs: a graph's replay spares the launches that all others pay for, writes into
+# memory that the next call overwrites, and keeps memory that no counter of a call shows.
+MODES = {COMPILE: None, MAX_AUTOTUNE: "max-autotune-no-cudagraphs"}
 
 WARM_UP_CALLS = 2
 SHORTEST_TIMED = 1e-3  # seconds; shorter calls are repeated, so that the clock's own time doesn't count
+SHORTEST_LED = 1e-4  # the same where other work, of a millisecond, goes before each call: a GPU's events cost less
 
 
 class Effort(NamedTuple):
-    """How long the contestants of a case are timed: for some seconds, but in no fewer and no more rounds than said."""
+    """How long the contestants of a case are timed: for some seconds, but in no fewer and no more rounds than said.
+
+    Args:
+        seconds: Of all rounds together.
+        least_rounds: Rounds at least.
+        most_rounds: Rounds at most.
+        warm_up_seconds: Of calls that aren't timed, before; at least `WARM_UP_CALLS` of each contestant.
+    """
 
     seconds: float
     least_rounds: int
     most_rounds: int
+    warm_up_seconds: float = 0
 
 
-FULL = Effort(seconds=5, least_rounds=9, most_rounds=60)
-QUICK = Effort(seconds=0.5, least_rounds=3, most_rounds=10)
+# A GPU's clock falls while the host compiles, and takes some 10 ms of work to rise again.
+FULL = {"cpu": Effort(5, 9, 60), "cuda": Effort(0.7, 9, 60, warm_up_seconds=0.2)}
+QUICK = {"cpu": Effort(0.5, 3, 10), "cuda": Effort(0.2, 3, 10, warm_up_seconds=0.1)}
+
+
+class CompileTime(NamedTuple):
+    """When a run leaves out compilers' results, to end in time.
+
+    Args:
+        seconds: How long compiling may take for each operator, by kind of contestant; who comes after that is left out.
+        until: Seconds after the start of the run from which on nothing more is compiled.
+    """
+
+    seconds: dict[str, float]
+    until: float
+
+
+# A GPU is often at hand for minutes only: its run is to end within 8. What it takes, estimated for 16 CPU cores and an
+# H200: 10 s to start and for the ceilings; 24 times (12 cases, forward and training) 2 s to make and verify and 1.5 s
+# to time; 2 s for each of 38 compilations of an operator, 7 s for each of 8 of a network; 25 s for each of 8 in
+# max-autotune, of which the time below admits about 5, training's first: 6 minutes in all. At the worst the last
+# compilation begins after 6:30, and what is left takes a minute.
+COMPILE_TIME = {
+    "cpu": CompileTime({}, math.inf),
+    "cuda": CompileTime({COMPILE: 75, MAX_AUTOTUNE: 60}, 390),
+}
 
 
 class Job(NamedTuple):
@@ -58,24 +98,35 @@ class Job(NamedTuple):
             output = self.function(*self.arguments)
         return [output.detach(), *(torch.autograd.grad(output, self.wanted, self.incoming) if self.wanted else ())]
 
-    def seconds(self, calls: int = 1) -> tuple[float, float]:
-        """Seconds of the forward and of the backward pass, the mean of some calls. Freeing what they made counts."""
-        forward = backward = 0.0
+    def seconds(self, device: Device, calls: int = 1, lead: bool = False) -> tuple[float, float]:
+        """Seconds of the forward and of the backward pass, the mean of some calls. Freeing what they made counts.
+
+        Args:
+            device: Where the tensors are.
+            calls: How many calls.
+            lead: Whether the device gets some other work before each call (see `Device.lead`).
+        """
+        marks = []
         with torch.set_grad_enabled(bool(self.wanted)):
             for _ in range(calls):
-                start = perf_counter()
+                if lead:
+                    device.lead()
+                start = device.mark()
                 output = self.function(*self.arguments)
                 if self.wanted:
-                    middle = perf_counter()
+                    middle = device.mark()
                     torch.autograd.grad(output, self.wanted, self.incoming)
                     del output
-                    end = perf_counter()
+                    end = device.mark()
                 else:
                     del output
-                    middle = end = perf_counter()
-                forward += middle - start
-                backward += end - middle
-        return forward / calls, backward / calls
+                    middle = end = device.mark()
+                marks.append((start, middle, end))
+        device.wait()
+        return (
+            sum(device.seconds(start, middle) for start, middle, _ in marks) / calls,
+            sum(device.seconds(middle, end) for _, middle, end in marks) / calls,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,10 +134,17 @@ class Case(ABC):
     """A line of the tables: an operator on tensors of given sizes.
 
     Args:
+        device: Where its tensors are. They have the device's dtype.
         quick: Whether ``--quick`` measures it too.
+        launch_bound: Whether a GPU is done with a call before the host has launched it. What is timed then are calls
+            one after the other, the host's part in them included.
+        max_autotune: The memory formats that torch.compile's max-autotune is measured in: it takes long to compile.
     """
 
+    device: Device = CPU
     quick: bool = False
+    launch_bound: bool = False
+    max_autotune: tuple[str, ...] = ()
 
     @property
     @abstractmethod
@@ -99,16 +157,33 @@ class Case(ABC):
         """Length of the longest sum behind an element of the results (see `fastseg.testing.assert_parity`)."""
 
     @property
+    def partial_sums(self) -> int:
+        """Length of the longest sum behind the output whose terms plain PyTorch rounds to a half dtype."""
+        return 1
+
+    @property
     def layouts(self) -> tuple[str, ...]:
         """The memory formats that it is measured in."""
         return ("nchw", "channels_last")
 
+    @property
+    def led(self) -> bool:
+        """Whether other work goes before each call that is timed, so that its launch doesn't count."""
+        return self.device.asynchronous and not self.launch_bound
+
     @abstractmethod
-    def job(self, fused: bool, layout: str, training: bool, dtype: torch.dtype = torch.float32) -> Job:
-        """The call, by fastseg (fused) or by plain PyTorch; forward and backward (training) or forward alone."""
+    def job(self, fused: bool, layout: str, training: bool, dtype: torch.dtype | None = None) -> Job:
+        """The call, by fastseg (fused) or by plain PyTorch; forward and backward (training) or forward alone.
+
+        Whatever the dtype (None: the device's), its tensors hold the same numbers, rounded to the device's.
+        """
+
+    def work(self, timing: str) -> tuple[Work, ...]:
+        """What each pass of a timing can't do without; empty where that isn't known."""
+        return ()
 
     def plain(self, training: bool) -> list[Tensor]:
-        """Results whose distance from the truth is the measure for the contestants': plain PyTorch's in float32."""
+        """Results whose distance from the truth is the measure for the contestants': plain PyTorch's."""
         return self.job(False, "nchw", training).results()
 
     def judged(self, results: list[Tensor]) -> list[Tensor]:
@@ -118,7 +193,12 @@ class Case(ABC):
     @property
     def contestants(self) -> list[Contestant]:
         """Who is measured."""
-        return [Contestant(kind, layout) for kind in KINDS for layout in self.layouts]
+        return [
+            Contestant(kind, layout)
+            for kind in KINDS
+            for layout in self.layouts
+            if kind != MAX_AUTOTUNE or layout in self.max_autotune
+        ]
 
 
 class Contestant(NamedTuple):
@@ -130,8 +210,9 @@ class Contestant(NamedTuple):
     def job(self, case: Case, training: bool) -> Job:
         """Its call for ``case``."""
         job = case.job(self.kind == FASTSEG, self.layout, training)
-        if self.kind == COMPILE:
-            job = job._replace(function=torch.compile(job.function, fullgraph=True, dynamic=False))
+        if self.kind in MODES:
+            compiled = torch.compile(job.function, fullgraph=True, dynamic=False, mode=MODES[self.kind])
+            job = job._replace(function=compiled)
         return job
 
 
@@ -150,16 +231,59 @@ class Measured(NamedTuple):
 
 
 class Verifier:
-    """Holds jobs of a case to the float64 truth."""
+    """Holds jobs of a case to the float64 truth.
+
+    The truth is float64 arithmetic on the very numbers that the contestants get. In float32 a sum of n terms may be
+    rounded n times. Half dtypes are summed in float32, by fastseg and its peers alike, so that beside float32's
+    roundings there is the result's own; what plain PyTorch rounds before, its own error shows.
+    """
 
     def __init__(self, case: Case, training: bool) -> None:
         self.case = case
         self.truth = case.judged(case.job(False, "nchw", training, torch.float64).results())
         self.plain = case.judged(case.plain(training))
+        coarser = torch.finfo(case.device.dtype).eps / torch.finfo(torch.float32).eps
+        # A sum's error goes with the square root of its terms.
+        self.gradient_terms = max(1, math.ceil(case.terms / coarser**2))
+        self.output_terms = max(self.gradient_terms, case.partial_sums)
 
     def verify(self, job: Job) -> None:
         """Raise AssertionError where values or gradients are farther from the truth than plain PyTorch's may be."""
-        assert_parity(self.case.judged(job.results()), self.plain, self.truth, terms=self.case.terms)
+        results = self.case.judged(job.results())
+        assert_parity(results[0], self.plain[0], self.truth[0], terms=self.output_terms)
+        try:
+            assert_parity(results[1:], self.plain[1:], self.truth[1:], terms=self.gradient_terms)
+        except AssertionError as error:
+            raise AssertionError(f"gradients: {error}") from None
+
+
+class OutOfTimeError(Exception):
+    """A contestant was left out because compiling had already taken the time that the run has for it."""
+
+
+class Compilers:
+    """Keeps count of the time that compiling takes in this run, see `COMPILE_TIME`."""
+
+    def __init__(self) -> None:
+        self.start = perf_counter()
+        self.spent: Counter[tuple[type[Case], str]] = Counter()
+
+    @contextmanager
+    def turn(self, case: Case, kind: str) -> Iterator[None]:
+        """Counts the time that passes inside; raises OutOfTimeError instead where there is none left."""
+        limits, key = COMPILE_TIME[case.device.name], (type(case), kind)
+        if kind in MODES and perf_counter() - self.start > limits.until:
+            raise OutOfTimeError(f"no compilation is begun {limits.until:g} s after the start of the run")
+        if self.spent[key] > limits.seconds.get(kind, math.inf):
+            raise OutOfTimeError(f"{kind} had taken {self.spent[key]:.0f} s to compile cases of this operator before")
+        start = perf_counter()
+        try:
+            yield
+        finally:
+            self.spent[key] += perf_counter() - start
+
+
+COMPILERS = Compilers()
 
 
 @functools.lru_cache(maxsize=1)  # the contestants of a case come one after the other
@@ -170,25 +294,31 @@ def measure(case: Case, training: bool, effort: Effort) -> dict[Contestant, Meas
     outcomes: dict[Contestant, Measured | Exception] = {}
     jobs = {}
     for contestant in case.contestants:
-        job = contestant.job(case, training)
         try:
-            verifier.verify(job)
+            with COMPILERS.turn(case, contestant.kind):
+                job = contestant.job(case, training)
+                verifier.verify(job)
         except Exception as error:  # a wrong result or a failing compilation: reported, and the others are measured
             outcomes[contestant] = error
         else:
             jobs[contestant] = job
     del verifier
-    for contestant, rounds in time_rounds(jobs, effort).items():
-        outcomes[contestant] = Measured(rounds, peak_growth(jobs[contestant].seconds))
+    for contestant, rounds in time_rounds(jobs, effort, case.device, case.led).items():
+        outcomes[contestant] = Measured(rounds, case.device.peak_growth(jobs[contestant].results))
     return outcomes
 
 
-def time_rounds(jobs: dict[Contestant, Job], effort: Effort) -> dict[Contestant, list[tuple[float, float]]]:
+def time_rounds(
+    jobs: dict[Contestant, Job], effort: Effort, device: Device, lead: bool
+) -> dict[Contestant, list[tuple[float, float]]]:
     """Seconds of the passes of every job in each round; a round is all jobs once, in an order drawn anew."""
     if not jobs:
         return {}
-    fastest = min(sum(job.seconds()) for job in jobs.values() for _ in range(WARM_UP_CALLS))
-    calls = math.ceil(SHORTEST_TIMED / fastest)
+    fastest, warm_ups, end = math.inf, 0, perf_counter() + effort.warm_up_seconds
+    while warm_ups < WARM_UP_CALLS or perf_counter() < end:
+        fastest = min(fastest, *(sum(job.seconds(device, 1, lead)) for job in jobs.values()))
+        warm_ups += 1
+    calls = math.ceil((SHORTEST_LED if lead else SHORTEST_TIMED) / fastest)
     seconds: dict[Contestant, list[tuple[float, float]]] = {contestant: [] for contestant in jobs}
     order = list(jobs)
     shuffle = random.Random(0).shuffle
@@ -201,7 +331,7 @@ def time_rounds(jobs: dict[Contestant, Job], effort: Effort) -> dict[Contestant,
                 break
             shuffle(order)
             for contestant in order:
-                seconds[contestant].append(jobs[contestant].seconds(calls))
+                seconds[contestant].append(jobs[contestant].seconds(device, calls, lead))
     finally:
         gc.enable()
     return seconds

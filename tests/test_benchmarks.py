@@ -1,39 +1,86 @@
 """The benchmark suite: right operators are verified and timed, wrong ones are refused, and the report is written."""
 
+import dataclasses
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastseg import functional
+from fastseg.testing import make, make_labels
 
 pytest.importorskip("benchmarks", reason="benchmarks/ is part of a checkout, not of the installed package")
-from benchmarks import report, suite
+from benchmarks import __main__, bench_conv_relu_pool2d, bench_cross_entropy, bench_models, report, suite
 from benchmarks.bench_conv_relu_pool2d import ConvReLUPool2dCase
-from benchmarks.bench_cross_entropy import CrossEntropyCase
+from benchmarks.bench_cross_entropy import CrossEntropyCase, count_partial_sums
 from benchmarks.bench_models import ModelCase
+from benchmarks.devices import CPU, CUDA, Device, Processor
+from benchmarks.roofline import Ceilings, Work, measure_ceilings
 
-CASES = [
-    ConvReLUPool2dCase((1, 3, 12, 14), 5, input_gradient=True),
-    ConvReLUPool2dCase((1, 3, 16, 18), 4, kernel=7, stride=2, padding=3, pool=(3, 2, 1)),
-    CrossEntropyCase((2, 5, 4, 6)),
-    CrossEntropyCase((6, 4)),
-    ModelCase("FCN", (1, 3, 16, 16)),
-    ModelCase("UNet", (1, 3, 16, 16)),
+
+class HalfProcessor(Processor):
+    """A CPU that is measured in bfloat16, as a GPU is."""
+
+    dtype = torch.bfloat16
+
+
+class AsynchronousProcessor(Processor):
+    """A CPU that is timed as a GPU is; counts the work that it gets before calls."""
+
+    asynchronous = True
+    leads = 0
+
+    def lead(self) -> None:
+        self.leads += 1
+
+
+HALF_CPU = HalfProcessor()
+DEVICES = [
+    pytest.param(CPU, id="cpu"),
+    pytest.param(HALF_CPU, id="cpu-bfloat16"),
+    pytest.param(
+        CUDA,
+        id="cuda",
+        marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")],
+    ),
 ]
+FIRST_LAYER = ConvReLUPool2dCase((1, 3, 12, 14), 5, input_gradient=True)
+STEM = ConvReLUPool2dCase((1, 3, 16, 18), 4, kernel=7, stride=2, padding=3, pool=(3, 2, 1))
+LOGITS = CrossEntropyCase((2, 5, 4, 6))
+CASES = [
+    FIRST_LAYER,
+    STEM,
+    LOGITS,
+    CrossEntropyCase((6, 4)),
+    ModelCase("FCN", (1, 3, 64, 64)),  # large enough that rounding to bfloat16 decides more than a window or two
+    ModelCase("UNet", (1, 3, 24, 24)),
+]
+ALL_CASES = [*bench_conv_relu_pool2d.CASES, *bench_cross_entropy.CASES, *bench_models.CASES]
 ONE_ROUND = suite.Effort(seconds=0, least_rounds=1, most_rounds=1)
 
 
 @pytest.fixture(autouse=True)
-def _without_compile(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(suite, "KINDS", (suite.FASTSEG, suite.EAGER))  # compilers take seconds, and are not ours
+def _without_compilers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(suite, "KINDS", (suite.FASTSEG, suite.EAGER))  # they take seconds, and are not ours
+
+
+@pytest.fixture
+def all_kinds(monkeypatch: pytest.MonkeyPatch, _without_compilers: None) -> None:
+    monkeypatch.setattr(suite, "KINDS", report.KINDS)
+
+
+# ---- verified and timed ----
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["forward", "training"])
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_every_contestant_is_verified_and_timed(case: suite.Case, training: bool) -> None:
+def test_every_contestant_is_verified_and_timed(case: suite.Case, device: Device, training: bool) -> None:
+    case = dataclasses.replace(case, device=device)
     outcomes = suite.measure.__wrapped__(case, training, ONE_ROUND)
     assert set(outcomes) == set(case.contestants)
     for outcome in outcomes.values():
@@ -41,19 +88,25 @@ def test_every_contestant_is_verified_and_timed(case: suite.Case, training: bool
         ((forward, backward),) = outcome.rounds
         assert forward > 0
         assert (backward > 0) == training
-        assert (outcome.peak is None) == (sys.platform != "linux")
+        assert (outcome.peak is None) == (device is not CUDA and sys.platform != "linux")
 
 
-def slightly_off(operator: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    return lambda *args, **kwargs: operator(*args, **kwargs) * 1.001
+def off_by(factor: float) -> Callable[..., Callable[..., Tensor]]:
+    def slightly_off(operator: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda *args, **kwargs: operator(*args, **kwargs) * factor
+
+    return slightly_off
 
 
-def wrong_gradient(operator: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def call(*args: Tensor, **kwargs: object) -> Tensor:
-        output = operator(*args, **kwargs)
-        return output * 1.001 - output.detach() * 0.001
+def gradient_off_by(factor: float) -> Callable[..., Callable[..., Tensor]]:
+    def wrong_gradient(operator: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(*args: Tensor, **kwargs: object) -> Tensor:
+            output = operator(*args, **kwargs)
+            return output * factor - output.detach() * (factor - 1)
 
-    return call
+        return call
+
+    return wrong_gradient
 
 
 def without_bias(operator: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -61,17 +114,201 @@ def without_bias(operator: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("case", "mistake"),
-    [(CASES[0], slightly_off), (CASES[0], wrong_gradient), (CASES[0], without_bias), (CASES[2], slightly_off)],
-    ids=lambda value: getattr(value, "name", None) or value.__name__,
+    ("case", "device", "mistake"),
+    [
+        pytest.param(FIRST_LAYER, CPU, off_by(1.001), id="conv-value"),
+        pytest.param(FIRST_LAYER, CPU, gradient_off_by(1.001), id="conv-gradient"),
+        pytest.param(FIRST_LAYER, CPU, without_bias, id="conv-bias"),
+        pytest.param(LOGITS, CPU, off_by(1.001), id="loss-value"),
+        # bfloat16 has an epsilon of 0.8%.
+        pytest.param(FIRST_LAYER, HALF_CPU, off_by(1.05), id="conv-value-bfloat16"),
+        pytest.param(FIRST_LAYER, HALF_CPU, gradient_off_by(1.05), id="conv-gradient-bfloat16"),
+        pytest.param(FIRST_LAYER, HALF_CPU, without_bias, id="conv-bias-bfloat16"),
+        pytest.param(LOGITS, HALF_CPU, gradient_off_by(1.05), id="loss-gradient-bfloat16"),
+    ],
 )
 def test_a_wrong_operator_is_not_timed(
-    monkeypatch: pytest.MonkeyPatch, case: suite.Case, mistake: Callable[..., Callable[..., Tensor]]
+    monkeypatch: pytest.MonkeyPatch, case: suite.Case, device: Device, mistake: Callable[..., Callable[..., Tensor]]
 ) -> None:
     name = "cross_entropy" if isinstance(case, CrossEntropyCase) else "conv_relu_pool2d"
     monkeypatch.setattr(functional, name, mistake(getattr(functional, name)))
+    case = dataclasses.replace(case, device=device)
     for contestant, outcome in suite.measure.__wrapped__(case, True, ONE_ROUND).items():
         assert isinstance(outcome, AssertionError if contestant.kind == suite.FASTSEG else suite.Measured)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    "case",
+    [
+        ConvReLUPool2dCase((2, 3, 48, 48), 8, device=HALF_CPU),
+        ConvReLUPool2dCase((1, 32, 32, 32), 8, device=HALF_CPU),
+        ConvReLUPool2dCase((1, 3, 96, 96), 8, kernel=7, stride=2, padding=3, pool=(3, 2, 1), device=HALF_CPU),
+    ],
+    ids=lambda case: case.name,
+)
+def test_rounding_decides_no_window_that_has_a_gradient(
+    monkeypatch: pytest.MonkeyPatch, case: ConvReLUPool2dCase, seed: int
+) -> None:
+    generator = HALF_CPU._generator
+    monkeypatch.setattr(HALF_CPU, "_generator", lambda other: generator(100 * seed + other))
+    case = dataclasses.replace(case)  # without what is cached
+    images, weight, bias = case.job(False, "nchw", False, torch.float64).arguments
+    exact = F.conv2d(images, weight, None, case.stride, case.padding)
+    once = (exact + bias[:, None, None]).bfloat16()
+    twice = exact.bfloat16() + bias.bfloat16()[:, None, None]  # as cuDNN's convolution and a bias after it
+    windows = case.incoming != 0
+    assert windows.float().mean() > 0.9
+    truth, *rounded = (
+        F.max_pool2d(F.relu(convolved), *case.pool, return_indices=True)
+        for convolved in (exact + bias[:, None, None], once, twice)
+    )
+    for values, positions in rounded:
+        assert torch.equal(values[windows] > 0, truth[0][windows] > 0)
+        passed = windows & (truth[0] > 0)
+        assert torch.equal(positions[passed], truth[1][passed])
+
+
+@pytest.mark.parametrize(
+    ("labels", "count"),
+    [((65536,), 1), ((2, 64, 64), 2), ((8, 512, 512), 16), ((16, 512, 1024), 64)],
+    ids=["rows", "small", "ade20k", "cityscapes"],
+)
+def test_partial_sums_of_a_loss(labels: tuple[int, ...], count: int) -> None:
+    assert count_partial_sums(labels) == count
+
+
+@pytest.mark.parametrize(
+    ("launch_bound", "leads"), [(False, 2), (True, 0)], ids=["device's time", "launches counted in"]
+)
+def test_other_work_goes_before_the_calls_of_an_asynchronous_device(launch_bound: bool, leads: int) -> None:
+    device = AsynchronousProcessor()
+    case = dataclasses.replace(LOGITS, device=device, launch_bound=launch_bound)
+    seconds = case.job(True, "nchw", True).seconds(device, 2, case.led)
+    assert device.leads == leads
+    assert min(seconds) > 0
+    assert not dataclasses.replace(case, device=CPU).led
+
+
+# ---- inputs and contestants ----
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_inputs_are_the_same_numbers_in_every_dtype(device: Device) -> None:
+    rounded = device.make((2, 3, 4, 5), seed=3, layout="channels_last", scale=0.5)
+    assert rounded.dtype == device.dtype
+    assert rounded.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(rounded.double(), device.make((2, 3, 4, 5), torch.float64, seed=3, scale=0.5))
+    assert device.make((2,), requires_grad=True).requires_grad
+
+
+def test_inputs_on_the_cpu_are_those_of_the_tests() -> None:
+    assert torch.equal(CPU.make((3, 4), seed=5), make((3, 4), seed=5))
+    assert torch.equal(CPU.make_labels((3, 4), 7, seed=5), make_labels((3, 4), 7, seed=5))
+
+
+@pytest.mark.usefixtures("all_kinds")
+@pytest.mark.parametrize(
+    ("case", "kinds"),
+    [
+        (FIRST_LAYER, {"fastseg": 2, "eager": 2, "compile": 2}),
+        (bench_conv_relu_pool2d.CASES[6], {"fastseg": 2, "eager": 2, "compile": 2, "max-autotune": 1}),
+        (CrossEntropyCase((65536, 10), device=CUDA), {"fastseg": 1, "eager": 1, "compile": 1}),
+    ],
+    ids=["cpu", "cuda goal", "rows"],
+)
+def test_contestants(case: suite.Case, kinds: dict[str, int]) -> None:
+    contestants = [contestant.kind for contestant in case.contestants]
+    assert {kind: contestants.count(kind) for kind in contestants} == kinds
+
+
+def test_every_device_has_cases_of_its_own() -> None:
+    names = [(case.device.name, type(case), case.name) for case in ALL_CASES]
+    assert len(set(names)) == len(names)
+    for device in (CPU, CUDA):
+        own = [case for case in ALL_CASES if case.device is device]
+        assert {type(case) for case in own} == {ConvReLUPool2dCase, CrossEntropyCase, ModelCase}
+        assert any(case.quick for case in own)
+
+
+@pytest.mark.usefixtures("all_kinds")
+def test_compilers_are_left_out_when_their_time_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(suite, "COMPILERS", suite.Compilers())
+    monkeypatch.setitem(suite.COMPILE_TIME, "cpu", suite.CompileTime({suite.COMPILE: 5}, until=1e9))
+    suite.COMPILERS.spent[CrossEntropyCase, suite.COMPILE] = 6.0
+    for contestant, outcome in suite.measure.__wrapped__(LOGITS, False, ONE_ROUND).items():
+        left_out = contestant.kind == suite.COMPILE
+        assert isinstance(outcome, suite.OutOfTimeError if left_out else suite.Measured)
+    with suite.COMPILERS.turn(FIRST_LAYER, suite.COMPILE):  # another operator has time of its own
+        pass
+    assert suite.COMPILERS.spent[ConvReLUPool2dCase, suite.COMPILE] > 0
+    monkeypatch.setitem(suite.COMPILE_TIME, "cpu", suite.CompileTime({}, until=0))
+    with pytest.raises(suite.OutOfTimeError, match="0 s after the start"), suite.COMPILERS.turn(LOGITS, "max-autotune"):
+        pass
+    with suite.COMPILERS.turn(LOGITS, suite.EAGER):
+        pass
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens where there is no CUDA device")
+def test_a_missing_device_is_a_plain_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "report.md"
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "--device", "cuda", "--out", str(path)])
+    with pytest.raises(SystemExit, match="2"):
+        __main__.main()
+    assert f"--device cuda: torch {torch.__version__} sees no CUDA device" in capsys.readouterr().err
+    assert not path.exists()
+
+
+# ---- roofline ----
+
+IMAGES, WEIGHT, POOLED = 2 * 3 * 8 * 10, 4 * 3 * 9, 2 * 4 * 4 * 5  # elements of 2x3x8x10->4, pooled 2x2
+PRODUCTS = 2 * 4 * 8 * 10 * 27
+
+
+@pytest.mark.parametrize("input_gradient", [False, True], ids=["images", "features"])
+@pytest.mark.parametrize(("device", "itemsize"), [(CPU, 4), (CUDA, 2)], ids=["float32", "bfloat16"])
+def test_work_of_a_convolution(device: Device, itemsize: int, input_gradient: bool) -> None:
+    case = ConvReLUPool2dCase((2, 3, 8, 10), 4, input_gradient=input_gradient, device=device)
+    read = itemsize * (IMAGES + WEIGHT + 4)
+    assert case.work(suite.FORWARD) == (Work(read + itemsize * POOLED, 2 * PRODUCTS),)
+    forward, backward = case.work(suite.BOTH)
+    assert forward == Work(read + (itemsize + 1) * POOLED, 2 * PRODUCTS)
+    # Pooled gradient, positions and input in; the gradients of weight and bias out, of the input where it is wanted.
+    size = (itemsize + 1) * POOLED + itemsize * (IMAGES + WEIGHT + 4)
+    if input_gradient:
+        size += itemsize * (WEIGHT + IMAGES)
+    assert backward == Work(size, 2 * PRODUCTS * (1 + input_gradient))
+    assert case.work(suite.BACKWARD) == (backward,)
+
+
+def test_work_of_a_loss() -> None:
+    case = CrossEntropyCase((2, 5, 4, 6), device=CUDA)
+    logits, labels = 2 * 2 * 5 * 4 * 6, 8 * 2 * 4 * 6
+    assert case.work(suite.FORWARD) == (Work(logits + labels),)
+    assert case.work(suite.BOTH) == (Work(logits + labels), Work(2 * logits + labels))
+    assert ModelCase("FCN", (1, 3, 16, 16)).work(suite.BOTH) == ()
+
+
+def test_a_pass_is_bounded_by_its_slower_half() -> None:
+    ceilings = Ceilings(bytes_per_second=100, operations_per_second=1000)
+    passes = (Work(200, 500), Work(100, 3000))
+    assert ceilings.seconds(passes) == 2 + 3
+    assert ceilings.limits(passes) == ["bytes", "operations"]
+
+
+def test_ceilings_are_measured() -> None:
+    class SmallProcessor(Processor):
+        copied_bytes = 2**16
+        matrix_side = 32
+
+    ceilings = measure_ceilings(SmallProcessor())
+    assert ceilings.bytes_per_second > 1e6
+    assert ceilings.operations_per_second > 1e6
+
+
+# ---- report ----
 
 
 def entry(kind: str, timing: str, seconds: list[float]) -> dict:
@@ -82,19 +319,25 @@ def entry(kind: str, timing: str, seconds: list[float]) -> dict:
         "kind": kind,
         "layout": "nchw",
         "peak_bytes": 3 * 2**20,
+        "work": [[1_000_000, 0], [500_000, 4_000_000]] if timing == "forward" else [],
     }
     return {"extra_info": info, "stats": {"data": seconds}}
 
 
 def test_report(tmp_path: Path) -> None:
-    failed = {"operator": "pool", "case": "2x2", "timing": "forward", "kind": "compile", "layout": "nchw"}
+    missing = {"operator": "pool", "case": "2x2", "timing": "forward", "layout": "nchw"}
     run = {
         "machine_info": {
             "machine": "x86_64", "system": "Linux", "python_version": "3.11", "cpu": {"brand_raw": "A CPU", "count": 2},
-            "fastseg": {"fastseg": "0.1", "torch": "2.13", "cpu_isa": "avx2", "threads": 1},
+            "fastseg": {"fastseg": "0.1", "torch": "2.13"},
         },
         "commit_info": {"id": "0123456789abcdef", "dirty": False},
         "datetime": "2026-11-22T10:00:00+00:00",
+        "device": {"type": "cuda", "dtype": "bfloat16", "title": "A GPU, driver 1.2.3"},
+        "ceilings": {"bytes_per_second": 1e9, "operations_per_second": 2e9},
+        "seconds": 321.0,
+        "compiling": {"compile": 12.3},
+        "log": ["pool runs as plain PyTorch: no kernel"],
         "benchmarks": [
             # Twice as fast in most rounds, though the quotient of the medians is 1.5.
             entry("fastseg", "forward", [0.001, 0.004, 0.010]),
@@ -102,14 +345,30 @@ def test_report(tmp_path: Path) -> None:
             entry("fastseg", "backward", [0.2]),
             entry("eager", "backward", [0.1]),
         ],
-        "failures": [failed | {"error": "InductorError: no compiler\nmore"}],
+        "missing": [
+            missing | {"kind": "compile", "skipped": False, "reason": "InductorError: no compiler\nmore"},
+            missing | {"kind": "max-autotune", "skipped": True, "reason": "no time"},
+        ],
     }  # fmt: skip
     path = tmp_path / "results" / "report.md"
     report.write(run, path)
     text = path.read_text()
-    assert "A CPU, 2 cores" in text
-    assert "2.00x (1.75 - 2.00)" in text
-    assert "**0.50x**" in text
-    assert "4.00 (2.50 - 7.00) | - | 6.00 (4.00 - 13.0) | - | failed" in text
-    assert "* pool 2x2, forward, compile NCHW: `InductorError: no compiler`" in text
+    for line in (
+        "* A GPU, driver 1.2.3\n* A CPU, 2 cores, Linux\n* fastseg 0.1 (commit 0123456789)\n",
+        "* bfloat16, 2026-11-22, 321 s in all, 12 s for compile\n",
+        "* ceilings: 1.00 GB/s copied (read and written), 0.00200 T operations/s of a bfloat16 matrix product\n",
+        "2.00x (1.75 - 2.00)",
+        "**0.50x**",
+        "| fastseg NCHW | eager NCHW | compile NCHW | max-autotune NCHW | fastseg NCHW x best peer |",  # who took part
+        "4.00 (2.50 - 7.00) | 6.00 (4.00 - 13.0) | failed | skipped",
+        # 1 ms for the bytes of the one pass, 2 ms for the operations of the other.
+        "| 2x2 | forward | 1.50 | 0.00400 | 3.00 | bytes + operations | 75% | - |",
+        "* pool 2x2, forward, compile NCHW, failed: `InductorError: no compiler`",
+        "* pool 2x2, forward, max-autotune NCHW, skipped: `no time`",
+        "## fastseg's log\n\n* pool runs as plain PyTorch: no kernel",
+    ):
+        assert line in text
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    run["commit_info"] = {"id": "unversioned", "dirty": False}  # outside a checkout
+    report.write(run, path)
+    assert "(commit unknown)" in path.read_text()
