@@ -60,6 +60,10 @@ class Subject:
     def __str__(self) -> str:
         return f"{self.kernel}, {self.bucket}"
 
+    def trial(self, plan: Plan) -> contextlib.AbstractContextManager[None]:
+        """Within, a plan serves the kernel's calls in the bucket."""
+        return launch.trial(self.kernel, self.bucket, plan)
+
 
 def find_subjects(specimens: Iterable[Specimen]) -> list[Subject]:
     """What the tuned specimens launch, by kernel and bucket."""
@@ -144,17 +148,29 @@ def _poisoned_memory() -> Iterator[None]:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
+def compile_plans(subject: Subject, calls: list[Call], target: GPUTarget, plans: list[Plan]) -> list[str | None]:
+    """Compiles what calls would launch into Triton's cache, in parallel; why a plan can't be compiled, or None."""
+    jobs, counts = [], []
+    for plan in plans:
+        with subject.trial(plan), launch.recording() as launches:
+            for call in calls:
+                call()
+        of_kernel = [item for item in launches if item.name == subject.kernel]
+        jobs += [make_job(item, target, str(subject)) for item in of_kernel]
+        counts.append(len(of_kernel))
+    errors = (row.error for row in compile_jobs(jobs))
+    by_plan = [[error for error in itertools.islice(errors, count) if error] for count in counts]
+    return [" ".join(found[0].split()) if found else None for found in by_plan]
+
+
 class Trials:
     """Runs a subject's specimens with plans, on a device, until a deadline (of `time.monotonic`)."""
 
     def __init__(self, subject: Subject, device: torch.device, target: GPUTarget, deadline: float) -> None:
         self.subject, self.target, self.deadline = subject, target, deadline
         self.calls: list[Call] = [specimen.prepare(device) for specimen in subject.specimens]
-        with self._trial(subject.default):
+        with subject.trial(subject.default):
             self.expected = [[result.clone() for result in call()] for call in self.calls]
-
-    def _trial(self, plan: Plan) -> contextlib.AbstractContextManager[None]:
-        return launch.trial(self.subject.kernel, self.subject.bucket, plan)
 
     def time_all(self, plans: list[Plan]) -> Iterator[tuple[Plan, float]]:
         """The plans that work, and their milliseconds; what doesn't is printed with the reason."""
@@ -162,7 +178,7 @@ class Trials:
             batch = plans[first : first + BATCH]
             if time.monotonic() > self.deadline and self.subject.default not in batch:
                 return
-            for plan, problem in zip(batch, self._compile_all(batch), strict=True):
+            for plan, problem in zip(batch, compile_plans(self.subject, self.calls, self.target, batch), strict=True):
                 if time.monotonic() > self.deadline and plan != self.subject.default:
                     return
                 problem = problem or self._check(plan)
@@ -173,25 +189,11 @@ class Trials:
                 else:
                     print(f"  {describe_plan(plan)}: discarded, {problem}", flush=True)
 
-    def _compile_all(self, plans: list[Plan]) -> list[str | None]:
-        """Compiles into Triton's cache, in parallel; why a plan can't be compiled, or None."""
-        jobs, counts = [], []
-        for plan in plans:
-            with self._trial(plan), launch.recording() as launches:
-                for call in self.calls:
-                    call()
-            of_kernel = [item for item in launches if item.name == self.subject.kernel]
-            jobs += [make_job(item, self.target, str(self.subject)) for item in of_kernel]
-            counts.append(len(of_kernel))
-        errors = (row.error for row in compile_jobs(jobs))
-        by_plan = [[error for error in itertools.islice(errors, count) if error] for count in counts]
-        return [found[0].splitlines()[0] if found else None for found in by_plan]
-
     def _check(self, plan: Plan) -> str | None:
         """Why a plan can't be launched, or how its results differ; else None."""
         for call, expected in zip(self.calls, self.expected, strict=True):
             try:
-                with self._trial(plan), _poisoned_memory():
+                with self.subject.trial(plan), _poisoned_memory():
                     for stale in call():
                         stale.fill_(float("nan") if stale.is_floating_point() else torch.iinfo(stale.dtype).max)
                     results = call()
@@ -205,7 +207,7 @@ class Trials:
 
     def milliseconds(self, plan: Plan, warmup: float, timed: float) -> float:
         """The geometric mean, over the specimens, of the median time of a call."""
-        with self._trial(plan):
+        with self.subject.trial(plan):
             medians = [do_bench(call, warmup=warmup, rep=timed, return_mode="median") for call in self.calls]
         return statistics.geometric_mean(medians)
 
