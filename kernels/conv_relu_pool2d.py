@@ -163,7 +163,7 @@ def bucket_of(dtype: torch.dtype, channels: int, products: int) -> str:
 
 def dot_precision(tensor: Tensor) -> str:
     """How a product of two tensors of this dtype is computed; for float32 as torch's convolutions are set."""
-    if tensor.dtype == torch.float32 and tensor.is_cuda and torch.backends.cudnn.allow_tf32:
+    if tensor.dtype == torch.float32 and not tensor.is_cpu and torch.backends.cudnn.allow_tf32:
         return "tf32"
     return "ieee"
 

@@ -20,6 +20,8 @@ import triton.language as tl
 
 TUNED = Path(__file__).parent / "tuned"
 
+MULTIPROCESSORS_OF_META = 132  # as an H200 has
+
 # Programs for each multiprocessor that `fit` asks for before it lets tiles be as large as the plan says.
 PROGRAMS_PER_MULTIPROCESSOR = 2
 
@@ -117,7 +119,12 @@ def launch(
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """Multiprocessors of a GPU; 1 for devices that run programs one after the other."""
+    """Multiprocessors of a GPU; 1 for devices that run programs one after the other.
+
+    On meta tensors, whose launches are recorded to be compiled, those of a large GPU.
+    """
+    if device.type == "meta":
+        return MULTIPROCESSORS_OF_META
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 

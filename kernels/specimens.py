@@ -6,7 +6,9 @@ call runs. On meta tensors, which hold no data, `record` tells what it would lau
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -150,6 +152,27 @@ _CROSS_ENTROPY = [
 # ---- conv_relu_pool2d ----
 
 
+@contextlib.contextmanager
+def _tf32(allowed: bool) -> Iterator[None]:
+    before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, allowed
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
+def _prepare_with_tf32(allowed: bool, prepare: Callable[[torch.device], Call], device: torch.device) -> Call:
+    """Prepares a call, and lets it run, under a setting of TF32."""
+    with _tf32(allowed):
+        call = prepare(device)
+
+    def call_with_tf32() -> tuple[Tensor, ...]:
+        with _tf32(allowed):
+            return call()
+
+    return call_with_tf32
+
+
 @dataclasses.dataclass(frozen=True)
 class _Convolution:
     """A convolution that the fused kernels serve, "same" but for its stride, with a bias and a pool."""
@@ -162,6 +185,7 @@ class _Convolution:
     stride: int = 1
     dilation: int = 1
     pool: tuple[int, int, int] = (2, 2, 0)  # size, stride, padding
+    allow_tf32: bool = True
     tuned: bool = False
 
     def specimens(self) -> Iterator[Specimen]:
@@ -170,11 +194,11 @@ class _Convolution:
             "x".join(map(str, self.sizes)), f"to {self.out_channels}", self.dtype,
             self.channels_last and "channels_last", f"kernel {self.kernel}",
             self.stride > 1 and f"stride {self.stride}", self.dilation > 1 and f"dilation {self.dilation}",
-            f"pool {self.pool}",
+            f"pool {self.pool}", not self.allow_tf32 and "without TF32",
         )  # fmt: skip
-        yield Specimen(f"conv_relu_pool2d {name} forward", self.forward, self.tuned)
-        yield Specimen(f"conv_relu_pool2d {name} backward_weight", self.backward_weight, self.tuned)
-        yield Specimen(f"conv_relu_pool2d {name} backward_input", self.backward_input, self.tuned)
+        for launcher in (self.forward, self.backward_weight, self.backward_input):
+            prepare = functools.partial(_prepare_with_tf32, self.allow_tf32, launcher)
+            yield Specimen(f"conv_relu_pool2d {name} {launcher.__name__}", prepare, self.tuned)
 
     def tensors(self, device: torch.device) -> tuple[Geometry, tuple[int, int], tuple[Tensor, ...]]:
         """The geometry, the convolution's height and width, and input, weight, bias, output and positions."""
@@ -230,7 +254,7 @@ _CONVOLUTIONS = [
     _Convolution((32, 3, 512, 512), 64, kernel=7, stride=2, pool=(3, 2, 1), tuned=True),
     _Convolution((16, 3, 512, 512), 32, torch.float32, tuned=True),
     # What else changes the code.
-    _Convolution((16, 3, 512, 512), 64, torch.float32, channels_last=False),
+    _Convolution((16, 3, 512, 512), 64, torch.float32, channels_last=False, allow_tf32=False),
     _Convolution((8, 3, 333, 501), 32, torch.float16, channels_last=False, dilation=2),
     _Convolution((8, 4, 512, 512), 8, torch.float16, kernel=1),
 ]
