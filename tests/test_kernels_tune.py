@@ -116,6 +116,7 @@ def test_search_keeps_the_default_where_nothing_works() -> None:
         pytest.param([math.nan, 1.0], [math.nan, 1.0], True, id="nan in both"),
         pytest.param([0.0, 1.0], [math.nan, 1.0], False, id="nan in one"),
         pytest.param([math.inf, 1.0], [5.0, 1.0], False, id="infinite in one"),
+        pytest.param([math.inf, 1.0], [math.inf, 5.0], False, id="another beside an infinite one"),
         pytest.param([], [], True, id="empty"),
     ],
 )
