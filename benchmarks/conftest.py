@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Callable
 from time import perf_counter
 from typing import Any
@@ -20,7 +19,6 @@ from benchmarks.suite import (
     COMPILERS,
     FORWARD,
     FULL,
-    MODES,
     QUICK,
     Case,
     Contestant,
@@ -29,7 +27,9 @@ from benchmarks.suite import (
     measure,
 )
 
-RESULTS = pytest.StashKey[dict[str, Any]]()  # what goes into the JSON file beside pytest-benchmark's own
+RESULTS: pytest.StashKey[dict[str, Any]] = (
+    pytest.StashKey()
+)  # what goes into the JSON file beside pytest-benchmark's own
 
 
 class RecordedClock:
@@ -147,11 +147,5 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 
 
 def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list[Any], output_json: dict[str, Any]) -> None:
-    compiling: Counter[str] = Counter()
-    for (_, kind), seconds in COMPILERS.spent.items():
-        compiling[kind] += seconds
-    output_json.update(
-        config.stash[RESULTS],
-        seconds=perf_counter() - COMPILERS.start,
-        compiling={kind: compiling[kind] for kind in MODES if kind in compiling},
-    )
+    output_json |= config.stash[RESULTS]
+    output_json |= {"seconds": perf_counter() - COMPILERS.start, "compiling": COMPILERS.seconds()}

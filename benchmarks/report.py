@@ -26,7 +26,8 @@ of all others in either memory format, whatever fastseg's own. Forward is timed 
 part of forward+backward. For models, forward is a prediction, forward+backward the loss and all gradients. The roofline
 is the time that a pass can't go below: what it has to read and write (each input and output once) at the rate of a
 large copy, or its matrix operations at the rate of a large matrix product, whichever takes longer; the percentage is
-that time over fastseg's.
+that time over fastseg's. The operations are those of dense convolutions: a kernel that skips the zeros of the gradient
+behind a pool can pass 100%.
 """
 
 READING_OF = {
@@ -121,7 +122,8 @@ def write(run: dict[str, Any], path: Path) -> None:
     for operator in dict.fromkeys(operator for operator, _ in rows):
         own = {case: timings for (of, case), timings in rows.items() if of == operator}
         parts += [f"## {operator}\n", time_table(own), roofline_table(own, ceilings), memory_table(own)]
-    path.write_text("\n".join([*parts, missing(rows), log(run["log"])]))
+    parts += [missing(rows), log(run["log"])]
+    path.write_text("\n".join(filter(None, parts)))
 
 
 # ---- tables ----
@@ -210,9 +212,9 @@ def memory_table(cases: dict[str, dict[str, Row]]) -> str:
 
 
 def missing(rows: Rows) -> str:
-    """Who failed or was left out, and why."""
+    """Who failed or was left out, and why: two lines of it, as torch.compile's first only says that it failed."""
     lines = [
-        f"* {operator} {case}, {timing}, {label(contestant)}, {what}: `{reason.splitlines()[0]}`\n"
+        f"* {operator} {case}, {timing}, {label(contestant)}, {what}: `{' '.join(reason.splitlines()[:2])}`\n"
         for (operator, case), timings in rows.items()
         for timing, row in timings.items()
         for contestant, (what, reason) in row.missing.items()

@@ -7,7 +7,7 @@ import gc
 import math
 import random
 from abc import ABC, abstractmethod
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -266,7 +266,15 @@ class Compilers:
 
     def __init__(self) -> None:
         self.start = perf_counter()
-        self.spent: Counter[tuple[type[Case], str]] = Counter()
+        self.spent: defaultdict[tuple[type[Case], str], float] = defaultdict(float)
+
+    def seconds(self) -> dict[str, float]:
+        """What each of torch.compile's modes took so far."""
+        return {
+            mode: sum(seconds for (_, kind), seconds in self.spent.items() if kind == mode)
+            for mode in MODES
+            if any(kind == mode for _, kind in self.spent)
+        }
 
     @contextmanager
     def turn(self, case: Case, kind: str) -> Iterator[None]:
@@ -289,6 +297,14 @@ COMPILERS = Compilers()
 @functools.lru_cache(maxsize=1)  # the contestants of a case come one after the other
 def measure(case: Case, training: bool, effort: Effort) -> dict[Contestant, Measured | Exception]:
     """Verify all contestants of a case, then time them in interleaved rounds; the error of those that failed."""
+    try:
+        return verify_and_time(case, training, effort)
+    except Exception as error:  # what concerns them all (memory, a lost device) is reported for all, and not repeated
+        return dict.fromkeys(case.contestants, error)
+
+
+def verify_and_time(case: Case, training: bool, effort: Effort) -> dict[Contestant, Measured | Exception]:
+    """See `measure`; raises what doesn't concern a single contestant."""
     torch.compiler.reset()  # dynamo gives up on functions that it has compiled for too many shapes
     verifier = Verifier(case, training)
     outcomes: dict[Contestant, Measured | Exception] = {}

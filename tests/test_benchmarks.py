@@ -137,6 +137,16 @@ def test_a_wrong_operator_is_not_timed(
         assert isinstance(outcome, AssertionError if contestant.kind == suite.FASTSEG else suite.Measured)
 
 
+def test_what_stops_a_case_is_reported_for_everyone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run_out_of_memory(case: suite.Case, training: bool) -> list[Tensor]:
+        raise torch.OutOfMemoryError("no memory for the truth")
+
+    monkeypatch.setattr(CrossEntropyCase, "plain", run_out_of_memory)
+    outcomes = suite.measure.__wrapped__(LOGITS, False, ONE_ROUND)
+    assert set(outcomes) == set(LOGITS.contestants)
+    assert all(isinstance(outcome, torch.OutOfMemoryError) for outcome in outcomes.values())
+
+
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(
     "case",
@@ -346,7 +356,7 @@ def test_report(tmp_path: Path) -> None:
             entry("eager", "backward", [0.1]),
         ],
         "missing": [
-            missing | {"kind": "compile", "skipped": False, "reason": "InductorError: no compiler\nmore"},
+            missing | {"kind": "compile", "skipped": False, "reason": "CompilerFailed:\nno compiler\nmore"},
             missing | {"kind": "max-autotune", "skipped": True, "reason": "no time"},
         ],
     }  # fmt: skip
@@ -363,7 +373,7 @@ def test_report(tmp_path: Path) -> None:
         "4.00 (2.50 - 7.00) | 6.00 (4.00 - 13.0) | failed | skipped",
         # 1 ms for the bytes of the one pass, 2 ms for the operations of the other.
         "| 2x2 | forward | 1.50 | 0.00400 | 3.00 | bytes + operations | 75% | - |",
-        "* pool 2x2, forward, compile NCHW, failed: `InductorError: no compiler`",
+        "* pool 2x2, forward, compile NCHW, failed: `CompilerFailed: no compiler`",
         "* pool 2x2, forward, max-autotune NCHW, skipped: `no time`",
         "## fastseg's log\n\n* pool runs as plain PyTorch: no kernel",
     ):
