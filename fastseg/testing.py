@@ -38,10 +38,14 @@ def make(
         layout: "nchw" or "channels_last" (four dimensions).
         scale: Standard deviation.
         requires_grad: Whether the tensor is a leaf that collects gradients.
+
+    Returns:
+        The tensor, on torch's default device; its numbers are the same on all of them.
     """
-    generator = torch.Generator().manual_seed(seed)
-    values = torch.randn(shape, generator=generator, dtype=torch.float64) * scale
-    return values.to(dtype).contiguous(memory_format=MEMORY_FORMATS[layout]).requires_grad_(requires_grad)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    values = (torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu") * scale).to(dtype)
+    values = values.contiguous(memory_format=MEMORY_FORMATS[layout])
+    return values.to(torch.get_default_device()).requires_grad_(requires_grad)
 
 
 def make_labels(
@@ -54,11 +58,11 @@ def make_labels(
     ignored: float = 0.2,
 ) -> Tensor:
     """Uniformly distributed class indices; with ``ignore_index``, about the fraction ``ignored`` of them are it."""
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.randint(num_classes, shape, generator=generator)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    labels = torch.randint(num_classes, shape, generator=generator, device="cpu")
     if ignore_index is not None:
-        labels[torch.rand(shape, generator=generator) < ignored] = ignore_index
-    return labels.to(dtype)
+        labels[torch.rand(shape, generator=generator, device="cpu") < ignored] = ignore_index
+    return labels.to(torch.get_default_device(), dtype)
 
 
 def values_and_gradients(

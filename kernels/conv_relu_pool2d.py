@@ -155,17 +155,19 @@ FORWARD_PLANS = {
 LEAST_WINDOWS = 64  # smallest BLOCK_P: Hopper's matrix instruction has 64 rows
 
 
-def bucket_of(dtype: torch.dtype, channels: int, products: int) -> str:
-    """The bucket of a matrix product: its dtype's size, its columns, and the products that a sum has."""
-    kind = "half" if dtype.itemsize == 2 else "single"
-    return f"{kind}-o{next_power_of_2(channels, 16, 64)}-k{next_power_of_2(products, 16, 32)}"
+def bucket_of(weight: Tensor, channels: int, products: int, most_products: int = 32) -> str:
+    """The bucket of a matrix product: its weight's dtype's size, its columns, and how many products a sum has."""
+    kind = "half" if weight.dtype.itemsize == 2 else "single"
+    return f"{kind}-o{next_power_of_2(channels, 16, 64)}-k{next_power_of_2(products, 16, most_products)}"
 
 
-def dot_precision(tensor: Tensor) -> str:
-    """How a product of two tensors of this dtype is computed; for float32 as torch's convolutions are set."""
-    if tensor.dtype == torch.float32 and not tensor.is_cpu and torch.backends.cudnn.allow_tf32:
-        return "tf32"
-    return "ieee"
+def _takes_tf32(weight: Tensor) -> bool:
+    return weight.dtype == torch.float32 and not weight.is_cpu and torch.backends.cudnn.allow_tf32
+
+
+def uses_tensor_cores(weight: Tensor) -> bool:
+    """Whether a product with the weight runs on tensor cores: half types, and float32 where torch allows TF32."""
+    return weight.dtype.itemsize == 2 or _takes_tf32(weight)
 
 
 def geometry_constants(weight: Tensor, pooled: Any, convolved: tuple[int, int], geometry: Any) -> dict[str, Any]:
@@ -177,7 +179,7 @@ def geometry_constants(weight: Tensor, pooled: Any, convolved: tuple[int, int], 
         "CHANNELS": channels, "OUT_CHANNELS": out_channels, "KERNEL": tuple(kernel), "STRIDE": geometry.stride,
         "PADDING": geometry.padding, "DILATION": geometry.dilation, "POOL": size, "POOL_STRIDE": stride,
         "POOL_PADDING": padding, "CLIPPED": max(padding) > 0 or ends[0] > convolved[0] or ends[1] > convolved[1],
-        "PRECISION": dot_precision(weight),
+        "PRECISION": "tf32" if _takes_tf32(weight) else "ieee",
     }  # fmt: skip
 
 
@@ -193,7 +195,7 @@ def forward(
         return
     images, _, height, width = input.shape
     _, out_channels, pooled_h, pooled_w = output.shape
-    bucket, device = bucket_of(input.dtype, out_channels, weight[0].numel()), input.device
+    bucket, device = bucket_of(weight, out_channels, weight[0].numel()), input.device
     plan = choose(conv_relu_pool2d_forward, bucket, FORWARD_PLANS, device)
     channel_blocks = triton.cdiv(out_channels, plan.tile["BLOCK_O"])
     plan = fit(plan, "BLOCK_P", LEAST_WINDOWS, images * pooled_h * pooled_w * channel_blocks, device)

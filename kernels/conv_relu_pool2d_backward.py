@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastseg.kernels.conv_relu_pool2d import bucket_of, geometry_constants, load_patches, window_pixels
-from fastseg.kernels.launch import Plan, choose, fit, index_type, launch, multiprocessors, next_power_of_2, tile_map
+from fastseg.kernels.launch import Plan, choose, fit, index_type, launch, multiprocessors, tile_map
 from fastseg.kernels.relu_pool2d import CUT, load_unpooled, locate, offsets_of, reach
 
 # ---- weight and bias ----
@@ -41,7 +41,7 @@ def conv_relu_pool2d_backward_weight(
     channel_block = program // product_blocks % channel_blocks
     share = program // product_blocks // channel_blocks
     total = tl.zeros((BLOCK_O, BLOCK_K), tl.float32)
-    bias_total = tl.zeros((BLOCK_O,), tl.float32)
+    bias_total = tl.zeros((BLOCK_P, BLOCK_O), tl.float32)
     for tile in range(share * tiles_per_share, tl.minimum((share + 1) * tiles_per_share, tiles)):
         image, window_y, window_x, inside, channels, channels_exist = locate(
             tile * channel_blocks + channel_block, down, across, channel_blocks, pooled_h, pooled_w, OUT_CHANNELS,
@@ -52,7 +52,7 @@ def conv_relu_pool2d_backward_weight(
         chosen = tl.load(positions + at, mask, other=255).to(tl.int32)
         at = image * grad_strides[0] + offsets_of(window_y, window_x, channels, grad_strides, INDEX)
         gradient = tl.load(grad_output + at, mask, other=0)
-        bias_total += tl.sum(tl.where(chosen == CUT, 0.0, gradient.to(tl.float32)), 0)
+        bias_total += tl.where(chosen == CUT, 0.0, gradient.to(tl.float32))
         if WEIGHT:
             for position in range(POOL[0] * POOL[1]):
                 rows, columns, exist = window_pixels(
@@ -72,7 +72,7 @@ def conv_relu_pool2d_backward_weight(
         mask = (channels < OUT_CHANNELS)[:, None] & (product < PRODUCTS)[None, :]
         tl.store(rows[:, None] + product[None, :], total, mask)
     if step == 0:
-        tl.store(rows + PRODUCTS, bias_total, channels < OUT_CHANNELS)
+        tl.store(rows + PRODUCTS, tl.sum(bias_total, 0), channels < OUT_CHANNELS)
 
 
 # ---- input ----
@@ -118,10 +118,10 @@ def conv_relu_pool2d_backward_input(
 
 # ---- launchers ----
 
-# Not measured on a GPU yet.
+# Not measured on a GPU yet. More than 64 windows by 64 channels on 4 warps spill.
 WEIGHT_PLANS = {
-    f"{kind}-o{o}-k{k}": Plan({"BLOCK_P": windows, "BLOCK_O": o, "BLOCK_K": k}, num_warps=4, num_stages=2)
-    for kind, windows in (("half", 128), ("single", 64))
+    f"{kind}-o{o}-k{k}": Plan({"BLOCK_P": 64, "BLOCK_O": o, "BLOCK_K": k}, num_warps=4, num_stages=2)
+    for kind in ("half", "single")
     for o in (16, 32, 64)
     for k in (16, 32)
 }
@@ -147,7 +147,7 @@ def backward_weight(
     """
     (out_channels, channels, *kernel), products = weight.shape, weight[0].numel()
     images, _, pooled_h, pooled_w = grad_output.shape
-    bucket, device = bucket_of(input.dtype, out_channels, products), input.device
+    bucket, device = bucket_of(weight, out_channels, products), input.device
     plan = choose(conv_relu_pool2d_backward_weight, bucket, WEIGHT_PLANS, device)
     tiling = tile_map(plan.tile["BLOCK_P"], pooled_h, pooled_w)
     channel_blocks = triton.cdiv(out_channels, plan.tile["BLOCK_O"])
@@ -164,7 +164,7 @@ def backward_weight(
         "TILE_W": tiling.width, "channel_blocks": channel_blocks, "product_blocks": product_blocks, "tiles": tiles,
         "tiles_per_share": tiles_per_share, "grad_strides": grad_output.stride(),
         "position_strides": positions.stride(), "input_strides": input.stride(), "WEIGHT": with_weight,
-        "INDEX": index_type(reach(input, grad_output, positions) if images else 0),
+        "INDEX": index_type(reach(input, grad_output, positions)),
         **geometry_constants(weight, (pooled_h, pooled_w), convolved, geometry),
     }  # fmt: skip
     programs = shares * channel_blocks * product_blocks
@@ -182,7 +182,7 @@ def backward_input(
         return
     images, channels, height, width = grad_input.shape
     pooled, device = grad_output.shape[2:], grad_input.device
-    bucket = bucket_of(weight.dtype, channels, next_power_of_2(weight.shape[0]))
+    bucket = bucket_of(weight, channels, weight.shape[0])
     plan = choose(conv_relu_pool2d_backward_input, bucket, INPUT_PLANS, device)
     channel_blocks = triton.cdiv(channels, plan.tile["BLOCK_O"])
     plan = fit(plan, "BLOCK_P", LEAST_PIXELS, images * height * width * channel_blocks, device)

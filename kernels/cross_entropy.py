@@ -268,22 +268,27 @@ FINISH_PLANS = {"all": Plan({"BLOCK": 4096}, num_warps=8)}
 
 def _plans(elements: int) -> dict[str, Plan]:
     """Tiles of so many elements: of a few classes where pixels are neighbours in memory, else of all (to 256)."""
-    rows = {f"classes-inner-{c}": Plan({"BLOCK_C": c, "BLOCK_P": elements // c}) for c in (16, 32, 64, 128, 256)}
-    return {"pixels-inner": Plan({"BLOCK_C": 4, "BLOCK_P": elements // 4}), **rows}
+    plans = {}
+    for suffix, size in (("", elements), ("-double", elements // 2)):
+        plans[f"pixels-inner{suffix}"] = Plan({"BLOCK_C": 4, "BLOCK_P": size // 4})
+        for c in (16, 32, 64, 128, 256):
+            plans[f"classes-inner-{c}{suffix}"] = Plan({"BLOCK_C": c, "BLOCK_P": size // c})
+    return plans
 
 
 # Not measured on a GPU yet. 4096 elements of 4 warps are 32 a thread, which leaves registers for 8 programs on a
-# multiprocessor; 16 bytes of neighbouring pixels for each thread fill a memory transaction.
+# multiprocessor, and float64's half as many as it needs not to spill; 16 bytes of neighbouring pixels for each thread
+# fill a memory transaction.
 FORWARD_PLANS = _plans(4096)
 BACKWARD_PLANS = _plans(4096)
 LEAST_PIXELS = 16  # smallest BLOCK_P
 
 
 def _bucket(input: Tensor) -> str:
-    classes = input.shape[1]
+    classes, suffix = input.shape[1], "-double" if input.dtype == torch.float64 else ""
     if input.stride(1) != 1 or classes == 1:
-        return "pixels-inner"
-    return f"classes-inner-{next_power_of_2(classes, 16, 256)}"
+        return f"pixels-inner{suffix}"
+    return f"classes-inner-{next_power_of_2(classes, 16, 256)}{suffix}"
 
 
 class _Runs(NamedTuple):

@@ -123,6 +123,7 @@ def relu_pool2d_forward(
         mask = exist[:, None] & channels_exist[None, :]
         at = image * convolved_strides[0] + offsets_of(row, column, channels, convolved_strides, INDEX)
         value = tl.load(convolved + at, mask, other=float("-inf")).to(ACC) + shift[None, :]
+        value = value.to(convolved.dtype.element_ty).to(ACC)  # as the map would be: so the same values are equal
         if skip is not None:
             owned = mask & (local_y < POOL_STRIDE[0]) & (local_x < POOL_STRIDE[1])
             at = image * skip_strides[0] + offsets_of(row, column, channels, skip_strides, INDEX)
@@ -198,11 +199,12 @@ def _bucket(tensor: Tensor) -> str:
 
 def reach(*tensors: Tensor | None) -> int:
     """The largest offset within an image of any of the tensors, [N, C, H, W] each."""
-    return max(
+    reaches = (
         sum((size - 1) * stride for size, stride in zip(tensor.shape[1:], tensor.stride()[1:], strict=True))
         for tensor in tensors
         if tensor is not None and tensor.numel() > 0
     )
+    return max(reaches, default=0)
 
 
 def strides_of(tensor: Tensor | None) -> tuple[int, ...]:

@@ -15,7 +15,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastseg.kernels import conv_relu_pool2d, conv_relu_pool2d_backward, cross_entropy, relu_pool2d
+from fastseg.kernels import (
+    conv_relu_pool2d,
+    conv_relu_pool2d_backward,
+    conv_relu_pool2d_fields,
+    cross_entropy,
+    relu_pool2d,
+)
 from fastseg.kernels.launch import Launch, recording
 from fastseg.ops.conv_relu_pool2d_geometry import Geometry, output_shapes, resolve
 
@@ -195,9 +201,18 @@ class _Convolution:
             self.stride > 1 and f"stride {self.stride}", self.dilation > 1 and f"dilation {self.dilation}",
             f"pool {self.pool}", not self.allow_tf32 and "without TF32",
         )  # fmt: skip
-        for launcher in (self.forward, self.backward_weight, self.backward_input):
+        launchers = [self.forward, self.backward_weight, self.backward_input]
+        if self.served_by_fields():
+            launchers.append(self.forward_fields)
+        for launcher in launchers:
             prepare = functools.partial(_prepare_with_tf32, self.allow_tf32, launcher)
             yield Specimen(f"conv_relu_pool2d {name} {launcher.__name__}", prepare, self.tuned)
+
+    def served_by_fields(self) -> bool:
+        """Whether the kernel for first layers serves the call."""
+        with _tf32(self.allow_tf32):
+            geometry, _, (_, weight, *_) = self.tensors(torch.device("meta"))
+            return conv_relu_pool2d_fields.serves(weight, geometry)
 
     def tensors(self, device: torch.device) -> tuple[Geometry, tuple[int, int], tuple[Tensor, ...]]:
         """The geometry, the convolution's height and width, and input, weight, bias, output and positions."""
@@ -213,11 +228,18 @@ class _Convolution:
         return geometry, (height, width), (input, weight, bias, output, positions)
 
     def forward(self, device: torch.device) -> Call:
-        """Prepares the forward call."""
+        """Prepares the forward call of the kernel that serves any."""
+        return self._forward(conv_relu_pool2d.forward, device)
+
+    def forward_fields(self, device: torch.device) -> Call:
+        """Prepares the forward call of the kernel for first layers."""
+        return self._forward(conv_relu_pool2d_fields.forward, device)
+
+    def _forward(self, launcher: Callable[..., None], device: torch.device) -> Call:
         geometry, convolved, tensors = self.tensors(device)
 
         def call() -> tuple[Tensor, ...]:
-            conv_relu_pool2d.forward(*tensors, convolved, geometry)
+            launcher(*tensors, convolved, geometry)
             return tensors[3:]
 
         return call

@@ -1,5 +1,6 @@
 """Fixtures that several test files share."""
 
+from collections import Counter
 from collections.abc import Iterator
 
 import pytest
@@ -13,8 +14,51 @@ if _native.INTERPRETED:
 
     triton_interpreter.prepare()
 
-# What CPU tensors may run through.
-CPU_KERNELS = ["triton"] if _native.INTERPRETED else _native._C.runnable_isas()
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", choices=["cpu", "cuda"], default="cpu", help="where tests make their tensors")
+    parser.addoption("--tf32", choices=["on", "off"], default="on", help="torch's setting for float32 convolutions")
+    parser.addoption("--every", type=int, default=1, metavar="N", help="run every Nth case of each test alone")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    device = config.getoption("--device")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError("--device cuda: torch sees no CUDA device")
+    torch.set_default_device(device)  # before test files are imported: they hold tensors
+    torch.backends.cudnn.allow_tf32 = config.getoption("--tf32") == "on"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out tests that need a CUDA device where there is none, and what ``--every`` leaves out."""
+    if not torch.cuda.is_available():
+        skip = pytest.mark.skip(reason="needs a CUDA device")
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(skip)
+    every, seen, kept = config.getoption("--every"), Counter[str](), []
+    for item in items:
+        name = item.nodeid.partition("[")[0]
+        if seen[name] % every == 0:
+            kept.append(item)
+        seen[name] += 1
+    if len(kept) < len(items):
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = kept
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """What the tensors' device may run: the C++ kernels' instruction sets, the interpreted kernels, or a GPU's."""
+    if metafunc.config.getoption("--device") == "cuda":
+        kernels, others = ["triton"], []
+    elif _native.INTERPRETED:
+        kernels, others = ["triton-interpreted"], []
+    else:
+        kernels, others = _native._C.runnable_isas(), ["plain"]
+    if "isa" in metafunc.fixturenames:
+        metafunc.parametrize("isa", kernels, indirect=True)
+    if "implementation" in metafunc.fixturenames:
+        metafunc.parametrize("implementation", [*kernels, *others], indirect=True)
 
 
 @pytest.fixture(autouse=True)
@@ -23,25 +67,23 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=CPU_KERNELS)
+@pytest.fixture
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Selects an instruction set of the C++ kernels, afterwards again the one before; or the interpreted kernels."""
-    if request.param == "triton":
-        yield request.param
-        return
+    """Each instruction set of the C++ kernels, afterwards again the one before; elsewhere the Triton kernels."""
     before = _native._C.active_isa()
-    _native._C.select_isa(request.param)
+    if request.param in _native._C.runnable_isas():
+        _native._C.select_isa(request.param)
     yield request.param
     _native._C.select_isa(before)
 
 
-@pytest.fixture(params=[*CPU_KERNELS, *([] if _native.INTERPRETED else ["plain"])])
+@pytest.fixture
 def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Each instruction set of cross_entropy's kernels, and its implementation for devices without a kernel."""
+    """As `isa`, for cross_entropy; on a CPU its implementation for devices without a kernel as well."""
     before = _native._C.active_isa()
     if request.param == "plain":
         monkeypatch.setattr(operator, "native", lambda name: None)
-    elif request.param != "triton":
+    elif request.param in _native._C.runnable_isas():
         _native._C.select_isa(request.param)
     yield request.param
     _native._C.select_isa(before)

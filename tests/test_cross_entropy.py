@@ -185,7 +185,8 @@ def test_more_dimensions_than_the_kernels_take(caplog: pytest.LogCaptureFixture)
     _native.log_slow_road.cache_clear()
     input = logits((2, 3, *[1, 2] * 4))
     check(input, labels_for(input))
-    assert _native.INTERPRETED or "at most 8 dimensions" in caplog.text
+    if not _native.INTERPRETED and input.is_cpu:  # the C++ kernels' limit
+        assert "at most 8 dimensions" in caplog.text
 
 
 # ---- the whole grid of options ----

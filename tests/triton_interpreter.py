@@ -5,6 +5,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
@@ -16,6 +17,7 @@ def prepare() -> None:
     _index_with_tensors()
     _check_no_overflows()
     _patch_the_language_once()
+    _add_bias_as_gpus_do()
 
 
 def _multiply_bfloat16_as_numbers() -> None:
@@ -57,3 +59,19 @@ def _patch_the_language_once() -> None:
     """Triton patches its whole language at every launch and at every call of a device function."""
     interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
     interpreter._patch_lang = lambda function: interpreter._LangPatchScope()
+
+
+def _add_bias_as_gpus_do() -> None:
+    """On GPUs, torch's convolution rounds its output before it adds the bias, on CPUs afterwards alone.
+
+    Our kernels are a GPU's, and plain PyTorch is to be what it is there: else half types would break ties differently.
+    """
+    conv2d = torch.nn.functional.conv2d
+
+    def conv2d_then_bias(
+        input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *rest: Any
+    ) -> torch.Tensor:
+        output = conv2d(input, weight, None, *rest)
+        return output if bias is None else output + bias[:, None, None]
+
+    torch.nn.functional.conv2d = conv2d_then_bias

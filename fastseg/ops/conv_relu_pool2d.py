@@ -7,7 +7,7 @@ torch's own convolution, then one kernel for (bias,) ReLU, pooling and positions
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,36 +23,12 @@ from fastseg.ops.conv_relu_pool2d_geometry import (
     output_shapes,
     unflatten,
 )
-
-# Kernel taps (channels x height x width) up to which the direct kernels beat oneDNN's convolution and a pool. With more
-# taps arithmetic is the limit, where oneDNN is ahead. Backward, the direct kernels need a quarter of the arithmetic and
-# stay ahead longer. Measured with AVX2 (AMD Zen 3, 2026-11-22), 2x2 pool: forward even at 288, backward behind at 1152.
-DIRECT_FORWARD_MAX_TAPS = 288
-DIRECT_BACKWARD_MAX_TAPS = 576
-
-
-def choose_road(weight: Tensor, groups: int, with_skip: bool, most_taps: int) -> Literal["direct", "library"]:
-    """Which road serves a call on a CPU, from shapes alone."""
-    if groups > 1 or with_skip:  # the direct kernel has no groups, and a skip is the full-resolution map itself
-        return "library"
-    _, channels, height, width = weight.shape
-    return "direct" if channels * height * width <= most_taps else "library"
-
-
-# The same limits for Triton's kernels. Estimated for an H200, not measured yet: with 144 taps (16 channels under 3x3)
-# the product takes half as long as reading and writing the map would, with 288 as long. Half types and TF32 multiply on
-# tensor cores; full float32 doesn't, and is bound by arithmetic from the second layer on.
-GPU_DIRECT_MAX_TAPS = 160
-GPU_DIRECT_MAX_TAPS_WITHOUT_TENSOR_CORES = 64
-
-
-def choose_gpu_road(weight: Tensor, groups: int, with_skip: bool) -> Literal["direct", "library"]:
-    """Which road serves a call on a GPU, from shapes and dtype (and torch's setting of TF32) alone."""
-    if groups > 1 or with_skip or weight.dtype == torch.float64:  # float64 products are the library's
-        return "library"
-    tensor_cores = weight.dtype != torch.float32 or torch.backends.cudnn.allow_tf32
-    most_taps = GPU_DIRECT_MAX_TAPS if tensor_cores else GPU_DIRECT_MAX_TAPS_WITHOUT_TENSOR_CORES
-    return "direct" if weight[0].numel() <= most_taps else "library"
+from fastseg.ops.conv_relu_pool2d_roads import (
+    DIRECT_BACKWARD_MAX_TAPS,
+    DIRECT_FORWARD_MAX_TAPS,
+    choose_gpu_road,
+    choose_road,
+)
 
 
 def _is_channels_last(tensor: Tensor) -> bool:
@@ -189,9 +165,11 @@ def _forward_triton(
 ) -> tuple[Tensor, Tensor, Tensor]:
     geometry = unflatten(tuple(numbers))
     road = choose_gpu_road(weight, geometry.groups, with_skip)
-    kernels = _triton.kernels("conv_relu_pool2d", None if road == "direct" else "relu_pool2d")
+    kernels = _triton.kernels("conv_relu_pool2d", "conv_relu_pool2d_fields" if road == "direct" else "relu_pool2d")
     if kernels is None:
         return _forward_plain(input, weight, bias, numbers, with_positions, with_skip)
+    if road == "direct" and not kernels.serves(weight, geometry):
+        kernels = _triton.kernels("conv_relu_pool2d")
     output, positions, skip = _allocate_outputs(input, weight, geometry, with_positions, False)
     kept_positions = positions if with_positions else None
     if road == "direct":

@@ -1,0 +1,38 @@
+"""Which of conv_relu_pool2d's two roads serves a call, on a CPU and on a GPU: see `fastseg.ops.conv_relu_pool2d`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+# Kernel taps (channels x height x width) up to which the direct kernels beat oneDNN's convolution and a pool. With more
+# taps arithmetic is the limit, where oneDNN is ahead. Backward, the direct kernels need a quarter of the arithmetic and
+# stay ahead longer. Measured with AVX2 (AMD Zen 3, 2026-11-22), 2x2 pool: forward even at 288, backward behind at 1152.
+DIRECT_FORWARD_MAX_TAPS = 288
+DIRECT_BACKWARD_MAX_TAPS = 576
+
+
+def choose_road(weight: Tensor, groups: int, with_skip: bool, most_taps: int) -> Literal["direct", "library"]:
+    """Which road serves a call on a CPU, from shapes alone."""
+    if groups > 1 or with_skip:  # the direct kernel has no groups, and a skip is the full-resolution map itself
+        return "library"
+    _, channels, height, width = weight.shape
+    return "direct" if channels * height * width <= most_taps else "library"
+
+
+# The same limits for Triton's kernels. Estimated for an H200, not measured yet: with 144 taps (16 channels under 3x3)
+# the product takes half as long as reading and writing the map would, with 288 as long. Half types and TF32 multiply on
+# tensor cores; full float32 doesn't, and is bound by arithmetic from the second layer on.
+GPU_DIRECT_MAX_TAPS = 160
+GPU_DIRECT_MAX_TAPS_WITHOUT_TENSOR_CORES = 64
+
+
+def choose_gpu_road(weight: Tensor, groups: int, with_skip: bool) -> Literal["direct", "library"]:
+    """Which road serves a call on a GPU, from shapes and dtype (and torch's setting of TF32) alone."""
+    if groups > 1 or with_skip or weight.dtype == torch.float64:  # float64 products are the library's
+        return "library"
+    tensor_cores = weight.dtype != torch.float32 or torch.backends.cudnn.allow_tf32
+    most_taps = GPU_DIRECT_MAX_TAPS if tensor_cores else GPU_DIRECT_MAX_TAPS_WITHOUT_TENSOR_CORES
+    return "direct" if weight[0].numel() <= most_taps else "library"

@@ -1,0 +1,177 @@
+"""conv_relu_pool2d's Triton kernel for first layers: few input channels, windows of four positions.
+
+Reading is what first layers cost: the patches of a window's four positions overlap, and channels are too few to be read
+as vectors. So a window's whole field (all that it sees, 4x4 pixels for a 3x3 kernel and a 2x2 pool) is read once and
+multiplied by weights that are spread over the field once for each position, side by side: four times the columns, and
+no more reading. Products with the zeros between them are the price, which tensor cores don't notice.
+
+With 3 channels, 3x3 and 2x2 (sm_90, half types), a warp runs 1150 instructions for 64 windows by 16 channels; of the
+kernel that takes one position after the other, 2020.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastseg.kernels.conv_relu_pool2d import (
+    bucket_of,
+    geometry_constants,
+    load_patches,
+    taps,
+    uses_tensor_cores,
+    window_pixels,
+)
+from fastseg.kernels.launch import Plan, choose, index_type, launch, multiprocessors, next_power_of_2, tile_map
+from fastseg.kernels.relu_pool2d import keep_larger, locate, reach, store_pooled
+
+POSITIONS = tl.constexpr(4)
+
+
+@triton.jit
+def _load_fields(
+    input, image, window_y, window_x, inside, height, width, strides,
+    CHANNELS: tl.constexpr, FIELD: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr,
+    POOL_STRIDE: tl.constexpr, POOL_PADDING: tl.constexpr, INDEX: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """What windows see [BLOCK_P, BLOCK_K]."""
+    rows = (window_y * POOL_STRIDE[0] - POOL_PADDING[0]) * STRIDE[0] - PADDING[0]
+    columns = (window_x * POOL_STRIDE[1] - POOL_PADDING[1]) * STRIDE[1] - PADDING[1]
+    return load_patches(
+        input + image * strides[0], rows, columns, inside, 0, height, width, strides, CHANNELS, FIELD, (1, 1), INDEX,
+        BLOCK_K,
+    )  # fmt: skip
+
+
+# ---- forward ----
+
+
+@triton.jit
+def _load_spread_weights(
+    weight, channel_block, strides,
+    CHANNELS: tl.constexpr, OUT_CHANNELS: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr,
+    DILATION: tl.constexpr, POOL: tl.constexpr, FIELD: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Weights [BLOCK_K, 4 * BLOCK_O]: for each position those of the channels, where it has its taps in the field."""
+    field_y, field_x, channel, exist = taps(0, CHANNELS, FIELD, BLOCK_K)
+    column = tl.arange(0, POSITIONS * BLOCK_O)
+    position, out_channel = column // BLOCK_O, channel_block * BLOCK_O + column % BLOCK_O
+    y = field_y[:, None] - (position // POOL[1] * STRIDE[0])[None, :]
+    x = field_x[:, None] - (position % POOL[1] * STRIDE[1])[None, :]
+    mask = exist[:, None] & (out_channel < OUT_CHANNELS)[None, :]
+    mask = mask & (y >= 0) & (y % DILATION[0] == 0) & (y // DILATION[0] < KERNEL[0])
+    mask = mask & (x >= 0) & (x % DILATION[1] == 0) & (x // DILATION[1] < KERNEL[1])
+    offsets = y // DILATION[0] * strides[2] + x // DILATION[1] * strides[3] + (channel * strides[1])[:, None]
+    return tl.load(weight + offsets + (out_channel * strides[0])[None, :], mask, other=0)
+
+
+@triton.jit
+def conv_relu_pool2d_forward_fields(
+    input, weight, bias, output, positions,
+    height, width, convolved_h, convolved_w, pooled_h, pooled_w, down, across, channel_blocks, tiles, shares,
+    input_strides, weight_strides, output_strides,
+    CHANNELS: tl.constexpr, OUT_CHANNELS: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr,
+    PADDING: tl.constexpr, DILATION: tl.constexpr, POOL: tl.constexpr, POOL_STRIDE: tl.constexpr,
+    POOL_PADDING: tl.constexpr, CLIPPED: tl.constexpr, FIELD: tl.constexpr, PRECISION: tl.constexpr,
+    INDEX: tl.constexpr, BLOCK_P: tl.constexpr, TILE_W: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Pooled values, and positions where they are wanted. A program keeps its weights for every ``shares``-th tile."""
+    channel_block = tl.program_id(0) % channel_blocks
+    weights = _load_spread_weights(
+        weight, channel_block, weight_strides, CHANNELS, OUT_CHANNELS, KERNEL, STRIDE, DILATION, POOL, FIELD, BLOCK_O,
+        BLOCK_K,
+    )  # fmt: skip
+    for tile in range(tl.program_id(0) // channel_blocks, tiles, shares):
+        image, window_y, window_x, inside, channels, channels_exist = locate(
+            tile * channel_blocks + channel_block, down, across, channel_blocks, pooled_h, pooled_w, OUT_CHANNELS,
+            BLOCK_P, TILE_W, BLOCK_O,
+        )  # fmt: skip
+        fields = _load_fields(
+            input, image, window_y, window_x, inside, height, width, input_strides, CHANNELS, FIELD, STRIDE, PADDING,
+            POOL_STRIDE, POOL_PADDING, INDEX, BLOCK_K,
+        )  # fmt: skip
+        values = tl.dot(fields, weights, input_precision=PRECISION)  # [BLOCK_P, 4 * BLOCK_O]
+        values = tl.permute(tl.reshape(values, (BLOCK_P, 2, 2, BLOCK_O)), (0, 3, 1, 2))
+        even, odd = tl.split(values)  # positions 0 and 2, 1 and 3
+        value_0, value_2 = tl.split(even)
+        value_1, value_3 = tl.split(odd)
+        largest = tl.full((BLOCK_P, BLOCK_O), float("-inf"), tl.float32)
+        chosen = tl.zeros((BLOCK_P, BLOCK_O), tl.int32)
+        for position in tl.static_range(4):
+            value = value_0 if position == 0 else value_1 if position == 1 else value_2 if position == 2 else value_3
+            if CLIPPED:
+                _, _, exist = window_pixels(
+                    window_y, window_x, position, inside, convolved_h, convolved_w, STRIDE, PADDING, POOL, POOL_STRIDE,
+                    POOL_PADDING, CLIPPED,
+                )  # fmt: skip
+                value = tl.where(exist[:, None], value, float("-inf"))
+            largest, chosen = keep_larger(value, position, largest, chosen)
+        if bias is not None:
+            largest += tl.load(bias + channels, channels_exist, other=0).to(tl.float32)[None, :]
+        store_pooled(
+            largest, chosen, output, positions, image, window_y, window_x, channels,
+            inside[:, None] & channels_exist[None, :], output_strides, INDEX,
+        )  # fmt: skip
+
+
+# ---- launcher ----
+
+MOST_INPUTS = 64  # in a field: one tile of a product
+
+# Not measured on a GPU yet. A product of 64 windows by four positions of 64 channels has 128 sums for each thread of
+# four warps, its registers' limit for two programs on a multiprocessor.
+FORWARD_PLANS = {
+    f"{kind}-o{o}-k{k}": Plan({"BLOCK_P": 64, "BLOCK_O": o}, num_warps=4, num_stages=2)
+    for kind in ("half", "single")
+    for o in (16, 32, 64)
+    for k in (16, 32, 64)
+}
+# Programs for each multiprocessor: they keep their weights, or sums, and go over the windows in turns.
+SHARES_PER_MULTIPROCESSOR = 2
+
+
+def field_of(kernel: tuple[int, ...], geometry: Any) -> tuple[int, int]:
+    """Height and width of what a window sees of the input."""
+    height, width = (
+        (geometry.pool_size[axis] - 1) * geometry.stride[axis] + (kernel[axis] - 1) * geometry.dilation[axis] + 1
+        for axis in (0, 1)
+    )
+    return height, width
+
+
+def serves(weight: Tensor, geometry: Any) -> bool:
+    """Whether this kernel serves a call: small fields of four positions, on tensor cores."""
+    height, width = field_of(tuple(weight.shape[2:]), geometry)
+    positions = geometry.pool_size[0] * geometry.pool_size[1]
+    small = height * width * weight.shape[1] <= MOST_INPUTS
+    return positions == POSITIONS.value and small and uses_tensor_cores(weight)
+
+
+def forward(
+    input: Tensor, weight: Tensor, bias: Tensor | None, output: Tensor, positions: Tensor | None,
+    convolved: tuple[int, int], geometry: Any,
+) -> None:  # fmt: skip
+    """As `fastseg.kernels.conv_relu_pool2d.forward`, for calls that this kernel `serves`."""
+    if output.numel() == 0:
+        return
+    field, device = field_of(tuple(weight.shape[2:]), geometry), input.device
+    block_k = next_power_of_2(field[0] * field[1] * weight.shape[1], 16)
+    bucket = bucket_of(weight, weight.shape[0], block_k, MOST_INPUTS)
+    plan = choose(conv_relu_pool2d_forward_fields, bucket, FORWARD_PLANS, device)
+    images, out_channels, pooled_h, pooled_w = output.shape
+    tiling = tile_map(plan.tile["BLOCK_P"], pooled_h, pooled_w)
+    channel_blocks, tiles = triton.cdiv(out_channels, plan.tile["BLOCK_O"]), images * tiling.count
+    shares = min(tiles, triton.cdiv(SHARES_PER_MULTIPROCESSOR * multiprocessors(device), channel_blocks))
+    arguments = {
+        "input": input, "weight": weight, "bias": bias, "output": output, "positions": positions,
+        "height": input.shape[2], "width": input.shape[3], "convolved_h": convolved[0], "convolved_w": convolved[1],
+        "pooled_h": pooled_h, "pooled_w": pooled_w, "down": tiling.down, "across": tiling.across,
+        "TILE_W": tiling.width, "channel_blocks": channel_blocks, "tiles": tiles, "shares": shares,
+        "input_strides": input.stride(), "weight_strides": weight.stride(), "output_strides": output.stride(),
+        "FIELD": field, "BLOCK_K": block_k, "INDEX": index_type(reach(input, output)),
+        **geometry_constants(weight, (pooled_h, pooled_w), convolved, geometry),
+    }  # fmt: skip
+    launch(conv_relu_pool2d_forward_fields, bucket, plan, shares * channel_blocks, device, arguments)
