@@ -11,6 +11,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import fastseg
 from fastseg import _native, functional, reference
+from fastseg.ops import conv_relu_pool2d as operator
 from fastseg.ops.conv_relu_pool2d_geometry import flatten, resolve
 from fastseg.testing import assert_parity, make, values_and_gradients
 
@@ -63,6 +64,23 @@ def compiled_and_plain(
 def test_compile(backend: str, options: dict) -> None:
     torch.compiler.reset()
     compiled_and_plain(options, backend, *arguments(requires_grad=True))
+
+
+def test_compiled_gradient_without_a_skip_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.compiler.reset()
+    seen = []
+    backward_plain = operator._backward_plain
+
+    def backward(grad_output: Tensor, grad_skip: Tensor | None, *rest: object) -> tuple[Tensor, ...]:
+        seen.append(grad_skip)
+        return backward_plain(grad_output, grad_skip, *rest)
+
+    for kernels in ("native", "_triton.kernels"):
+        monkeypatch.setattr(f"fastseg.ops.conv_relu_pool2d.{kernels}", lambda *name: None)
+    monkeypatch.setattr(operator, "_backward_plain", backward)
+    compiled_and_plain({"padding": 1}, "aot_eager", *arguments(requires_grad=True))
+    assert seen
+    assert all(grad_skip is None for grad_skip in seen)  # else the direct kernels would not serve compiled networks
 
 
 def test_compile_dynamic_sizes_without_recompiling() -> None:

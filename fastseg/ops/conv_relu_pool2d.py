@@ -324,6 +324,8 @@ class _ConvReLUPool2d(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor | None, _: Any, grad_skip: Tensor | None) -> tuple[Tensor | None, ...]:
         input, weight, bias, positions, skip = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:3])
+        if skip is None:  # compilers make up a gradient for the output that stands for no skip
+            grad_skip = None
         if grad_output is None and grad_skip is None:
             return None, None, None, None, None
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
