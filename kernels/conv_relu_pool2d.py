@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastseg._tf32 import convolutions_take_tf32
 from fastseg.kernels.launch import Plan, choose, fit, index_type, launch, next_power_of_2, tile_map
 from fastseg.kernels.relu_pool2d import keep_larger, locate, reach, store_pooled
 
@@ -162,7 +163,7 @@ def bucket_of(weight: Tensor, channels: int, products: int, most_products: int =
 
 
 def _takes_tf32(weight: Tensor) -> bool:
-    return weight.dtype == torch.float32 and not weight.is_cpu and torch.backends.cudnn.allow_tf32
+    return weight.dtype == torch.float32 and not weight.is_cpu and convolutions_take_tf32()
 
 
 def uses_tensor_cores(weight: Tensor) -> bool:

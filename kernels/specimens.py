@@ -157,13 +157,8 @@ _CROSS_ENTROPY = [
 # ---- conv_relu_pool2d ----
 
 
-@contextlib.contextmanager
-def _tf32(allowed: bool) -> Iterator[None]:
-    before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, allowed
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
+def _tf32(allowed: bool) -> contextlib.AbstractContextManager[None]:
+    return torch.backends.cudnn.flags(enabled=True, allow_tf32=allowed)
 
 
 def _prepare_with_tf32(allowed: bool, prepare: Callable[[torch.device], Call], device: torch.device) -> Call:

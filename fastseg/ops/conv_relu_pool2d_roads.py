@@ -7,6 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fastseg._tf32 import convolutions_take_tf32
+
 # Kernel taps (channels x height x width) up to which the direct kernels beat oneDNN's convolution and a pool. With more
 # taps arithmetic is the limit, where oneDNN is ahead. Backward, the direct kernels need a quarter of the arithmetic and
 # stay ahead longer. Measured with AVX2 (AMD Zen 3, 2026-11-22), 2x2 pool: forward even at 288, backward behind at 1152.
@@ -33,6 +35,6 @@ def choose_gpu_road(weight: Tensor, groups: int, with_skip: bool) -> Literal["di
     """Which road serves a call on a GPU, from shapes and dtype (and torch's setting of TF32) alone."""
     if groups > 1 or with_skip or weight.dtype == torch.float64:  # float64 products are the library's
         return "library"
-    tensor_cores = weight.dtype != torch.float32 or torch.backends.cudnn.allow_tf32
+    tensor_cores = weight.dtype != torch.float32 or convolutions_take_tf32()
     most_taps = GPU_DIRECT_MAX_TAPS if tensor_cores else GPU_DIRECT_MAX_TAPS_WITHOUT_TENSOR_CORES
     return "direct" if weight[0].numel() <= most_taps else "library"

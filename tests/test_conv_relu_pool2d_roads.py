@@ -1,0 +1,55 @@
+"""Which road conv_relu_pool2d takes on a GPU, and that torch's settings of TF32 reach it."""
+
+from contextlib import AbstractContextManager
+
+import pytest
+import torch
+
+from fastseg._tf32 import convolutions_take_tf32
+from fastseg.ops.conv_relu_pool2d_roads import (
+    GPU_DIRECT_MAX_TAPS,
+    GPU_DIRECT_MAX_TAPS_WITHOUT_TENSOR_CORES,
+    choose_gpu_road,
+)
+
+
+def tf32(allowed: bool) -> AbstractContextManager[None]:
+    return torch.backends.cudnn.flags(enabled=True, allow_tf32=allowed)
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_old_flag(allowed: bool) -> None:
+    with tf32(allowed):
+        assert convolutions_take_tf32() == allowed
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="this torch has the old flag alone")
+@pytest.mark.parametrize(("precision", "expected"), [("tf32", True), ("ieee", False)])
+def test_new_setting_which_the_old_flag_refuses_to_tell(
+    precision: str, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends, "flags_frozen", lambda: False)  # torch's own test harness freezes them
+    with tf32(True):
+        torch.backends.cudnn.conv.fp32_precision = precision
+        assert convolutions_take_tf32() == expected
+        torch.backends.cudnn.conv.fp32_precision = "tf32"  # the context asks the old flag at its end
+
+
+def weight(taps: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(8, taps, 1, 1, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("allowed", [True, False], ids=["tf32", "ieee"])
+def test_more_taps_go_directly_on_tensor_cores(allowed: bool, dtype: torch.dtype) -> None:
+    tensor_cores = allowed or dtype != torch.float32
+    most = GPU_DIRECT_MAX_TAPS if tensor_cores else GPU_DIRECT_MAX_TAPS_WITHOUT_TENSOR_CORES
+    with tf32(allowed):
+        assert choose_gpu_road(weight(most, dtype), 1, False) == "direct"
+        assert choose_gpu_road(weight(most + 1, dtype), 1, False) == "library"
+
+
+def test_what_the_direct_kernels_do_not_serve_goes_by_the_library() -> None:
+    assert choose_gpu_road(weight(8, torch.bfloat16), 2, False) == "library"  # groups
+    assert choose_gpu_road(weight(8, torch.bfloat16), 1, True) == "library"  # a skip
+    assert choose_gpu_road(weight(8, torch.float64), 1, False) == "library"
