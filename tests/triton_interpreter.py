@@ -72,6 +72,6 @@ def _add_bias_as_gpus_do() -> None:
         input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *rest: Any
     ) -> torch.Tensor:
         output = conv2d(input, weight, None, *rest)
-        return output if bias is None else output + bias[:, None, None]
+        return output if bias is None else output + bias.to(output.dtype)[:, None, None]
 
     torch.nn.functional.conv2d = conv2d_then_bias

@@ -1,0 +1,48 @@
+"""What GPU tensors get where Triton isn't installed: plain PyTorch's results, and a line in the log."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastseg import _native, _triton
+from fastseg.ops import conv_relu_pool2d, cross_entropy
+from fastseg.ops.conv_relu_pool2d_geometry import flatten, resolve
+from fastseg.testing import make, make_labels
+
+GEOMETRY = flatten(resolve((3, 3), 1, 1, 1, 1, 2, None, 0, False)[0])
+
+
+@pytest.fixture(autouse=True)
+def no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_triton, "_load", lambda module: "ModuleNotFoundError: No module named 'triton'")
+    _native.log_slow_road.cache_clear()
+
+
+def conv(forward: Callable[..., tuple[Tensor, ...]], backward: Callable[..., tuple[Tensor, ...]]) -> list[Tensor]:
+    input, weight, bias = make((2, 3, 10, 12)), make((8, 3, 3, 3), seed=1), make((8,), seed=2)
+    output, positions, skip = forward(input, weight, bias, GEOMETRY, True, True)
+    saved = (input, weight, positions, skip, GEOMETRY, [True, True, True])
+    return [output, positions, skip, *backward(make(output.shape, seed=3), make(skip.shape, seed=4), *saved)]
+
+
+def loss(forward: Callable[..., tuple[Tensor, ...]], backward: Callable[..., Tensor]) -> list[Tensor]:
+    input, target, options = make((2, 5, 6, 7)), make_labels((2, 6, 7), 5), (-100, "mean", 0.1)
+    value, statistics, total_weight = forward(input, target, None, *options)
+    saved = (input, target, None, statistics, total_weight, *options)
+    return [value, statistics, total_weight, backward(torch.ones(()), *saved)]
+
+
+@pytest.mark.parametrize(
+    ("name", "run", "module"),
+    [("conv_relu_pool2d", conv, conv_relu_pool2d), ("cross_entropy", loss, cross_entropy)],
+    ids=["conv_relu_pool2d", "cross_entropy"],
+)
+def test_plain_pytorch_serves_and_the_log_says_why(
+    name: str, run: Callable[..., list[Tensor]], module: object, caplog: pytest.LogCaptureFixture
+) -> None:
+    actual = run(module._forward_triton, module._backward_triton)
+    torch.testing.assert_close(actual, run(module._forward_plain, module._backward_plain), rtol=0, atol=0)
+    line = f"{name} runs as plain PyTorch: the Triton kernels couldn't be loaded (ModuleNotFoundError"
+    assert caplog.text.count(line) == 1
