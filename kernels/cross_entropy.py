@@ -25,6 +25,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastseg.kernels import cross_entropy_rows as rows
+from fastseg.kernels.cross_entropy_pixels import (
+    add_classes,
+    exp,
+    label_gradients,
+    label_losses,
+    load_labels,
+    smoothing_of,
+    store_forward,
+)
 from fastseg.kernels.launch import Plan, choose, fit, fold, index_type, launch, next_power_of_2
 
 # ---- parts of both kernels ----
@@ -48,20 +58,6 @@ def _tile(tensor, start, class_stride, pixels, CLASSES: tl.constexpr, INDEX: tl.
     return start + local, start + local < CLASSES, tensor + tl.cast(start, tl.int64) * class_stride + offsets
 
 
-@triton.jit
-def _labels(target, offsets, inside, ignore_index, CLASSES: tl.constexpr):
-    """Labels [BLOCK_P], where they are ignored (as what lies beyond the last pixel is), and where they are classes."""
-    labels = tl.load(target + offsets, inside, other=0).to(tl.int64)
-    ignored = (labels == ignore_index) | (inside == 0)
-    return labels, ignored, (ignored == 0) & (labels >= 0) & (labels < CLASSES)
-
-
-@triton.jit
-def _smoothing(bits, ACC: tl.constexpr):
-    """The label smoothing, a double that came as its bits: a float argument would be a single."""
-    return bits.to(tl.int64).to(tl.float64, bitcast=True).to(ACC)
-
-
 # ---- forward ----
 
 
@@ -81,18 +77,16 @@ def cross_entropy_forward(
     """
     ACC: tl.constexpr = statistics.dtype.element_ty
     DENSE: tl.constexpr = PROBABILITIES or SMOOTHED
-    program = tl.program_id(0)
-    run, first = (program // blocks).to(tl.int64), (program % blocks).to(tl.int64) * BLOCK_P
+    run = (tl.program_id(0) // blocks).to(tl.int64)
+    first = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK_P
     local = tl.arange(0, BLOCK_P)
     inside = first + local < run_length
     input += _offset(run, run_sizes, input_runs) + first * input_pixel
     target += _offset(run, run_sizes, target_runs) + first * target_pixel
     input_pixels, target_pixels = local.to(INDEX) * input_pixel, local.to(INDEX) * target_pixel
 
-    if SMOOTHED:
-        smoothing = _smoothing(smoothing_bits, ACC)
     if not PROBABILITIES:
-        labels, ignored, valid = _labels(target, target_pixels, inside, ignore_index, CLASSES)
+        labels, ignored, valid = load_labels(target, target_pixels, inside, ignore_index, CLASSES)
         logit = tl.load(input + input_pixels + labels * input_class, valid, other=0).to(ACC)
 
     largest = tl.full((BLOCK_P,), float("-inf"), ACC)
@@ -104,42 +98,31 @@ def cross_entropy_forward(
         _, exist, pointers = _tile(input, start, input_class, input_pixels, CLASSES, INDEX, BLOCK_C)
         mask = exist[:, None] & inside[None, :]
         logits = tl.load(pointers, mask, other=float("-inf")).to(ACC)
-        largest_before, largest = largest, tl.maximum(largest, tl.max(logits, 0))
-        base_before, base = base, tl.where(largest == float("-inf"), 0.0, largest)
-        shifted = logits - base[None, :]
-        total = total * tl.exp(largest_before - base) + tl.sum(tl.exp(shifted), 0)
+        base_before = base
+        largest, total, base = add_classes(logits, largest, total)
         if DENSE:
             q = _dense_share(
                 target, weight, smoothing_bits, start, target_class, target_pixels, inside, ACC, CLASSES, PROBABILITIES,
                 SMOOTHED, INDEX, BLOCK_C,
             )  # fmt: skip
-            spread += (base_before - base) * share + tl.sum(tl.where(mask, q * shifted, 0.0), 0)
+            spread += (base_before - base) * share + tl.sum(tl.where(mask, q * (logits - base[None, :]), 0.0), 0)
             share += tl.sum(q, 0)
     log_sum = tl.log(total)
 
-    first_pixel = run * run_length + first
-    tl.store(statistics + first_pixel + local, largest, inside)
-    tl.store(statistics + pixels + first_pixel + local, log_sum, inside)
+    dense_loss = share * 0.0
     if DENSE:
         # largest - base is zero, but for pixels whose logits are all -inf: there it makes NaN, as in log_softmax.
         dense_loss = share * (log_sum + (largest - base)) - spread
     if PROBABILITIES:
-        value = tl.where(inside, dense_loss, 0.0)
-        counted = inside.to(ACC)
+        value, counted = tl.where(inside, dense_loss, 0.0), inside.to(ACC)
     else:
-        counted = tl.where(valid, 1.0, 0.0).to(ACC)
-        if weight is not None:
-            counted = tl.load(weight + labels, valid, other=0)
-        value = ((largest - logit) + log_sum) * counted
-        if SMOOTHED:
-            value = value * (1 - smoothing) + dense_loss
-        value = tl.where(valid, value, tl.where(ignored, 0.0, float("nan")))
-    if REDUCED:
-        tl.store(partials + program, tl.sum(value, 0).to(tl.float64))
-        tl.store(partials + tl.num_programs(0) + program, tl.sum(counted, 0).to(tl.float64))
-    else:
-        tl.store(loss + first_pixel + local, value, inside)
-        tl.store(total_weight, 0.0, program == 0)  # of no use without a mean, but never left unwritten
+        value, counted = label_losses(
+            largest, log_sum, logit, dense_loss, labels, ignored, valid, weight, smoothing_bits, SMOOTHED, ACC
+        )
+    store_forward(
+        largest, log_sum, value, counted, loss, statistics, total_weight, partials, run * run_length + first, inside,
+        pixels, REDUCED, BLOCK_P,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -154,7 +137,7 @@ def _dense_share(
     """
     classes, exist, pointers = _tile(target, start, target_class, target_pixels, CLASSES, INDEX, BLOCK_C)
     if SMOOTHED:
-        smoothing = _smoothing(smoothing_bits, ACC)
+        smoothing = smoothing_of(smoothing_bits, ACC)
     if PROBABILITIES:
         q = tl.load(pointers, exist[:, None] & inside[None, :], other=0).to(ACC)
         if SMOOTHED:
@@ -204,8 +187,8 @@ def cross_entropy_backward(
     The label's share and the smoothing's are differences of their own, which vanish where the probability is 1.
     """
     ACC: tl.constexpr = statistics.dtype.element_ty
-    program = tl.program_id(0)
-    run, first = (program // blocks).to(tl.int64), (program % blocks).to(tl.int64) * BLOCK_P
+    run = (tl.program_id(0) // blocks).to(tl.int64)
+    first = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK_P
     local = tl.arange(0, BLOCK_P)
     inside = first + local < run_length
     input += _offset(run, run_sizes, input_runs) + first * input_pixel
@@ -234,19 +217,15 @@ def cross_entropy_backward(
             )  # fmt: skip
             share += tl.sum(q, 0)
     if not PROBABILITIES:
-        labels, ignored, valid = _labels(target, target_pixels, inside, ignore_index, CLASSES)
-        grad = tl.where(valid, grad, tl.where(ignored, 0.0, float("nan")))
-        label_grad = grad
-        if SMOOTHED:
-            label_grad *= 1 - _smoothing(smoothing_bits, ACC)
-        if weight is not None:
-            label_grad *= tl.load(weight + labels, valid, other=0)
+        labels, grad, label_grad = label_gradients(
+            target, target_pixels, inside, grad, weight, ignore_index, smoothing_bits, CLASSES, SMOOTHED, ACC
+        )
 
     for start in range(0, CLASSES, BLOCK_C):
         classes, exist, pointers = _tile(input, start, input_class, input_pixels, CLASSES, INDEX, BLOCK_C)
         mask = exist[:, None] & inside[None, :]
         logits = tl.load(pointers, mask, other=0).to(ACC)
-        probability = tl.exp((logits - largest[None, :]) - log_sum[None, :])
+        probability = exp((logits - largest[None, :]) - log_sum[None, :])
         if PROBABILITIES or SMOOTHED:
             q = _dense_share(
                 target, weight, smoothing_bits, start, target_class, target_pixels, inside, ACC, CLASSES, PROBABILITIES,
@@ -266,29 +245,31 @@ def cross_entropy_backward(
 FINISH_PLANS = {"all": Plan({"BLOCK": 4096}, num_warps=8)}
 
 
-def _plans(elements: int) -> dict[str, Plan]:
-    """Tiles of so many elements: of a few classes where pixels are neighbours in memory, else of all (to 256)."""
+def _plans() -> dict[str, Plan]:
+    """Tiles of a few classes where pixels are neighbours in memory, else of all classes (to 256)."""
     plans = {}
-    for suffix, size in (("", elements), ("-double", elements // 2)):
-        plans[f"pixels-inner{suffix}"] = Plan({"BLOCK_C": 4, "BLOCK_P": size // 4})
-        for c in (16, 32, 64, 128, 256):
-            plans[f"classes-inner-{c}{suffix}"] = Plan({"BLOCK_C": c, "BLOCK_P": size // c})
+    for suffix, halves in (("", 1), ("-double", 2)):
+        plans[f"pixels-inner{suffix}"] = Plan({"BLOCK_C": 4, "BLOCK_P": 1024 // halves})
+        for c in (2, 4, 8, 16, 32, 64, 128, 256):
+            tile = {"BLOCK_C": c, "BLOCK_P": min(2048 // c, 256) // halves}
+            plans[f"classes-inner-{c}{suffix}"] = Plan(tile, num_warps=1)
+        plans[f"classes-inner-more{suffix}"] = Plan({"BLOCK_C": 256, "BLOCK_P": 4 // halves}, num_warps=1)
     return plans
 
 
-# Not measured on a GPU yet. 4096 elements of 4 warps are 32 a thread, which leaves registers for 8 programs on a
-# multiprocessor, and float64's half as many as it needs not to spill; 16 bytes of neighbouring pixels for each thread
-# fill a memory transaction.
-FORWARD_PLANS = _plans(4096)
-BACKWARD_PLANS = _plans(4096)
-LEAST_PIXELS = 16  # smallest BLOCK_P
+# Not measured on a GPU yet. Pixels: 8 of them for each thread, 16 bytes of a half type, and 4 classes are 32 logits,
+# which leaves registers for 8 programs on a multiprocessor. Classes: several warps would share each row and pass
+# numbers through shared memory; one alone runs a third of the instructions.
+FORWARD_PLANS = _plans()
+BACKWARD_PLANS = _plans()
+LEAST_PIXELS = 2  # smallest BLOCK_P
 
 
 def _bucket(input: Tensor) -> str:
     classes, suffix = input.shape[1], "-double" if input.dtype == torch.float64 else ""
     if input.stride(1) != 1 or classes == 1:
         return f"pixels-inner{suffix}"
-    return f"classes-inner-{next_power_of_2(classes, 16, 256)}{suffix}"
+    return f"classes-inner-{next_power_of_2(classes) if classes <= 256 else 'more'}{suffix}"
 
 
 class _Runs(NamedTuple):
@@ -326,23 +307,34 @@ def _pixel_strides(tensor: Tensor, has_classes: bool) -> tuple[int, ...]:
     return (strides[0], *strides[2:]) if has_classes else strides
 
 
-def _common_arguments(
-    tensors: list[Tensor], runs: _Runs, plan: Plan, ignore_index: int, label_smoothing: float
+def _options(
+    input: Tensor, target: Tensor, runs: _Runs, ignore_index: int, reduction: str, label_smoothing: float
 ) -> dict[str, Any]:
-    """What both kernels take; the tensors are input, target, and what else has classes."""
+    """What all kernels but the finishing one take."""
+    return {
+        "input": input, "target": target, "pixels": runs.count * runs.length, "target_pixel": runs.steps[1],
+        "ignore_index": ignore_index, "smoothing_bits": struct.unpack("q", struct.pack("d", label_smoothing))[0],
+        "CLASSES": input.shape[1], "SMOOTHED": label_smoothing > 0, "REDUCED": reduction != "none",
+    }  # fmt: skip
+
+
+def _tiles(tensors: list[Tensor], runs: _Runs, plan: Plan) -> dict[str, Any]:
+    """How pixels lie, for the kernels that take any layout; the tensors are input, target, and what has classes."""
     input, target, *_ = tensors
-    probabilities = target.ndim == input.ndim
     class_strides = [tensor.stride(1) if tensor.ndim == input.ndim else 0 for tensor in tensors]
     farthest = plan.tile["BLOCK_C"] * max(class_strides) + plan.tile["BLOCK_P"] * max(runs.steps)
     return {
-        "pixels": runs.count * runs.length, "run_length": runs.length,
-        "blocks": triton.cdiv(runs.length, plan.tile["BLOCK_P"]), "run_sizes": runs.sizes,
+        "run_length": runs.length, "blocks": triton.cdiv(runs.length, plan.tile["BLOCK_P"]), "run_sizes": runs.sizes,
         "input_runs": runs.strides[0], "input_class": class_strides[0], "input_pixel": runs.steps[0],
-        "target_runs": runs.strides[1], "target_class": class_strides[1], "target_pixel": runs.steps[1],
-        "ignore_index": ignore_index, "smoothing_bits": struct.unpack("q", struct.pack("d", label_smoothing))[0],
-        "CLASSES": input.shape[1], "PROBABILITIES": probabilities, "SMOOTHED": label_smoothing > 0,
-        "INDEX": index_type(farthest),
+        "target_runs": runs.strides[1], "target_class": class_strides[1],
+        "PROBABILITIES": target.ndim == input.ndim, "INDEX": index_type(farthest),
     }  # fmt: skip
+
+
+def _plan(kernel: Any, bucket: str, defaults: dict[str, Plan], input: Tensor, runs: _Runs) -> Plan:
+    plan = choose(kernel, bucket, defaults, input.device)
+    plan = fold(plan, "BLOCK_P", runs.length, "BLOCK_C", input.shape[1])
+    return fit(plan, "BLOCK_P", LEAST_PIXELS, runs.count * runs.length, input.device)
 
 
 def forward(
@@ -350,21 +342,28 @@ def forward(
     ignore_index: int, reduction: str, label_smoothing: float,
 ) -> None:  # fmt: skip
     """Fills loss, statistics and total_weight; see `fastseg.ops.cross_entropy`."""
-    probabilities, sizes = target.ndim == input.ndim, (input.shape[0], *input.shape[2:])
+    probabilities, sizes, device = target.ndim == input.ndim, (input.shape[0], *input.shape[2:]), input.device
     runs = _runs(sizes, [_pixel_strides(input, True), _pixel_strides(target, probabilities)])
-    bucket, device = _bucket(input), input.device
-    plan = choose(cross_entropy_forward, bucket, FORWARD_PLANS, device)
-    plan = fold(plan, "BLOCK_P", runs.length, "BLOCK_C", input.shape[1])
-    plan = fit(plan, "BLOCK_P", LEAST_PIXELS, runs.count * runs.length, device)
-    arguments = _common_arguments([input, target], runs, plan, ignore_index, label_smoothing)
-    programs = runs.count * arguments["blocks"]
+    arguments = _options(input, target, runs, ignore_index, reduction, label_smoothing)
+    arguments |= {"weight": weight, "loss": loss, "statistics": statistics, "total_weight": total_weight}
+    in_rows = rows.serve(input, target, runs.count, runs.steps)
+    if in_rows:
+        bucket = rows.bucket(input)
+        plan = choose(rows.cross_entropy_forward_rows, bucket, rows.PLANS, device)
+        arguments["STRETCH"] = rows.stretch(input, plan)
+        programs = triton.cdiv(runs.length, plan.tile["BLOCK_P"])
+    else:
+        bucket = _bucket(input)
+        plan = _plan(cross_entropy_forward, bucket, FORWARD_PLANS, input, runs)
+        arguments |= _tiles([input, target], runs, plan)
+        programs = runs.count * arguments["blocks"]
     reduced = reduction != "none"
     partials = torch.empty((2, programs), dtype=torch.float64, device=device) if reduced else None
-    arguments |= {
-        "input": input, "target": target, "weight": weight, "loss": loss, "statistics": statistics,
-        "total_weight": total_weight, "partials": partials, "REDUCED": reduced,
-    }  # fmt: skip
-    launch(cross_entropy_forward, bucket, plan, programs, device, arguments)
+    arguments["partials"] = partials
+    if in_rows:
+        launch(rows.cross_entropy_forward_rows, bucket, plan, programs, device, arguments)
+    else:
+        launch(cross_entropy_forward, bucket, plan, programs, device, arguments)
     if reduced:
         arguments = {
             "partials": partials, "loss": loss, "total_weight": total_weight, "programs": programs,
@@ -379,20 +378,21 @@ def backward(
     grad_input: Tensor, ignore_index: int, reduction: str, label_smoothing: float,
 ) -> None:  # fmt: skip
     """Fills grad_input; see `fastseg.ops.cross_entropy`."""
-    probabilities, sizes = target.ndim == input.ndim, (input.shape[0], *input.shape[2:])
+    probabilities, sizes, device = target.ndim == input.ndim, (input.shape[0], *input.shape[2:]), input.device
     tensors = [(input, True), (target, probabilities), (grad_input, True)]
     if reduction == "none":
         tensors.append((grad_output, False))
     runs = _runs(sizes, [_pixel_strides(tensor, has_classes) for tensor, has_classes in tensors])
-    bucket, device = _bucket(input), input.device
-    plan = choose(cross_entropy_backward, bucket, BACKWARD_PLANS, device)
-    plan = fold(plan, "BLOCK_P", runs.length, "BLOCK_C", input.shape[1])
-    plan = fit(plan, "BLOCK_P", LEAST_PIXELS, runs.count * runs.length, device)
-    arguments = {
-        "grad_output": grad_output, "input": input, "target": target, "weight": weight, "statistics": statistics,
-        "total_weight": total_weight, "grad_input": grad_input, "REDUCED": reduction != "none",
-        "MEAN": reduction == "mean", "grad_input_runs": runs.strides[2], "grad_input_class": grad_input.stride(1),
-        "grad_input_pixel": runs.steps[2], "grad_output_runs": runs.strides[-1], "grad_output_pixel": runs.steps[-1],
-        **_common_arguments([input, target, grad_input], runs, plan, ignore_index, label_smoothing),
+    arguments = _options(input, target, runs, ignore_index, reduction, label_smoothing)
+    arguments |= {
+        "grad_output": grad_output, "weight": weight, "statistics": statistics, "total_weight": total_weight,
+        "grad_input": grad_input, "grad_output_pixel": runs.steps[-1], "MEAN": reduction == "mean",
+    }  # fmt: skip
+    bucket = _bucket(input)
+    plan = _plan(cross_entropy_backward, bucket, BACKWARD_PLANS, input, runs)
+    arguments |= {
+        "grad_input_runs": runs.strides[2], "grad_input_class": grad_input.stride(1),
+        "grad_input_pixel": runs.steps[2], "grad_output_runs": runs.strides[-1],
+        **_tiles([input, target, grad_input], runs, plan),
     }  # fmt: skip
     launch(cross_entropy_backward, bucket, plan, runs.count * arguments["blocks"], device, arguments)

@@ -135,6 +135,9 @@ _CROSS_ENTROPY = [
     _CrossEntropy((8, 64, 512, 512), channels_last=True, tuned=True),
     _CrossEntropy((8, 104, 512, 512), channels_last=True, tuned=True),
     _CrossEntropy(_ADE20K, channels_last=True, tuned=True),
+    _CrossEntropy((16, 2, 512, 512), channels_last=True, tuned=True),
+    _CrossEntropy((16, 4, 512, 512), channels_last=True),
+    _CrossEntropy((16, 8, 512, 512), channels_last=True),
     # What else changes the code: other dtypes, numbers of classes, and arguments.
     _CrossEntropy((16, 2, 512, 512), target=torch.uint8),
     _CrossEntropy((4, 257, 256, 256), channels_last=True, reduction="sum"),

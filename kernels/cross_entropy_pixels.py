@@ -1,0 +1,93 @@
+"""What cross_entropy's Triton kernels do with a tile of pixels, however they got its logits."""
+
+from __future__ import annotations
+
+import math
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(math.log2(math.e))
+
+
+@triton.jit
+def exp(x):
+    """The exponential. For float32 the chip's power of two: unlike `tl.exp`, it doesn't care for less than 2^-126."""
+    if x.dtype == tl.float64:
+        return tl.exp(x)
+    return tl.exp2(x * LOG2_E)
+
+
+@triton.jit
+def load_labels(target, offsets, inside, ignore_index, CLASSES: tl.constexpr):
+    """Labels [BLOCK_P], where they are ignored (as what lies beyond the last pixel is), and where they are classes."""
+    labels = tl.load(target + offsets, inside, other=0).to(tl.int64)
+    ignored = (labels == ignore_index) | (inside == 0)
+    return labels, ignored, (ignored == 0) & (labels >= 0) & (labels < CLASSES)
+
+
+@triton.jit
+def smoothing_of(bits, ACC: tl.constexpr):
+    """The label smoothing, a double that came as its bits: a float argument would be a single."""
+    return bits.to(tl.int64).to(tl.float64, bitcast=True).to(ACC)
+
+
+@triton.jit
+def label_gradients(
+    target, offsets, inside, grad, weight, ignore_index, smoothing_bits,
+    CLASSES: tl.constexpr, SMOOTHED: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Labels [BLOCK_P], -1 where there is none; the gradient, 0 where ignored; and what of it goes to the label."""
+    labels, ignored, valid = load_labels(target, offsets, inside, ignore_index, CLASSES)
+    grad = tl.where(valid, grad, tl.where(ignored, 0.0, float("nan")))
+    label_grad = grad
+    if SMOOTHED:
+        label_grad *= 1 - smoothing_of(smoothing_bits, ACC)
+    if weight is not None:
+        label_grad *= tl.load(weight + labels, valid, other=0)
+    return tl.where(valid, labels, -1).to(tl.int32), grad, label_grad
+
+
+@triton.jit
+def add_classes(logits, largest, total):
+    """The largest logit so far, and the sum of exp(x - base), with some more logits [BLOCK_C, BLOCK_P].
+
+    Also what is subtracted, ``base``: the largest logit, but zero where there is none above -inf.
+    """
+    before, largest = largest, tl.maximum(largest, tl.max(logits, 0))
+    base = tl.where(largest == float("-inf"), 0.0, largest)
+    total = total * exp(before - base) + tl.sum(exp(logits - base[None, :]), 0)
+    return largest, total, base
+
+
+@triton.jit
+def label_losses(
+    largest, log_sum, logit, dense_loss, labels, ignored, valid, weight, smoothing_bits,
+    SMOOTHED: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Losses of labelled pixels [BLOCK_P], and how much each counts in a mean."""
+    counted = tl.where(valid, 1.0, 0.0).to(ACC)
+    if weight is not None:
+        counted = tl.load(weight + labels, valid, other=0)
+    value = ((largest - logit) + log_sum) * counted
+    if SMOOTHED:
+        value = value * (1 - smoothing_of(smoothing_bits, ACC)) + dense_loss
+    return tl.where(valid, value, tl.where(ignored, 0.0, float("nan"))), counted
+
+
+@triton.jit
+def store_forward(
+    largest, log_sum, value, counted, loss, statistics, total_weight, partials, first_pixel, inside, pixels,
+    REDUCED: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """Stores the statistics of pixels from ``first_pixel`` on, and their losses or the sums of them."""
+    at = first_pixel + tl.arange(0, BLOCK_P)
+    tl.store(statistics + at, largest, inside)
+    tl.store(statistics + pixels + at, log_sum, inside)
+    program = tl.program_id(0)
+    if REDUCED:
+        tl.store(partials + program, tl.sum(value, 0).to(tl.float64))
+        tl.store(partials + tl.num_programs(0) + program, tl.sum(counted, 0).to(tl.float64))
+    else:
+        tl.store(loss + at, value, inside)
+        tl.store(total_weight, 0.0, program == 0)  # of no use without a mean, but never left unwritten
