@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastseg._tf32 import convolutions_take_tf32
-from fastseg.kernels.launch import Plan, choose, fit, index_type, launch, next_power_of_2, tile_map
+from fastseg.kernels.launch import Plan, cdiv, choose, fit, index_type, launch, next_power_of_2, tile_map
 from fastseg.kernels.relu_pool2d import keep_larger, locate, reach, store_pooled
 
 FAR = tl.constexpr(2**29)  # farther than any image reaches, and two of them still fit into 32 bits
@@ -198,7 +198,7 @@ def forward(
     _, out_channels, pooled_h, pooled_w = output.shape
     bucket, device = bucket_of(weight, out_channels, weight[0].numel()), input.device
     plan = choose(conv_relu_pool2d_forward, bucket, FORWARD_PLANS, device)
-    channel_blocks = triton.cdiv(out_channels, plan.tile["BLOCK_O"])
+    channel_blocks = cdiv(out_channels, plan.tile["BLOCK_O"])
     plan = fit(plan, "BLOCK_P", LEAST_WINDOWS, images * pooled_h * pooled_w * channel_blocks, device)
     tiling = tile_map(plan.tile["BLOCK_P"], pooled_h, pooled_w)
     arguments = {

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastseg.kernels.conv_relu_pool2d import bucket_of, geometry_constants, load_patches, window_pixels
-from fastseg.kernels.launch import Plan, choose, fit, index_type, launch, multiprocessors, tile_map
+from fastseg.kernels.launch import Plan, cdiv, choose, fit, index_type, launch, multiprocessors, tile_map
 from fastseg.kernels.relu_pool2d import CUT, load_unpooled, locate, offsets_of, reach
 
 # ---- weight and bias ----
@@ -150,12 +150,12 @@ def backward_weight(
     bucket, device = bucket_of(weight, out_channels, products), input.device
     plan = choose(conv_relu_pool2d_backward_weight, bucket, WEIGHT_PLANS, device)
     tiling = tile_map(plan.tile["BLOCK_P"], pooled_h, pooled_w)
-    channel_blocks = triton.cdiv(out_channels, plan.tile["BLOCK_O"])
-    product_blocks = triton.cdiv(products, plan.tile["BLOCK_K"]) if with_weight else 1
+    channel_blocks = cdiv(out_channels, plan.tile["BLOCK_O"])
+    product_blocks = cdiv(products, plan.tile["BLOCK_K"]) if with_weight else 1
     tiles = images * tiling.count
-    shares = triton.cdiv(SHARES_PER_MULTIPROCESSOR * multiprocessors(device), channel_blocks * product_blocks)
-    tiles_per_share = max(1, triton.cdiv(tiles, shares))
-    shares = triton.cdiv(tiles, tiles_per_share)
+    shares = cdiv(SHARES_PER_MULTIPROCESSOR * multiprocessors(device), channel_blocks * product_blocks)
+    tiles_per_share = max(1, cdiv(tiles, shares))
+    shares = cdiv(tiles, tiles_per_share)
     partials = torch.empty((shares, out_channels, products + 1), dtype=torch.float32, device=device)
     arguments = {
         "grad_output": grad_output, "positions": positions, "input": input, "partials": partials,
@@ -184,7 +184,7 @@ def backward_input(
     pooled, device = grad_output.shape[2:], grad_input.device
     bucket = bucket_of(weight, channels, weight.shape[0])
     plan = choose(conv_relu_pool2d_backward_input, bucket, INPUT_PLANS, device)
-    channel_blocks = triton.cdiv(channels, plan.tile["BLOCK_O"])
+    channel_blocks = cdiv(channels, plan.tile["BLOCK_O"])
     plan = fit(plan, "BLOCK_P", LEAST_PIXELS, images * height * width * channel_blocks, device)
     tiling = tile_map(plan.tile["BLOCK_P"], height, width)
     arguments = {

@@ -25,7 +25,7 @@ from fastseg.kernels.conv_relu_pool2d import (
     uses_tensor_cores,
     window_pixels,
 )
-from fastseg.kernels.launch import Plan, choose, index_type, launch, multiprocessors, next_power_of_2, tile_map
+from fastseg.kernels.launch import Plan, cdiv, choose, index_type, launch, multiprocessors, next_power_of_2, tile_map
 from fastseg.kernels.relu_pool2d import keep_larger, locate, reach, store_pooled
 
 POSITIONS = tl.constexpr(4)
@@ -163,8 +163,8 @@ def forward(
     plan = choose(conv_relu_pool2d_forward_fields, bucket, FORWARD_PLANS, device)
     images, out_channels, pooled_h, pooled_w = output.shape
     tiling = tile_map(plan.tile["BLOCK_P"], pooled_h, pooled_w)
-    channel_blocks, tiles = triton.cdiv(out_channels, plan.tile["BLOCK_O"]), images * tiling.count
-    shares = min(tiles, triton.cdiv(SHARES_PER_MULTIPROCESSOR * multiprocessors(device), channel_blocks))
+    channel_blocks, tiles = cdiv(out_channels, plan.tile["BLOCK_O"]), images * tiling.count
+    shares = min(tiles, cdiv(SHARES_PER_MULTIPROCESSOR * multiprocessors(device), channel_blocks))
     arguments = {
         "input": input, "weight": weight, "bias": bias, "output": output, "positions": positions,
         "height": input.shape[2], "width": input.shape[3], "convolved_h": convolved[0], "convolved_w": convolved[1],

@@ -35,7 +35,7 @@ from fastseg.kernels.cross_entropy_pixels import (
     smoothing_of,
     store_forward,
 )
-from fastseg.kernels.launch import Plan, choose, fit, fold, index_type, launch, next_power_of_2
+from fastseg.kernels.launch import Plan, cdiv, choose, fit, fold, index_type, launch, next_power_of_2
 
 # ---- parts of both kernels ----
 
@@ -324,7 +324,7 @@ def _tiles(tensors: list[Tensor], runs: _Runs, plan: Plan) -> dict[str, Any]:
     class_strides = [tensor.stride(1) if tensor.ndim == input.ndim else 0 for tensor in tensors]
     farthest = plan.tile["BLOCK_C"] * max(class_strides) + plan.tile["BLOCK_P"] * max(runs.steps)
     return {
-        "run_length": runs.length, "blocks": triton.cdiv(runs.length, plan.tile["BLOCK_P"]), "run_sizes": runs.sizes,
+        "run_length": runs.length, "blocks": cdiv(runs.length, plan.tile["BLOCK_P"]), "run_sizes": runs.sizes,
         "input_runs": runs.strides[0], "input_class": class_strides[0], "input_pixel": runs.steps[0],
         "target_runs": runs.strides[1], "target_class": class_strides[1],
         "PROBABILITIES": target.ndim == input.ndim, "INDEX": index_type(farthest),
@@ -351,7 +351,7 @@ def forward(
         bucket = rows.bucket(input)
         plan = choose(rows.cross_entropy_forward_rows, bucket, rows.PLANS, device)
         arguments["STRETCH"] = rows.stretch(input, plan)
-        programs = triton.cdiv(runs.length, plan.tile["BLOCK_P"])
+        programs = cdiv(runs.length, plan.tile["BLOCK_P"])
     else:
         bucket = _bucket(input)
         plan = _plan(cross_entropy_forward, bucket, FORWARD_PLANS, input, runs)

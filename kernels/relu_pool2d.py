@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastseg.kernels.launch import Plan, choose, fit, fold, index_type, launch, next_power_of_2, tile_map
+from fastseg.kernels.launch import Plan, cdiv, choose, fit, fold, index_type, launch, next_power_of_2, tile_map
 
 CUT = tl.constexpr(255)  # the position of a window whose maximum ReLU cut
 
@@ -223,14 +223,14 @@ def forward(
     cell, (cells_h, cells_w) = size, output.shape[2:]
     if skip is not None:
         cell = tuple(max(pair) for pair in zip(size, stride, strict=True))
-        cells_h = max(cells_h, triton.cdiv(convolved_h + padding[0], stride[0]))
-        cells_w = max(cells_w, triton.cdiv(convolved_w + padding[1], stride[1]))
+        cells_h = max(cells_h, cdiv(convolved_h + padding[0], stride[0]))
+        cells_w = max(cells_w, cdiv(convolved_w + padding[1], stride[1]))
     bucket, device = _bucket(convolved), convolved.device
     plan = choose(relu_pool2d_forward, bucket, FORWARD_PLANS, device)
     plan = fold(plan, "BLOCK_P", cells_h * cells_w, "BLOCK_O", channels)
     plan = fit(plan, "BLOCK_P", LEAST_PIXELS, images * cells_h * cells_w * channels // plan.tile["BLOCK_O"], device)
     tiling = tile_map(plan.tile["BLOCK_P"], cells_h, cells_w)
-    channel_blocks = triton.cdiv(channels, plan.tile["BLOCK_O"])
+    channel_blocks = cdiv(channels, plan.tile["BLOCK_O"])
     arguments = {
         "convolved": convolved, "bias": bias, "output": output, "positions": positions, "skip": skip,
         "convolved_h": convolved_h, "convolved_w": convolved_w, "pooled_h": output.shape[2],
@@ -256,7 +256,7 @@ def backward(
     plan = fold(plan, "BLOCK_P", pixels, "BLOCK_O", channels)
     plan = fit(plan, "BLOCK_P", LEAST_PIXELS, images * pixels * channels // plan.tile["BLOCK_O"], device)
     tiling = tile_map(plan.tile["BLOCK_P"], convolved_h, convolved_w)
-    channel_blocks = triton.cdiv(channels, plan.tile["BLOCK_O"])
+    channel_blocks = cdiv(channels, plan.tile["BLOCK_O"])
     partials = torch.empty((images * tiling.count, channels), dtype=accumulated, device=device) if with_bias else None
     pooled = (1, 1) if grad_output is None else grad_output.shape[2:]
     size, stride, padding = geometry.pool
