@@ -22,11 +22,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    device = config.getoption("--device")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise pytest.UsageError("--device cuda: torch sees no CUDA device")
-    torch.set_default_device(device)  # before test files are imported: they hold tensors
-    torch.backends.cudnn.allow_tf32 = config.getoption("--tf32") == "on"
+    if config.getoption("--device") == "cuda":
+        if not torch.cuda.is_available():
+            raise pytest.UsageError("--device cuda: torch sees no CUDA device")
+        torch.set_default_device("cuda")  # before test files are imported: they hold tensors
+        torch.backends.cudnn.allow_tf32 = config.getoption("--tf32") == "on"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

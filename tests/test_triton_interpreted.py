@@ -1,4 +1,4 @@
-"""The operators' parity tests once more, in processes where Triton's interpreter runs the GPU kernels on CPU tensors.
+"""The operators' tests once more, in processes where Triton's interpreter runs the GPU kernels on CPU tensors.
 
 Every Nth case of each test, so that all of them take minutes; N shares no factor with the numbers of a test's
 parameters, so that each of those comes in turn. All cases: ``TRITON_INTERPRET=1 pytest tests/test_cross_entropy.py``.
@@ -14,7 +14,13 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton isn't installed: it comes with the extra [test] on Linux x86-64")
 
-FILES = {"test_cross_entropy.py": 11, "test_conv_relu_pool2d.py": 13, "test_triton_labels.py": 1}
+FILES = {
+    "test_cross_entropy.py": 11,
+    "test_conv_relu_pool2d.py": 13,
+    "test_triton_labels.py": 1,
+    "test_cross_entropy_framework.py": 5,
+    "test_conv_relu_pool2d_framework.py": 5,
+}
 
 
 @pytest.fixture(scope="module")
