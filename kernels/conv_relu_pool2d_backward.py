@@ -118,11 +118,12 @@ def conv_relu_pool2d_backward_input(
 
 # ---- launchers ----
 
-# Not measured on a GPU yet. More than 64 windows by 64 channels on 4 warps spill.
+# Not measured on a GPU yet. More than 64 windows by 64 channels on 4 warps spill, and so do singles without TF32 before
+# Hopper.
 WEIGHT_PLANS = {
-    f"{kind}-o{o}-k{k}": Plan({"BLOCK_P": 64, "BLOCK_O": o, "BLOCK_K": k}, num_warps=4, num_stages=2)
-    for kind in ("half", "single")
-    for o in (16, 32, 64)
+    f"{kind}-o{o}-k{k}": Plan({"BLOCK_P": 64, "BLOCK_O": o, "BLOCK_K": k}, num_warps=warps, num_stages=2)
+    for kind, most_warps in (("half", 4), ("single", 8))
+    for o, warps in ((16, 4), (32, 4), (64, most_warps))
     for k in (16, 32)
 }
 INPUT_PLANS = {
