@@ -1,18 +1,14 @@
-"""The bridge to the C++ kernels: loads `fastseg._C`, describes tensors to it, and tells what is active."""
+"""The bridge to the C++ kernels: loads `fastseg._C` and describes tensors to it."""
 
 from __future__ import annotations
 
 import functools
 import importlib
-import importlib.metadata
-import importlib.util
 import logging
 import os
 from typing import Any, TypeAlias
 
 import torch  # before _C: the extension then shares torch's OpenMP thread pool
-
-from fastseg._version import __version__
 
 try:
     _C: Any = importlib.import_module("fastseg._C")
@@ -61,34 +57,3 @@ def native(operator: str) -> Any:
     if _C is None:
         log_slow_road(operator, f"the C++ extension couldn't be loaded ({load_error})")
     return _C
-
-
-def info() -> dict[str, Any]:
-    """What fastseg runs on, for bug reports: versions, the CPU kernels' instruction set, threads and backends.
-
-    Returns:
-        A dictionary with the keys ``fastseg``, ``torch`` and ``triton`` (versions; None where there is no Triton),
-        ``cpu`` (what CPU tensors run: "C++ kernels", the interpreted Triton kernels, or plain PyTorch and why),
-        ``cpu_isa`` (the instruction set in use) and ``cpu_isas`` (those that this machine runs; the environment
-        variable ``FASTSEG_CPU_ISA`` chooses one), ``openmp`` (whether the kernels run on several threads), ``threads``
-        (``torch.get_num_threads()``), ``gpu`` (what GPU tensors run) and ``gpus`` (those that torch sees).
-    """
-    triton = importlib.metadata.version("triton") if importlib.util.find_spec("triton") is not None else None
-    return {
-        "fastseg": __version__,
-        "torch": torch.__version__,
-        "triton": triton,
-        "cpu": _describe_cpu(),
-        "cpu_isa": _C.active_isa() if _C is not None else None,
-        "cpu_isas": _C.runnable_isas() if _C is not None else [],
-        "openmp": _C.openmp if _C is not None else False,
-        "threads": torch.get_num_threads(),
-        "gpu": "Triton kernels" if triton is not None else "plain PyTorch (no Triton)",
-        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
-    }
-
-
-def _describe_cpu() -> str:
-    if INTERPRETED:
-        return "Triton kernels, interpreted"
-    return "C++ kernels" if _C is not None else f"plain PyTorch ({load_error})"

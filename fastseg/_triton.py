@@ -11,10 +11,34 @@ import torch
 
 from fastseg._native import INTERPRETED, log_slow_road
 
+# The oldest version that the kernels were compiled and interpreted with.
+OLDEST_TRITON = (3, 6)
+
+
+def version() -> str | None:
+    """Triton's version, or None where it can't be imported."""
+    try:
+        return importlib.import_module("triton").__version__
+    except ImportError:
+        return None
+
+
+def unusable() -> str | None:
+    """Why the Triton kernels can't be used, or None."""
+    found = version()
+    if found is None:
+        return "no Triton"
+    if tuple(int(part) for part in found.split(".")[:2]) < OLDEST_TRITON:
+        return f"Triton {found} is older than {'.'.join(map(str, OLDEST_TRITON))}"
+    return None
+
 
 @functools.cache
 def _load(module: str) -> Any:
-    """The module of `fastseg.kernels`, or why it can't be imported."""
+    """The module of `fastseg.kernels`, or why there is none."""
+    reason = unusable()
+    if reason is not None:
+        return reason
     try:
         return importlib.import_module(f"fastseg.kernels.{module}")
     except ImportError as error:
@@ -22,10 +46,10 @@ def _load(module: str) -> Any:
 
 
 def kernels(operator: str, module: str | None = None) -> Any:
-    """A module of Triton kernels, or None (and a log line) where Triton can't be imported."""
+    """A module of Triton kernels, or None (and a log line) where they can't be used."""
     loaded = _load(module or operator)
     if isinstance(loaded, str):
-        log_slow_road(operator, f"the Triton kernels couldn't be loaded ({loaded})")
+        log_slow_road(operator, f"the Triton kernels can't be used ({loaded})")
         return None
     return loaded
 

@@ -1,11 +1,12 @@
 """What GPU tensors get where Triton isn't installed: plain PyTorch's results, and a line in the log."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
+import fastseg
 from fastseg import _native, _triton
 from fastseg.ops import conv_relu_pool2d, cross_entropy
 from fastseg.ops.conv_relu_pool2d_geometry import flatten, resolve
@@ -15,9 +16,12 @@ GEOMETRY = flatten(resolve((3, 3), 1, 1, 1, 1, 2, None, 0, False)[0])
 
 
 @pytest.fixture(autouse=True)
-def no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_triton, "_load", lambda module: "ModuleNotFoundError: No module named 'triton'")
+def no_triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(_triton, "version", lambda: None)
+    _triton._load.cache_clear()
     _native.log_slow_road.cache_clear()
+    yield
+    _triton._load.cache_clear()
 
 
 def conv(forward: Callable[..., tuple[Tensor, ...]], backward: Callable[..., tuple[Tensor, ...]]) -> list[Tensor]:
@@ -34,6 +38,18 @@ def loss(forward: Callable[..., tuple[Tensor, ...]], backward: Callable[..., Ten
     return [value, statistics, total_weight, backward(torch.ones(()), *saved)]
 
 
+def test_info_tells_it() -> None:
+    assert fastseg.info()["triton"] is None
+    assert fastseg.info()["gpu"] == "plain PyTorch (no Triton)"
+
+
+@pytest.mark.parametrize(("version", "used"), [("3.5.1", False), ("3.6.0", True), ("3.10.0+git1", True)])
+def test_an_older_triton_is_not_used(version: str, used: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_triton, "version", lambda: version)
+    expected = "Triton kernels" if used else "plain PyTorch (Triton 3.5.1 is older than 3.6)"
+    assert fastseg.info()["gpu"] == expected
+
+
 @pytest.mark.parametrize(
     ("name", "run", "module"),
     [("conv_relu_pool2d", conv, conv_relu_pool2d), ("cross_entropy", loss, cross_entropy)],
@@ -44,5 +60,5 @@ def test_plain_pytorch_serves_and_the_log_says_why(
 ) -> None:
     actual = run(module._forward_triton, module._backward_triton)
     torch.testing.assert_close(actual, run(module._forward_plain, module._backward_plain), rtol=0, atol=0)
-    line = f"{name} runs as plain PyTorch: the Triton kernels couldn't be loaded (ModuleNotFoundError"
+    line = f"{name} runs as plain PyTorch: the Triton kernels can't be used (no Triton)"
     assert caplog.text.count(line) == 1

@@ -1,0 +1,40 @@
+"""What fastseg runs on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fastseg import _native, _triton
+from fastseg._version import __version__
+
+
+def info() -> dict[str, Any]:
+    """What fastseg runs on, for bug reports: versions, the CPU kernels' instruction set, threads and backends.
+
+    Returns:
+        A dictionary with the keys ``fastseg``, ``torch`` and ``triton`` (versions; None where there is no Triton),
+        ``cpu`` (what CPU tensors run: "C++ kernels", the interpreted Triton kernels, or plain PyTorch and why),
+        ``cpu_isa`` (the instruction set in use) and ``cpu_isas`` (those that this machine runs; the environment
+        variable ``FASTSEG_CPU_ISA`` chooses one), ``openmp`` (whether the kernels run on several threads), ``threads``
+        (``torch.get_num_threads()``), ``gpu`` (what GPU tensors run) and ``gpus`` (those that torch sees).
+    """
+    return {
+        "fastseg": __version__,
+        "torch": torch.__version__,
+        "triton": _triton.version(),
+        "cpu": _describe_cpu(),
+        "cpu_isa": _native._C.active_isa() if _native._C is not None else None,
+        "cpu_isas": _native._C.runnable_isas() if _native._C is not None else [],
+        "openmp": _native._C.openmp if _native._C is not None else False,
+        "threads": torch.get_num_threads(),
+        "gpu": "Triton kernels" if (reason := _triton.unusable()) is None else f"plain PyTorch ({reason})",
+        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+    }
+
+
+def _describe_cpu() -> str:
+    if _native.INTERPRETED:
+        return "Triton kernels, interpreted"
+    return "C++ kernels" if _native._C is not None else f"plain PyTorch ({_native.load_error})"
