@@ -135,11 +135,9 @@ def conv_relu_pool2d_forward(
         if CLIPPED:
             value = tl.where(exist[:, None], value, float("-inf"))
         largest, chosen = keep_larger(value, position, largest, chosen)
-    if bias is not None:
-        largest += tl.load(bias + channels, channels_exist, other=0).to(tl.float32)[None, :]
     store_pooled(
-        largest, chosen, output, positions, image, window_y, window_x, channels,
-        inside[:, None] & channels_exist[None, :], output_strides, INDEX,
+        largest, chosen, bias, output, positions, image, window_y, window_x, inside, channels, channels_exist,
+        output_strides, INDEX,
     )  # fmt: skip
 
 

@@ -5,8 +5,8 @@ as vectors. So a window's whole field (all that it sees, 4x4 pixels for a 3x3 ke
 multiplied by weights that are spread over the field once for each position, side by side: four times the columns, and
 no more reading. Products with the zeros between them are the price, which tensor cores don't notice.
 
-With 3 channels, 3x3 and 2x2 (sm_90, half types), a warp runs 1150 instructions for 64 windows by 16 channels; of the
-kernel that takes one position after the other, 2020.
+With 3 channels, 3x3 and 2x2 (sm_90, half types), a warp runs 1150 instructions for 1024 pooled values; of the kernel
+that takes one position after the other, 2020.
 """
 
 from __future__ import annotations
@@ -109,11 +109,9 @@ def conv_relu_pool2d_forward_fields(
                 )  # fmt: skip
                 value = tl.where(exist[:, None], value, float("-inf"))
             largest, chosen = keep_larger(value, position, largest, chosen)
-        if bias is not None:
-            largest += tl.load(bias + channels, channels_exist, other=0).to(tl.float32)[None, :]
         store_pooled(
-            largest, chosen, output, positions, image, window_y, window_x, channels,
-            inside[:, None] & channels_exist[None, :], output_strides, INDEX,
+            largest, chosen, bias, output, positions, image, window_y, window_x, inside, channels, channels_exist,
+            output_strides, INDEX,
         )  # fmt: skip
 
 
@@ -121,15 +119,15 @@ def conv_relu_pool2d_forward_fields(
 
 MOST_INPUTS = 64  # in a field: one tile of a product
 
-# Not measured on a GPU yet. A product of 64 windows by four positions of 64 channels has 128 sums for each thread of
-# four warps, its registers' limit for two programs on a multiprocessor.
+# Not measured on a GPU yet. 64 windows by four positions of 64 channels are 128 sums for each thread of four warps:
+# with what else they need, two programs fit on a multiprocessor.
 FORWARD_PLANS = {
     f"{kind}-o{o}-k{k}": Plan({"BLOCK_P": 64, "BLOCK_O": o}, num_warps=4, num_stages=2)
     for kind in ("half", "single")
     for o in (16, 32, 64)
     for k in (16, 32, 64)
 }
-# Programs for each multiprocessor: they keep their weights, or sums, and go over the windows in turns.
+# Programs for each multiprocessor: they keep their weights and go over the windows in turns.
 SHARES_PER_MULTIPROCESSOR = 2
 
 

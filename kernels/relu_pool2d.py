@@ -53,14 +53,18 @@ def keep_larger(value, position, largest, chosen):
 
 @triton.jit
 def store_pooled(
-    largest, chosen, output, positions, image, rows, columns, channels, mask, strides, INDEX: tl.constexpr
-):
-    """Stores ReLU of the windows' maxima, and their positions, CUT where ReLU (after rounding) leaves nothing."""
+    largest, chosen, bias, output, positions, image, rows, columns, exist, channels, channels_exist, strides,
+    INDEX: tl.constexpr,
+):  # fmt: skip
+    """Stores ReLU of the windows' maxima with their bias, and positions, CUT where it, once rounded, leaves nothing."""
+    if bias is not None:
+        largest += tl.load(bias + channels, channels_exist, other=0).to(tl.float32)[None, :]
     pooled = tl.where(largest <= 0, 0.0, largest).to(output.dtype.element_ty)  # keeps NaN
+    mask = exist[:, None] & channels_exist[None, :]
     offsets = image * strides[0] + offsets_of(rows, columns, channels, strides, INDEX)
     tl.store(output + offsets, pooled, mask)
     if positions is not None:
-        tl.store(positions + offsets, tl.where(pooled.to(tl.float32) <= 0, CUT, chosen).to(tl.uint8), mask)
+        tl.store(positions + offsets, tl.where(pooled.to(largest.dtype) <= 0, CUT, chosen).to(tl.uint8), mask)
 
 
 @triton.jit
@@ -133,8 +137,8 @@ def relu_pool2d_forward(
         largest, chosen = keep_larger(value, local_y * POOL[1] + local_x, largest, chosen)
     is_window = inside & (cell_y < pooled_h) & (cell_x < pooled_w)
     store_pooled(
-        largest, chosen, output, positions, image, cell_y, cell_x, channels,
-        is_window[:, None] & channels_exist[None, :], output_strides, INDEX,
+        largest, chosen, None, output, positions, image, cell_y, cell_x, is_window, channels, channels_exist,
+        output_strides, INDEX,
     )  # fmt: skip
 
 

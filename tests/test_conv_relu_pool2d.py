@@ -194,6 +194,7 @@ MAPS = {
     "one-nan": torch.ones(6, 6).index_put((torch.tensor(2), torch.tensor(3)), torch.tensor(float("nan"))),
     "nan-after-larger": torch.arange(36.0).flip(0).view(6, 6).index_fill(1, torch.tensor([3]), float("nan")),
     "all-nan": torch.full((6, 6), float("nan")),
+    "below-float32": torch.full((6, 6), 1e-60, dtype=torch.float64),  # above zero all the same
     "infinities": torch.tensor([float("inf"), -float("inf"), 1.0]).repeat(12).view(6, 6),
     "all-negative-infinity": torch.full((6, 6), -float("inf")),
 }
@@ -204,7 +205,7 @@ MAPS = {
 def test_window_maximum(road: str, isa: str, map: Tensor, window: tuple[int, int, int]) -> None:
     size, stride, padding = window
     leaf = map[None, None].clone().requires_grad_()
-    identity = torch.ones(1, 1, 1, 1)
+    identity = torch.ones(1, 1, 1, 1, dtype=map.dtype)
     check([leaf, identity, None], pool_size=size, pool_stride=stride, pool_padding=padding, return_indices=True)
 
 
