@@ -181,13 +181,17 @@ def relu_pool2d_backward(
 # ---- launchers ----
 
 
+MOST_PIXELS = 128  # of a tile of channels: each pixel has numbers of its own, too, in registers
+
+
 def _plans(pixels: int, channels: int) -> dict[str, Plan]:
     """Tiles of so many elements (of half as many doubles) where pixels, and where channels are neighbours in memory."""
     plans = {}
     for suffix, halves in (("", 1), ("-double", 2)):
         plans[f"pixels-inner{suffix}"] = Plan({"BLOCK_P": pixels // halves, "BLOCK_O": 1})
         for c in (16, 32, 64, 128):
-            plans[f"channels-inner-{c}{suffix}"] = Plan({"BLOCK_P": channels // halves // c, "BLOCK_O": c})
+            tile = {"BLOCK_P": min(channels // c, MOST_PIXELS) // halves, "BLOCK_O": c}
+            plans[f"channels-inner-{c}{suffix}"] = Plan(tile)
     return plans
 
 
