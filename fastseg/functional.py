@@ -125,8 +125,8 @@ def cross_entropy(
         autocast): ``[N, d1, ...]`` for "none", else one number. NaN for the "mean" over no pixel.
 
     Raises:
-        IndexError: A label is neither in [0, C) nor ignore_index. On a CPU; a GPU can't raise one without waiting for it,
-            and gives NaN as that pixel's loss and gradient.
+        IndexError: On a CPU, a label is neither in [0, C) nor ignore_index. A GPU can't raise one without waiting for
+            it, and gives NaN as that pixel's loss and gradient.
         ValueError: Shapes, devices or numbers don't fit; the message names the argument.
         TypeError: A dtype that isn't supported.
     """
