@@ -196,8 +196,8 @@ def _backward_triton(
     kernels = _triton.kernels("conv_relu_pool2d", "conv_relu_pool2d_backward" if direct else "relu_pool2d")
     if kernels is None:
         return _backward_plain(grad_output, grad_skip, input, weight, positions, skip, numbers, needs)
-    gradients = _allocate_gradients(input, weight, needs)
     if direct:
+        gradients = _allocate_gradients(input, weight, needs)
         if needs[1] or needs[2]:
             grad_weight, grad_bias = kernels.backward_weight(
                 grad_output, positions, input, weight, convolved[2:], needs[1], geometry
@@ -213,10 +213,10 @@ def _backward_triton(
     grad_bias = kernels.backward(
         grad_output, positions, skip if grad_skip is not None else None, grad_skip, grad_convolved, needs[2], geometry
     )
-    if needs[2]:
-        gradients[2].copy_(grad_bias)
-    grad_input, grad_weight, _ = _convolution_backward(grad_convolved, input, weight, geometry, [*needs[:2], False])
-    return grad_input, grad_weight, gradients[2]
+    grad_input, grad_weight, nothing = _convolution_backward(
+        grad_convolved, input, weight, geometry, [*needs[:2], False]
+    )
+    return grad_input, grad_weight, grad_bias.to(weight.dtype) if needs[2] else nothing
 
 
 def _convolution_backward(
