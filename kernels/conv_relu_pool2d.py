@@ -202,8 +202,8 @@ def forward(
     arguments = {
         "input": input, "weight": weight, "bias": bias, "output": output, "positions": positions,
         "height": height, "width": width, "convolved_h": convolved[0], "convolved_w": convolved[1],
-        "pooled_h": pooled_h, "pooled_w": pooled_w, "down": tiling.down, "across": tiling.across,
-        "TILE_W": tiling.width, "channel_blocks": channel_blocks, "input_strides": input.stride(),
+        "pooled_h": pooled_h, "pooled_w": pooled_w, **tiling.arguments,
+        "channel_blocks": channel_blocks, "input_strides": input.stride(),
         "weight_strides": weight.stride(), "output_strides": output.stride(),
         "INDEX": index_type(reach(input, output)),
         **geometry_constants(weight, (pooled_h, pooled_w), convolved, geometry),

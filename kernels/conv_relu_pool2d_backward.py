@@ -161,8 +161,8 @@ def backward_weight(
     arguments = {
         "grad_output": grad_output, "positions": positions, "input": input, "partials": partials,
         "height": input.shape[2], "width": input.shape[3], "convolved_h": convolved[0], "convolved_w": convolved[1],
-        "pooled_h": pooled_h, "pooled_w": pooled_w, "down": tiling.down, "across": tiling.across,
-        "TILE_W": tiling.width, "channel_blocks": channel_blocks, "product_blocks": product_blocks, "tiles": tiles,
+        "pooled_h": pooled_h, "pooled_w": pooled_w, **tiling.arguments,
+        "channel_blocks": channel_blocks, "product_blocks": product_blocks, "tiles": tiles,
         "tiles_per_share": tiles_per_share, "grad_strides": grad_output.stride(),
         "position_strides": positions.stride(), "input_strides": input.stride(), "WEIGHT": with_weight,
         "INDEX": index_type(reach(input, grad_output, positions)),
@@ -191,8 +191,8 @@ def backward_input(
     arguments = {
         "grad_output": grad_output, "positions": positions, "weight": weight, "grad_input": grad_input,
         "height": height, "width": width, "convolved_h": convolved[0], "convolved_w": convolved[1],
-        "pooled_h": pooled[0], "pooled_w": pooled[1], "down": tiling.down, "across": tiling.across,
-        "TILE_W": tiling.width, "channel_blocks": channel_blocks, "grad_strides": grad_output.stride(),
+        "pooled_h": pooled[0], "pooled_w": pooled[1], **tiling.arguments,
+        "channel_blocks": channel_blocks, "grad_strides": grad_output.stride(),
         "position_strides": positions.stride(), "weight_strides": weight.stride(),
         "grad_input_strides": grad_input.stride(), "INDEX": index_type(reach(grad_input, grad_output, positions)),
         **geometry_constants(weight, pooled, convolved, geometry),

@@ -166,8 +166,8 @@ def forward(
     arguments = {
         "input": input, "weight": weight, "bias": bias, "output": output, "positions": positions,
         "height": input.shape[2], "width": input.shape[3], "convolved_h": convolved[0], "convolved_w": convolved[1],
-        "pooled_h": pooled_h, "pooled_w": pooled_w, "down": tiling.down, "across": tiling.across,
-        "TILE_W": tiling.width, "channel_blocks": channel_blocks, "tiles": tiles, "shares": shares,
+        "pooled_h": pooled_h, "pooled_w": pooled_w, **tiling.arguments,
+        "channel_blocks": channel_blocks, "tiles": tiles, "shares": shares,
         "input_strides": input.stride(), "weight_strides": weight.stride(), "output_strides": output.stride(),
         "FIELD": field, "BLOCK_K": block_k, "INDEX": index_type(reach(input, output)),
         **geometry_constants(weight, (pooled_h, pooled_w), convolved, geometry),

@@ -346,7 +346,7 @@ def forward(
     runs = _runs(sizes, [_pixel_strides(input, True), _pixel_strides(target, probabilities)])
     arguments = _options(input, target, runs, ignore_index, reduction, label_smoothing)
     arguments |= {"weight": weight, "loss": loss, "statistics": statistics, "total_weight": total_weight}
-    in_rows = rows.serve(input, target, runs.count, runs.steps)
+    in_rows = rows.serves(input, target, runs.count, runs.steps)
     if in_rows:
         bucket = rows.bucket(input)
         plan = choose(rows.cross_entropy_forward_rows, bucket, rows.PLANS, device)

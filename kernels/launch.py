@@ -158,6 +158,11 @@ class Tiling(NamedTuple):
         """How many tiles there are."""
         return self.down * self.across
 
+    @property
+    def arguments(self) -> dict[str, int]:
+        """What `fastseg.kernels.relu_pool2d.locate` needs of it, by the kernels' names."""
+        return {"down": self.down, "across": self.across, "TILE_W": self.width}
+
 
 def cdiv(number: int, divisor: int) -> int:
     """How many of a divisor hold a number; Triton's own function takes 20 us on the host."""

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastseg.kernels.launch import Plan, cdiv, choose, fit, fold, index_type, launch, next_power_of_2, tile_map
+from fastseg.kernels.launch import Plan, Tiling, cdiv, choose, fit, fold, index_type, launch, next_power_of_2, tile_map
 
 CUT = tl.constexpr(255)  # the position of a window whose maximum ReLU cut
 
@@ -224,6 +224,15 @@ def strides_of(tensor: Tensor | None) -> tuple[int, ...]:
     return (0, 0, 0, 0) if tensor is None else tensor.stride()
 
 
+def _cut(kernel: Any, defaults: dict[str, Plan], map: Tensor, height: int, width: int) -> tuple[str, Plan, Tiling, int]:
+    """Bucket and plan for a map, the tiling of ``height`` x ``width`` pixels of it, and its blocks of channels."""
+    images, channels, *_ = map.shape
+    bucket, pixels = _bucket(map), height * width
+    plan = fold(choose(kernel, bucket, defaults, map.device), "BLOCK_P", pixels, "BLOCK_O", channels)
+    plan = fit(plan, "BLOCK_P", LEAST_PIXELS, images * pixels * channels // plan.tile["BLOCK_O"], map.device)
+    return bucket, plan, tile_map(plan.tile["BLOCK_P"], height, width), cdiv(channels, plan.tile["BLOCK_O"])
+
+
 def forward(
     convolved: Tensor, bias: Tensor | None, output: Tensor, positions: Tensor | None, skip: Tensor | None, geometry: Any
 ) -> None:
@@ -237,22 +246,18 @@ def forward(
         cell = tuple(max(pair) for pair in zip(size, stride, strict=True))
         cells_h = max(cells_h, cdiv(convolved_h + padding[0], stride[0]))
         cells_w = max(cells_w, cdiv(convolved_w + padding[1], stride[1]))
-    bucket, device = _bucket(convolved), convolved.device
-    plan = choose(relu_pool2d_forward, bucket, FORWARD_PLANS, device)
-    plan = fold(plan, "BLOCK_P", cells_h * cells_w, "BLOCK_O", channels)
-    plan = fit(plan, "BLOCK_P", LEAST_PIXELS, images * cells_h * cells_w * channels // plan.tile["BLOCK_O"], device)
-    tiling = tile_map(plan.tile["BLOCK_P"], cells_h, cells_w)
-    channel_blocks = cdiv(channels, plan.tile["BLOCK_O"])
+    bucket, plan, tiling, channel_blocks = _cut(relu_pool2d_forward, FORWARD_PLANS, convolved, cells_h, cells_w)
     arguments = {
         "convolved": convolved, "bias": bias, "output": output, "positions": positions, "skip": skip,
         "convolved_h": convolved_h, "convolved_w": convolved_w, "pooled_h": output.shape[2],
-        "pooled_w": output.shape[3], "cells_h": cells_h, "cells_w": cells_w, "down": tiling.down,
-        "across": tiling.across, "TILE_W": tiling.width, "channel_blocks": channel_blocks,
+        "pooled_w": output.shape[3], "cells_h": cells_h, "cells_w": cells_w, **tiling.arguments,
+        "channel_blocks": channel_blocks,
         "convolved_strides": convolved.stride(), "output_strides": output.stride(),
         "skip_strides": strides_of(skip), "CHANNELS": channels, "POOL": size, "POOL_STRIDE": stride,
         "POOL_PADDING": padding, "CELL": cell, "INDEX": index_type(reach(convolved, output, skip)),
     }  # fmt: skip
-    launch(relu_pool2d_forward, bucket, plan, images * tiling.count * channel_blocks, device, arguments)
+    programs = images * tiling.count * channel_blocks
+    launch(relu_pool2d_forward, bucket, plan, programs, convolved.device, arguments)
 
 
 def backward(
@@ -262,13 +267,10 @@ def backward(
     """Fills grad_convolved; returns the bias' gradient (in the dtype of the arithmetic) where it is wanted."""
     images, channels, convolved_h, convolved_w = grad_convolved.shape
     accumulated = torch.float64 if grad_convolved.dtype == torch.float64 else torch.float32
-    pixels = convolved_h * convolved_w
-    bucket, device = _bucket(grad_convolved), grad_convolved.device
-    plan = choose(relu_pool2d_backward, bucket, BACKWARD_PLANS, device)
-    plan = fold(plan, "BLOCK_P", pixels, "BLOCK_O", channels)
-    plan = fit(plan, "BLOCK_P", LEAST_PIXELS, images * pixels * channels // plan.tile["BLOCK_O"], device)
-    tiling = tile_map(plan.tile["BLOCK_P"], convolved_h, convolved_w)
-    channel_blocks = cdiv(channels, plan.tile["BLOCK_O"])
+    device = grad_convolved.device
+    bucket, plan, tiling, channel_blocks = _cut(
+        relu_pool2d_backward, BACKWARD_PLANS, grad_convolved, convolved_h, convolved_w
+    )
     partials = torch.empty((images * tiling.count, channels), dtype=accumulated, device=device) if with_bias else None
     pooled = (1, 1) if grad_output is None else grad_output.shape[2:]
     size, stride, padding = geometry.pool
@@ -276,7 +278,7 @@ def backward(
         "grad_output": grad_output, "positions": positions if grad_output is not None else None, "skip": skip,
         "grad_skip": grad_skip, "grad_convolved": grad_convolved, "bias_partials": partials,
         "convolved_h": convolved_h, "convolved_w": convolved_w, "pooled_h": pooled[0], "pooled_w": pooled[1],
-        "down": tiling.down, "across": tiling.across, "TILE_W": tiling.width, "channel_blocks": channel_blocks,
+        **tiling.arguments, "channel_blocks": channel_blocks,
         "grad_strides": strides_of(grad_output),
         "position_strides": strides_of(positions), "skip_strides": strides_of(skip),
         "grad_skip_strides": strides_of(grad_skip), "grad_convolved_strides": grad_convolved.stride(),

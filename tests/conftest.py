@@ -56,9 +56,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     else:
         kernels, others = _native._C.runnable_isas(), ["plain"]
     if "isa" in metafunc.fixturenames:
-        metafunc.parametrize("isa", kernels, indirect=True)
-    if "implementation" in metafunc.fixturenames:
-        metafunc.parametrize("implementation", [*kernels, *others], indirect=True)
+        with_others = "implementation" in metafunc.fixturenames
+        metafunc.parametrize("isa", [*kernels, *(others if with_others else [])], indirect=True)
 
 
 @pytest.fixture(autouse=True)
@@ -78,15 +77,11 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @pytest.fixture
-def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def implementation(isa: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """As `isa`, for cross_entropy; on a CPU its implementation for devices without a kernel as well."""
-    before = _native._C.active_isa()
-    if request.param == "plain":
+    if isa == "plain":
         monkeypatch.setattr(operator, "native", lambda name: None)
-    elif request.param in _native._C.runnable_isas():
-        _native._C.select_isa(request.param)
-    yield request.param
-    _native._C.select_isa(before)
+    return isa
 
 
 @pytest.fixture
