@@ -38,7 +38,7 @@ def confusion_matrix(prediction: Tensor, target: Tensor, num_classes: int, ignor
             f"prediction and target must have the same shape, "
             f"but they have {tuple(prediction.shape)} and {tuple(target.shape)}"
         )
-    counted = target != ignore_index
+    counted = target.long() != ignore_index  # a uint8 target would wrap a negative number
     rows = _classes("target", target[counted], num_classes)
     columns = _classes("prediction", prediction[counted], num_classes)
     # Not torchmetrics: under torch.use_deterministic_algorithms it holds pixels x C x C numbers, 1.4 GB for four images

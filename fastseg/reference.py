@@ -5,10 +5,15 @@ Imports torch alone. All functions are differentiable, to any order, by PyTorch'
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 IntOrPair = int | tuple[int, ...]
+FloatOrPair = float | tuple[float, ...]
+
+# A soft Dice's denominator is at least this: without `smooth`, a class that is nowhere has 0 / 0.
+LEAST_DENOMINATOR = 1e-8
 
 
 def conv_relu_pool2d(
@@ -42,12 +47,212 @@ def cross_entropy(
     ignore_index: int = -100,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
+    *,
+    pixel_weight: Tensor | None = None,
 ) -> Tensor:
     """`torch.nn.functional.cross_entropy`, for class indices of any integer dtype; see `fastseg.functional`."""
     if not target.is_floating_point():
         target = target.long()
     if weight is not None:
         weight = weight.to(input.dtype)
-    return F.cross_entropy(
-        input, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
-    )
+    losses = F.cross_entropy(
+        input, target, weight, ignore_index=ignore_index, label_smoothing=label_smoothing,
+        reduction=reduction if pixel_weight is None else "none",
+    )  # fmt: skip
+    return losses if pixel_weight is None else weigh(losses, target, weight, pixel_weight, ignore_index, reduction)
+
+
+def weigh(
+    losses: Tensor, target: Tensor, weight: Tensor | None, pixel_weight: Tensor, ignore_index: int, reduction: str
+) -> Tensor:
+    """Losses of pixels (class weights in them), weighed and reduced; "mean" divides by the sum of all weights."""
+    pixel_weight = pixel_weight.to(losses.dtype)
+    if not target.is_floating_point():
+        ignored = is_ignored(target, ignore_index)
+        pixel_weight = pixel_weight.masked_fill(ignored, 0)
+    losses = losses * pixel_weight
+    if reduction == "none":
+        return losses
+    if reduction == "sum":
+        return losses.sum()
+    if weight is not None and not target.is_floating_point():
+        pixel_weight = pixel_weight * _weights_of_labels(weight.to(losses.dtype), target, ignored)
+    return losses.sum() / pixel_weight.sum()
+
+
+def _weights_of_labels(weight: Tensor, target: Tensor, ignored: Tensor) -> Tensor:
+    """Each label's weight; some class's where it is ignored, or outside the classes (the loss is NaN there)."""
+    return weight[target.long().masked_fill(ignored, 0).clamp(0, len(weight) - 1)]
+
+
+def is_ignored(target: Tensor, ignore_index: int) -> Tensor:
+    """Where the labels are ``ignore_index``; compared as int64, since torch would wrap -100 to uint8's 156."""
+    return target.long() == ignore_index
+
+
+def upsample_cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    mode: str = "bilinear",
+    align_corners: bool = False,
+    pixel_weight: Tensor | None = None,
+) -> Tensor:
+    """`cross_entropy` of the logits upsampled to target's size; see `fastseg.functional`."""
+    logits = upsample(input, target.shape[-2:], None, mode, align_corners)
+    return cross_entropy(logits, target, weight, ignore_index, reduction, label_smoothing, pixel_weight=pixel_weight)
+
+
+def upsample(
+    input: Tensor, size: IntOrPair | None, scale_factor: FloatOrPair | None, mode: str, align_corners: bool
+) -> Tensor:
+    """`torch.nn.functional.interpolate`, which refuses ``align_corners`` where it has no meaning."""
+    corners = align_corners if mode == "bilinear" else None
+    return F.interpolate(input, size, scale_factor, mode, corners)
+
+
+def upsample_argmax(
+    input: Tensor,
+    size: IntOrPair | None = None,
+    scale_factor: FloatOrPair | None = None,
+    mode: str = "bilinear",
+    align_corners: bool = False,
+    *,
+    dtype: torch.dtype | None = None,
+    return_confidence: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The class of the largest upsampled logit, and its softmax value; see `fastseg.functional`."""
+    logits = upsample(input, size, scale_factor, mode, align_corners)
+    labels = logits.argmax(1).to(dtype or label_dtype(input.shape[1]))
+    return (labels, logits.softmax(1).amax(1)) if return_confidence else labels
+
+
+def label_dtype(classes: int) -> torch.dtype:
+    """The dtype of predicted labels unless another is asked for: the smaller of uint8 and int64 that holds them."""
+    return torch.uint8 if classes <= 256 else torch.int64
+
+
+def upsample_confusion_matrix(
+    input: Tensor,
+    target: Tensor,
+    ignore_index: int | None = None,
+    *,
+    mode: str = "bilinear",
+    align_corners: bool = False,
+) -> Tensor:
+    """Pixels of each pair of true and predicted class; see `fastseg.functional`."""
+    classes = input.shape[1]
+    prediction = upsample(input, target.shape[-2:], None, mode, align_corners).argmax(1)
+    pairs = target.long() * classes + prediction
+    counted = pairs if ignore_index is None else pairs[~is_ignored(target, ignore_index)]
+    return torch.bincount(counted.flatten(), minlength=classes**2).view(classes, classes)
+
+
+def cross_entropy_dice(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    *,
+    ce_weight: float = 1.0,
+    dice_weight: float = 1.0,
+    smooth: float = 1e-5,
+    batch_dice: bool = False,
+    include_background: bool = True,
+) -> Tensor:
+    """The sum of cross-entropy and soft Dice loss; see `fastseg.functional`."""
+    loss = cross_entropy(input, target, weight, ignore_index, "mean", label_smoothing)
+    dice = dice_loss(overlap(input, target, ignore_index), smooth, batch_dice, include_background)
+    return ce_weight * loss + dice_weight * dice
+
+
+def overlap(input: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+    """Of each image and class, ``[3, N, C]``: with P = softmax(input), sum(P [target = c]), sum(P), |{target = c}|."""
+    labels, probabilities = target.flatten(1).long(), input.softmax(1).flatten(2)
+    ignored = is_ignored(labels, ignore_index)
+    one_hot = F.one_hot(labels.masked_fill(ignored, 0), input.shape[1]).movedim(-1, 1)
+    one_hot = one_hot.masked_fill(ignored.unsqueeze(1), 0).to(input.dtype)
+    probabilities = probabilities.masked_fill(ignored.unsqueeze(1), 0)
+    return torch.stack([(probabilities * one_hot).sum(2), probabilities.sum(2), one_hot.sum(2)])
+
+
+def dice_loss(overlap: Tensor, smooth: float, batch_dice: bool, include_background: bool) -> Tensor:
+    """One minus the mean soft Dice, from what `overlap` gives."""
+    sums = overlap.sum(1) if batch_dice else overlap
+    intersection, predicted, labelled = sums if include_background else sums[..., 1:]
+    dice = (2 * intersection + smooth) / (predicted + labelled + smooth).clamp_min(LEAST_DENOMINATOR)
+    return 1 - dice.mean()
+
+
+def upsample_cross_entropy_dice(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    *,
+    mode: str = "bilinear",
+    align_corners: bool = False,
+    ce_weight: float = 1.0,
+    dice_weight: float = 1.0,
+    smooth: float = 1e-5,
+    batch_dice: bool = False,
+    include_background: bool = True,
+) -> Tensor:
+    """`cross_entropy_dice` of the logits upsampled to target's size; see `fastseg.functional`."""
+    return cross_entropy_dice(
+        upsample(input, target.shape[-2:], None, mode, align_corners), target, weight, ignore_index, label_smoothing,
+        ce_weight=ce_weight, dice_weight=dice_weight, smooth=smooth, batch_dice=batch_dice,
+        include_background=include_background,
+    )  # fmt: skip
+
+
+def focal_loss(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    *,
+    gamma: float = 2.0,
+) -> Tensor:
+    """The focal loss of softmax probabilities; see `fastseg.functional`."""
+    losses = cross_entropy(input, target, None, ignore_index, "none")
+    return focus(losses, target, weight, ignore_index, reduction, gamma)
+
+
+def focus(
+    losses: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, gamma: float
+) -> Tensor:
+    """The focal losses of pixels, from their cross-entropies -log(p), reduced."""
+    ignored = is_ignored(target, ignore_index)
+    # 1 - p; bounded, since the derivative of a root of zero is infinite.
+    others = (-torch.expm1(-losses)).clamp_min(torch.finfo(losses.dtype).tiny)
+    losses = others.pow(gamma) * losses
+    if weight is not None:
+        losses = losses * _weights_of_labels(weight.to(losses.dtype), target, ignored)
+    losses = losses.masked_fill(ignored, 0)
+    if reduction == "none":
+        return losses
+    return losses.sum() if reduction == "sum" else losses.sum() / (~ignored).sum()
+
+
+def upsample_focal_loss(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    *,
+    gamma: float = 2.0,
+    mode: str = "bilinear",
+    align_corners: bool = False,
+) -> Tensor:
+    """`focal_loss` of the logits upsampled to target's size; see `fastseg.functional`."""
+    logits = upsample(input, target.shape[-2:], None, mode, align_corners)
+    return focal_loss(logits, target, weight, ignore_index, reduction, gamma=gamma)

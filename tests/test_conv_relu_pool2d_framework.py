@@ -69,7 +69,7 @@ def test_compile(backend: str, options: dict) -> None:
 def test_compiled_gradient_without_a_skip_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.compiler.reset()
     seen = []
-    backward_plain = operator._backward_plain
+    backward_plain = operator.backward_plain
 
     def backward(grad_output: Tensor, grad_skip: Tensor | None, *rest: object) -> tuple[Tensor, ...]:
         seen.append(grad_skip)
@@ -77,7 +77,7 @@ def test_compiled_gradient_without_a_skip_has_none(monkeypatch: pytest.MonkeyPat
 
     for kernels in ("native", "_triton.kernels"):
         monkeypatch.setattr(f"fastseg.ops.conv_relu_pool2d.{kernels}", lambda *name: None)
-    monkeypatch.setattr(operator, "_backward_plain", backward)
+    monkeypatch.setattr(operator, "backward_plain", backward)
     compiled_and_plain({"padding": 1}, "aot_eager", *arguments(requires_grad=True))
     assert seen
     assert all(grad_skip is None for grad_skip in seen)  # else the direct kernels would not serve compiled networks

@@ -59,6 +59,6 @@ def test_plain_pytorch_serves_and_the_log_says_why(
     name: str, run: Callable[..., list[Tensor]], module: object, caplog: pytest.LogCaptureFixture
 ) -> None:
     actual = run(module._forward_triton, module._backward_triton)
-    torch.testing.assert_close(actual, run(module._forward_plain, module._backward_plain), rtol=0, atol=0)
+    torch.testing.assert_close(actual, run(module.forward_plain, module.backward_plain), rtol=0, atol=0)
     line = f"{name} runs as plain PyTorch: the Triton kernels can't be used (no Triton)"
     assert caplog.text.count(line) == 1

@@ -109,7 +109,7 @@ def _forward_cpu(
 ) -> tuple[Tensor, Tensor, Tensor]:
     kernels = native("conv_relu_pool2d")
     if kernels is None:
-        return _forward_plain(input, weight, bias, numbers, with_positions, with_skip)
+        return forward_plain(input, weight, bias, numbers, with_positions, with_skip)
     geometry = unflatten(tuple(numbers))
     output, positions, skip = _allocate_outputs(input, weight, geometry, with_positions, False)
     outputs = (describe(output), describe(positions) if with_positions else None)
@@ -134,7 +134,7 @@ def _backward_cpu(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     kernels = native("conv_relu_pool2d")
     if kernels is None:
-        return _backward_plain(grad_output, grad_skip, input, weight, positions, skip, numbers, needs)
+        return backward_plain(grad_output, grad_skip, input, weight, positions, skip, numbers, needs)
     geometry = unflatten(tuple(numbers))
     road = choose_road(weight, geometry.groups, grad_skip is not None, DIRECT_BACKWARD_MAX_TAPS)
     if grad_output is not None and road == "direct":
@@ -167,7 +167,7 @@ def _forward_triton(
     road = choose_gpu_road(weight, geometry.groups, with_skip)
     kernels = _triton.kernels("conv_relu_pool2d", "conv_relu_pool2d_fields" if road == "direct" else "relu_pool2d")
     if kernels is None:
-        return _forward_plain(input, weight, bias, numbers, with_positions, with_skip)
+        return forward_plain(input, weight, bias, numbers, with_positions, with_skip)
     if road == "direct" and not kernels.serves(weight, geometry):
         kernels = _triton.kernels("conv_relu_pool2d")
     output, positions, skip = _allocate_outputs(input, weight, geometry, with_positions, False)
@@ -195,7 +195,7 @@ def _backward_triton(
     direct = choose_gpu_road(weight, geometry.groups, grad_skip is not None) == "direct" and grad_output is not None
     kernels = _triton.kernels("conv_relu_pool2d", "conv_relu_pool2d_backward" if direct else "relu_pool2d")
     if kernels is None:
-        return _backward_plain(grad_output, grad_skip, input, weight, positions, skip, numbers, needs)
+        return backward_plain(grad_output, grad_skip, input, weight, positions, skip, numbers, needs)
     if direct:
         gradients = _allocate_gradients(input, weight, needs)
         if needs[1] or needs[2]:
@@ -242,7 +242,7 @@ def _plain(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometr
     )  # fmt: skip
 
 
-def _forward_plain(
+def forward_plain(
     input: Tensor, weight: Tensor, bias: Tensor | None, numbers: list[int], with_positions: bool, with_skip: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The operator for devices without a kernel, from torch's own operators."""
@@ -258,10 +258,11 @@ def _forward_plain(
     )
 
 
-def _backward_plain(
+def backward_plain(
     grad_output: Tensor | None, grad_skip: Tensor | None, input: Tensor, weight: Tensor, positions: Tensor,
     skip: Tensor | None, numbers: list[int], needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Its gradient from torch's own operators."""
     geometry = unflatten(tuple(numbers))
     _, convolved = output_shapes(input.shape, weight.shape, geometry)
     grad_convolved = input.new_zeros(convolved)
@@ -297,8 +298,8 @@ _library.impl("conv_relu_pool2d", _forward_autocast, "AutocastCPU")
 _library.impl("conv_relu_pool2d", _forward_autocast, "AutocastCUDA")
 _triton.register(_library, "conv_relu_pool2d", _forward_triton, _forward_cpu)
 _triton.register(_library, "conv_relu_pool2d_backward", _backward_triton, _backward_cpu)
-_library.impl("conv_relu_pool2d", _forward_plain, "CompositeExplicitAutograd")
-_library.impl("conv_relu_pool2d_backward", _backward_plain, "CompositeExplicitAutograd")
+_library.impl("conv_relu_pool2d", forward_plain, "CompositeExplicitAutograd")
+_library.impl("conv_relu_pool2d_backward", backward_plain, "CompositeExplicitAutograd")
 
 
 # ---- gradient ----

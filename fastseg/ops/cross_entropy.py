@@ -86,7 +86,7 @@ def _forward_cpu(
 ) -> tuple[Tensor, Tensor, Tensor]:
     kernels = _kernels(input)
     if kernels is None:
-        return _forward_plain(input, target, weight, ignore_index, reduction, label_smoothing)
+        return forward_plain(input, target, weight, ignore_index, reduction, label_smoothing)
     outputs = _allocate_outputs(input, reduction)
     kernels.cross_entropy_forward(
         describe(input), describe(target), describe(weight), *map(describe, outputs),
@@ -101,7 +101,7 @@ def _backward_cpu(
 ) -> Tensor:  # fmt: skip
     kernels = _kernels(input)
     if kernels is None:
-        return _backward_plain(
+        return backward_plain(
             grad_output, input, target, weight, statistics, total_weight, ignore_index, reduction, label_smoothing
         )
     grad_input = torch.empty_like(input)
@@ -118,7 +118,7 @@ def _forward_triton(
 ) -> tuple[Tensor, Tensor, Tensor]:
     kernels = _triton.kernels("cross_entropy")
     if kernels is None:
-        return _forward_plain(input, target, weight, ignore_index, reduction, label_smoothing)
+        return forward_plain(input, target, weight, ignore_index, reduction, label_smoothing)
     outputs = _allocate_outputs(input, reduction)
     kernels.forward(input, target, weight, *outputs, ignore_index, reduction, label_smoothing)
     return outputs
@@ -131,13 +131,13 @@ def _backward_triton(
     tensors = (grad_output, input, target, weight, statistics, total_weight)
     kernels = _triton.kernels("cross_entropy")
     if kernels is None:
-        return _backward_plain(*tensors, ignore_index, reduction, label_smoothing)
+        return backward_plain(*tensors, ignore_index, reduction, label_smoothing)
     grad_input = torch.empty_like(input)
     kernels.backward(*tensors, grad_input, ignore_index, reduction, label_smoothing)
     return grad_input
 
 
-def _forward_plain(
+def forward_plain(
     input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, label_smoothing: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The operator from torch's own, for devices without a kernel."""
@@ -149,15 +149,16 @@ def _forward_plain(
     statistics = torch.stack((largest, (logits - largest.unsqueeze(1)).exp().sum(1).log()))
     if target.is_floating_point():
         return loss, statistics, largest.new_full((), largest.numel())
-    valid = target != ignore_index
+    valid = ~reference.is_ignored(target, ignore_index)
     counts = valid if weight is None else weight[target.where(valid, 0).long()].where(valid, 0)
     return loss, statistics, counts.sum().to(statistics.dtype)
 
 
-def _backward_plain(
+def backward_plain(
     grad_output: Tensor, input: Tensor, target: Tensor, weight: Tensor | None, statistics: Tensor, total_weight: Tensor,
     ignore_index: int, reduction: str, label_smoothing: float,
 ) -> Tensor:  # fmt: skip
+    """Its gradient from torch's own operators."""
     largest, log_sum = statistics.unsqueeze(2)
     probabilities = (input - largest - log_sum).exp()
     grad = (grad_output / total_weight if reduction == "mean" else grad_output).expand_as(statistics[0])
@@ -171,7 +172,7 @@ def _backward_plain(
         share = target * scale + shift
         grad_input = (probabilities * share.sum(1, keepdim=True) - share) * grad.unsqueeze(1)
     else:
-        ignored = target == ignore_index
+        ignored = reference.is_ignored(target, ignore_index)
         labels = target.masked_fill(ignored, 0).long()
         grad = grad.masked_fill(ignored, 0)
         one_hot = torch.zeros_like(probabilities).scatter_(1, labels.unsqueeze(1), 1)
@@ -183,8 +184,8 @@ def _backward_plain(
 
 _triton.register(_library, "cross_entropy", _forward_triton, _forward_cpu)
 _triton.register(_library, "cross_entropy_backward", _backward_triton, _backward_cpu)
-_library.impl("cross_entropy", _forward_plain, "CompositeExplicitAutograd")
-_library.impl("cross_entropy_backward", _backward_plain, "CompositeExplicitAutograd")
+_library.impl("cross_entropy", forward_plain, "CompositeExplicitAutograd")
+_library.impl("cross_entropy_backward", backward_plain, "CompositeExplicitAutograd")
 
 
 # ---- gradient ----

@@ -1,0 +1,15 @@
+"""The stateless operators: what they mean, what they accept, and the checks of their arguments."""
+
+from fastseg.functional._conv_relu_pool2d import conv_relu_pool2d
+from fastseg.functional._cross_entropy import cross_entropy
+from fastseg.functional._upsample_argmax import upsample_argmax
+from fastseg.functional._upsample_confusion_matrix import upsample_confusion_matrix
+from fastseg.functional._upsample_cross_entropy import upsample_cross_entropy
+
+__all__ = [
+    "conv_relu_pool2d",
+    "cross_entropy",
+    "upsample_argmax",
+    "upsample_confusion_matrix",
+    "upsample_cross_entropy",
+]

@@ -1,0 +1,98 @@
+"""The checks of arguments that several operators share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastseg.ops.cross_entropy import REDUCTIONS
+from fastseg.ops.upsampling import MODES
+
+FLOATING_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+LABEL_DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
+
+
+def check_logits(input: Tensor) -> int:
+    """The number of classes of logits ``[C]`` or ``[N, C, ...]``."""
+    shape = tuple(input.shape)
+    if not shape:
+        raise ValueError("input: expected [C], [N, C] or [N, C, d1, ...], got a scalar")
+    classes = shape[min(1, len(shape) - 1)]
+    if classes == 0:
+        raise ValueError(f"input: expected at least one class, got shape {shape}")
+    if input.dtype not in FLOATING_DTYPES:
+        raise TypeError(f"input: expected float32, float64, bfloat16 or float16, got {input.dtype}")
+    return classes
+
+
+def check_map(input: Tensor) -> int:
+    """The number of classes of logits that are to be upsampled, ``[N, C, h, w]``."""
+    if input.ndim != 4:
+        raise ValueError(f"input: expected [N, C, h, w], got shape {tuple(input.shape)}")
+    if 0 in input.shape[2:]:
+        raise ValueError(f"input: expected at least one row and one column, got shape {tuple(input.shape)}")
+    return check_logits(input)
+
+
+def check_grid(mode: str, align_corners: bool) -> None:
+    """Refuses what `torch.nn.functional.interpolate` has no grid for."""
+    if mode not in MODES:
+        raise ValueError(f'mode: expected "bilinear" or "nearest", got {mode!r}')
+    if align_corners and mode == "nearest":
+        raise ValueError('align_corners: only mode "bilinear" has corners to align')
+
+
+def check_device(name: str, tensor: Tensor, input: Tensor) -> None:
+    """Refuses a tensor that is elsewhere than input."""
+    if tensor.device != input.device:
+        raise ValueError(f"{name}: expected input's device {input.device}, got {tensor.device}")
+
+
+def check_labels(target: Tensor, shape: tuple[int, ...], input: Tensor) -> None:
+    """Refuses a target that isn't labels of a shape."""
+    check_device("target", target, input)
+    if target.dtype not in LABEL_DTYPES:
+        raise TypeError(f"target: expected uint8, int16, int32 or int64 labels, got {target.dtype}")
+    if target.shape != shape:
+        raise ValueError(f"target: expected labels of shape {shape}, got {tuple(target.shape)} in {target.dtype}")
+
+
+def check_label_map(target: Tensor, input: Tensor) -> None:
+    """Refuses a target that isn't labels ``[N, H, W]`` of input's N."""
+    if target.ndim != 3 or 0 in target.shape[1:]:
+        raise ValueError(f"target: expected labels [N, H, W] with rows and columns, got shape {tuple(target.shape)}")
+    check_labels(target, (input.shape[0], *target.shape[1:]), input)
+
+
+def check_class_weight(weight: Tensor | None, classes: int, input: Tensor) -> None:
+    """Refuses a weight that isn't a number for each class."""
+    if weight is None:
+        return
+    if weight.ndim != 1 or weight.shape[0] != classes:
+        raise ValueError(f"weight: expected shape ({classes},), got {tuple(weight.shape)}")
+    if not weight.is_floating_point():
+        raise TypeError(f"weight: expected a floating-point dtype, got {weight.dtype}")
+    check_device("weight", weight, input)
+
+
+def check_pixel_weight(pixel_weight: Tensor | None, shape: tuple[int, ...], input: Tensor) -> None:
+    """Refuses a weight that isn't a number for each pixel."""
+    if pixel_weight is None:
+        return
+    if pixel_weight.shape != shape:
+        raise ValueError(f"pixel_weight: expected shape {shape}, got {tuple(pixel_weight.shape)}")
+    if not pixel_weight.is_floating_point():
+        raise TypeError(f"pixel_weight: expected a floating-point dtype, got {pixel_weight.dtype}")
+    check_device("pixel_weight", pixel_weight, input)
+
+
+def check_reduction(reduction: str) -> None:
+    """Refuses an unknown reduction."""
+    if reduction not in REDUCTIONS:
+        raise ValueError(f'reduction: expected "none", "mean" or "sum", got {reduction!r}')
+
+
+def check_smoothing(label_smoothing: float) -> None:
+    """Refuses a label smoothing that isn't a share."""
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing: expected a number in [0, 1], got {label_smoothing}")

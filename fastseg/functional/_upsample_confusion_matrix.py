@@ -1,0 +1,44 @@
+"""upsample_confusion_matrix: what it means, what it accepts, and the checks of its arguments."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fastseg.functional._checks import check_grid, check_label_map, check_map
+from fastseg.ops import upsample_confusion_matrix as operator
+
+
+def upsample_confusion_matrix(
+    input: Tensor,
+    target: Tensor,
+    ignore_index: int | None = None,
+    *,
+    mode: str = "bilinear",
+    align_corners: bool = False,
+) -> Tensor:
+    """The confusion matrix of the upsampled prediction, without the upsampled logits and without the prediction.
+
+    With the prediction ``p = upsample_argmax(input, target.shape[-2:], mode=mode, align_corners=align_corners)``:
+    ``matrix[t, c] = |{target = t and p = c}|``. Matrices of batches, or of processes, add up to that of the whole set;
+    `fastseg.metrics` turns them into scores. Not differentiable.
+
+    Args:
+        input: Logits ``[N, C, h, w]``; float32, float64, bfloat16 or float16, in any memory format.
+        target: Labels ``[N, H, W]`` in [0, C), as uint8, int16, int32 or int64.
+        ignore_index: A label that isn't counted, be it one of the classes or not; None for no such label.
+        mode: "bilinear" or "nearest".
+        align_corners: As in `fastseg.functional.upsample_cross_entropy`.
+
+    Returns:
+        int64, ``[C, C]``: rows are the truth, columns the prediction.
+
+    Raises:
+        IndexError: On a CPU, a label is neither in [0, C) nor ignore_index. A GPU can't raise one without waiting for
+            it, and makes all counts negative, which `fastseg.metrics.scores` refuses.
+        ValueError: Shapes or devices don't fit; the message names the argument.
+        TypeError: A dtype that isn't supported.
+    """
+    check_map(input)
+    check_grid(mode, align_corners)
+    check_label_map(target, input)
+    return operator.upsample_confusion_matrix(input, target, ignore_index, mode, align_corners)

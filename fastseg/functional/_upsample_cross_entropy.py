@@ -1,0 +1,94 @@
+"""upsample_cross_entropy: what it means, what it accepts, and the checks of its arguments."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastseg import reference
+from fastseg._native import log_slow_road
+from fastseg.functional._checks import (
+    check_class_weight,
+    check_grid,
+    check_label_map,
+    check_map,
+    check_pixel_weight,
+    check_reduction,
+    check_smoothing,
+)
+from fastseg.functional._cross_entropy import cross_entropy, reduce_pixels, why_plain
+from fastseg.ops import upsample_cross_entropy as operator
+
+
+def upsample_cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    mode: str = "bilinear",
+    align_corners: bool = False,
+    pixel_weight: Tensor | None = None,
+) -> Tensor:
+    """Cross-entropy between logits, upsampled to the labels' size, and the labels, without the upsampled logits.
+
+    Equals ``cross_entropy(interpolate(input, size=target.shape[-2:], mode=mode, align_corners=align_corners), target,
+    ...)``; see `torch.nn.functional.interpolate` for the grids, and `fastseg.functional.cross_entropy` for the loss.
+    What it holds beside its arguments and input's gradient is two numbers a pixel of the target. Half and bfloat16
+    logits are interpolated in float32. Differentiable for ``input`` to any order; second derivatives run as plain
+    PyTorch, with the upsampled logits in memory, as do calls with class probabilities (which are as large themselves),
+    or whose weight needs a gradient.
+
+    Args:
+        input: Logits ``[N, C, h, w]``; float32, float64, bfloat16 or float16, in any memory format. Never written to.
+        target: Labels ``[N, H, W]`` in [0, C), as uint8, int16, int32 or int64; larger or smaller than input, by any
+            ratio. Or class probabilities ``[N, C, H, W]``.
+        weight: ``[C]``, how much each class counts; any floating-point dtype.
+        ignore_index: A label that adds nothing to the loss, its gradient or the mean's divisor.
+        reduction: "none" for a loss per pixel; "mean" for their sum over the weights of the labels that count; "sum".
+        label_smoothing: Share of the target, in [0, 1], that is spread evenly over all classes.
+        mode: "bilinear" or "nearest".
+        align_corners: Whether the centres of the corner pixels, instead of the corners, lie on each other; "bilinear"
+            alone.
+        pixel_weight: ``[N, H, W]``, how much each pixel counts; see `fastseg.functional.cross_entropy`.
+
+    Returns:
+        The loss in input's dtype (float32 for half dtypes under autocast): ``[N, H, W]`` for "none", else one number.
+
+    Raises:
+        IndexError: On a CPU, a label is neither in [0, C) nor ignore_index. A GPU can't raise one without waiting for
+            it, and gives NaN as that pixel's loss and gradient.
+        ValueError: Shapes, devices or numbers don't fit; the message names the argument.
+        TypeError: A dtype that isn't supported.
+    """
+    classes = check_map(input)
+    check_grid(mode, align_corners)
+    if input.shape[2:] == target.shape[-2:]:
+        return cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing, pixel_weight=pixel_weight)
+    if target.is_floating_point():
+        reason: str | None = "class probabilities hold the output's size for every class themselves"
+    else:
+        check_label_map(target, input)
+        check_class_weight(weight, classes, input)
+        check_reduction(reduction)
+        check_smoothing(label_smoothing)
+        check_pixel_weight(pixel_weight, tuple(target.shape), input)
+        reason = why_plain(input, target, weight)
+    if reason is not None:
+        if not torch.compiler.is_compiling():
+            log_slow_road("upsample_cross_entropy", reason)
+        logits = reference.upsample(input, target.shape[-2:], None, mode, align_corners)
+        return cross_entropy(
+            logits, target, weight, ignore_index, reduction, label_smoothing, pixel_weight=pixel_weight
+        )
+
+    def losses(input: Tensor, target: Tensor, weight: Tensor | None, *options: Any) -> Tensor:
+        return operator.upsample_cross_entropy(input, target, weight, (*options, mode, align_corners))[0]
+
+    return reduce_pixels(
+        losses, input, target, weight, pixel_weight, ignore_index, reduction, label_smoothing, input.dtype
+    )

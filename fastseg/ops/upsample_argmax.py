@@ -1,0 +1,98 @@
+"""upsample_argmax's registration: schema, fake, and CPU, GPU and fallback implementations. It has no gradient.
+
+The operator takes what `fastseg.functional.upsample_argmax` has resolved: input ``[N, C, h, w]``, the output's size,
+and for each axis the scale factor where it was asked for by one. Confidence is ``[N, H, W]`` in input's dtype, or
+``[0, H, W]`` where it isn't asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastseg import _triton, reference
+from fastseg._native import describe, log_slow_road, native
+from fastseg.ops.upsampling import MODES, steps
+
+# ---- schema ----
+
+_library = torch.library.Library("fastseg", "FRAGMENT")
+_library.define(
+    "upsample_argmax(Tensor input, SymInt[2] size, float[]? scale_factor, str mode, bool align_corners, "
+    "ScalarType dtype, bool with_confidence) -> (Tensor labels, Tensor confidence)"
+)
+
+
+def _allocate_outputs(
+    input: Tensor, size: Sequence[int], dtype: torch.dtype, with_confidence: bool
+) -> tuple[Tensor, Tensor]:
+    labels = input.new_empty((input.shape[0], *size), dtype=dtype)
+    return labels, input.new_empty((input.shape[0] if with_confidence else 0, *size))
+
+
+@torch.library.register_fake("fastseg::upsample_argmax", lib=_library)
+def _forward_fake(
+    input: Tensor, size: Sequence[int], scale_factor: Sequence[float] | None, mode: str, align_corners: bool,
+    dtype: torch.dtype, with_confidence: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return _allocate_outputs(input, size, dtype, with_confidence)
+
+
+# ---- implementations ----
+
+
+def _forward_cpu(
+    input: Tensor, size: Sequence[int], scale_factor: Sequence[float] | None, mode: str, align_corners: bool,
+    dtype: torch.dtype, with_confidence: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    kernels = native("upsample_argmax")
+    if kernels is None:
+        return forward_plain(input, size, scale_factor, mode, align_corners, dtype, with_confidence)
+    outputs = _allocate_outputs(input, size, dtype, with_confidence)
+    grid = (align_corners, *steps(input.shape[2:], size, mode, align_corners, scale_factor))
+    kernels.upsample_argmax(describe(input), *map(describe, outputs), MODES.index(mode), *grid, torch.get_num_threads())
+    return outputs
+
+
+def _forward_triton(
+    input: Tensor, size: Sequence[int], scale_factor: Sequence[float] | None, mode: str, align_corners: bool,
+    dtype: torch.dtype, with_confidence: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    kernels = _triton.kernels("upsample_argmax")
+    if kernels is None:
+        return forward_plain(input, size, scale_factor, mode, align_corners, dtype, with_confidence)
+    outputs = _allocate_outputs(input, size, dtype, with_confidence)
+    kernels.forward(
+        input, *outputs, mode, align_corners, steps(input.shape[2:], size, mode, align_corners, scale_factor)
+    )
+    return outputs
+
+
+def forward_plain(
+    input: Tensor, size: Sequence[int], scale_factor: Sequence[float] | None, mode: str, align_corners: bool,
+    dtype: torch.dtype, with_confidence: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The operator from torch's own, for devices without a kernel."""
+    if input.device.type not in ("cpu", "cuda"):  # where those come here, it has been said why
+        log_slow_road("upsample_argmax", f"no kernel for device type {input.device.type!r}")
+    extent = tuple(size) if scale_factor is None else None
+    factors = None if scale_factor is None else tuple(scale_factor)
+    logits = reference.upsample(input, extent, factors, mode, align_corners)
+    confidence = logits.softmax(1).amax(1) if with_confidence else logits.new_empty((0, *size))
+    return logits.argmax(1).to(dtype), confidence
+
+
+_triton.register(_library, "upsample_argmax", _forward_triton, _forward_cpu)
+_library.impl("upsample_argmax", forward_plain, "CompositeExplicitAutograd")
+
+
+def upsample_argmax(
+    input: Tensor, size: Sequence[int], scale_factor: Sequence[float] | None, mode: str, align_corners: bool,
+    dtype: torch.dtype, with_confidence: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The operator; arguments checked by `fastseg.functional.upsample_argmax`."""
+    return torch.ops.fastseg.upsample_argmax.default(
+        input.detach(), size, scale_factor, mode, align_corners, dtype, with_confidence
+    )

@@ -1,0 +1,244 @@
+"""upsample_cross_entropy's registration: schemas, fake, CPU, GPU and fallback implementations, and the gradient.
+
+The operators take what `fastseg.functional` has resolved: input ``[N, C, h, w]``; class labels ``[N, H, W]`` of an
+integer dtype; weight ``[C]``, contiguous, of the accumulation dtype (float64 for float64 input, else float32), which
+loss, statistics, total_weight and overlap have too.
+
+``overlap`` is what soft Dice losses need: of each image and class the sums ``[3, N, C]`` that
+`fastseg.reference.overlap` defines; ``[0, N, C]`` where it isn't asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastseg import _triton, reference
+from fastseg._native import describe, log_slow_road, native
+from fastseg.ops import cross_entropy
+from fastseg.ops.cross_entropy import REDUCTIONS, accumulation_dtype
+from fastseg.ops.upsampling import MODES, steps
+
+OVERLAP_SUMS = 3
+
+# ---- schemas ----
+
+_OPTIONS = "SymInt ignore_index, str reduction, float label_smoothing, str mode, bool align_corners"
+_library = torch.library.Library("fastseg", "FRAGMENT")
+_library.define(
+    f"upsample_cross_entropy(Tensor input, Tensor target, Tensor? weight, {_OPTIONS}, bool with_overlap)"
+    " -> (Tensor loss, Tensor statistics, Tensor total_weight, Tensor overlap)"
+)
+_library.define(
+    "upsample_cross_entropy_backward(Tensor grad_loss, Tensor grad_overlap, Tensor input, Tensor target, "
+    f"Tensor? weight, Tensor statistics, Tensor total_weight, {_OPTIONS}) -> Tensor"
+)
+
+
+def _allocate_outputs(
+    input: Tensor, target: Tensor, reduction: str, with_overlap: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss, statistics (each pixel's largest logit m, and log(sum(exp(x - m)))), total_weight and overlap."""
+    statistics = input.new_empty((2, *target.shape), dtype=accumulation_dtype(input))
+    total_weight = statistics.new_empty(())
+    loss = torch.empty_like(statistics[0] if reduction == "none" else total_weight)
+    return loss, statistics, total_weight, statistics.new_empty((OVERLAP_SUMS * with_overlap, *input.shape[:2]))
+
+
+@torch.library.register_fake("fastseg::upsample_cross_entropy", lib=_library)
+def _forward_fake(
+    input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, label_smoothing: float,
+    mode: str, align_corners: bool, with_overlap: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    return _allocate_outputs(input, target, reduction, with_overlap)
+
+
+@torch.library.register_fake("fastseg::upsample_cross_entropy_backward", lib=_library)
+def _backward_fake(grad_loss: Tensor, grad_overlap: Tensor, input: Tensor, *rest: Any) -> Tensor:
+    return torch.empty_like(input)
+
+
+# ---- implementations ----
+
+
+def _forward_cpu(
+    input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, label_smoothing: float,
+    mode: str, align_corners: bool, with_overlap: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    kernels = native("upsample_cross_entropy")
+    if kernels is None:
+        return forward_plain(
+            input, target, weight, ignore_index, reduction, label_smoothing, mode, align_corners, with_overlap
+        )
+    outputs = _allocate_outputs(input, target, reduction, with_overlap)
+    kernels.upsample_cross_entropy_forward(
+        describe(input), describe(target), describe(weight), *map(describe, outputs),
+        ignore_index, REDUCTIONS.index(reduction), label_smoothing,
+        MODES.index(mode), align_corners, *_steps(input, target, mode, align_corners), torch.get_num_threads(),
+    )  # fmt: skip
+    return outputs
+
+
+def _backward_cpu(
+    grad_loss: Tensor, grad_overlap: Tensor, input: Tensor, target: Tensor, weight: Tensor | None, statistics: Tensor,
+    total_weight: Tensor, ignore_index: int, reduction: str, label_smoothing: float, mode: str, align_corners: bool,
+) -> Tensor:  # fmt: skip
+    tensors = (grad_loss, grad_overlap, input, target, weight, statistics, total_weight)
+    kernels = native("upsample_cross_entropy")
+    if kernels is None:
+        return backward_plain(*tensors, ignore_index, reduction, label_smoothing, mode, align_corners)
+    grad_input = torch.empty_like(input)
+    kernels.upsample_cross_entropy_backward(
+        *map(describe, tensors), describe(grad_input),
+        ignore_index, REDUCTIONS.index(reduction), label_smoothing,
+        MODES.index(mode), align_corners, *_steps(input, target, mode, align_corners), torch.get_num_threads(),
+    )  # fmt: skip
+    return grad_input
+
+
+def _steps(input: Tensor, target: Tensor, mode: str, align_corners: bool) -> tuple[float, float]:
+    return steps(input.shape[2:], target.shape[1:], mode, align_corners)
+
+
+def _forward_triton(
+    input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, label_smoothing: float,
+    mode: str, align_corners: bool, with_overlap: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    kernels = _triton.kernels("upsample_cross_entropy")
+    if kernels is None:
+        return forward_plain(
+            input, target, weight, ignore_index, reduction, label_smoothing, mode, align_corners, with_overlap
+        )
+    outputs = _allocate_outputs(input, target, reduction, with_overlap)
+    kernels.forward(
+        input, target, weight, *outputs, ignore_index, reduction, label_smoothing,
+        mode, align_corners, _steps(input, target, mode, align_corners),
+    )  # fmt: skip
+    return outputs
+
+
+def _backward_triton(
+    grad_loss: Tensor, grad_overlap: Tensor, input: Tensor, target: Tensor, weight: Tensor | None, statistics: Tensor,
+    total_weight: Tensor, ignore_index: int, reduction: str, label_smoothing: float, mode: str, align_corners: bool,
+) -> Tensor:  # fmt: skip
+    tensors = (grad_loss, grad_overlap, input, target, weight, statistics, total_weight)
+    kernels = _triton.kernels("upsample_cross_entropy")
+    if kernels is None:
+        return backward_plain(*tensors, ignore_index, reduction, label_smoothing, mode, align_corners)
+    grad_input = torch.empty_like(input)
+    kernels.backward(
+        *tensors, grad_input, ignore_index, reduction, label_smoothing,
+        mode, align_corners, _steps(input, target, mode, align_corners),
+    )  # fmt: skip
+    return grad_input
+
+
+def forward_plain(
+    input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, label_smoothing: float,
+    mode: str, align_corners: bool, with_overlap: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The operator from torch's own, for devices without a kernel."""
+    if input.device.type not in ("cpu", "cuda"):  # where those come here, it has been said why
+        log_slow_road("upsample_cross_entropy", f"no kernel for device type {input.device.type!r}")
+    logits = reference.upsample(input.to(accumulation_dtype(input)), target.shape[1:], None, mode, align_corners)
+    results = cross_entropy.forward_plain(logits, target, weight, ignore_index, reduction, label_smoothing)
+    if with_overlap:
+        return *results, reference.overlap(logits, target, ignore_index)
+    return *results, logits.new_empty((0, *input.shape[:2]))
+
+
+def backward_plain(
+    grad_loss: Tensor, grad_overlap: Tensor, input: Tensor, target: Tensor, weight: Tensor | None, statistics: Tensor,
+    total_weight: Tensor, ignore_index: int, reduction: str, label_smoothing: float, mode: str, align_corners: bool,
+) -> Tensor:  # fmt: skip
+    """Its gradient from torch's own operators."""
+    logits = reference.upsample(input.to(statistics.dtype), target.shape[1:], None, mode, align_corners)
+    grad_logits = cross_entropy.backward_plain(
+        grad_loss, logits, target, weight, statistics, total_weight, ignore_index, reduction, label_smoothing
+    )
+    if len(grad_overlap) > 0:
+        grad_logits += _grad_of_overlap(grad_overlap, logits, target, statistics, ignore_index)
+    sizes = (list(target.shape[1:]), list(input.shape))
+    if mode == "bilinear":
+        grad_input = torch.ops.aten.upsample_bilinear2d_backward(grad_logits, *sizes, align_corners)
+    else:
+        grad_input = torch.ops.aten.upsample_nearest2d_backward(grad_logits, *sizes)
+    return torch.empty_like(input).copy_(grad_input)
+
+
+def _grad_of_overlap(
+    grad_overlap: Tensor, logits: Tensor, target: Tensor, statistics: Tensor, ignore_index: int
+) -> Tensor:
+    """What `fastseg.reference.overlap` passes on to its input."""
+    largest, log_sum = statistics.unsqueeze(2)
+    ignored = reference.is_ignored(target, ignore_index).unsqueeze(1)
+    probabilities = (logits - largest - log_sum).exp().masked_fill(ignored, 0)
+    labels = target.unsqueeze(1).long().masked_fill(ignored, 0)
+    of_intersection, of_predicted, _ = grad_overlap[..., None, None]
+    one_hot = torch.zeros_like(probabilities).scatter_(1, labels, 1)
+    grad = of_predicted + one_hot * of_intersection
+    return probabilities * (grad - (probabilities * grad).sum(1, keepdim=True))
+
+
+_triton.register(_library, "upsample_cross_entropy", _forward_triton, _forward_cpu)
+_triton.register(_library, "upsample_cross_entropy_backward", _backward_triton, _backward_cpu)
+_library.impl("upsample_cross_entropy", forward_plain, "CompositeExplicitAutograd")
+_library.impl("upsample_cross_entropy_backward", backward_plain, "CompositeExplicitAutograd")
+
+
+# ---- gradient ----
+
+
+class _UpsampleCrossEntropy(torch.autograd.Function):
+    """The gradient around the operator; forward and backward are both operators, so that compilers can trace them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, input: Tensor, target: Tensor, weight: Tensor | None, with_overlap: bool, *options: Any
+    ) -> tuple[Tensor, Tensor]:
+        loss, statistics, total_weight, overlap = torch.ops.fastseg.upsample_cross_entropy.default(
+            input, target, weight, *options, with_overlap
+        )
+        ctx.save_for_backward(input, target, weight, statistics, total_weight)
+        ctx.options = options
+        return loss, overlap
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor, grad_overlap: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # create_graph=True: this gradient will be differentiated itself, which plain PyTorch can.
+            grad_input = _differentiable_gradient(grad_loss, grad_overlap, ctx.saved_tensors[:3], *ctx.options)
+        else:
+            grad_input = torch.ops.fastseg.upsample_cross_entropy_backward.default(
+                grad_loss, grad_overlap, *ctx.saved_tensors, *ctx.options
+            )
+        return grad_input, *[None] * 8
+
+
+def _differentiable_gradient(
+    grad_loss: Tensor, grad_overlap: Tensor, tensors: tuple[Tensor, Tensor, Tensor | None],
+    ignore_index: int, reduction: str, label_smoothing: float, mode: str, align_corners: bool,
+) -> Tensor:  # fmt: skip
+    input, target, weight = tensors
+    logits = reference.upsample(input.to(grad_loss.dtype), target.shape[1:], None, mode, align_corners)
+    outputs = [reference.cross_entropy(logits, target, weight, ignore_index, reduction, label_smoothing)]
+    if len(grad_overlap) > 0:
+        outputs.append(reference.overlap(logits, target, ignore_index))
+    grads = (grad_loss, grad_overlap)[: len(outputs)]
+    return torch.autograd.grad(outputs, input, grads, create_graph=True)[0]
+
+
+def upsample_cross_entropy(
+    input: Tensor, target: Tensor, weight: Tensor | None, options: Sequence[Any], with_overlap: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The loss and the overlap with their gradients for input; arguments checked by `fastseg.functional`.
+
+    ``options`` are the operator's from ignore_index to align_corners, in its order.
+    """
+    if torch.is_grad_enabled() and input.requires_grad:
+        return _UpsampleCrossEntropy.apply(input, target, weight, with_overlap, *options)
+    results = torch.ops.fastseg.upsample_cross_entropy.default(input, target, weight, *options, with_overlap)
+    return results[0], results[3]

@@ -1,0 +1,40 @@
+"""The grids of `torch.nn.functional.interpolate`: what the upsampling operators' kernels are told of them.
+
+For the output's position o along an axis, the kernels read the input at
+
+* o, where the axis keeps its size;
+* "bilinear": ``x = max(step * (o + 1/2) - 1/2, 0)``, with align_corners ``x = step * o``: at floor(x) and at its next
+  neighbour, where there is one, with the weights 1 - (x - floor(x)) and x - floor(x);
+* "nearest": ``floor(step * o)``, the product in float32;
+
+and no farther than at the input's last position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+MODES = ("nearest", "bilinear")  # in the order of csrc/upsampling.h's Mode
+
+
+def steps(
+    input_size: Sequence[int], output_size: Sequence[int], mode: str, align_corners: bool,
+    scale_factor: Sequence[float] | None = None,
+) -> tuple[float, float]:  # fmt: skip
+    """How far apart neighbouring output positions are in the input, for (height, width)."""
+    factors = (None, None) if scale_factor is None else scale_factor
+    height, width = (
+        _step(before, after, mode, align_corners, factor)
+        for before, after, factor in zip(input_size, output_size, factors, strict=True)
+    )
+    return height, width
+
+
+def _step(before: int, after: int, mode: str, align_corners: bool, factor: float | None) -> float:
+    if before == after:  # torch copies then, whatever the factor
+        return 1.0
+    if align_corners:
+        return (before - 1) / (after - 1) if after > 1 else 0.0
+    if factor is None or (mode == "nearest" and after == 2 * before):  # torch repeats every position then
+        return before / after
+    return 1 / factor
