@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from fastseg import _native
-from fastseg.ops import cross_entropy as operator
+from fastseg.ops import cross_entropy, upsample_argmax, upsample_confusion_matrix, upsample_cross_entropy
+
+OPERATORS = (cross_entropy, upsample_argmax, upsample_confusion_matrix, upsample_cross_entropy)
 
 if _native.INTERPRETED:
     import triton_interpreter
@@ -78,13 +80,14 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture
 def implementation(isa: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """As `isa`, for cross_entropy; on a CPU its implementation for devices without a kernel as well."""
+    """As `isa`, for `OPERATORS`; on a CPU their implementations for devices without a kernel as well."""
     if isa == "plain":
-        monkeypatch.setattr(operator, "native", lambda name: None)
+        for operator in OPERATORS:
+            monkeypatch.setattr(operator, "native", lambda name: None)
     return isa
 
 
 @pytest.fixture
 def kernels_for_small_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leads cross_entropy's small logits, too, to the kernels, where torch's own operator would serve them."""
-    monkeypatch.setattr(operator, "PLAIN_MAX_LOGITS", 0)
+    monkeypatch.setattr(cross_entropy, "PLAIN_MAX_LOGITS", 0)

@@ -1,16 +1,16 @@
 """cross_entropy against plain PyTorch: values and gradients, in every combination and on every instruction set."""
 
-import itertools
 from collections.abc import Callable
 
 import pytest
 import torch
 from cross_entropy_cases import (
     DTYPES,
-    INFINITY,
-    LABEL_DTYPES,
-    NAN,
+    INCOMING,
+    LABELS,
     REDUCTIONS,
+    ROWS,
+    VIEWS,
     WEIGHTS,
     check,
     labels_for,
@@ -84,22 +84,13 @@ def test_gradient_keeps_the_layout(dtype: torch.dtype, layout: str) -> None:
     assert gradient.stride() == input.stride()
 
 
-VIEWS = {
-    "sliced-batch": lambda t: t[::2],
-    "sliced-classes": lambda t: t[:, 1:4],
-    "sliced-columns": lambda t: t[..., 3:-2],
-    "strided": lambda t: t[:, :, ::2, 1::3],
-    "transposed": lambda t: t.transpose(2, 3),
-    "classes-last": lambda t: t.permute(0, 3, 1, 2),  # (N, L, C) -> (N, C, L), with two dimensions for L
-    "batch-last": lambda t: t.permute(2, 1, 3, 0),
-    "expanded-batch": lambda t: t[:1].expand(3, -1, -1, -1),
-    "expanded-pixels": lambda t: t[..., :1].expand(-1, -1, -1, 9),
+OTHER_RANKS = {
     "flattened-pixels": lambda t: t.flatten(2),
     "volume": lambda t: t.unflatten(2, (2, -1))[:, :, :, 1:, 2:-1],
 }
 
 
-@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
+@pytest.mark.parametrize("view", [*VIEWS.values(), *OTHER_RANKS.values()], ids=[*VIEWS, *OTHER_RANKS])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
 @pytest.mark.parametrize("target", ["labels", "probabilities"])
 def test_strided_input(target: str, dtype: torch.dtype, view: Callable[[Tensor], Tensor]) -> None:
@@ -123,13 +114,6 @@ def test_strided_labels() -> None:
     wide = make_labels((2, 8, 12), 5)
     check(input, wide.transpose(1, 2)[:, ::2])
     check(input, wide[:, :1, :8].expand(2, 6, 8))
-
-
-INCOMING = {
-    "expanded": lambda loss: torch.ones((), dtype=loss.dtype).expand_as(loss),
-    "transposed": lambda loss: make(loss.shape, loss.dtype).transpose(1, 2).contiguous().transpose(1, 2),
-    "from-cat": lambda loss: make((loss.shape[0], 2 * loss.shape[1], loss.shape[2]), loss.dtype)[:, loss.shape[1] :],
-}
 
 
 @pytest.mark.parametrize("incoming", INCOMING.values(), ids=INCOMING)
@@ -190,13 +174,6 @@ def test_more_dimensions_than_the_kernels_take(caplog: pytest.LogCaptureFixture)
 
 
 # ---- the whole grid of options ----
-
-IGNORED = {"none-ignored": None, "ignore-a-class": 3, "ignore-255": 255, "ignore-100": -100}
-LABELS = {  # a label dtype and what is ignored, but for uint8, which has no -100
-    f"{dtype}-{name}": (LABEL_DTYPES[dtype], index)
-    for dtype, (name, index) in itertools.product(LABEL_DTYPES, IGNORED.items())
-    if (dtype, index) != ("uint8", -100)
-}
 
 
 @pytest.mark.parametrize(("label_dtype", "ignored"), LABELS.values(), ids=LABELS)
@@ -261,24 +238,6 @@ def test_labels_of_weight_zero_alone(implementation: str, reduction: str, smooth
     weight = torch.tensor([0.0, 1.0, 2.0, 1.0, 1.0])
     target = make_labels((2, 6, 7), 1, ignore_index=-100)
     check(input, target, weight, reduction=reduction, label_smoothing=smoothing)
-
-
-# A row of logits each.
-ROWS = {
-    "all-1e4": [1e4, 1e4, 1e4, 1e4],
-    "all--1e4": [-1e4, -1e4, -1e4, -1e4],
-    "near-1e4": [1e4, 9999.0, 9998.0, 1e4],
-    "gap-of-1e4": [0.0, 1e4, 1.0, -1e4],
-    "underflow": [0.0, -80.0, -95.0, -104.0],
-    "one-infinity": [0.0, INFINITY, 1.0, 2.0],
-    "two-infinities": [INFINITY, INFINITY, 1.0, 2.0],
-    "one-negative-infinity": [0.0, -INFINITY, 1.0, 2.0],
-    "all-but-one-negative-infinity": [-INFINITY, -INFINITY, 1.0, -INFINITY],
-    "all-negative-infinity": [-INFINITY] * 4,
-    "both-infinities": [INFINITY, -INFINITY, 0.0, 1.0],
-    "nan": [0.0, NAN, 1.0, 2.0],
-    "nan-and-infinity": [INFINITY, NAN, 1.0, -INFINITY],
-}
 
 
 @pytest.mark.parametrize("weight", [None, torch.tensor([1.0, 0.0, 2.0, 0.5])], ids=["unweighted", "weighted"])
