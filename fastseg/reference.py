@@ -111,6 +111,8 @@ def upsample(
     input: Tensor, size: IntOrPair | None, scale_factor: FloatOrPair | None, mode: str, align_corners: bool
 ) -> Tensor:
     """`torch.nn.functional.interpolate`, which refuses ``align_corners`` where it has no meaning."""
+    if input.shape[2:] == size:
+        return input  # torch would copy, which a network that works at full resolution wouldn't ask it to
     corners = align_corners if mode == "bilinear" else None
     return F.interpolate(input, size, scale_factor, mode, corners)
 
