@@ -84,18 +84,22 @@ def test_predict_writes_masks_and_overlays_in_the_images_size(
             assert (overlay.mode, overlay.size) == ("RGB", size)
 
 
+@pytest.mark.parametrize("backend", ["fastseg", "plain"])
+@pytest.mark.parametrize("size", [(24, 28), (37, 26)], ids=["the network's size", "another size"])
 def test_predictions_are_the_most_likely_class_of_the_upsampled_logits(
-    shapes: Path, trained: Path, tmp_path: Path
+    trained: Path, tmp_path: Path, size: tuple[int, int], backend: str
 ) -> None:
-    """At 24x28 the network itself says what it sees: a mask of that size is its own prediction."""
-    ShapesDataset(1, (24, 28), seed=5).write(tmp_path)
-    checkpoint = str(trained / "best.safetensors")
-    assert run(["predict", "--checkpoint", checkpoint, "--out", str(tmp_path), str(tmp_path / "images")]) == 0
-    model, metadata = load_checkpoint(checkpoint)
-    image = ShapesDataset(1, (24, 28), seed=5)[0][0]
-    normalized = fastseg.data.Normalize(metadata.mean, metadata.std)(image)
+    """The network sees 24x28 pixels; its logits, of a quarter of that, are upsampled once, to the file's size."""
+    ShapesDataset(1, size, seed=5).write(tmp_path)
+    checkpoint, images = str(trained / "best.safetensors"), tmp_path / "images"
+    arguments = ["--checkpoint", checkpoint, "--out", str(tmp_path), "--backend", backend]
+    assert run(["predict", *arguments, str(images)]) == 0
+    model, metadata = load_checkpoint(checkpoint, backend=backend)
+    image = fastseg.data.read_image(images / "00000.png", (24, 28))
+    logits = model.logits(fastseg.data.Normalize(metadata.mean, metadata.std)(image)[None])
+    assert logits.shape[-2:] == (6, 7)
     with Image.open(tmp_path / "00000.png") as mask:
-        assert np.array_equal(np.array(mask), model.predict(normalized[None])[0].numpy())
+        assert np.array_equal(np.array(mask), model.upsample_argmax(logits, size)[0].numpy())
 
 
 def drop(path: Path) -> None:

@@ -1,13 +1,15 @@
 """The networks and their plain-PyTorch twins: same weights, same losses, gradients and predictions."""
 
 import copy
+import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import fastseg
-from fastseg import models
+from fastseg import functional, metrics, models
 from fastseg.testing import assert_parity, make, make_labels
 
 NETWORKS = {
@@ -17,6 +19,13 @@ NETWORKS = {
     "unet-even-kernel": (models.UNet, models.plain.UNet, {"widths": (4, 8), "kernel_size": 2}),
 }
 CLASSES = 5
+OPERATORS = (
+    "conv_relu_pool2d",
+    "cross_entropy",
+    "upsample_cross_entropy",
+    "upsample_argmax",
+    "upsample_confusion_matrix",
+)
 
 
 def twins(network: type, plain: type, options: dict) -> tuple[nn.Module, nn.Module]:
@@ -30,7 +39,8 @@ def twins(network: type, plain: type, options: dict) -> tuple[nn.Module, nn.Modu
 def step(model: nn.Module, images: Tensor, labels: Tensor) -> list[Tensor]:
     images = images.to(next(model.parameters()).dtype)
     loss = model.loss(images, labels, ignore_index=255)
-    return [loss.detach(), model(images).detach(), *torch.autograd.grad(loss, list(model.parameters()))]
+    confidence = model.predict(images, return_confidence=True)[1]
+    return [loss.detach(), model(images).detach(), confidence, *torch.autograd.grad(loss, list(model.parameters()))]
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
@@ -47,23 +57,80 @@ def test_twins_agree(network: type, plain: type, options: dict, layout: str) -> 
     assert model(images).shape == (2, CLASSES, 21, 26)
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
+@pytest.mark.parametrize("size", [None, (40, 17)], ids=["the images' size", "another size"])
+@pytest.mark.parametrize(("network", "plain", "options"), NETWORKS.values(), ids=NETWORKS)
+def test_twins_predict_alike(network: type, plain: type, options: dict, size: tuple[int, int] | None) -> None:
+    """Of classes whose logits differ by rounding alone, either is right: the predicted ones' true logits must agree."""
+    model, twin = twins(network, plain, options)
+    images = make((2, options.get("in_channels", 3), 21, 26))
+    exact = copy.deepcopy(twin).double()
+    logits = exact.upsample(exact.logits(images.double()), size or (21, 26)).detach()
+    actual, expected = (
+        logits.gather(1, network.predict(images, size).unsqueeze(1).long()).float() for network in (model, twin)
+    )
+    assert_parity(actual, expected, logits.amax(1, keepdim=True), terms=math.prod(images.shape[2:]))
+
+
 @pytest.mark.parametrize(("network", "plain", "options"), NETWORKS.values(), ids=NETWORKS)
 def test_twin_uses_no_fastseg_operator(
     network: type, plain: type, options: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, twin = twins(network, plain, options)
-    for operator in ("conv_relu_pool2d", "cross_entropy"):
+    for operator in OPERATORS:
         monkeypatch.setattr(torch.ops.fastseg, operator, None)
-    twin.loss(make((1, options.get("in_channels", 3), 16, 16)), make_labels((1, 16, 16), CLASSES)).backward()
+    images, labels = make((1, options.get("in_channels", 3), 16, 16)), make_labels((1, 16, 16), CLASSES)
+    twin.loss(images, labels).backward()
+    twin.predict(images)
+    twin.upsample_confusion_matrix(twin.logits(images), labels)
 
 
 def test_predict() -> None:
     model = models.FCN(num_classes=CLASSES)
     images = make((2, 3, 16, 16))
-    labels = model.predict(images)
+    labels, confidence = model.predict(images, return_confidence=True)
     assert labels.dtype == torch.uint8
-    assert torch.equal(labels.long(), model(images).argmax(1))
+    assert torch.equal(labels, model.predict(images))
+    assert torch.equal(labels, functional.upsample_argmax(model.logits(images), (16, 16)))
+    assert confidence.shape == (2, 16, 16)
+    assert not confidence.requires_grad
     assert models.FCN(num_classes=300, widths=(4,)).predict(images).dtype == torch.int64
+
+
+@pytest.mark.parametrize(("network", "plain", "options"), NETWORKS.values(), ids=NETWORKS)
+def test_confusion_matrix_is_that_of_the_prediction(network: type, plain: type, options: dict) -> None:
+    model, _ = twins(network, plain, options)
+    images = make((2, options.get("in_channels", 3), 21, 26))
+    labels = make_labels((2, 21, 26), CLASSES, torch.uint8, ignore_index=255)
+    actual = model.upsample_confusion_matrix(model.logits(images), labels, ignore_index=255)
+    assert torch.equal(actual, metrics.confusion_matrix(model.predict(images), labels, CLASSES, ignore_index=255))
+
+
+def largest_allocation(call: Callable[[], object]) -> int:
+    """The most bytes that one of torch's operators allocates."""
+    with torch.profiler.profile(profile_memory=True) as profile:
+        call()
+    return max(max(event.self_cpu_memory_usage, event.self_device_memory_usage) for event in profile.events())
+
+
+@pytest.mark.parametrize("backend", ["fastseg", "plain"])
+@pytest.mark.parametrize("use", ["loss", "predict", "confidence", "confusion matrix"])
+def test_nothing_is_as_large_as_full_resolution_logits(use: str, backend: str) -> None:
+    classes = 64  # full-resolution logits are 16 times the network's own, and larger than its other maps
+    network = models.FCN if backend == "fastseg" else models.plain.FCN
+    model = network(num_classes=classes, widths=(4, 4))
+    images, labels = make((2, 3, 32, 32)), make_labels((2, 32, 32), classes, torch.uint8)
+    calls = {
+        "loss": lambda: model.loss(images, labels).backward(),
+        "predict": lambda: model.predict(images),
+        "confidence": lambda: model.predict(images, return_confidence=True),
+        "confusion matrix": lambda: model.upsample_confusion_matrix(model.logits(images), labels),
+    }
+    full = 2 * classes * 32 * 32 * torch.float32.itemsize
+    if backend == "fastseg":
+        assert largest_allocation(calls[use]) < full / 4
+    else:  # the measurement finds what is there
+        assert largest_allocation(calls[use]) >= full
 
 
 def test_compiled_model_gives_the_eager_loss_and_gradients() -> None:

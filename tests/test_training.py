@@ -9,9 +9,12 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
+from fastseg import metrics
 from fastseg.data import DataError, MaskDataset, Normalize, ShapesDataset, class_frequencies, class_weights, find_pairs
 from fastseg.training import ConfigError, DivergedError, TrainConfig, evaluate, load_checkpoint, loop, train
-from fastseg.training.engine import NetworkWithLoss, mean_squared_error
+from fastseg.training.batches import Preparation
+from fastseg.training.distributed import World
+from fastseg.training.engine import NetworkWithLoss, evaluate_batches, mean_squared_error
 from fastseg.training.progress import RunProgress
 from fastseg.training.splits import open_splits
 
@@ -54,13 +57,14 @@ def without_times(history: tuple) -> list[dict]:
     return [{**record.to_json(), "seconds": 0, "images_per_second": 0} for record in history]
 
 
-def validation_logits(checkpoint: Path, data: Path) -> tuple[Tensor, Tensor]:
-    """Logits and masks of the whole validation split, in one batch."""
+def validation_split(checkpoint: Path, data: Path) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits, prediction and masks of the whole validation split, in one batch."""
     model, metadata = load_checkpoint(checkpoint)
     pairs = find_pairs(data, "val", val_fraction=metadata.config.val_fraction)
     images, masks = map(torch.stack, zip(*MaskDataset(pairs), strict=True))
+    images = Normalize()(images)
     with torch.no_grad():
-        return model(Normalize()(images)), masks.long()
+        return model(images), model.predict(images), masks.long()
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others(shapes: Path, tmp_path: Path) -> None:
@@ -170,7 +174,7 @@ def test_the_loss_of_a_split_is_that_of_one_batch(
     train(config(shapes, tmp_path, class_weights=weighting, label_smoothing=0.1))
     checkpoint = tmp_path / "best.safetensors"
     weights = load_checkpoint(checkpoint)[1].class_weights
-    logits, masks = validation_logits(checkpoint, shapes)
+    logits, prediction, masks = validation_split(checkpoint, shapes)
     expected = F.cross_entropy(
         logits.double(),
         masks,
@@ -180,8 +184,22 @@ def test_the_loss_of_a_split_is_that_of_one_batch(
     )
     (loss, scores), _ = evaluate(checkpoint, shapes, batch_size=batch_size, device="cpu")
     assert loss == pytest.approx(expected.item(), rel=1e-6)
-    counted = masks != IGNORED
-    assert scores.pixel_accuracy == (logits.argmax(1) == masks)[counted].double().mean().item()
+    assert scores == metrics.scores(metrics.confusion_matrix(prediction, masks, 4, IGNORED))
+
+
+@pytest.mark.parametrize("kind", ["ce", "mse"])
+def test_evaluation_runs_the_network_once(shapes: Path, tmp_path: Path, kind: str) -> None:
+    model, _ = load_checkpoint(train(config(shapes, tmp_path)).out / "last.safetensors")
+    batch = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8), torch.randint(4, (2, 32, 32))
+    world = World(torch.device("cpu"))
+    prepare = Preparation(world.device, Normalize())
+    network = NetworkWithLoss(model, kind, IGNORED)
+    expected = network(*prepare(*batch)).item()
+    seen = []
+    model.classifier.register_forward_hook(lambda *_: seen.append(1))
+    loss, _ = evaluate_batches(network, [batch], prepare, world)
+    assert len(seen) == 1
+    assert loss == pytest.approx(expected, rel=1e-6)  # float32, and a product and a quotient in float64
 
 
 @pytest.mark.parametrize("method", ["inverse", "median"])

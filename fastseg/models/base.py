@@ -2,29 +2,46 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar, Literal, overload
 
 import torch
 from torch import Tensor, nn
 
-from fastseg import functional
+from fastseg import functional, reference
 from fastseg.modules import ConvReLUPool2d
 
-UINT8_CLASSES = 256  # the most classes whose labels fit uint8
 
-
-class SegmentationModel(nn.Module):
+class SegmentationModel(nn.Module, ABC):
     """A network that gives every pixel of an image a class.
 
-    Subclasses define ``forward(input)``: images ``[N, in_channels, H, W]`` to logits ``[N, num_classes, H, W]``.
-    ``front_end`` and ``cross_entropy`` are the operators that fastseg fuses; a plain-PyTorch twin replaces both.
+    Subclasses define ``logits(input)`` at the resolution that the network works at. Upsampled bilinearly
+    (``align_corners=False``) they are the logits of the pixels: ``forward`` returns these, ``loss`` and ``predict``
+    never hold them.
+
+    ``front_end`` and the ``upsample_...`` attributes are the operators that fastseg fuses; a plain-PyTorch twin
+    replaces them.
     """
 
     front_end: ClassVar[type[ConvReLUPool2d]] = ConvReLUPool2d
-    cross_entropy: ClassVar[Callable[..., Tensor]] = staticmethod(functional.cross_entropy)
+    upsample_cross_entropy: ClassVar[Callable[..., Tensor]] = staticmethod(functional.upsample_cross_entropy)
+    upsample_argmax: ClassVar[Callable[..., Any]] = staticmethod(functional.upsample_argmax)
+    upsample_confusion_matrix: ClassVar[Callable[..., Tensor]] = staticmethod(functional.upsample_confusion_matrix)
 
     num_classes: int
+
+    @abstractmethod
+    def logits(self, input: Tensor) -> Tensor:
+        """Logits at the network's own resolution, ``[N, num_classes, h, w]``, of images ``[N, in_channels, H, W]``."""
+
+    def upsample(self, logits: Tensor, size: tuple[int, ...]) -> Tensor:
+        """What ``logits`` are in ``size``, (height, width), bilinearly; the same tensor where that is their size."""
+        return reference.upsample(logits, size, None, "bilinear", False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Logits ``[N, num_classes, H, W]`` of images ``[N, in_channels, H, W]``."""
+        return self.upsample(self.logits(input), input.shape[-2:])
 
     def loss(
         self,
@@ -35,7 +52,7 @@ class SegmentationModel(nn.Module):
         ignore_index: int = -100,
         label_smoothing: float = 0.0,
     ) -> Tensor:
-        """Mean cross-entropy of the logits of ``input`` against ``target``.
+        """Mean cross-entropy against ``target`` of the logits of ``input``, upsampled to the size of ``target``.
 
         Args:
             input: Images ``[N, in_channels, H, W]``.
@@ -47,15 +64,38 @@ class SegmentationModel(nn.Module):
         Returns:
             A scalar, in the logits' dtype.
         """
-        return self.cross_entropy(
-            self(input), target, weight, ignore_index=ignore_index, label_smoothing=label_smoothing
+        return self.upsample_cross_entropy(
+            self.logits(input), target, weight, ignore_index=ignore_index, label_smoothing=label_smoothing
         )
 
-    def predict(self, input: Tensor) -> Tensor:
-        """The most likely class of every pixel: ``[N, H, W]``, uint8 for up to 256 classes, else int64."""
+    @overload
+    def predict(
+        self, input: Tensor, size: tuple[int, int] | None = None, *, return_confidence: Literal[False] = False
+    ) -> Tensor: ...
+
+    @overload
+    def predict(
+        self, input: Tensor, size: tuple[int, int] | None = None, *, return_confidence: Literal[True]
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def predict(
+        self, input: Tensor, size: tuple[int, int] | None = None, *, return_confidence: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """The most likely class of every pixel.
+
+        Args:
+            input: Images ``[N, in_channels, H, W]``.
+            size: The masks' (height, width), to which the network's own logits are upsampled; None for that of
+                ``input``.
+            return_confidence: Also return the softmax value of the most likely class.
+
+        Returns:
+            Masks ``[N, H, W]``, uint8 for up to 256 classes, else int64; where asked also the confidence ``[N, H, W]``
+            in the logits' dtype.
+        """
         with torch.no_grad():
-            labels = self(input).argmax(1)
-        return labels.to(torch.uint8) if self.num_classes <= UINT8_CLASSES else labels
+            logits = self.logits(input)
+        return self.upsample_argmax(logits, size or input.shape[-2:], return_confidence=return_confidence)
 
     def extra_repr(self) -> str:
         """The number of classes, for ``repr(model)``."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastseg.models.base import SegmentationModel
@@ -41,9 +40,9 @@ class FCN(SegmentationModel):
         )
         self.classifier = nn.Conv2d(channels[-1], num_classes, 1)
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Logits ``[N, num_classes, H, W]`` of images ``[N, in_channels, H, W]``."""
+    def logits(self, input: Tensor) -> Tensor:
+        """The classifier's logits of each pooled pixel, ``[N, num_classes, H >> stages, W >> stages]``."""
         features = input
         for stage in self.stages:
             features = stage(features)
-        return F.interpolate(self.classifier(features), size=input.shape[-2:], mode="bilinear", align_corners=False)
+        return self.classifier(features)

@@ -20,11 +20,15 @@ class FCN(fcn.FCN):
     """`fastseg.models.FCN` in plain PyTorch."""
 
     front_end = PlainConvReLUPool2d
-    cross_entropy = staticmethod(reference.cross_entropy)
+    upsample_cross_entropy = staticmethod(reference.upsample_cross_entropy)
+    upsample_argmax = staticmethod(reference.upsample_argmax)
+    upsample_confusion_matrix = staticmethod(reference.upsample_confusion_matrix)
 
 
 class UNet(unet.UNet):
     """`fastseg.models.UNet` in plain PyTorch."""
 
     front_end = PlainConvReLUPool2d
-    cross_entropy = staticmethod(reference.cross_entropy)
+    upsample_cross_entropy = staticmethod(reference.upsample_cross_entropy)
+    upsample_argmax = staticmethod(reference.upsample_argmax)
+    upsample_confusion_matrix = staticmethod(reference.upsample_confusion_matrix)

@@ -60,8 +60,8 @@ class UNet(SegmentationModel):
             self.merge.append(_two_convolutions(2 * width, width, kernel_size))
         self.classifier = nn.Conv2d(widths[0], num_classes, 1)
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Logits ``[N, num_classes, H, W]`` of images ``[N, in_channels, H, W]``."""
+    def logits(self, input: Tensor) -> Tensor:
+        """Logits ``[N, num_classes, H, W]``: a U-Net works at full resolution."""
         features = input
         skips = []
         for expand, pool in zip(self.expand, self.pool, strict=True):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastseg.data import DataError
-from fastseg.metrics import Scores, confusion_matrix, scores
+from fastseg.metrics import Scores, scores
 from fastseg.models import SegmentationModel
 from fastseg.training.batches import Example, Preparation
 from fastseg.training.checkpoint import Metadata
@@ -79,12 +79,16 @@ class NetworkWithLoss(nn.Module):
 
     def forward(self, images: Tensor, masks: Tensor) -> Tensor:
         """The mean loss over the labelled pixels of a batch; nan where there is none."""
+        return self.loss(self.model.logits(images), masks)
+
+    def loss(self, logits: Tensor, masks: Tensor) -> Tensor:
+        """The same, from what the network's ``logits`` gives for the images."""
         if self.kind == "mse":
-            return mean_squared_error(self.model(images), masks, self.ignore_index)
-        return self.model.loss(
-            images,
+            return mean_squared_error(self.model.upsample(logits, masks.shape[-2:]), masks, self.ignore_index)
+        return self.model.upsample_cross_entropy(
+            logits,
             masks,
-            weight=self.class_weights,
+            self.class_weights,
             ignore_index=self.ignore_index,
             label_smoothing=self.label_smoothing,
         )
@@ -178,10 +182,10 @@ def evaluate_batches(
     with torch.no_grad():
         for loaded_images, loaded_masks in batches:
             images, masks = prepare(loaded_images, loaded_masks)
-            # Two passes of the network: neither loss nor predict has to keep logits of the images' size.
-            counts = confusion_matrix(model.predict(images), masks, model.num_classes, network.ignore_index)
+            logits = model.logits(images)
+            counts = model.upsample_confusion_matrix(logits, masks, network.ignore_index)
             if share := network.share(counts.sum(1)):
-                loss_sum += network(images, masks).double() * share
+                loss_sum += network.loss(logits, masks).double() * share
             matrix += counts
     matrix, loss_sum = world.sum(matrix), world.sum(loss_sum)
     share = network.share(matrix.sum(1))

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
@@ -101,9 +100,9 @@ def _targets(files: list[Path], out: Path) -> dict[Path, Target]:
 
 
 def _segment(path: Path, model: SegmentationModel, metadata: Metadata, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The image, uint8 ``[3, H, W]``, and its classes, int64 ``[H, W]``, both in the file's size.
+    """The image, uint8 ``[3, H, W]``, and the class of each pixel, ``[H, W]``, both in the file's size.
 
-    The network sees the image in the size of its training; its logits are upsampled bilinearly to the file's.
+    The network sees the image in the size of its training; its own logits are upsampled once, to the file's.
     """
     image = read_image(path)
     seen = image if metadata.size is None else read_image(path, metadata.size)
@@ -112,7 +111,5 @@ def _segment(path: Path, model: SegmentationModel, metadata: Metadata, device: t
     if min(seen.shape[-2:]) < smallest:
         raise DataError(f"{path}: must be at least {smallest}x{smallest}, but it is {height}x{width} (height x width)")
     normalize = Normalize(metadata.mean, metadata.std)
-    with torch.no_grad():
-        logits = model(normalize(seen).unsqueeze(0).to(device))
-        upsampled = F.interpolate(logits, size=(height, width), mode="bilinear", align_corners=False)
-    return image, upsampled.argmax(1).squeeze(0).cpu()
+    mask = model.predict(normalize(seen).unsqueeze(0).to(device), (height, width))
+    return image, mask.squeeze(0).cpu()
