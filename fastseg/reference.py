@@ -169,13 +169,23 @@ def cross_entropy_dice(
 ) -> Tensor:
     """The sum of cross-entropy and soft Dice loss; see `fastseg.functional`."""
     loss = cross_entropy(input, target, weight, ignore_index, "mean", label_smoothing)
-    dice = dice_loss(overlap(input, target, ignore_index), smooth, batch_dice, include_background)
-    return ce_weight * loss + dice_weight * dice
+    sums = overlap(input, target, ignore_index)
+    return combine_dice(loss, sums, ce_weight, dice_weight, smooth, batch_dice, include_background)
+
+
+def combine_dice(
+    loss: Tensor, overlap: Tensor, ce_weight: float, dice_weight: float, smooth: float, batch_dice: bool,
+    include_background: bool,
+) -> Tensor:  # fmt: skip
+    """The weighted sum of a cross-entropy and the soft Dice loss that follows from what `overlap` gives."""
+    dice = dice_weight * dice_loss(overlap, smooth, batch_dice, include_background)
+    return dice + ce_weight * loss if ce_weight else dice  # NaN over no pixel, which a factor of 0 would keep
 
 
 def overlap(input: Tensor, target: Tensor, ignore_index: int) -> Tensor:
     """Of each image and class, ``[3, N, C]``: with P = softmax(input), sum(P [target = c]), sum(P), |{target = c}|."""
-    labels, probabilities = target.flatten(1).long(), input.softmax(1).flatten(2)
+    labels = target.long().unsqueeze(-1).flatten(1)  # the new dimension lets [N, C] be images of one pixel
+    probabilities = input.softmax(1).unsqueeze(-1).flatten(2)
     ignored = is_ignored(labels, ignore_index)
     one_hot = F.one_hot(labels.masked_fill(ignored, 0), input.shape[1]).movedim(-1, 1)
     one_hot = one_hot.masked_fill(ignored.unsqueeze(1), 0).to(input.dtype)

@@ -2,6 +2,8 @@
 
 from fastseg.functional._conv_relu_pool2d import conv_relu_pool2d
 from fastseg.functional._cross_entropy import cross_entropy
+from fastseg.functional._cross_entropy_dice import cross_entropy_dice, upsample_cross_entropy_dice
+from fastseg.functional._focal_loss import focal_loss, upsample_focal_loss
 from fastseg.functional._upsample_argmax import upsample_argmax
 from fastseg.functional._upsample_confusion_matrix import upsample_confusion_matrix
 from fastseg.functional._upsample_cross_entropy import upsample_cross_entropy
@@ -9,7 +11,11 @@ from fastseg.functional._upsample_cross_entropy import upsample_cross_entropy
 __all__ = [
     "conv_relu_pool2d",
     "cross_entropy",
+    "cross_entropy_dice",
+    "focal_loss",
     "upsample_argmax",
     "upsample_confusion_matrix",
     "upsample_cross_entropy",
+    "upsample_cross_entropy_dice",
+    "upsample_focal_loss",
 ]

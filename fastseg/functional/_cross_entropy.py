@@ -87,7 +87,9 @@ def cross_entropy(
     if target.is_floating_point():
         dtype = torch.promote_types(dtype, target.dtype)
         target = target.to(accumulated) if accumulated == torch.float64 else target
-    return reduce_pixels(_losses, input, target, weight, pixel_weight, ignore_index, reduction, label_smoothing, dtype)
+    return reduce_pixels(
+        call_operator, input, target, weight, pixel_weight, ignore_index, reduction, label_smoothing, dtype
+    )
 
 
 def _check(
@@ -128,7 +130,7 @@ def why_plain(input: Tensor, target: Tensor, weight: Tensor | None) -> str | Non
     return None
 
 
-def _losses(input: Tensor, target: Tensor, *options: Any) -> Tensor:
+def call_operator(input: Tensor, target: Tensor, *options: Any) -> Tensor:
     """The operator, which takes no logits without a batch."""
     if input.ndim > 1:
         return operator.cross_entropy(input, target, *options)

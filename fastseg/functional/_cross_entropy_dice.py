@@ -1,0 +1,187 @@
+"""cross_entropy_dice and upsample_cross_entropy_dice: what they mean, what they accept, their checks."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastseg import reference
+from fastseg._native import log_slow_road
+from fastseg.functional._checks import (
+    check_class_weight,
+    check_grid,
+    check_label_map,
+    check_labels,
+    check_logits,
+    check_map,
+    check_smoothing,
+)
+from fastseg.functional._cross_entropy import in_dtype, why_plain
+from fastseg.ops import upsample_cross_entropy as operator
+from fastseg.ops.cross_entropy import accumulation_dtype
+
+
+class _Combination(NamedTuple):
+    """How the two losses are put together."""
+
+    ce_weight: float
+    dice_weight: float
+    smooth: float
+    batch_dice: bool
+    include_background: bool
+
+
+def cross_entropy_dice(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    *,
+    ce_weight: float = 1.0,
+    dice_weight: float = 1.0,
+    smooth: float = 1e-5,
+    batch_dice: bool = False,
+    include_background: bool = True,
+) -> Tensor:
+    """The sum of cross-entropy and soft Dice loss between logits and class labels, in one pass over the logits.
+
+    ``ce_weight * CE + dice_weight * (1 - mean Dice[n, c])``, where CE is `fastseg.functional.cross_entropy` with
+    reduction "mean", and of image n and class c, with ``P = softmax(input, 1)`` and sums over the pixels whose label
+    isn't ``ignore_index``::
+
+        Dice[n, c] = (2 * sum(P[c] * [target = c]) + smooth) / (sum(P[c]) + sum([target = c]) + smooth)
+
+    The denominator is at least 1e-8. It holds two numbers a pixel for the backward pass, not the probabilities, and
+    sums in float32 (float64 for float64). Differentiable for ``input`` to any order. Second derivatives run as plain
+    PyTorch, as do calls whose weight needs a gradient. Both losses are sums over pixels of one process: under
+    DistributedDataParallel, ``batch_dice`` is over the process's own images.
+
+    Source: nnU-Net (Isensee et al. 2021), ``DC_and_CE_loss``, whose Dice term is this one minus 1.
+
+    Args:
+        input: Logits ``[N, C]`` or ``[N, C, d1, ...]`` with at least one pixel an image; float32, float64, bfloat16 or
+            float16, in any memory format. Never written to.
+        target: Labels in [0, C), of input's shape without C, as uint8, int16, int32 or int64.
+        weight: ``[C]``, how much each class counts in the cross-entropy, not in Dice; any floating-point dtype.
+        ignore_index: A label that adds nothing to either loss, their gradients or the mean's divisor.
+        label_smoothing: Share of the target, in [0, 1], that is spread evenly over all classes, in the cross-entropy
+            alone.
+        ce_weight: How much the cross-entropy counts; at least 0.
+        dice_weight: How much the Dice loss counts; at least 0.
+        smooth: Added to Dice's numerator and denominator, in pixels; at least 0. A class that has
+            neither labels nor probability has Dice 1 with it, and 0 without.
+        batch_dice: One Dice of each class over the whole batch, instead of one of each image and class.
+        include_background: Whether class 0 counts in the mean over Dice; without it, C must be at least 2.
+
+    Returns:
+        One number in input's dtype (float32 for half dtypes under autocast). NaN over no pixel, as the cross-entropy,
+        unless ``ce_weight`` is 0.
+
+    Raises:
+        IndexError: On a CPU, a label is neither in [0, C) nor ignore_index. A GPU can't raise one without waiting for
+            it, and gives NaN.
+        ValueError: Shapes, devices or numbers don't fit; the message names the argument.
+        TypeError: A dtype that isn't supported, class probabilities among them.
+    """
+    check_logits(input)
+    if input.ndim < 2 or 0 in input.shape[2:]:
+        raise ValueError(f"input: expected [N, C, d1, ...] with at least one pixel, got shape {tuple(input.shape)}")
+    check_labels(target, (input.shape[0], *input.shape[2:]), input)
+    combination = _Combination(ce_weight, dice_weight, smooth, batch_dice, include_background)
+    return _loss(
+        _as_map(input, 2), _as_map(target, 1), weight, ignore_index, label_smoothing, "nearest", False, combination
+    )
+
+
+def upsample_cross_entropy_dice(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    *,
+    mode: str = "bilinear",
+    align_corners: bool = False,
+    ce_weight: float = 1.0,
+    dice_weight: float = 1.0,
+    smooth: float = 1e-5,
+    batch_dice: bool = False,
+    include_background: bool = True,
+) -> Tensor:
+    """Cross-entropy and soft Dice loss of logits upsampled to the labels' size, without the upsampled logits.
+
+    Equals ``cross_entropy_dice(interpolate(input, size=target.shape[-2:], mode=mode, align_corners=align_corners),
+    target, ...)``; see `fastseg.functional.cross_entropy_dice` for the formula and the arguments that aren't here, and
+    `fastseg.functional.upsample_cross_entropy` for what it holds in memory. Plain PyTorch, where it runs, has the
+    upsampled logits in memory.
+
+    Args:
+        input: Logits ``[N, C, h, w]``; float32, float64, bfloat16 or float16, in any memory format. Never written to.
+        target: Labels ``[N, H, W]`` in [0, C), as uint8, int16, int32 or int64; larger or smaller than input, by any
+            ratio.
+        weight: As in `fastseg.functional.cross_entropy_dice`.
+        ignore_index: As there.
+        label_smoothing: As there.
+        mode: "bilinear" or "nearest".
+        align_corners: As in `fastseg.functional.upsample_cross_entropy`.
+        ce_weight: As in `fastseg.functional.cross_entropy_dice`.
+        dice_weight: As there.
+        smooth: As there.
+        batch_dice: As there.
+        include_background: As there.
+
+    Returns:
+        One number in input's dtype (float32 for half dtypes under autocast).
+
+    Raises:
+        IndexError: As `fastseg.functional.cross_entropy_dice`.
+        ValueError: Shapes, devices or numbers don't fit; the message names the argument.
+        TypeError: A dtype that isn't supported.
+    """
+    check_map(input)
+    check_grid(mode, align_corners)
+    check_label_map(target, input)
+    combination = _Combination(ce_weight, dice_weight, smooth, batch_dice, include_background)
+    return _loss(input, target, weight, ignore_index, label_smoothing, mode, align_corners, combination)
+
+
+def _as_map(tensor: Tensor, pixel_dim: int) -> Tensor:
+    """The tensor with two dimensions of pixels, a view where its strides allow one."""
+    for _ in range(pixel_dim + 2 - tensor.ndim):
+        tensor = tensor.unsqueeze(pixel_dim)
+    return tensor.flatten(pixel_dim, -2)
+
+
+def _loss(
+    input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, label_smoothing: float,
+    mode: str, align_corners: bool, combination: _Combination,
+) -> Tensor:  # fmt: skip
+    """The loss of logits ``[N, C, h, w]`` and labels ``[N, H, W]``, which are checked."""
+    _check(input, weight, label_smoothing, combination)
+    reason = why_plain(input, target, weight)
+    if reason is not None:
+        if not torch.compiler.is_compiling():
+            log_slow_road("upsample_cross_entropy_dice", reason)
+        return reference.upsample_cross_entropy_dice(
+            input, target, weight, ignore_index, label_smoothing,
+            mode=mode, align_corners=align_corners, **combination._asdict(),
+        )  # fmt: skip
+    if weight is not None:
+        weight = weight.to(accumulation_dtype(input)).contiguous()
+    options = (ignore_index, "mean", label_smoothing, mode, align_corners)
+    loss, overlap = operator.upsample_cross_entropy(input, target, weight, options, with_overlap=True)
+    return in_dtype(reference.combine_dice(loss, overlap, *combination), input.dtype)
+
+
+def _check(input: Tensor, weight: Tensor | None, label_smoothing: float, combination: _Combination) -> None:
+    classes = input.shape[1]
+    check_class_weight(weight, classes, input)
+    check_smoothing(label_smoothing)
+    for name in ("ce_weight", "dice_weight", "smooth"):
+        if not getattr(combination, name) >= 0:
+            raise ValueError(f"{name}: expected a number of at least 0, got {getattr(combination, name)}")
+    if classes == 1 and not combination.include_background:
+        raise ValueError("include_background: with one class, which is the background, nothing else is left")
