@@ -3,11 +3,26 @@
 from fastseg import functional, models, reference
 from fastseg._info import info
 from fastseg._version import __version__
-from fastseg.modules import ConvReLUPool2d, CrossEntropyLoss
+from fastseg.modules import (
+    ConvReLUPool2d,
+    CrossEntropyDiceLoss,
+    CrossEntropyLoss,
+    FocalLoss,
+    UpsampleArgmax,
+    UpsampleCrossEntropyDiceLoss,
+    UpsampleCrossEntropyLoss,
+    UpsampleFocalLoss,
+)
 
 __all__ = [
     "ConvReLUPool2d",
+    "CrossEntropyDiceLoss",
     "CrossEntropyLoss",
+    "FocalLoss",
+    "UpsampleArgmax",
+    "UpsampleCrossEntropyDiceLoss",
+    "UpsampleCrossEntropyLoss",
+    "UpsampleFocalLoss",
     "__version__",
     "functional",
     "info",
