@@ -1,9 +1,14 @@
 """Scores of a segmentation: the confusion matrix and what follows from it."""
 
+from __future__ import annotations
+
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+
+from fastseg import functional
 
 
 class Scores(NamedTuple):
@@ -12,9 +17,11 @@ class Scores(NamedTuple):
     pixel_accuracy: float
     iou: tuple[float, ...]  # one for each class; nan for a class absent from truth and prediction
     mean_iou: float  # over the classes whose iou is not nan
+    dice: tuple[float, ...]  # one for each class, as iou
+    mean_dice: float  # over the classes whose dice is not nan
 
 
-def confusion_matrix(prediction: Tensor, target: Tensor, num_classes: int, ignore_index: int) -> Tensor:
+def confusion_matrix(prediction: Tensor, target: Tensor, num_classes: int, ignore_index: int | None) -> Tensor:
     """Count the pixels of each pair of true and predicted class: ``matrix[t, p] = |{target = t and prediction = p}|``.
 
     Matrices of batches, or of processes, add up to that of the whole set. Where ``target`` is ``ignore_index`` the
@@ -24,7 +31,7 @@ def confusion_matrix(prediction: Tensor, target: Tensor, num_classes: int, ignor
         prediction: Integer, any shape: the predicted class of each pixel.
         target: Integer, the shape of ``prediction``: the true class of each pixel.
         num_classes: Number of classes C.
-        ignore_index: Label of the pixels that don't count.
+        ignore_index: Label of the pixels that don't count; None where all do.
 
     Returns:
         int64, shape (C, C), on the device of ``target``: rows are the truth, columns the prediction.
@@ -38,41 +45,115 @@ def confusion_matrix(prediction: Tensor, target: Tensor, num_classes: int, ignor
             f"prediction and target must have the same shape, "
             f"but they have {tuple(prediction.shape)} and {tuple(target.shape)}"
         )
-    counted = target.long() != ignore_index  # a uint8 target would wrap a negative number
-    rows = _classes("target", target[counted], num_classes)
-    columns = _classes("prediction", prediction[counted], num_classes)
+    if ignore_index is not None:
+        counted = target.long() != ignore_index  # a uint8 target would wrap a negative number
+        prediction, target = prediction[counted], target[counted]
+    rows = _classes("target", target.flatten(), num_classes)
+    columns = _classes("prediction", prediction.flatten(), num_classes)
     # Not torchmetrics: under torch.use_deterministic_algorithms it holds pixels x C x C numbers, 1.4 GB for four images
     # of 480x360 with 11 classes, though integer counts are deterministic anyway; and it refuses a single class.
     return torch.bincount(rows * num_classes + columns, minlength=num_classes**2).view(num_classes, num_classes)
 
 
 def scores(matrix: Tensor) -> Scores:
-    """Pixel accuracy, IoU of each class and mean IoU.
+    """Pixel accuracy, IoU and Dice of each class, mean IoU and mean Dice.
 
     With the matrix M (rows truth, columns prediction):
 
     * pixel accuracy: ``sum_c M[c, c] / sum M``
     * ``iou[c] = M[c, c] / (sum_p M[c, p] + sum_t M[t, c] - M[c, c])``, nan where class c is in neither truth nor
       prediction
-    * mean IoU: the mean of ``iou[c]`` over the classes where it is not nan
+    * ``dice[c] = 2 * M[c, c] / (sum_p M[c, p] + sum_t M[t, c])``, nan where ``iou[c]`` is
+    * mean IoU, mean Dice: the mean over the classes where it is not nan
 
     Args:
-        matrix: int64, shape (C, C), from :func:`confusion_matrix`.
+        matrix: int64, shape (C, C), from `confusion_matrix` or `fastseg.functional.upsample_confusion_matrix`.
 
     Returns:
-        The scores, in 0..1; nan for the two totals of a matrix without any pixel.
+        The scores, in 0..1; nan for the three totals of a matrix without any pixel.
 
     Raises:
-        ValueError: ``matrix`` is not square.
+        ValueError: ``matrix`` is not square, or has a negative count.
     """
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
         raise ValueError(f"matrix must be square, but its shape is {tuple(matrix.shape)}")
     counts = matrix.to("cpu", torch.float64)
-    hits = counts.diagonal()
-    iou = hits / (counts.sum(dim=1) + counts.sum(dim=0) - hits)  # 0 / 0 is nan
+    if (counts < 0).any():
+        raise ValueError(
+            "matrix has negative counts: fastseg.functional.upsample_confusion_matrix gives them on a GPU where target "
+            "holds labels outside the classes that are not ignore_index"
+        )
+    hits, sizes = counts.diagonal(), counts.sum(dim=1) + counts.sum(dim=0)
+    iou, dice = hits / (sizes - hits), 2 * hits / sizes  # 0 / 0 is nan
     return Scores(
-        pixel_accuracy=(hits.sum() / counts.sum()).item(), iou=tuple(iou.tolist()), mean_iou=iou.nanmean().item()
-    )
+        pixel_accuracy=(hits.sum() / counts.sum()).item(),
+        iou=tuple(iou.tolist()), mean_iou=iou.nanmean().item(),
+        dice=tuple(dice.tolist()), mean_dice=dice.nanmean().item(),
+    )  # fmt: skip
+
+
+class ConfusionMatrix:
+    """The confusion matrix of a whole set, from its batches and from the processes that share it.
+
+    Each process adds its own batches. Where torch.distributed is initialised, `total` and `scores` sum over its ranks,
+    and every rank has to call them; int64 counts add up exactly, in any order.
+
+    Args:
+        num_classes: Number of classes C.
+        ignore_index: Label of the pixels that don't count; None where all do.
+        device: Where the counts are kept: that of the predictions and targets, and one that the process group's
+            backend can sum on (CPUs with gloo, GPUs with NCCL). None for torch's default device.
+    """
+
+    def __init__(
+        self, num_classes: int, ignore_index: int | None = None, *, device: torch.device | str | None = None
+    ) -> None:
+        self.num_classes = num_classes
+        self.ignore_index = ignore_index
+        self.counts = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
+
+    def update(self, prediction: Tensor, target: Tensor) -> None:
+        """Add a batch's predicted and true labels; see `confusion_matrix` for their shapes, dtypes and errors."""
+        self._add(confusion_matrix(prediction, target, self.num_classes, self.ignore_index))
+
+    def update_from_logits(
+        self, input: Tensor, target: Tensor, *, mode: str = "bilinear", align_corners: bool = False
+    ) -> None:
+        """Add a batch's logits ``[N, C, h, w]``, upsampled to the size of its true labels ``[N, H, W]``.
+
+        Neither the upsampled logits nor the prediction are ever in memory; see
+        `fastseg.functional.upsample_confusion_matrix`, also for the errors. A GPU does not wait for the result.
+        """
+        if input.ndim != 4 or input.shape[1] != self.num_classes:
+            raise ValueError(f"input: expected [N, {self.num_classes}, h, w], got shape {tuple(input.shape)}")
+        self._add(
+            functional.upsample_confusion_matrix(
+                input, target, self.ignore_index, mode=mode, align_corners=align_corners
+            )
+        )
+
+    def _add(self, counts: Tensor) -> None:
+        if counts.device != self.counts.device:
+            raise ValueError(
+                f"target: expected the matrix's device {self.counts.device}, got {counts.device}; "
+                "ConfusionMatrix takes a device"
+            )
+        self.counts += counts
+
+    def total(self) -> Tensor:
+        """The counts of all batches of all ranks: int64, ``[C, C]``, rows are the truth, columns the prediction."""
+        total = self.counts.clone()
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(total)
+        return total
+
+    def scores(self) -> Scores:
+        """The scores over all batches of all ranks; see `scores` for the formulas and the errors."""
+        return scores(self.total())
+
+    def reset(self) -> None:
+        """Forget all batches."""
+        self.counts.zero_()
 
 
 def _classes(name: str, labels: Tensor, num_classes: int) -> Tensor:
