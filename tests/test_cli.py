@@ -55,17 +55,27 @@ def test_train_prints_the_run_and_its_best_epoch(
     assert (metadata.config.loss, metadata.config.optimizer, metadata.config.rotation) == ("mse", "sgd", 10.0)
 
 
+@pytest.mark.parametrize("backend", ["fastseg", "plain"])
 @pytest.mark.parametrize("split", ["val", "test"])
-def test_evaluate_prints_scores(shapes: Path, trained: Path, split: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluate_prints_scores(
+    shapes: Path, trained: Path, split: str, backend: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments = ["--data", str(shapes), "--checkpoint", str(trained / "best.safetensors"), "--split", split]
-    assert run(["evaluate", *arguments]) == 0
+    assert run(["evaluate", *arguments, "--backend", backend]) == 0
     printed = capsys.readouterr().out
-    found = re.search(rf"{split}: loss ([\d.]+), pixel accuracy ([\d.]+), mean IoU ([\d.]+)", printed)
+    summary = rf"{split}: loss ([\d.]+), pixel accuracy ([\d.]+), mean IoU ([\d.]+), mean Dice ([\d.]+)\n"
+    found = re.search(summary, printed)
     assert found is not None
+    rows = re.findall(r"class \d +│ +(0\.\d+|-) +│ +(0\.\d+|-)", printed)
+    assert len(rows) == 4
+    iou, dice = ([float(value) for value in column if value != "-"] for column in zip(*rows, strict=True))
+    # 0.5e-4 of rounding in Dice = 2 IoU / (1 + IoU), and twice that through IoU, where its derivative is largest
+    assert dice == pytest.approx([2 * value / (1 + value) for value in iou], abs=1.5e-4)
+    assert float(found[4]) == pytest.approx(sum(dice) / len(dice), abs=1e-4)
     if split == "val":
         record = load_checkpoint(trained / "best.safetensors")[1].history[-1]
-        assert found[1] == f"{record.val_loss:.4f}"
-        assert found[3] == f"{record.mean_iou:.4f}"
+        assert float(found[1]) == pytest.approx(record.val_loss, abs=1e-4)
+        assert float(found[3]) == pytest.approx(record.mean_iou, abs=1e-4)
 
 
 def test_predict_writes_masks_and_overlays_in_the_images_size(

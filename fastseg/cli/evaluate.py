@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from typer import Option
 
 from fastseg.cli import options
-from fastseg.cli.output import iou_table, main_console
+from fastseg.cli.output import class_table, main_console
 from fastseg.training import evaluate as run_evaluation
 from fastseg.training.history import known
 
@@ -21,14 +21,16 @@ def evaluate(
     device: options.Device = "auto",
     workers: options.Workers = None,
 ) -> None:
-    """Measure a checkpoint on a split: loss, pixel accuracy, IoU of each class, mean IoU."""
+    """Measure a checkpoint on a split: loss, pixel accuracy, IoU and Dice of each class, and their means."""
     (loss, scores), metadata = run_evaluation(
         checkpoint, data, split, batch_size=batch_size, backend=backend, device=device, workers=workers
     )
     console = main_console()
-    console.print(iou_table(metadata.class_names, [known(value) for value in scores.iou]))
+    iou, dice = ([known(value) for value in values] for values in (scores.iou, scores.dice))
+    console.print(class_table(metadata.class_names, IoU=iou, Dice=dice))
     console.print(
-        f"{split}: loss {loss:.4f}, pixel accuracy {scores.pixel_accuracy:.4f}, mean IoU {scores.mean_iou:.4f}",
+        f"{split}: loss {loss:.4f}, pixel accuracy {scores.pixel_accuracy:.4f}, mean IoU {scores.mean_iou:.4f}, "
+        f"mean Dice {scores.mean_dice:.4f}",
         soft_wrap=True,
         highlight=False,
     )

@@ -15,10 +15,11 @@ def main_console() -> Console:
     return Console(quiet=bool(launched_rank()))
 
 
-def iou_table(class_names: Sequence[str], iou: Sequence[float | None]) -> Table:
-    """The IoU of each class; a class that neither truth nor prediction has shows a dash."""
-    table = Table("class", "IoU")
-    table.columns[1].justify = "right"
-    for name, value in zip(class_names, iou, strict=True):
-        table.add_row(name, "-" if value is None else f"{value:.4f}")
+def class_table(class_names: Sequence[str], **scores: Sequence[float | None]) -> Table:
+    """Named scores of each class; a class that neither truth nor prediction has shows a dash."""
+    table = Table("class", *scores)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, *values in zip(class_names, *scores.values(), strict=True):
+        table.add_row(name, *("-" if value is None else f"{value:.4f}" for value in values))
     return table

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from fastseg.cli import options
-from fastseg.cli.output import iou_table, main_console
+from fastseg.cli.output import class_table, main_console
 from fastseg.training import TrainConfig
 from fastseg.training import train as run_training
 from fastseg.training.session import BEST
@@ -52,7 +52,7 @@ def train(
     console = main_console()
     history = run_training(TrainConfig(**settings), console)
     best = history.best
-    console.print(iou_table(history.class_names, best.iou))
+    console.print(class_table(history.class_names, IoU=best.iou))
     seconds = sum(record.seconds for record in history.epochs)
     console.print(
         f"best epoch {best.epoch} of {len(history.epochs)}: pixel accuracy {best.pixel_accuracy:.4f}, "

@@ -25,7 +25,7 @@ class Evaluation(NamedTuple):
 
     Args:
         loss: The loss over all labelled pixels.
-        scores: Pixel accuracy, IoU of each class and mean IoU.
+        scores: What `fastseg.metrics.scores` makes of the confusion matrix.
     """
 
     loss: float
