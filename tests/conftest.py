@@ -1,7 +1,7 @@
 """Fixtures that several test files share."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -91,3 +91,11 @@ def implementation(isa: str, monkeypatch: pytest.MonkeyPatch) -> str:
 def kernels_for_small_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leads cross_entropy's small logits, too, to the kernels, where torch's own operator would serve them."""
     monkeypatch.setattr(cross_entropy, "PLAIN_MAX_LOGITS", 0)
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """Sets torch's number of threads; afterwards it is again the one before."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
