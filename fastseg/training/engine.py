@@ -176,19 +176,24 @@ def evaluate_batches(
         DataError: No pixel of the split has a label that counts.
     """
     network.eval()
-    model = network.model
-    matrix = torch.zeros(model.num_classes, model.num_classes, dtype=torch.int64, device=prepare.device)
+    classes = network.model.num_classes
+    matrix = torch.zeros(classes, classes, dtype=torch.int64, device=prepare.device)
     loss_sum = torch.zeros((), dtype=torch.float64, device=prepare.device)
-    with torch.no_grad():
-        for loaded_images, loaded_masks in batches:
-            images, masks = prepare(loaded_images, loaded_masks)
-            logits = model.logits(images)
-            counts = model.upsample_confusion_matrix(logits, masks, network.ignore_index)
-            if share := network.share(counts.sum(1)):
-                loss_sum += network.loss(logits, masks).double() * share
-            matrix += counts
+    for loaded_images, loaded_masks in batches:
+        counts, loss = _evaluate_batch(network, *prepare(loaded_images, loaded_masks))
+        if share := network.share(counts.sum(1)):
+            loss_sum += loss.double() * share
+        matrix += counts
     matrix, loss_sum = world.sum(matrix), world.sum(loss_sum)
     share = network.share(matrix.sum(1))
     if not share:
         raise DataError(f"no pixel of the split counts: ignore_index is {network.ignore_index}")
     return Evaluation(loss_sum.item() / share, scores(matrix))
+
+
+@torch.no_grad()
+def _evaluate_batch(network: NetworkWithLoss, images: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+    """The confusion matrix and the loss; a function, so that no two batches' logits are in memory at once."""
+    logits = network.model.logits(images)
+    counts = network.model.upsample_confusion_matrix(logits, masks, network.ignore_index)
+    return counts, network.loss(logits, masks)
