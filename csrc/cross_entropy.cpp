@@ -4,8 +4,6 @@
 // Forward reads the logits once and keeps m and s; backward reads the logits once and writes the gradient once.
 #include "cross_entropy.h"
 
-#include <math.h>
-
 #include "cross_entropy_tiles.h"
 #include "vector_math.h"
 
@@ -21,31 +19,7 @@ Kind kind_of(const CrossEntropy& call) {
   return call.label_smoothing > 0 ? Kind::kSmoothedLabels : Kind::kLabels;
 }
 
-template <class T>
-T scalar_of(const Tensor& tensor) {
-  return *static_cast<const T*>(tensor.data);
-}
-
 // ---- forward ----
-
-// Sums over a task's pixels, in double whatever T: a mean over 10^8 pixels keeps its digits.
-struct Partial {
-  double loss, weight;
-  InvalidLabel invalid;
-};
-
-template <class T>
-double sum_of(const T* values, int64_t count) {
-  constexpr int kSums = 8;  // independent, so that the compiler can vectorise
-  double sums[kSums] = {};
-  int64_t p = 0;
-  for (; p + kSums <= count; p += kSums)
-    for (int i = 0; i < kSums; ++i) sums[i] += static_cast<double>(values[p + i]);
-  for (; p < count; ++p) sums[0] += static_cast<double>(values[p]);
-  double total = 0;
-  for (double sum : sums) total += sum;
-  return total;
-}
 
 // largest, log_sum, and in spread what the target's dense part contributes: sum(shift * (x - m - s)) for smoothed
 // labels, sum(q * (x - m - s)) for probabilities.
@@ -132,11 +106,6 @@ bool forward_task(const CrossEntropyForward& call, const Pixels& pixels, const P
   return true;
 }
 
-// The first invalid label in the order of the tasks, whichever thread met one first.
-void keep_first(const InvalidLabel& found, InvalidLabel* invalid) {
-  if (found.found && !invalid->found) *invalid = found;
-}
-
 template <class T, Kind kKind>
 void forward(const CrossEntropyForward& call) {
   const Tensor* const tensors[kRoles] = {&call.input, &call.target, nullptr, nullptr};
@@ -146,21 +115,7 @@ void forward(const CrossEntropyForward& call) {
   memset(partials, 0, plan.tasks * sizeof(Partial));
   for_each_task(plan.tasks, call.threads,
                 [&](int64_t task) { return forward_task<T, kKind>(call, pixels, plan, task, &partials[task]); });
-  double loss = 0, weight = 0;
-  *call.invalid = {};
-  for (int64_t task = 0; task < plan.tasks; ++task) {
-    loss += partials[task].loss;
-    weight += partials[task].weight;
-    keep_first(partials[task].invalid, call.invalid);
-  }
-  *static_cast<T*>(call.total_weight.data) = static_cast<T>(weight);
-  if (call.reduction == Reduction::kNone) return;
-  if (call.reduction == Reduction::kMean) {
-    // Where no label has weight, the labels' own share is 0 / 0, whatever the smoothing's is.
-    const bool undefined = kKind == Kind::kSmoothedLabels && weight == 0;
-    loss = undefined ? NAN : loss / weight;
-  }
-  *static_cast<T*>(call.loss.data) = static_cast<T>(loss);
+  store_totals<T>(call, partials, plan.tasks, kKind == Kind::kSmoothedLabels);
 }
 
 // ---- backward ----
@@ -200,9 +155,8 @@ void read_grad(const CrossEntropyBackward& call, const Pixels& pixels, int64_t b
     });
     return;
   }
-  T scalar = scalar_of<T>(call.grad_output);
-  if (call.reduction == Reduction::kMean) scalar /= scalar_of<T>(call.total_weight);
-  for (int64_t p = 0; p < count; ++p) grad[p] = scalar;
+  const T reduced = grad_of_reduced<T>(call);
+  for (int64_t p = 0; p < count; ++p) grad[p] = reduced;
 }
 
 // grad, zero where the pixel is ignored, and what of it goes to the label itself; for probabilities sum(q).

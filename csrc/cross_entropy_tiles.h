@@ -2,7 +2,7 @@
 // dense rows along pixels, one row a class.
 #pragma once
 
-#include "cross_entropy.h"
+#include "cross_entropy_terms.h"
 #include "integers.h"
 #include "pack.h"
 #include "parallel.h"
@@ -152,75 +152,16 @@ bool is_row_major(const Tensor& tensor, Role role, const Pixels& pixels, int64_t
          begin / inner == (begin + count - 1) / inner;
 }
 
-// A label in a lane's integer; negative where the pixel is ignored.
-constexpr int kIgnored = -1;
-
-template <class Label, class I>
-bool read_label_run(const Label* source, int64_t count, int64_t stride, const CrossEntropy& call, I* labels) {
-  const uint64_t classes = static_cast<uint64_t>(call.input.size[1]);
-  bool valid = true;
-  for (int64_t p = 0; p < count; ++p) {
-    const int64_t label = source[p * stride];
-    const bool ignored = label == call.ignore_index;
-    labels[p] = ignored ? kIgnored : static_cast<I>(label);
-    valid &= ignored | (static_cast<uint64_t>(label) < classes);
-  }
-  return valid;
-}
-
-template <class Label>
-int64_t first_invalid(const Label* source, int64_t stride, const CrossEntropy& call) {
-  for (int64_t p = 0;; p += stride) {
-    const int64_t label = source[p];
-    if (label != call.ignore_index && (label < 0 || label >= call.input.size[1])) return label;
-  }
-}
-
 // The labels of a tile, padded with kIgnored. False, and *invalid says which, where one is no class.
 template <class I>
 bool read_labels(const CrossEntropy& call, const Pixels& pixels, int64_t begin, int64_t count, I* labels,
                  InvalidLabel* invalid) {
-  const int64_t stride = pixels.inner_stride(kTarget);
   for_each_run(pixels, begin, count, [&](const Run& run) {
-    const auto read = [&](const auto* source) {
-      if (invalid->found || read_label_run(source, run.length, stride, call, labels + run.first)) return;
-      *invalid = {true, first_invalid(source, stride, call)};
-    };
-    const void* source = at(call.target, run.offset[kTarget]);
-    if (call.target.dtype == DType::kUInt8) read(static_cast<const uint8_t*>(source));
-    if (call.target.dtype == DType::kInt16) read(static_cast<const int16_t*>(source));
-    if (call.target.dtype == DType::kInt32) read(static_cast<const int32_t*>(source));
-    if (call.target.dtype == DType::kInt64) read(static_cast<const int64_t*>(source));
+    read_label_run(call, run.offset[kTarget], run.length, pixels.inner_stride(kTarget), labels + run.first, invalid);
   });
   for (int64_t p = count; p < round_up(count, kTilePixelMultiple); ++p) labels[p] = kIgnored;
   return !invalid->found;
 }
-
-// How much a class counts: q = probability * scale[c] + shift[c], which holds the class's weight and the smoothing.
-template <class T>
-struct ClassTerms {
-  T smoothing;  // zero where it is off
-  T *weight, *scale, *shift;
-  T shift_sum;
-
-  static int64_t elements(const Plan& plan) { return 3 * plan.classes; }
-
-  ClassTerms(const CrossEntropy& call, T* memory) {
-    const int64_t classes = call.input.size[1];
-    smoothing = call.label_smoothing > 0 ? static_cast<T>(call.label_smoothing) : T(0);
-    weight = memory;
-    scale = memory + classes;
-    shift = memory + 2 * classes;
-    double sum = 0;
-    for (int64_t c = 0; c < classes; ++c) {
-      weight[c] = call.weight ? static_cast<const T*>(call.weight.data)[c] : T(1);
-      scale[c] = (1 - smoothing) * weight[c];
-      shift[c] = smoothing / static_cast<T>(classes) * weight[c];
-      sum += static_cast<double>(shift[c]);
-    }
-    shift_sum = static_cast<T>(sum);
-  }
-};
 
 // A tile's scratch memory. All pieces start on cache lines.
 template <class T>
@@ -253,7 +194,7 @@ struct Tile {
 // The calling thread's scratch memory for a tile and the class terms; null where memory ran out.
 template <class T>
 T* tile_memory(const Plan& plan, bool probabilities) {
-  const int64_t elements = Tile<T>::elements(plan, probabilities) + ClassTerms<T>::elements(plan);
+  const int64_t elements = Tile<T>::elements(plan, probabilities) + ClassTerms<T>::elements(plan.classes);
   return static_cast<T*>(scratch(elements * static_cast<int64_t>(sizeof(T))));
 }
 

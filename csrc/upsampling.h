@@ -1,0 +1,17 @@
+// Which positions of the input an upsampled position is made of: the grids of torch.nn.functional.interpolate.
+#pragma once
+
+#include <stdint.h>
+
+namespace fastseg {
+
+// The order is the contract with fastseg/ops/upsampling.py.
+enum class Mode : int { kNearest, kBilinear };
+
+struct Upsampling {
+  Mode mode;
+  bool align_corners;
+  double step[2];  // of the rows and of the columns: how far apart neighbouring output positions are in the input
+};
+
+}  // namespace fastseg
