@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import fastseg
-from fastseg import functional, metrics, models
+from fastseg import functional, metrics, models, reference
 from fastseg.testing import assert_parity, make, make_labels
 
 NETWORKS = {
@@ -65,7 +65,7 @@ def test_twins_predict_alike(network: type, plain: type, options: dict, size: tu
     model, twin = twins(network, plain, options)
     images = make((2, options.get("in_channels", 3), 21, 26))
     exact = copy.deepcopy(twin).double()
-    logits = exact.upsample(exact.logits(images.double()), size or (21, 26)).detach()
+    logits = reference.upsample(exact.logits(images.double()).detach(), size or (21, 26), None, "bilinear", False)
     actual, expected = (
         logits.gather(1, network.predict(images, size).unsqueeze(1).long()).float() for network in (model, twin)
     )
@@ -142,6 +142,15 @@ def test_compiled_model_gives_the_eager_loss_and_gradients() -> None:
     compiled = torch.compile(model.loss, fullgraph=True, backend="aot_eager")
     actual = torch.autograd.grad(compiled(images, labels), list(model.parameters()))
     torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("network", [models.FCN, models.UNet])
+def test_export_for_a_range_of_sizes(network: type) -> None:
+    model = network(num_classes=CLASSES, widths=(4, 8))
+    sizes = {2: torch.export.Dim("height", min=16, max=512), 3: torch.export.Dim("width", min=16, max=512)}
+    exported = torch.export.export(model, (make((2, 3, 32, 40)),), dynamic_shapes={"input": sizes}).module()
+    images = make((2, 3, 19, 26))
+    torch.testing.assert_close(exported(images), model(images))
 
 
 @pytest.mark.parametrize(("network", "error"), [(models.FCN, "at least one"), (models.UNet, "at least two")])

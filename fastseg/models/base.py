@@ -7,9 +7,10 @@ from collections.abc import Callable
 from typing import Any, ClassVar, Literal, overload
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastseg import functional, reference
+from fastseg import functional
 from fastseg.modules import ConvReLUPool2d
 
 
@@ -35,13 +36,9 @@ class SegmentationModel(nn.Module, ABC):
     def logits(self, input: Tensor) -> Tensor:
         """Logits at the network's own resolution, ``[N, num_classes, h, w]``, of images ``[N, in_channels, H, W]``."""
 
-    def upsample(self, logits: Tensor, size: tuple[int, ...]) -> Tensor:
-        """What ``logits`` are in ``size``, (height, width), bilinearly; the same tensor where that is their size."""
-        return reference.upsample(logits, size, None, "bilinear", False)
-
     def forward(self, input: Tensor) -> Tensor:
         """Logits ``[N, num_classes, H, W]`` of images ``[N, in_channels, H, W]``."""
-        return self.upsample(self.logits(input), input.shape[-2:])
+        return F.interpolate(self.logits(input), size=input.shape[-2:], mode="bilinear", align_corners=False)
 
     def loss(
         self,

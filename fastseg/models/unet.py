@@ -72,3 +72,7 @@ class UNet(SegmentationModel):
             raised = F.interpolate(reduce(features), size=skip.shape[-2:], mode="bilinear", align_corners=False)
             features = merge(torch.cat((skip, raised), dim=1))
         return self.classifier(features)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Logits ``[N, num_classes, H, W]`` of images ``[N, in_channels, H, W]``; there is nothing to upsample."""
+        return self.logits(input)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastseg import reference
 from fastseg.data import DataError
 from fastseg.metrics import Scores, scores
 from fastseg.models import SegmentationModel
@@ -84,7 +85,8 @@ class NetworkWithLoss(nn.Module):
     def loss(self, logits: Tensor, masks: Tensor) -> Tensor:
         """The same, from what the network's ``logits`` gives for the images."""
         if self.kind == "mse":
-            return mean_squared_error(self.model.upsample(logits, masks.shape[-2:]), masks, self.ignore_index)
+            upsampled = reference.upsample(logits, masks.shape[-2:], None, "bilinear", False)
+            return mean_squared_error(upsampled, masks, self.ignore_index)
         return self.model.upsample_cross_entropy(
             logits,
             masks,
