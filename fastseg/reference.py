@@ -178,17 +178,19 @@ def combine_dice(
     include_background: bool,
 ) -> Tensor:  # fmt: skip
     """The weighted sum of a cross-entropy and the soft Dice loss that follows from what `overlap` gives."""
-    dice = dice_weight * dice_loss(overlap, smooth, batch_dice, include_background)
+    dice = dice_weight * dice_loss(overlap, smooth, batch_dice, include_background).to(loss.dtype)
     return dice + ce_weight * loss if ce_weight else dice  # NaN over no pixel, which a factor of 0 would keep
 
 
 def overlap(input: Tensor, target: Tensor, ignore_index: int) -> Tensor:
     """Of each image and class, ``[3, N, C]``: with P = softmax(input), sum(P [target = c]), sum(P), |{target = c}|."""
     labels = target.long().unsqueeze(-1).flatten(1)  # the new dimension lets [N, C] be images of one pixel
-    probabilities = input.softmax(1).unsqueeze(-1).flatten(2)
+    # Half types hold neither the sums over many pixels nor the quotients of small ones.
+    dtype = torch.promote_types(input.dtype, torch.float32)
+    probabilities = input.softmax(1, dtype).unsqueeze(-1).flatten(2)
     ignored = is_ignored(labels, ignore_index)
     one_hot = F.one_hot(labels.masked_fill(ignored, 0), input.shape[1]).movedim(-1, 1)
-    one_hot = one_hot.masked_fill(ignored.unsqueeze(1), 0).to(input.dtype)
+    one_hot = one_hot.masked_fill(ignored.unsqueeze(1), 0).to(dtype)
     probabilities = probabilities.masked_fill(ignored.unsqueeze(1), 0)
     return torch.stack([(probabilities * one_hot).sum(2), probabilities.sum(2), one_hot.sum(2)])
 

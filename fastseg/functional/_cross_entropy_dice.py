@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from fastseg import reference
-from fastseg._native import log_slow_road
 from fastseg.functional._checks import (
     check_class_weight,
     check_grid,
@@ -18,7 +17,7 @@ from fastseg.functional._checks import (
     check_map,
     check_smoothing,
 )
-from fastseg.functional._cross_entropy import in_dtype, why_plain
+from fastseg.functional._cross_entropy import in_dtype
 from fastseg.ops import upsample_cross_entropy as operator
 from fastseg.ops.cross_entropy import accumulation_dtype
 
@@ -55,9 +54,9 @@ def cross_entropy_dice(
         Dice[n, c] = (2 * sum(P[c] * [target = c]) + smooth) / (sum(P[c]) + sum([target = c]) + smooth)
 
     The denominator is at least 1e-8. It holds two numbers a pixel for the backward pass, not the probabilities, and
-    sums in float32 (float64 for float64). Differentiable for ``input`` to any order. Second derivatives run as plain
-    PyTorch, as do calls whose weight needs a gradient. Both losses are sums over pixels of one process: under
-    DistributedDataParallel, ``batch_dice`` is over the process's own images.
+    sums in float32 (float64 for float64). Differentiable for ``input`` to any order; second derivatives run as plain
+    PyTorch. Both losses are those of one process: under DistributedDataParallel, ``batch_dice`` is over the process's
+    own images.
 
     Source: nnU-Net (Isensee et al. 2021), ``DC_and_CE_loss``, whose Dice term is this one minus 1.
 
@@ -65,7 +64,8 @@ def cross_entropy_dice(
         input: Logits ``[N, C]`` or ``[N, C, d1, ...]`` with at least one pixel an image; float32, float64, bfloat16 or
             float16, in any memory format. Never written to.
         target: Labels in [0, C), of input's shape without C, as uint8, int16, int32 or int64.
-        weight: ``[C]``, how much each class counts in the cross-entropy, not in Dice; any floating-point dtype.
+        weight: ``[C]``, how much each class counts in the cross-entropy, not in Dice; any floating-point dtype,
+            without a gradient.
         ignore_index: A label that adds nothing to either loss, their gradients or the mean's divisor.
         label_smoothing: Share of the target, in [0, 1], that is spread evenly over all classes, in the cross-entropy
             alone.
@@ -115,8 +115,8 @@ def upsample_cross_entropy_dice(
 
     Equals ``cross_entropy_dice(interpolate(input, size=target.shape[-2:], mode=mode, align_corners=align_corners),
     target, ...)``; see `fastseg.functional.cross_entropy_dice` for the formula and the arguments that aren't here, and
-    `fastseg.functional.upsample_cross_entropy` for what it holds in memory. Plain PyTorch, where it runs, has the
-    upsampled logits in memory.
+    `fastseg.functional.upsample_cross_entropy` for what it holds in memory. Second derivatives
+    run as plain PyTorch, with the upsampled logits in memory.
 
     Args:
         input: Logits ``[N, C, h, w]``; float32, float64, bfloat16 or float16, in any memory format. Never written to.
@@ -161,14 +161,6 @@ def _loss(
 ) -> Tensor:  # fmt: skip
     """The loss of logits ``[N, C, h, w]`` and labels ``[N, H, W]``, which are checked."""
     _check(input, weight, label_smoothing, combination)
-    reason = why_plain(input, target, weight)
-    if reason is not None:
-        if not torch.compiler.is_compiling():
-            log_slow_road("upsample_cross_entropy_dice", reason)
-        return reference.upsample_cross_entropy_dice(
-            input, target, weight, ignore_index, label_smoothing,
-            mode=mode, align_corners=align_corners, **combination._asdict(),
-        )  # fmt: skip
     if weight is not None:
         weight = weight.to(accumulation_dtype(input)).contiguous()
     options = (ignore_index, "mean", label_smoothing, mode, align_corners)
@@ -179,6 +171,8 @@ def _loss(
 def _check(input: Tensor, weight: Tensor | None, label_smoothing: float, combination: _Combination) -> None:
     classes = input.shape[1]
     check_class_weight(weight, classes, input)
+    if weight is not None and weight.requires_grad and torch.is_grad_enabled():
+        raise ValueError("weight: it has no gradient here, as in torch's cross-entropy of labels; detach it")
     check_smoothing(label_smoothing)
     for name in ("ce_weight", "dice_weight", "smooth"):
         if not getattr(combination, name) >= 0:
