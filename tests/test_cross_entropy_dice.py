@@ -1,0 +1,427 @@
+"""cross_entropy_dice and upsample_cross_entropy_dice against plain PyTorch, other libraries and the formula."""
+
+from collections.abc import Callable
+from typing import Any
+
+import cross_entropy_cases
+import kornia.losses
+import pytest
+import torch
+import torch.nn.functional as F
+import upsample_cases
+from cross_entropy_cases import DTYPES, LABELS, ROWS, VIEWS, WEIGHTS, logits
+from torch import Tensor
+from torchmetrics.functional.segmentation import dice_score
+from upsample_cases import GRIDS, MODES, Size, labels_for, slow_under_the_interpreter
+
+from fastseg import _native, functional, reference
+from fastseg.testing import assert_parity, make, make_labels, values_and_gradients
+
+# How the two losses are put together.
+COMBINATIONS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "nnunet": {"batch_dice": True, "include_background": False},
+    "batch": {"batch_dice": True},
+    "foreground": {"include_background": False},
+    "no-smooth": {"smooth": 0.0},
+    "smooth-1": {"smooth": 1.0, "batch_dice": True},
+    "unequal": {"ce_weight": 0.3, "dice_weight": 2.0},
+    "dice-alone": {"ce_weight": 0.0},
+    "cross-entropy-alone": {"dice_weight": 0.0},
+}
+
+
+def check_dice(input: Tensor, target: Tensor, weight: Tensor | None = None, **options: Any) -> list[Tensor]:
+    terms = cross_entropy_cases.terms_of(input)
+    return cross_entropy_cases.check(input, target, weight, operator="cross_entropy_dice", terms=terms, **options)
+
+
+def check_upsampled(input: Tensor, target: Tensor, weight: Tensor | None = None, **options: Any) -> list[Tensor]:
+    terms = upsample_cases.terms_of(input, tuple(target.shape[1:]), options.get("mode", "bilinear"))
+    return cross_entropy_cases.check(
+        input, target, weight, operator="upsample_cross_entropy_dice", terms=terms, **options
+    )
+
+
+# ---- shapes, grids, dtypes, layouts ----
+
+SHAPES = {
+    "classifier": (37, 10),
+    "sequence": (3, 7, 11),
+    "image": (2, 21, 13, 17),
+    "volume": (2, 5, 3, 4, 7),
+    "four-dimensions": (2, 3, 2, 3, 2, 5),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_shapes(implementation: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    input = logits(shape, dtype)
+    target = cross_entropy_cases.labels_for(input, ignore_index=255)
+    loss, _ = check_dice(input, target, ignore_index=255)
+    assert (loss.shape, loss.dtype) == ((), dtype)
+
+
+@pytest.mark.parametrize(("before", "after"), GRIDS.values(), ids=GRIDS)
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+def test_grids(implementation: str, mode: dict[str, Any], before: Size, after: Size) -> None:
+    input = logits((2, 5, *before))
+    check_upsampled(input, labels_for(input, after, ignore_index=255), ignore_index=255, **mode)
+
+
+@pytest.mark.parametrize("combination", COMBINATIONS.values(), ids=COMBINATIONS)
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_dtypes(implementation: str, dtype: torch.dtype, combination: dict[str, Any]) -> None:
+    input = logits((3, 4, 5, 6), dtype)
+    check_upsampled(input, labels_for(input, (17, 11), ignore_index=1), ignore_index=1, **combination)
+
+
+@pytest.mark.parametrize("classes", [1, 2, 3, 19, 150, 257])
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_class_counts(implementation: str, dtype: torch.dtype, layout: str, classes: int) -> None:
+    input = logits((2, classes, 3, 5), dtype, layout=layout)
+    for gradient in (
+        check_upsampled(input, labels_for(input, (7, 11)), batch_dice=True)[1],
+        check_dice(input, labels_for(input, (3, 5)))[1],
+    ):
+        assert gradient.stride() == input.stride()
+
+
+SPATIAL_VIEWS = {
+    **VIEWS,
+    "rows": lambda t: t.flatten(2),
+    "volume": lambda t: t.unflatten(2, (2, -1))[:, :, :, 1:, 2:-1],
+    "channels-last-volume": lambda t: t.unflatten(2, (2, -1)).contiguous(memory_format=torch.channels_last_3d),
+    "points": lambda t: t[:, :, 0, 0],
+}
+
+
+@pytest.mark.parametrize("view", SPATIAL_VIEWS.values(), ids=SPATIAL_VIEWS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
+def test_strided_input(dtype: torch.dtype, view: Callable[[Tensor], Tensor]) -> None:
+    base = logits((4, 6, 10, 12), dtype)
+    seen = view(base)
+    target = cross_entropy_cases.labels_for(seen)
+
+    def through_view(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda base, target: function(view(base), target)
+
+    assert_parity(
+        values_and_gradients(through_view(functional.cross_entropy_dice), [base, target]),
+        values_and_gradients(through_view(reference.cross_entropy_dice), [base, target]),
+        values_and_gradients(through_view(reference.cross_entropy_dice), [base, target], torch.float64),
+        terms=cross_entropy_cases.terms_of(seen),
+    )
+
+
+@slow_under_the_interpreter
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_many_pixels_keep_their_digits(implementation: str, dtype: torch.dtype) -> None:
+    input = logits((1, 3, 250, 250), dtype)
+    target = labels_for(input, (1000, 1000), ignore_index=-100)
+    for options in ({}, {"ce_weight": 0.0}):
+        actual = functional.upsample_cross_entropy_dice(input, target, **options).double()
+        truth = reference.upsample_cross_entropy_dice(input.double(), target, **options)
+        # The result's rounding, and what every pixel's interpolation, exp and log have in common; a sum that carried a
+        # float32 through a million pixels in one go would be off by hundreds of units.
+        eps = torch.finfo(dtype).eps / 2 + 4 * torch.finfo(torch.float32).eps
+        torch.testing.assert_close(actual, truth, rtol=eps, atol=0)
+
+
+# ---- the whole grid of options ----
+
+
+@pytest.mark.parametrize(("label_dtype", "ignored"), LABELS.values(), ids=LABELS)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("weight", WEIGHTS.values(), ids=WEIGHTS)
+@pytest.mark.parametrize("combination", ["nnunet", "no-smooth"])
+def test_options(
+    combination: str, weight: Tensor | None, smoothing: float, label_dtype: torch.dtype, ignored: int | None
+) -> None:
+    input = logits((2, 5, 4, 3))
+    target = labels_for(input, (6, 7), label_dtype, ignore_index=ignored)
+    options = {"label_smoothing": smoothing, **COMBINATIONS[combination]}
+    options |= {} if ignored is None else {"ignore_index": ignored}
+    check_upsampled(input, target, weight, **options)
+
+
+# ---- hard values ----
+
+
+@pytest.mark.parametrize("combination", COMBINATIONS.values(), ids=COMBINATIONS)
+@pytest.mark.parametrize("valid", [0, 1], ids=["all-ignored", "one-valid-pixel"])
+def test_hardly_any_label(implementation: str, valid: int, combination: dict[str, Any]) -> None:
+    input = logits((2, 5, 3, 4))
+    target = torch.full((2, 6, 7), -100)
+    target[1, 2, 3 : 3 + valid] = 4
+    loss, gradient = check_upsampled(input, target, **combination)
+    assert loss.isnan() == (valid == 0 and combination.get("ce_weight", 1.0) > 0)
+    assert gradient.isfinite().all()
+    if valid == 0:
+        assert gradient.count_nonzero() == 0
+
+
+@pytest.mark.parametrize("smooth", [0.0, 1e-5])
+@pytest.mark.parametrize("batch_dice", [False, True])
+def test_absent_classes(implementation: str, batch_dice: bool, smooth: float) -> None:
+    input = logits((2, 6, 3, 4))
+    target = make_labels((2, 6, 7), 2)  # four classes are nowhere
+    target[1] = -100  # and an image doesn't count
+    check_upsampled(input, target, smooth=smooth, batch_dice=batch_dice)
+
+
+@pytest.mark.parametrize("smooth", [0.0, 1e-5])
+def test_classes_of_no_probability(implementation: str, smooth: float) -> None:
+    input = torch.full((2, 4, 3, 4), -200.0)  # exp gives 0: neither labels nor probability
+    input[:, :2] = make((2, 2, 3, 4))
+    _, gradient = check_upsampled(input.requires_grad_(), make_labels((2, 6, 7), 2), smooth=smooth)
+    assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
+def test_hard_rows(implementation: str, row: list[float]) -> None:
+    input = torch.randn(2, 4, 1, 7)
+    input[0, :, 0, 1:-1] = torch.tensor(row)[:, None]  # the other image must stay ordinary
+    target = torch.tensor([[0, 0, 1, 2, 3, -100, 1]] * 2).unsqueeze(1)
+    for options in ({}, {"ce_weight": 0.0}):
+        _, gradient = check_dice(input.requires_grad_(), target, **options)
+        assert options == {} or gradient[1].isfinite().all()
+
+
+def test_no_image() -> None:
+    input = logits((0, 4, 5, 6))
+    check_dice(input, labels_for(input, (5, 6)))
+    check_upsampled(input, labels_for(input, (10, 12)))
+    check_upsampled(input, labels_for(input, (10, 12)), ce_weight=0.0, batch_dice=True)
+
+
+# ---- independent of fastseg.reference ----
+
+
+def dice_by_hand(input: Tensor, target: Tensor, ignore_index: int, smooth: float) -> list[list[float]]:
+    """Dice of each image and class in Python's numbers, which are float64."""
+    result = []
+    for image, labels in zip(input.double().softmax(1).flatten(2), target.flatten(1).tolist(), strict=True):
+        rows = []
+        for index, probabilities in enumerate(image.tolist()):
+            counted = [(p, label == index) for p, label in zip(probabilities, labels, strict=True)
+                       if label != ignore_index]  # fmt: skip
+            intersection = sum(p for p, hit in counted if hit)
+            denominator = sum(p for p, _ in counted) + sum(hit for _, hit in counted) + smooth
+            rows.append((2 * intersection + smooth) / denominator)
+        result.append(rows)
+    return result
+
+
+@pytest.mark.parametrize("ignore_index", [2, 255, -100])
+@pytest.mark.parametrize("smooth", [0.0, 1e-5, 1.0])
+def test_formula(smooth: float, ignore_index: int) -> None:
+    input = logits((2, 4, 5, 6), torch.float64)
+    target = labels_for(input, (5, 6), ignore_index=ignore_index)
+    dice = torch.tensor(dice_by_hand(input.detach(), target, ignore_index, smooth), dtype=torch.float64)
+    plain = F.cross_entropy(input.detach(), target, ignore_index=ignore_index)
+    options = {"ignore_index": ignore_index, "smooth": smooth}
+    for include in (True, False):
+        loss = functional.cross_entropy_dice(input, target, **options, include_background=include)
+        torch.testing.assert_close(loss.detach(), plain + 1 - dice[:, 0 if include else 1 :].mean())
+    loss = functional.cross_entropy_dice(input, target, **options, ce_weight=0.5, dice_weight=3.0)
+    torch.testing.assert_close(loss.detach(), 0.5 * plain + 3 * (1 - dice.mean()))
+    one = functional.cross_entropy_dice(input[:1], target[:1], **options, batch_dice=True, ce_weight=0.0)
+    torch.testing.assert_close(one.detach(), 1 - dice[0].mean())
+
+
+def test_agrees_with_kornia() -> None:
+    input = logits((2, 3, 12, 10), torch.float64)
+    target = labels_for(input, (12, 10), ignore_index=255)  # every class is in every image, else kornia leaves it out
+    theirs = kornia.losses.dice_loss(input, target, average="macro", eps=0.0, ignore_index=255)
+    ours = functional.cross_entropy_dice(input, target, ignore_index=255, ce_weight=0.0, smooth=0.0)
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, input)[0] for loss in (ours, theirs)))
+
+
+def test_agrees_with_torchmetrics_on_certain_predictions() -> None:
+    prediction, target = make_labels((2, 9, 8), 4, seed=1), make_labels((2, 9, 8), 4)
+    input = F.one_hot(prediction, 4).movedim(-1, 1) * 1e4  # the softmax of it is the one-hot prediction
+    theirs = dice_score(prediction, target, 4, average="none", input_format="index", aggregation_level="samplewise")
+    ours = functional.cross_entropy_dice(input, target, ce_weight=0.0, smooth=0.0)
+    torch.testing.assert_close(1 - ours, theirs.mean())
+
+
+# ---- derivatives ----
+
+
+@pytest.mark.parametrize("combination", COMBINATIONS.values(), ids=COMBINATIONS)
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+def test_gradcheck_to_second_order(mode: dict[str, Any], combination: dict[str, Any]) -> None:
+    input = logits((2, 3, 2, 3), torch.float64)
+    target = labels_for(input, (4, 5), ignore_index=1)
+    options = {"ignore_index": 1, "label_smoothing": 0.1, "weight": torch.tensor([0.5, 2.0, 1.0]), **combination}
+    for function in (
+        lambda x: functional.upsample_cross_entropy_dice(x, target, **options, **mode),
+        lambda x: functional.cross_entropy_dice(x, target[:, :2, :3], **options),
+    ):
+        assert torch.autograd.gradcheck(function, input)
+        assert torch.autograd.gradgradcheck(function, input)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_second_derivative_equals_plain(dtype: torch.dtype) -> None:
+    input = logits((2, 5, 3, 4), dtype)
+    target = labels_for(input, (6, 7))
+
+    def penalty(function: Callable[..., Tensor], leaf: Tensor) -> Tensor:
+        (gradient,) = torch.autograd.grad(function(leaf, target), leaf, create_graph=True)
+        return torch.autograd.grad(gradient.square().sum(), leaf)[0]
+
+    wide = input.detach().double().requires_grad_()
+    assert_parity(
+        penalty(functional.upsample_cross_entropy_dice, input),
+        penalty(reference.upsample_cross_entropy_dice, input),
+        penalty(reference.upsample_cross_entropy_dice, wide),
+        terms=upsample_cases.terms_of(input, (6, 7)),
+    )
+
+
+def test_graph_can_be_retained() -> None:
+    input = logits((2, 5, 3, 4))
+    loss = functional.upsample_cross_entropy_dice(input, labels_for(input, (6, 7)))
+    once = torch.autograd.grad(loss, input, retain_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(loss, input), once, rtol=0, atol=0)
+
+
+# ---- machinery: memory, threads, compile, autocast ----
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_no_probabilities_in_memory(dtype: torch.dtype) -> None:
+    input = logits((1, 64, 8, 8), dtype)
+    large = logits((1, 64, 32, 32), dtype)
+    target = labels_for(input, (32, 32))
+    for function, leaf in (
+        (functional.upsample_cross_entropy_dice, input),
+        (functional.cross_entropy_dice, large),
+    ):
+        with torch.profiler.profile(profile_memory=True) as profile:
+            function(leaf, target).backward()
+        allocated = sum(max(0, event.self_cpu_memory_usage) for event in profile.events())
+        statistics, sums = 2 * target.numel() * 4, 3 * 64 * 4
+        # The gradient, the statistics, and Dice's few numbers a class, forward and backward.
+        assert allocated < leaf.nbytes + statistics + 32 * sums
+
+
+def test_bitwise_equal_for_any_number_of_threads_and_twice() -> None:
+    input = logits((2, 21, 29, 31))
+    target = labels_for(input, (97, 130), ignore_index=-100)
+    before, results = torch.get_num_threads(), []
+    for threads in (1, 2, 3, 3):
+        torch.set_num_threads(threads)
+        results.append(values_and_gradients(functional.upsample_cross_entropy_dice, [input, target]))
+    torch.set_num_threads(before)
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("combination", ["default", "nnunet"])
+def test_fresh_memory_filled_with_nan_changes_nothing(implementation: str, combination: str) -> None:
+    input = logits((2, 5, 6, 7))
+    arguments = [input, labels_for(input, (13, 17), ignore_index=-100)]
+    options = COMBINATIONS[combination]
+    expected = values_and_gradients(functional.upsample_cross_entropy_dice, arguments, **options)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills every torch.empty with NaN
+    try:
+        poisoned = values_and_gradients(functional.upsample_cross_entropy_dice, arguments, **options)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    torch.testing.assert_close(poisoned, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+@pytest.mark.parametrize("combination", ["default", "nnunet", "dice-alone"])
+@pytest.mark.parametrize(("name", "size"), [("cross_entropy_dice", (4, 6)), ("upsample_cross_entropy_dice", (9, 11))])
+def test_compile(name: str, size: Size, combination: str, backend: str) -> None:
+    torch.compiler.reset()
+    fused, definition, options = getattr(functional, name), getattr(reference, name), COMBINATIONS[combination]
+    input = logits((2, 5, 4, 6))
+    arguments = [input, labels_for(input, size)]
+    assert_parity(
+        values_and_gradients(torch.compile(fused, fullgraph=True, backend=backend), arguments, **options),
+        values_and_gradients(definition, arguments, **options),
+        values_and_gradients(definition, arguments, torch.float64, **options),
+        terms=upsample_cases.terms_of(input, size),
+    )
+
+
+def test_compile_dynamic_sizes_without_recompiling() -> None:
+    torch.compiler.reset()
+    compiled = torch.compile(functional.upsample_cross_entropy_dice, fullgraph=True, backend="aot_eager", dynamic=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for images, before, after in ((2, (6, 8), (13, 15)), (3, (14, 9), (29, 40)), (7, (5, 33), (10, 70))):
+            input = logits((images, 5, *before))
+            target = labels_for(input, after)
+            torch.testing.assert_close(compiled(input, target), functional.upsample_cross_entropy_dice(input, target))
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_autocast_gives_the_loss_in_float32(dtype: torch.dtype) -> None:
+    input = logits((2, 5, 3, 4), dtype)
+    with torch.autocast(input.device.type, torch.bfloat16):
+        loss = functional.upsample_cross_entropy_dice(input, labels_for(input, (6, 7)))
+    assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    torch.testing.assert_close(
+        loss.to(dtype), functional.upsample_cross_entropy_dice(input, labels_for(input, (6, 7))), rtol=0, atol=0
+    )
+
+
+# ---- errors ----
+
+X, Y = torch.zeros(2, 4, 3, 3), torch.zeros(2, 6, 6, dtype=torch.int64)
+REFUSED = {
+    "rank": ((X[0], Y), {}, ValueError, r"input: expected \[N, C, h, w\], got shape \(4, 3, 3\)"),
+    "probabilities": ((X, Y[0].float().expand(2, 6, 6)), {}, TypeError, "target: expected uint8.*got torch.float32"),
+    "class-probabilities": ((X, X), {}, ValueError, r"target: expected labels \[N, H, W\]"),
+    "batch": ((X, Y[:1]), {}, ValueError, r"target: expected labels of shape \(2, 6, 6\), got \(1, 6, 6\)"),
+    "weight": ((X, Y, torch.ones(3)), {}, ValueError, r"weight: expected shape \(4,\), got \(3,\)"),
+    "learned-weight": ((X, Y, torch.ones(4, requires_grad=True)), {}, ValueError, "weight: it has no gradient"),
+    "smoothing": ((X, Y), {"label_smoothing": -0.1}, ValueError, "label_smoothing: expected .*got -0.1"),
+    "mode": ((X, Y), {"mode": "bicubic"}, ValueError, "mode: expected .*got 'bicubic'"),
+    "corners": ((X, Y), {"mode": "nearest", "align_corners": True}, ValueError, "align_corners: only mode"),
+    "smooth": ((X, Y), {"smooth": -1.0}, ValueError, "smooth: expected a number of at least 0, got -1.0"),
+    "ce-weight": ((X, Y), {"ce_weight": -1.0}, ValueError, "ce_weight: expected .* at least 0, got -1.0"),
+    "dice-weight": ((X, Y), {"dice_weight": float("nan")}, ValueError, "dice_weight: expected .* got nan"),
+    "background": ((X[:, :1], Y), {"include_background": False}, ValueError, "include_background: with one class"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "options", "error", "message"), REFUSED.values(), ids=REFUSED)
+def test_refused(arguments: tuple[Tensor, ...], options: dict, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        functional.upsample_cross_entropy_dice(*arguments, **options)
+
+
+REFUSED_AT_FULL_SIZE = {
+    "scalar": ((torch.tensor(1.0), torch.tensor(0)), ValueError, "input: expected .*got a scalar"),
+    "no-batch": ((X[0, :, 0, 0], Y[0, 0, 0]), ValueError, r"input: expected \[N, C, d1, ...\].*got shape \(4,\)"),
+    "no-pixel": ((X[:, :, :0], Y[:, :0, :3]), ValueError, r"at least one pixel, got shape \(2, 4, 0, 3\)"),
+    "pixels": ((X, Y), ValueError, r"target: expected labels of shape \(2, 3, 3\), got \(2, 6, 6\)"),
+    "class-probabilities": ((X, X), TypeError, "target: expected uint8.*labels, got torch.float32"),
+    "integer-logits": ((X.long(), Y[:, :3, :3]), TypeError, "input: expected float32.* got torch.int64"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "error", "message"), REFUSED_AT_FULL_SIZE.values(), ids=REFUSED_AT_FULL_SIZE)
+def test_refused_at_full_size(arguments: tuple[Tensor, ...], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        functional.cross_entropy_dice(*arguments)
+
+
+@pytest.mark.parametrize("label", [4, -1, 255])
+def test_label_outside_the_classes(label: int) -> None:
+    target = Y.clone()
+    target[1, 2, 3] = label
+    if _native.INTERPRETED or not X.is_cpu:  # a GPU's kernels, which can't raise
+        assert functional.upsample_cross_entropy_dice(X, target).isnan()
+        return
+    with pytest.raises(IndexError, match=rf"target: expected classes in \[0, 4\) .*, got {label}$"):
+        functional.upsample_cross_entropy_dice(X, target)
