@@ -48,6 +48,7 @@ def check_upsampled(input: Tensor, target: Tensor, weight: Tensor | None = None,
 SHAPES = {
     "classifier": (37, 10),
     "sequence": (3, 7, 11),
+    "sequence-in-rows": (2, 3, 48),
     "image": (2, 21, 13, 17),
     "volume": (2, 5, 3, 4, 7),
     "four-dimensions": (2, 3, 2, 3, 2, 5),

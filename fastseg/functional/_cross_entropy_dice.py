@@ -21,6 +21,10 @@ from fastseg.functional._cross_entropy import in_dtype
 from fastseg.ops import upsample_cross_entropy as operator
 from fastseg.ops.cross_entropy import accumulation_dtype
 
+# Lengths of the rows that a sequence's pixels are laid out in: the first that divides their number. The operator works
+# row by row, in parallel, and keeps a few in cache.
+ROW_LENGTHS = (256, 16, 1)
+
 
 class _Combination(NamedTuple):
     """How the two losses are put together."""
@@ -150,9 +154,12 @@ def upsample_cross_entropy_dice(
 
 def _as_map(tensor: Tensor, pixel_dim: int) -> Tensor:
     """The tensor with two dimensions of pixels, a view where its strides allow one."""
-    for _ in range(pixel_dim + 2 - tensor.ndim):
-        tensor = tensor.unsqueeze(pixel_dim)
-    return tensor.flatten(pixel_dim, -2)
+    if tensor.ndim == pixel_dim:
+        return tensor[..., None, None]
+    if tensor.ndim > pixel_dim + 1:
+        return tensor.flatten(pixel_dim, -2)
+    columns = next(columns for columns in ROW_LENGTHS if tensor.shape[-1] % columns == 0)
+    return tensor.unflatten(-1, (-1, columns))
 
 
 def _loss(
