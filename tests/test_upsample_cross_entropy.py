@@ -47,13 +47,12 @@ def test_any_grid(data: st.DataObject) -> None:
 
 @pytest.mark.parametrize("classes", [1, 2, 3, 4, 5, 8, 9, 19, 21, 32, 33, 150, 171, 257])
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
-@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-def test_class_counts(implementation: str, dtype: torch.dtype, mode: dict[str, Any], layout: str, classes: int) -> None:
+def test_class_counts(implementation: str, dtype: torch.dtype, layout: str, classes: int) -> None:
     input = logits((2, classes, 3, 5), dtype, layout=layout)
     target = labels_for(input, (7, 11))
-    check(input, target, label_smoothing=0.1, **mode)
-    check(input, target, make((classes,)).abs(), reduction="none", **mode)
+    check(input, target, label_smoothing=0.1)
+    check(input, target, make((classes,)).abs(), reduction="sum", mode="nearest")
 
 
 def test_more_classes_than_a_tile_holds(implementation: str) -> None:
@@ -221,19 +220,17 @@ EXACT_GRIDS = {
 
 
 @pytest.mark.parametrize(("size", "mode"), EXACT_GRIDS.values(), ids=EXACT_GRIDS)
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
 @pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
-def test_hard_rows(
-    implementation: str, row: list[float], reduction: str, smoothing: float, size: Size, mode: dict[str, Any]
-) -> None:
+def test_hard_rows(implementation: str, row: list[float], smoothing: float, size: Size, mode: dict[str, Any]) -> None:
     input = torch.randn(3, 4, 3, 3)  # one ordinary image, one hard in the middle, one in a corner
     input[1, :, 1, 1] = input[2, :, 2, 2] = torch.tensor(row)
     input.requires_grad_()
     target = labels_for(input, size, ignore_index=-100)
+    # Losses of pixels alone: of large logits, the error of one number may be zero for plain PyTorch by luck.
+    check(input, target, reduction="none", label_smoothing=smoothing, **mode)
     weight = torch.tensor([1.0, 0.0, 2.0, 0.5])
-    check(input, target, reduction=reduction, label_smoothing=smoothing, **mode)
-    check(input, target, weight, reduction=reduction, label_smoothing=smoothing, **mode)
+    check(input, target, weight, reduction="none", label_smoothing=smoothing, **mode)
 
 
 @slow_under_the_interpreter

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastseg import _triton, reference
 from fastseg._native import describe, log_slow_road, native
+from fastseg.ops.cross_entropy import accumulation_dtype
 from fastseg.ops.upsampling import MODES, steps
 
 # ---- schema ----
@@ -79,8 +80,8 @@ def forward_plain(
         log_slow_road("upsample_argmax", f"no kernel for device type {input.device.type!r}")
     extent = tuple(size) if scale_factor is None else None
     factors = None if scale_factor is None else tuple(scale_factor)
-    logits = reference.upsample(input, extent, factors, mode, align_corners)
-    confidence = logits.softmax(1).amax(1) if with_confidence else logits.new_empty((0, *size))
+    logits = reference.upsample(input.to(accumulation_dtype(input)), extent, factors, mode, align_corners)
+    confidence = logits.softmax(1).amax(1).to(input.dtype) if with_confidence else input.new_empty((0, *size))
     return logits.argmax(1).to(dtype), confidence
 
 

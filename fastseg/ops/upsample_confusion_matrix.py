@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastseg import _triton, reference
 from fastseg._native import describe, log_slow_road, native
+from fastseg.ops.cross_entropy import accumulation_dtype
 from fastseg.ops.upsampling import MODES, steps
 
 # What a GPU, which can't raise an error without waiting, adds to every count for labels outside the classes: more than
@@ -84,7 +85,8 @@ def forward_plain(
         raise IndexError(f"target: expected classes in [0, {classes}) or ignore_index, got {target[outside][0].item()}")
     # A label outside the classes: counted as some class, and then as nothing.
     labels = target.masked_fill(outside, 0)
-    matrix = reference.upsample_confusion_matrix(input, labels, ignore_index, mode=mode, align_corners=align_corners)
+    logits = input.to(accumulation_dtype(input))
+    matrix = reference.upsample_confusion_matrix(logits, labels, ignore_index, mode=mode, align_corners=align_corners)
     return _poisoned(matrix, outside.any())
 
 
