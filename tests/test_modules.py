@@ -1,12 +1,16 @@
 """The drop-in layers: torch's constructors, state_dict and repr, conversion both ways."""
 
+import copy
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import fastseg
-from fastseg import reference
-from fastseg.testing import assert_parity, make
+from fastseg import functional, reference
+from fastseg.testing import assert_parity, make, make_labels
 
 CONVOLUTIONS = {
     "default": ((3, 8, 3), {}),
@@ -90,3 +94,141 @@ def test_cross_entropy_loss_takes_torchs_arguments() -> None:
     assert fused.state_dict().keys() == plain.state_dict().keys()
     truth = reference.cross_entropy(logits.double(), target, **options)
     assert_parity(fused(logits, target), plain(logits, target), truth, terms=target.numel())
+
+
+# ---- losses and predictions ----
+
+LOGITS, LABELS, WEIGHT = make((2, 5, 6, 7)), make_labels((2, 12, 9), 5, ignore_index=3), torch.rand(5)
+GRID = {"mode": "bilinear", "align_corners": True}
+DICE = {
+    "ignore_index": 3, "label_smoothing": 0.1, "ce_weight": 0.5, "dice_weight": 2.0, "smooth": 1.0, "batch_dice": True,
+    "include_background": False,
+}  # fmt: skip
+FOCAL = {"ignore_index": 3, "reduction": "sum", "gamma": 1.5}
+CROSS_ENTROPY = {"ignore_index": 3, "reduction": "sum", "label_smoothing": 0.1}
+# Layers, the functions that they call, and arguments of both, none of which is a default.
+LOSSES: dict[str, tuple[type[nn.Module], Callable[..., Tensor], dict[str, Any]]] = {
+    "CrossEntropyLoss": (fastseg.CrossEntropyLoss, functional.cross_entropy, CROSS_ENTROPY),
+    "UpsampleCrossEntropyLoss": (
+        fastseg.UpsampleCrossEntropyLoss, functional.upsample_cross_entropy, CROSS_ENTROPY | GRID
+    ),
+    "CrossEntropyDiceLoss": (fastseg.CrossEntropyDiceLoss, functional.cross_entropy_dice, DICE),
+    "UpsampleCrossEntropyDiceLoss": (
+        fastseg.UpsampleCrossEntropyDiceLoss, functional.upsample_cross_entropy_dice, DICE | GRID
+    ),
+    "FocalLoss": (fastseg.FocalLoss, functional.focal_loss, FOCAL),
+    "UpsampleFocalLoss": (fastseg.UpsampleFocalLoss, functional.upsample_focal_loss, FOCAL | GRID),
+}  # fmt: skip
+LAYERS = [layer for layer, _, _ in LOSSES.values()]
+
+
+def labels_of(layer: type[nn.Module]) -> Tensor:
+    """Labels of the size that a layer expects for `LOGITS`."""
+    return LABELS if "Upsample" in layer.__name__ else LABELS[:, :6, :7]
+
+
+@pytest.mark.parametrize(("layer", "function", "options"), LOSSES.values(), ids=LOSSES)
+def test_loss_passes_its_arguments_on(layer: type[nn.Module], function: Callable[..., Tensor], options: dict) -> None:
+    expected = function(LOGITS, labels_of(layer), WEIGHT, **options)
+    torch.testing.assert_close(layer(WEIGHT, **options)(LOGITS, labels_of(layer)), expected, rtol=0, atol=0)
+    for name in options:  # each of them matters, but for the grid's mode, which is the default
+        others = {key: value for key, value in options.items() if key != name}
+        if name != "mode":
+            assert layer(WEIGHT, **others)(LOGITS, labels_of(layer)).sum() != expected.sum()
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_loss_without_arguments_has_the_functions_defaults(layer: type[nn.Module]) -> None:
+    _, function, _ = LOSSES[layer.__name__]
+    target = labels_of(layer)
+    torch.testing.assert_close(layer()(LOGITS, target), function(LOGITS, target), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_weight_is_a_buffer_as_torchs(layer: type[nn.Module]) -> None:
+    plain, loss = nn.CrossEntropyLoss(WEIGHT), layer(torch.ones(5))
+    loss.load_state_dict(plain.state_dict())
+    plain.load_state_dict(loss.state_dict())
+    torch.testing.assert_close(loss.weight, WEIGHT, rtol=0, atol=0)
+    assert loss.double().weight.dtype == torch.float64
+    assert layer().state_dict() == {}
+    assert not list(loss.parameters())
+    torch.testing.assert_close(copy.deepcopy(loss).weight, loss.weight, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("layer", [fastseg.CrossEntropyLoss, fastseg.UpsampleCrossEntropyLoss])
+def test_pixel_weight(layer: type[nn.Module]) -> None:
+    target = labels_of(layer)
+    pixel_weight = torch.rand(target.shape)
+    _, function, options = LOSSES[layer.__name__]
+    torch.testing.assert_close(
+        layer(WEIGHT, **options)(LOGITS, target, pixel_weight),
+        function(LOGITS, target, WEIGHT, **options, pixel_weight=pixel_weight),
+        rtol=0,
+        atol=0,
+    )
+
+
+def test_upsample_cross_entropy_loss_is_a_cross_entropy_loss() -> None:
+    assert issubclass(fastseg.UpsampleCrossEntropyLoss, nn.CrossEntropyLoss)
+
+
+@pytest.mark.parametrize("mode", ["bilinear", "nearest"])
+def test_upsample_argmax_takes_torchs_arguments(mode: str) -> None:
+    for extent in ({"size": (12, 9)}, {"scale_factor": (2.0, 1.5)}, {"size": 11}):
+        plain = nn.Upsample(**extent, mode=mode)(LOGITS).argmax(1)
+        assert torch.equal(fastseg.UpsampleArgmax(**extent, mode=mode)(LOGITS).long(), plain)
+
+
+def test_upsample_argmax_of_another_size_at_the_call() -> None:
+    expected = functional.upsample_argmax(LOGITS, (12, 9))
+    for layer in (fastseg.UpsampleArgmax(), fastseg.UpsampleArgmax(5), fastseg.UpsampleArgmax(scale_factor=3)):
+        assert torch.equal(layer(LOGITS, (12, 9)), expected)
+    with pytest.raises(ValueError, match="size: expected either it or scale_factor, got None and None"):
+        fastseg.UpsampleArgmax()(LOGITS)
+    with pytest.raises(ValueError, match=r"size: expected either it or scale_factor, got 5 and 2\.0"):
+        fastseg.UpsampleArgmax(5, 2.0)
+
+
+def test_upsample_argmax_returns_confidence_in_the_dtype_asked_for() -> None:
+    layer = fastseg.UpsampleArgmax((12, 9), align_corners=True, dtype=torch.int32, return_confidence=True)
+    labels, confidence = layer(LOGITS)
+    expected = functional.upsample_argmax(
+        LOGITS, (12, 9), align_corners=True, dtype=torch.int32, return_confidence=True
+    )
+    torch.testing.assert_close((labels, confidence), expected, rtol=0, atol=0)
+    assert labels.dtype == torch.int32
+
+
+REPRS = {
+    "UpsampleCrossEntropyLoss(mode='nearest', align_corners=False)": fastseg.UpsampleCrossEntropyLoss(mode="nearest"),
+    "UpsampleArgmax(size=(3, 4), mode='bilinear', align_corners=False)": fastseg.UpsampleArgmax((3, 4)),
+    "UpsampleArgmax(scale_factor=2.0, mode='bilinear', align_corners=True)": fastseg.UpsampleArgmax(
+        scale_factor=2.0, align_corners=True
+    ),
+    "CrossEntropyDiceLoss(ce_weight=1.0, dice_weight=2.0, smooth=1e-05, batch_dice=False, include_background=True)": (
+        fastseg.CrossEntropyDiceLoss(dice_weight=2.0)
+    ),
+    "FocalLoss(gamma=0.5)": fastseg.FocalLoss(gamma=0.5),
+    "UpsampleFocalLoss(mode='bilinear', align_corners=True, gamma=2.0)": fastseg.UpsampleFocalLoss(align_corners=True),
+}
+
+
+@pytest.mark.parametrize(("text", "layer"), REPRS.items(), ids=lambda value: type(value).__name__)
+def test_repr_of_losses(text: str, layer: nn.Module) -> None:
+    assert repr(layer) == text
+
+
+@pytest.mark.parametrize(("layer", "function", "options"), LOSSES.values(), ids=LOSSES)
+def test_compiled_loss(layer: type[nn.Module], function: Callable[..., Tensor], options: dict) -> None:
+    torch.compiler.reset()
+    loss = layer(WEIGHT, **options)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(LOGITS, labels_of(layer)), loss(LOGITS, labels_of(layer)))
+
+
+def test_compiled_argmax() -> None:
+    torch.compiler.reset()
+    layer = fastseg.UpsampleArgmax(scale_factor=2.0, return_confidence=True)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(LOGITS), layer(LOGITS), rtol=0, atol=0)
