@@ -1,10 +1,19 @@
 import math
+from pathlib import Path
 
 import pytest
 import torch
-from torchmetrics.functional.classification import multiclass_confusion_matrix, multiclass_jaccard_index
+import torch.multiprocessing
+from torchmetrics.functional.classification import (
+    multiclass_confusion_matrix,
+    multiclass_f1_score,
+    multiclass_jaccard_index,
+)
 
-from fastseg.metrics import confusion_matrix, scores
+from fastseg import functional
+from fastseg.metrics import ConfusionMatrix, confusion_matrix, scores
+from fastseg.ops.upsample_confusion_matrix import POISON
+from fastseg.testing import make, make_labels
 
 INTEGER_DTYPES = [torch.uint8, torch.int16, torch.int32, torch.int64]
 
@@ -73,6 +82,13 @@ def test_strided_and_empty_inputs_count_too() -> None:
     assert torch.equal(confusion_matrix(prediction[:0], target[:0], 4, 255), torch.zeros(4, 4, dtype=torch.int64))
 
 
+def test_without_ignore_index_every_pixel_counts() -> None:
+    prediction, target = labels(5, 0), labels(5, 1)
+    assert torch.equal(confusion_matrix(prediction, target, 5, None), confusion_matrix(prediction, target, 5, 255))
+    with pytest.raises(ValueError, match="target holds the label 255"):
+        confusion_matrix(prediction, torch.full_like(target, 255), 5, None)
+
+
 @pytest.mark.parametrize(
     ("prediction", "target", "error", "message"),
     [
@@ -98,23 +114,30 @@ def test_scores_of_a_matrix_computed_by_hand() -> None:
     assert result.iou[:2] == (3 / 6, 4 / 7)
     assert math.isnan(result.iou[2])  # in neither truth nor prediction
     assert result.mean_iou == pytest.approx((3 / 6 + 4 / 7) / 2, rel=1e-15)
+    assert result.dice[:2] == (6 / 9, 8 / 11)
+    assert math.isnan(result.dice[2])
+    assert result.mean_dice == pytest.approx((6 / 9 + 8 / 11) / 2, rel=1e-15)
 
 
 def test_a_class_predicted_but_absent_scores_zero() -> None:
-    assert scores(torch.tensor([[1, 1], [0, 0]])).iou == (0.5, 0.0)
+    result = scores(torch.tensor([[1, 1], [0, 0]]))
+    assert result.iou == (0.5, 0.0)
+    assert result.dice == (2 / 3, 0.0)
 
 
 def test_scores_agree_with_torchmetrics() -> None:
     prediction, target = labels(6, 0), labels(6, 1)
     result = scores(confusion_matrix(prediction, target, 6, 255))
-    expected = multiclass_jaccard_index(prediction, target, 6, average="none")
+    iou = multiclass_jaccard_index(prediction, target, 6, average="none")
+    dice = multiclass_f1_score(prediction, target, 6, average="none")  # of classes, F1 and Dice are the same number
     # torchmetrics computes in float32: one rounding of the quotient
-    assert torch.allclose(torch.tensor(result.iou), expected, rtol=torch.finfo(torch.float32).eps, atol=0)
+    eps = torch.finfo(torch.float32).eps
+    torch.testing.assert_close(torch.tensor([result.iou, result.dice]), torch.stack([iou, dice]), rtol=eps, atol=0)
 
 
 def test_a_perfect_prediction_scores_one() -> None:
     target = labels(5, 0)
-    assert scores(confusion_matrix(target, target, 5, 255)) == (1.0, (1.0,) * 5, 1.0)
+    assert scores(confusion_matrix(target, target, 5, 255)) == (1.0, (1.0,) * 5, 1.0, (1.0,) * 5, 1.0)
 
 
 def test_counts_beyond_float32_are_exact() -> None:
@@ -124,9 +147,90 @@ def test_counts_beyond_float32_are_exact() -> None:
 
 def test_an_empty_matrix_has_no_scores() -> None:
     result = scores(torch.zeros(3, 3, dtype=torch.int64))
-    assert all(math.isnan(value) for value in (result.pixel_accuracy, result.mean_iou, *result.iou))
+    totals = (result.pixel_accuracy, result.mean_iou, result.mean_dice)
+    assert all(math.isnan(value) for value in (*totals, *result.iou, *result.dice))
 
 
 def test_a_matrix_that_is_not_square_is_refused() -> None:
     with pytest.raises(ValueError, match=r"matrix must be square, but its shape is \(2, 3\)"):
         scores(torch.zeros(2, 3, dtype=torch.int64))
+
+
+def test_counts_poisoned_by_a_gpu_are_refused() -> None:
+    poisoned = torch.full((3, 3), 1000) + POISON
+    with pytest.raises(ValueError, match=r"matrix has negative counts: .*labels outside the classes"):
+        scores(poisoned)
+    many = poisoned + 1000 * torch.full((3, 3), 4000 * 5000)  # images of 20 megapixels in every cell don't hide it
+    with pytest.raises(ValueError, match="negative counts"):
+        scores(many)
+
+
+# ---- sums over batches and processes ----
+
+SIZE = (12, 9)
+
+
+def batch(seed: int, ignore_index: int = 255) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of a smaller size than their labels, of which some are ignored."""
+    logits, target = make((2, 5, 6, 7), seed=seed), make_labels((2, *SIZE), 5, seed=seed)
+    target[:, : seed + 1] = ignore_index
+    return logits, target
+
+
+def test_batches_add_up_from_logits_and_from_predictions() -> None:
+    from_logits, from_predictions = ConfusionMatrix(5, 255), ConfusionMatrix(5, 255)
+    expected = torch.zeros(5, 5, dtype=torch.int64)
+    for seed in range(3):
+        logits, target = batch(seed)
+        prediction = functional.upsample_argmax(logits, SIZE)
+        from_logits.update_from_logits(logits, target)
+        from_predictions.update(prediction, target)
+        expected += confusion_matrix(prediction, target, 5, 255)
+    assert torch.equal(from_logits.total(), expected)
+    assert torch.equal(from_predictions.total(), expected)
+    assert from_logits.scores() == scores(expected)
+    from_logits.reset()
+    assert from_logits.total().count_nonzero() == 0
+
+
+@pytest.mark.parametrize("options", [{"mode": "nearest"}, {"align_corners": True}], ids=["nearest", "align_corners"])
+def test_the_grid_is_passed_on(options: dict) -> None:
+    matrix, (logits, target) = ConfusionMatrix(5, 255), batch(0)
+    matrix.update_from_logits(logits, target, **options)
+    assert torch.equal(matrix.total(), functional.upsample_confusion_matrix(logits, target, 255, **options))
+
+
+def test_a_total_is_not_the_counts_themselves() -> None:
+    matrix = ConfusionMatrix(5, 255)
+    before = matrix.total()
+    matrix.update_from_logits(*batch(0))
+    assert before.count_nonzero() == 0
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    logits, target = batch(0)
+    with pytest.raises(ValueError, match=r"input: expected \[N, 4, h, w\], got shape \(2, 5, 6, 7\)"):
+        ConfusionMatrix(4, 255).update_from_logits(logits, target)
+    with pytest.raises(ValueError, match="target: expected the matrix's device meta, got cpu; ConfusionMatrix takes"):
+        ConfusionMatrix(5, 255, device="meta").update(target.cpu(), target.cpu())
+    with pytest.raises(ValueError, match="target holds the label 255"):
+        ConfusionMatrix(5).update(target, target)
+
+
+def sum_over_ranks(rank: int, store: str) -> None:
+    """One of two ranks, which see different numbers of batches: both must come to the scores of all batches."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    alone, shared = ConfusionMatrix(5, 255), ConfusionMatrix(5, 255)
+    for seed in range(3):
+        logits, target = batch(seed)
+        alone.update_from_logits(logits, target)
+        if (seed == 0) == (rank == 0):
+            shared.update_from_logits(logits, target)
+    assert torch.equal(shared.total(), alone.counts)
+    assert torch.equal(shared.total(), alone.counts)  # a total does not add itself to the counts
+    assert shared.scores() == scores(alone.counts)
+    torch.distributed.destroy_process_group()
+
+
+def test_ranks_add_up(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(sum_over_ranks, (str(tmp_path / "store"),), nprocs=2)
