@@ -78,11 +78,14 @@ def forward_plain(
     if input.device.type not in ("cpu", "cuda"):  # where those come here, it has been said why
         log_slow_road("upsample_confusion_matrix", f"no kernel for device type {input.device.type!r}")
     classes = input.shape[1]
+    target = target.long()  # torch compares uint8 with a number as uint8, to which it wraps 257 classes
     outside = (target < 0) | (target >= classes)
     if ignore_index is not None:
         outside &= ~reference.is_ignored(target, ignore_index)
     if input.is_cpu and outside.any():
-        raise IndexError(f"target: expected classes in [0, {classes}) or ignore_index, got {target[outside][0].item()}")
+        or_ignored = "" if ignore_index is None else f" or ignore_index ({ignore_index})"
+        first = target[outside][0].item()
+        raise IndexError(f"target: expected classes in [0, {classes}){or_ignored}, got {first}")
     # A label outside the classes: counted as some class, and then as nothing.
     labels = target.masked_fill(outside, 0)
     logits = input.to(accumulation_dtype(input))
