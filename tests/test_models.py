@@ -6,11 +6,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastseg
 from fastseg import functional, metrics, models, reference
-from fastseg.testing import assert_parity, make, make_labels
+from fastseg.models.base import PixelClassifier
+from fastseg.testing import assert_parity, make, make_labels, values_and_gradients
 
 NETWORKS = {
     "fcn": (models.FCN, models.plain.FCN, {"widths": (8, 12)}),
@@ -83,6 +85,20 @@ def test_twin_uses_no_fastseg_operator(
     twin.loss(images, labels).backward()
     twin.predict(images)
     twin.upsample_confusion_matrix(twin.logits(images), labels)
+
+
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("shape", [(2, 6, 7, 5), (1, 6, 1, 1), (0, 6, 3, 4)], ids=["batch", "one pixel", "empty"])
+def test_classifier_is_a_convolution(shape: tuple[int, ...], layout: str) -> None:
+    classifier = PixelClassifier(6, CLASSES)
+    tensors = [make(shape, layout=layout, requires_grad=True), *classifier.parameters()]
+
+    def classify(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return torch.func.functional_call(classifier, {"weight": weight, "bias": bias}, features)
+
+    actual, plain = values_and_gradients(classify, tensors), values_and_gradients(F.conv2d, tensors)
+    assert_parity(actual, plain, values_and_gradients(F.conv2d, tensors, torch.float64), terms=math.prod(shape))
+    assert actual[0].stride() == plain[0].stride()
 
 
 def test_predict() -> None:

@@ -14,6 +14,30 @@ from fastseg import functional
 from fastseg.modules import ConvReLUPool2d
 
 
+class PixelClassifier(nn.Conv2d):
+    """A 1x1 convolution that gives every pixel's logits.
+
+    On a CPU, NCHW, it is computed as the matrix product that it is: oneDNN's convolution writes a layout of its own and
+    copies it, so that the largest map of an evaluation is in memory twice (measured with torch 2.13).
+
+    Args:
+        in_channels: Channels of the features.
+        num_classes: Classes to tell apart.
+    """
+
+    def __init__(self, in_channels: int, num_classes: int) -> None:
+        super().__init__(in_channels, num_classes, 1)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Logits ``[N, num_classes, H, W]`` of features ``[N, in_channels, H, W]``."""
+        if not (input.is_cpu and input.is_contiguous()):
+            return super().forward(input)
+        assert self.bias is not None
+        weight = self.weight.flatten(1).expand(len(input), -1, -1)  # [N, num_classes, in_channels]
+        logits = torch.baddbmm(self.bias.unsqueeze(1), weight, input.flatten(2))
+        return logits.unflatten(2, input.shape[2:])
+
+
 class SegmentationModel(nn.Module, ABC):
     """A network that gives every pixel of an image a class.
 

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from fastseg.models.base import SegmentationModel
+from fastseg.models.base import PixelClassifier, SegmentationModel
 
 
 class FCN(SegmentationModel):
@@ -38,7 +38,7 @@ class FCN(SegmentationModel):
         self.stages = nn.ModuleList(
             self.front_end(before, after, kernel_size, padding="same") for before, after in pairwise(channels)
         )
-        self.classifier = nn.Conv2d(channels[-1], num_classes, 1)
+        self.classifier = PixelClassifier(channels[-1], num_classes)
 
     def logits(self, input: Tensor) -> Tensor:
         """The classifier's logits of each pooled pixel, ``[N, num_classes, H >> stages, W >> stages]``."""

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastseg.models.base import SegmentationModel
+from fastseg.models.base import PixelClassifier, SegmentationModel
 
 
 def _two_convolutions(before: int, after: int, kernel_size: int) -> nn.Sequential:
@@ -58,7 +58,7 @@ class UNet(SegmentationModel):
         for below, width in zip(reversed(widths[1:]), reversed(widths[:-1]), strict=True):
             self.reduce.append(nn.Conv2d(below, width, 1))
             self.merge.append(_two_convolutions(2 * width, width, kernel_size))
-        self.classifier = nn.Conv2d(widths[0], num_classes, 1)
+        self.classifier = PixelClassifier(widths[0], num_classes)
 
     def logits(self, input: Tensor) -> Tensor:
         """Logits ``[N, num_classes, H, W]``: a U-Net works at full resolution."""
