@@ -8,7 +8,13 @@ from torch import Tensor
 
 import fastseg
 from fastseg import _native, _triton
-from fastseg.ops import conv_relu_pool2d, cross_entropy
+from fastseg.ops import (
+    conv_relu_pool2d,
+    cross_entropy,
+    upsample_argmax,
+    upsample_confusion_matrix,
+    upsample_cross_entropy,
+)
 from fastseg.ops.conv_relu_pool2d_geometry import flatten, resolve
 from fastseg.testing import make, make_labels
 
@@ -38,6 +44,31 @@ def loss(forward: Callable[..., tuple[Tensor, ...]], backward: Callable[..., Ten
     return [value, statistics, total_weight, backward(torch.ones(()), *saved)]
 
 
+def upsampled_loss(forward: Callable[..., tuple[Tensor, ...]], backward: Callable[..., Tensor]) -> list[Tensor]:
+    input, target = make((2, 5, 6, 7)), make_labels((2, 11, 9), 5)
+    options = (-100, "mean", 0.1, "bilinear", False)
+    value, statistics, total_weight, overlap = forward(input, target, None, *options, True)
+    saved = (input, target, None, statistics, total_weight, *options)
+    return [value, statistics, total_weight, overlap, backward(torch.ones(()), torch.ones_like(overlap), *saved)]
+
+
+def prediction(forward: Callable[..., tuple[Tensor, ...]], backward: None) -> list[Tensor]:
+    return list(forward(make((2, 5, 6, 7)), [11, 9], None, "bilinear", False, torch.uint8, True))
+
+
+def counts(forward: Callable[..., Tensor], backward: None) -> list[Tensor]:
+    return [forward(make((2, 5, 6, 7)), make_labels((2, 11, 9), 5), 3, "bilinear", False)]
+
+
+OPERATORS = {
+    "conv_relu_pool2d": (conv, conv_relu_pool2d),
+    "cross_entropy": (loss, cross_entropy),
+    "upsample_cross_entropy": (upsampled_loss, upsample_cross_entropy),
+    "upsample_argmax": (prediction, upsample_argmax),
+    "upsample_confusion_matrix": (counts, upsample_confusion_matrix),
+}
+
+
 def test_info_tells_it() -> None:
     assert fastseg.info()["triton"] is None
     assert fastseg.info()["gpu"] == "plain PyTorch (no Triton)"
@@ -50,15 +81,11 @@ def test_an_older_triton_is_not_used(version: str, used: bool, monkeypatch: pyte
     assert fastseg.info()["gpu"] == expected
 
 
-@pytest.mark.parametrize(
-    ("name", "run", "module"),
-    [("conv_relu_pool2d", conv, conv_relu_pool2d), ("cross_entropy", loss, cross_entropy)],
-    ids=["conv_relu_pool2d", "cross_entropy"],
-)
-def test_plain_pytorch_serves_and_the_log_says_why(
-    name: str, run: Callable[..., list[Tensor]], module: object, caplog: pytest.LogCaptureFixture
-) -> None:
-    actual = run(module._forward_triton, module._backward_triton)
-    torch.testing.assert_close(actual, run(module.forward_plain, module.backward_plain), rtol=0, atol=0)
+@pytest.mark.parametrize("name", OPERATORS)
+def test_plain_pytorch_serves_and_the_log_says_why(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    run, module = OPERATORS[name]
+    actual = run(module._forward_triton, getattr(module, "_backward_triton", None))
+    expected = run(module.forward_plain, getattr(module, "backward_plain", None))
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
     line = f"{name} runs as plain PyTorch: the Triton kernels can't be used (no Triton)"
     assert caplog.text.count(line) == 1
