@@ -298,7 +298,8 @@ def test_demo_compares_and_draws(
         with Image.open(tmp_path / name) as picture:
             assert picture.format == "PNG"
     (result,) = results
-    assert all(len(run.losses) == 4 and run.peak_memory > 0 for run in result.runs.values())
+    assert all(len(run.losses) == 4 for run in result.runs.values())
+    assert 0 < result.runs["fastseg"].peak_memory < result.runs["plain"].peak_memory
     # float32's relative precision is 6e-8; 32 * 9 products are summed, and four steps of Adam carry errors on
     assert result.logit_difference <= 1e-5 * result.logit_range
     assert result.loss_difference < 1e-4
