@@ -4,15 +4,12 @@
 // Forward reads the logits once and keeps m and s; backward reads the logits once and writes the gradient once.
 #include "cross_entropy.h"
 
+#include "cross_entropy_loops.h"
 #include "cross_entropy_tiles.h"
-#include "vector_math.h"
 
 namespace fastseg {
 namespace FASTSEG_ISA {
 namespace {
-
-// What the target is, which decides the loops' arithmetic.
-enum class Kind { kLabels, kSmoothedLabels, kProbabilities };
 
 Kind kind_of(const CrossEntropy& call) {
   if (call.target.ndim == call.input.ndim) return Kind::kProbabilities;
@@ -21,79 +18,20 @@ Kind kind_of(const CrossEntropy& call) {
 
 // ---- forward ----
 
-// largest, log_sum, and in spread what the target's dense part contributes: sum(shift * (x - m - s)) for smoothed
-// labels, sum(q * (x - m - s)) for probabilities.
-template <class T, Kind kKind>
-void reduce_classes(const Tile<T>& tile, const ClassTerms<T>& terms, int64_t count) {
-  constexpr int kVectors = 2;  // as many as leave exp's constants in registers
-  for (int64_t p = 0; p < count; p += kVectors * kLanes<T>) {
-    const T* column = tile.logits + p;
-    Vec<T> largest[kVectors], sum[kVectors] = {}, spread[kVectors] = {};
-    for (int i = 0; i < kVectors; ++i) largest[i] = load(column + i * kLanes<T>);
-    for (int64_t c = 1; c < tile.classes; ++c)
-      for (int i = 0; i < kVectors; ++i)
-        largest[i] = maximum<T>(largest[i], load(column + c * tile.stride + i * kLanes<T>));
-    for (int64_t c = 0; c < tile.classes; ++c)
-      for (int i = 0; i < kVectors; ++i)
-        sum[i] += exp_of_nonpositive<T>(load(column + c * tile.stride + i * kLanes<T>) - largest[i]);
-    for (int i = 0; i < kVectors; ++i) {
-      sum[i] = log_of_positive<T>(sum[i]);
-      store(tile.largest + p + i * kLanes<T>, largest[i]);
-      store(tile.log_sum + p + i * kLanes<T>, sum[i]);
-    }
-    if (kKind == Kind::kLabels) continue;
-    const T* probabilities = tile.probabilities + p;
-    for (int64_t c = 0; c < tile.classes; ++c)
-      for (int i = 0; i < kVectors; ++i) {
-        const int64_t at = c * tile.stride + i * kLanes<T>;
-        const Vec<T> log_probability = (load(column + at) - largest[i]) - sum[i];
-        if (kKind == Kind::kSmoothedLabels)
-          spread[i] += log_probability * terms.shift[c];
-        else
-          spread[i] += log_probability * (load(probabilities + at) * terms.scale[c] + terms.shift[c]);
-      }
-    for (int i = 0; i < kVectors; ++i) store(tile.spread + p + i * kLanes<T>, spread[i]);
-  }
-}
-
-// loss and weight of each pixel, from reduce_classes' results and the labels.
-template <class T, Kind kKind>
-void finish_pixels(const Tile<T>& tile, const ClassTerms<T>& terms, int64_t count) {
-  if (kKind == Kind::kProbabilities) {
-    for (int64_t p = 0; p < count; ++p) {
-      tile.loss[p] = -tile.spread[p];
-      tile.weight[p] = 1;
-    }
-    return;
-  }
-  for (int64_t p = 0; p < count; ++p) {
-    const Int<T> label = tile.labels[p] == kIgnored ? 0 : tile.labels[p];
-    tile.loss[p] = tile.logits[label * tile.stride + p];
-    tile.weight[p] = terms.weight[label];
-  }
-  for (int64_t p = 0; p < count; ++p) {
-    const bool ignored = tile.labels[p] == kIgnored;
-    T loss = ((tile.largest[p] - tile.loss[p]) + tile.log_sum[p]) * tile.weight[p];
-    if (kKind == Kind::kSmoothedLabels) loss = loss * (1 - terms.smoothing) - tile.spread[p];
-    tile.loss[p] = ignored ? 0 : loss;
-    tile.weight[p] = ignored ? 0 : tile.weight[p];
-  }
-}
-
 template <class T, Kind kKind>
 bool forward_task(const CrossEntropyForward& call, const Pixels& pixels, const Plan& plan, int64_t task,
                   Partial* partial) {
   constexpr bool kProbabilities = kKind == Kind::kProbabilities;
   T* const memory = tile_memory<T>(plan, kProbabilities);
   if (memory == nullptr) return false;
-  const Tile<T> tile(plan, kProbabilities, memory);
-  const ClassTerms<T> terms(call, memory + Tile<T>::elements(plan, kProbabilities));
+  const Tile<T> tile(plan.classes, plan.tile_stride, kProbabilities, memory);
+  const ClassTerms<T> terms(call, memory + Tile<T>::elements(plan.classes, plan.tile_stride, kProbabilities));
   T* const statistics = static_cast<T*>(call.statistics.data);
   for_each_tile(plan, pixels, task, [&](int64_t begin, int64_t count) {
     if (!kProbabilities && !read_labels(call, pixels, begin, count, tile.labels, &partial->invalid)) return false;
     pack_tile(call.input, kInput, pixels, begin, count, tile.logits, tile.stride);
     if (kProbabilities) pack_tile(call.target, kTarget, pixels, begin, count, tile.probabilities, tile.stride);
-    reduce_classes<T, kKind>(tile, terms, count);
+    reduce_classes<T, kKind>(tile, terms, count, LogitsInPlace<T>{tile});
     finish_pixels<T, kKind>(tile, terms, count);
     memcpy(statistics + begin, tile.largest, count * sizeof(T));
     memcpy(statistics + pixels.count + begin, tile.log_sum, count * sizeof(T));
@@ -119,12 +57,6 @@ void forward(const CrossEntropyForward& call) {
 }
 
 // ---- backward ----
-
-template <class T>
-struct Rows {
-  T* data;
-  int64_t stride;
-};
 
 // The tile's rows where they lie in the tensor's memory.
 template <class T>
@@ -159,59 +91,14 @@ void read_grad(const CrossEntropyBackward& call, const Pixels& pixels, int64_t b
   for (int64_t p = 0; p < count; ++p) grad[p] = reduced;
 }
 
-// grad, zero where the pixel is ignored, and what of it goes to the label itself; for probabilities sum(q).
-template <class T, Kind kKind>
-void weigh_pixels(const Tile<T>& tile, const ClassTerms<T>& terms, Rows<const T> target, int64_t count) {
-  if (kKind == Kind::kProbabilities) {
-    for (int64_t p = 0; p < count; ++p) tile.target_sum[p] = 0;
-    for (int64_t c = 0; c < tile.classes; ++c)
-      for (int64_t p = 0; p < count; ++p)
-        tile.target_sum[p] += target.data[c * target.stride + p] * terms.scale[c] + terms.shift[c];
-    return;
-  }
-  for (int64_t p = 0; p < count; ++p) {
-    const bool ignored = tile.labels[p] == kIgnored;
-    tile.grad[p] = ignored ? 0 : tile.grad[p];
-    tile.grad_of_label[p] = ignored ? 0 : terms.scale[tile.labels[p]] * tile.grad[p];
-  }
-}
-
-// grad_logits = (exp(x - m - s) * sum(q) - q) * grad. May overwrite the logits. The label's share and the smoothing's
-// are differences of their own, which vanish exactly where the probability is 1.
-template <class T, Kind kKind>
-void differentiate(const Tile<T>& tile, const ClassTerms<T>& terms, Rows<const T> logits, Rows<const T> target,
-                   Rows<T> grad_logits, int64_t count) {
-  for (int64_t c = 0; c < tile.classes; ++c) {
-    const T* x = logits.data + c * logits.stride;
-    const T* q = target.data + c * target.stride;
-    T* grad_x = grad_logits.data + c * grad_logits.stride;
-    const Int<T> label = static_cast<Int<T>>(c);
-    for (int64_t p = 0; p < count; p += kLanes<T>) {
-      const Vec<T> probability = exp_of_nonpositive<T>((load(x + p) - load(tile.largest + p)) - load(tile.log_sum + p));
-      if (kKind == Kind::kProbabilities) {
-        const Vec<T> share = load(q + p) * terms.scale[c] + terms.shift[c];
-        store(grad_x + p, (probability * load(tile.target_sum + p) - share) * load(tile.grad + p));
-        continue;
-      }
-      IntVec<T> labels;
-      memcpy(&labels, tile.labels + p, sizeof labels);
-      const Vec<T> one_hot = select_or_zero<T>(labels == label, broadcast<T>(1));
-      Vec<T> grad = (probability - one_hot) * load(tile.grad_of_label + p);
-      if (kKind == Kind::kSmoothedLabels)
-        grad += (probability * terms.shift_sum - terms.shift[c]) * load(tile.grad + p);
-      store(grad_x + p, grad);
-    }
-  }
-}
-
 template <class T, Kind kKind>
 bool backward_task(const CrossEntropyBackward& call, const Pixels& pixels, const Plan& plan, int64_t task,
                    InvalidLabel* invalid) {
   constexpr bool kProbabilities = kKind == Kind::kProbabilities;
   T* const memory = tile_memory<T>(plan, kProbabilities);
   if (memory == nullptr) return false;
-  const Tile<T> tile(plan, kProbabilities, memory);
-  const ClassTerms<T> terms(call, memory + Tile<T>::elements(plan, kProbabilities));
+  const Tile<T> tile(plan.classes, plan.tile_stride, kProbabilities, memory);
+  const ClassTerms<T> terms(call, memory + Tile<T>::elements(plan.classes, plan.tile_stride, kProbabilities));
 
   const T* const statistics = static_cast<const T*>(call.statistics.data);
   for_each_tile(plan, pixels, task, [&](int64_t begin, int64_t count) {
@@ -226,7 +113,8 @@ bool backward_task(const CrossEntropyBackward& call, const Pixels& pixels, const
     const bool in_place = is_row_major<T>(call.grad_input, kGradInput, pixels, begin, count);
     const Rows<T> grad_logits = in_place ? rows_in_place<T>(call.grad_input, kGradInput, pixels, begin, count)
                                          : Rows<T>{tile.logits, tile.stride};
-    differentiate<T, kKind>(tile, terms, logits, target, grad_logits, count);
+    const auto logits_at = [=](int64_t c, int64_t p) { return load(logits.data + c * logits.stride + p); };
+    differentiate<T, kKind>(tile, terms, logits_at, target, count, GradientsTo<T>{grad_logits});
     if (!in_place) unpack_tile(tile.logits, tile.stride, call.grad_input, kGradInput, pixels, begin, count);
     return true;
   });

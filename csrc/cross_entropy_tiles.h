@@ -1,8 +1,7 @@
-// How cross_entropy's kernels walk over their tensors: the pixels of a call, cut into tiles, and a tile's values as
-// dense rows along pixels, one row a class.
+// How cross_entropy's kernels walk over their tensors: the pixels of a call, cut into tiles.
 #pragma once
 
-#include "cross_entropy_terms.h"
+#include "cross_entropy_loops.h"
 #include "integers.h"
 #include "pack.h"
 #include "parallel.h"
@@ -14,9 +13,6 @@ namespace {
 // A tile's rows fit half of a 512 KB L2 cache; its per-pixel arrays fit L1.
 constexpr int64_t kTileBytes = 192 * 1024;
 constexpr int64_t kMaxTilePixels = 2048;
-constexpr int64_t kTilePixelMultiple = 32;  // whole blocks of vectors, on every instruction set
-// Rows whose distance is a power of two would compete for the same cache sets.
-constexpr int64_t kRowPadding = 64 / sizeof(float);
 // Each task's sums are added in the order of the tasks, so that results don't depend on the number of threads.
 constexpr int64_t kMaxTasks = 1024;
 
@@ -163,38 +159,11 @@ bool read_labels(const CrossEntropy& call, const Pixels& pixels, int64_t begin, 
   return !invalid->found;
 }
 
-// A tile's scratch memory. All pieces start on cache lines.
-template <class T>
-struct Tile {
-  int64_t classes, stride;
-  T *logits, *probabilities;             // [classes, stride]; probabilities only where the target is such
-  T *largest, *log_sum;                  // [stride], as all that follow: the statistics
-  T *spread, *loss, *weight;             // forward
-  T *grad, *target_sum, *grad_of_label;  // backward
-  Int<T>* labels;
-
-  static int64_t elements(const Plan& plan, bool probabilities) {
-    return (plan.classes * (probabilities ? 2 : 1) + 9) * plan.tile_stride;
-  }
-
-  Tile(const Plan& plan, bool has_probabilities, T* memory) : classes(plan.classes), stride(plan.tile_stride) {
-    const auto take = [&](int64_t rows) {
-      T* piece = memory;
-      memory += rows * stride;
-      return piece;
-    };
-    logits = take(classes);
-    probabilities = has_probabilities ? take(classes) : nullptr;
-    T** const arrays[] = {&largest, &log_sum, &spread, &loss, &weight, &grad, &target_sum, &grad_of_label};
-    for (T** array : arrays) *array = take(1);
-    labels = reinterpret_cast<Int<T>*>(take(1));
-  }
-};
-
 // The calling thread's scratch memory for a tile and the class terms; null where memory ran out.
 template <class T>
 T* tile_memory(const Plan& plan, bool probabilities) {
-  const int64_t elements = Tile<T>::elements(plan, probabilities) + ClassTerms<T>::elements(plan.classes);
+  const int64_t elements =
+      Tile<T>::elements(plan.classes, plan.tile_stride, probabilities) + ClassTerms<T>::elements(plan.classes);
   return static_cast<T*>(scratch(elements * static_cast<int64_t>(sizeof(T))));
 }
 

@@ -18,6 +18,7 @@
 #endif
 
 #define FASTSEG_INLINE inline __attribute__((always_inline))
+#define FASTSEG_NOINLINE __attribute__((noinline))  // so that a hot loop gets all registers
 
 namespace fastseg {
 namespace FASTSEG_ISA {

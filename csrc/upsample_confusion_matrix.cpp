@@ -15,21 +15,23 @@ template <class T>
 bool count_band(const UpsampleConfusionMatrix& call, const UpsampledMap<T>& map, const Bands& bands, int64_t band,
                 int64_t* counts, InvalidLabel* invalid) {
   const auto padded = Pieces<T>::padded;
-  const int64_t elements = padded(SourceRows<T>::elements(map)) + 2 * padded(map.output_width);
+  const int64_t elements = padded(ExpandedRows<T>::elements(map)) + 2 * padded(map.tile_columns);
   void* const memory = scratch(elements * static_cast<int64_t>(sizeof(T)));
   if (memory == nullptr) return false;
   Pieces<T> pieces(memory);
-  const int64_t image = band / bands.per_image, begin = band % bands.per_image * bands.rows;
-  SourceRows<T> source(map, call.input, image, pieces.take(SourceRows<T>::elements(map)));
-  Int<T>* const labels = reinterpret_cast<Int<T>*>(pieces.take(map.output_width));
-  Int<T>* const predictions = reinterpret_cast<Int<T>*>(pieces.take(map.output_width));
-  for (int64_t y = begin; y < least(begin + bands.rows, map.output_height); ++y) {
-    const int64_t offset = image * call.target.stride[0] + y * call.target.stride[1];
-    if (!read_label_run(call, offset, map.output_width, call.target.stride[2], labels, invalid)) return true;
-    argmax_row(map, source.at_output(y), predictions);
-    for (int64_t x = 0; x < map.output_width; ++x)
-      if (labels[x] != kIgnored) ++counts[labels[x] * map.classes + predictions[x]];
-  }
+  ExpandedRows<T> source(map, call.input, pieces.take(ExpandedRows<T>::elements(map)));
+  Int<T>* const labels = reinterpret_cast<Int<T>*>(pieces.take(map.tile_columns));
+  Int<T>* const predictions = reinterpret_cast<Int<T>*>(pieces.take(map.tile_columns));
+  for_each_tile_row(
+      map, bands, band, &source, [&](int64_t image, int64_t y, const RowPair<T>& pair, int64_t begin, int64_t count) {
+        const Tensor& target = call.target;
+        const int64_t offset = image * target.stride[0] + y * target.stride[1] + begin * target.stride[2];
+        if (!read_label_run(call, offset, count, target.stride[2], labels, invalid)) return false;
+        with_upsampled_row(map, pair, 0, [&](const auto row) { argmax_row(map, row, count, predictions); });
+        for (int64_t x = 0; x < count; ++x)
+          if (labels[x] != kIgnored) ++counts[labels[x] * map.classes + predictions[x]];
+        return true;
+      });
   return true;
 }
 
@@ -41,7 +43,7 @@ void confusion_matrix(const UpsampleConfusionMatrix& call) {
   const int64_t matrices = kMatricesBytes / (cells * static_cast<int64_t>(sizeof(int64_t)));
   const int64_t tasks = least(bands.count, least(kBands, most(1, matrices)));
   const Workspace tables(UpsampledMap<T>::table_bytes(output_height, output_width));
-  const UpsampledMap<T> map(call.grid, call.input, output_height, output_width, tables.data());
+  const UpsampledMap<T> map(call.grid, call.input, output_height, output_width, kArgmaxRowsInCache, tables.data());
   const int64_t invalid_bytes = tasks * static_cast<int64_t>(sizeof(InvalidLabel));
   const int64_t count_bytes = tasks * cells * static_cast<int64_t>(sizeof(int64_t));
   const Workspace workspace(invalid_bytes + count_bytes);

@@ -1,5 +1,5 @@
-// The class of the largest logit of each pixel of an upsampled row: the part that upsample_argmax and
-// upsample_confusion_matrix share.
+// The class of the largest logit of each pixel of an upsampled row: what upsample_argmax and upsample_confusion_matrix
+// share.
 #pragma once
 
 #include "upsampled_rows.h"
@@ -8,74 +8,27 @@ namespace fastseg {
 namespace FASTSEG_ISA {
 namespace {
 
-// Of one lane's candidates the first largest one, or the first NaN.
-template <class T>
-struct Best {
-  Vec<T> value;
-  IntVec<T> index;
+constexpr int kArgmaxRowsInCache = 2;  // a tile's two expanded input rows
 
-  FASTSEG_INLINE void take(Vec<T> candidate, IntVec<T> candidate_index) {
-    // A NaN is neither smaller nor equal; once it is held, nothing replaces it.
-    const IntVec<T> better = ~(candidate <= value) & (value == value);
-    value = better ? candidate : value;
-    index = better ? candidate_index : index;
-  }
-
-  // Of all lanes: of equal values the smallest index, as a lane's own are in ascending order.
-  FASTSEG_INLINE Int<T> first() const {
-    T values[kLanes<T>];
-    Int<T> indices[kLanes<T>];
-    memcpy(values, &value, sizeof value);
-    memcpy(indices, &index, sizeof index);
-    int best = 0;
-    for (int lane = 1; lane < kLanes<T>; ++lane) {
-      const bool is_nan = values[lane] != values[lane], best_is_nan = values[best] != values[best];
-      const bool equal = values[lane] == values[best] || (is_nan && best_is_nan);
-      const bool larger = values[lane] > values[best] || (is_nan && !best_is_nan);
-      if (larger || (equal && indices[lane] < indices[best])) best = lane;
-    }
-    return indices[best];
-  }
-};
-
-template <class T, int Count>
-FASTSEG_INLINE void argmax_cell(const UpsampledMap<T>& map, const Cell& cell, const T* row, Int<T>* labels) {
-  const T *left = row + cell.left, *right = row + cell.right;
-  Vec<T> left_weight[Count], right_weight[Count];
-  Best<T> best[Count];
-  IntVec<T> index;
-  for (int lane = 0; lane < kLanes<T>; ++lane) index[lane] = lane;
-  for (int k = 0; k < Count; ++k) {
-    left_weight[k] = broadcast<T>(map.left_weight[cell.begin + k]);
-    right_weight[k] = broadcast<T>(map.right_weight[cell.begin + k]);
-    best[k] = {load(left) * left_weight[k] + load(right) * right_weight[k], index};
-  }
-  for (int64_t c = kLanes<T>; c < map.pixel; c += kLanes<T>) {
-    index += kLanes<T>;
-    const Vec<T> a = load(left + c), b = load(right + c);
-    for (int k = 0; k < Count; ++k) best[k].take(a * left_weight[k] + b * right_weight[k], index);
-  }
-  // Lanes beyond the classes repeat the last class, whose own index is smaller.
-  for (int k = 0; k < Count; ++k) labels[cell.begin + k] = best[k].first();
-}
-
-template <class T>
-void argmax_row(const UpsampledMap<T>& map, const T* row, Int<T>* labels) {
-  for (int64_t i = 0; i < map.cell_count; ++i) {
-    const Cell& cell = map.cells[i];
-    switch (cell.count) {
-      case 1:
-        argmax_cell<T, 1>(map, cell, row, labels);
-        break;
-      case 2:
-        argmax_cell<T, 2>(map, cell, row, labels);
-        break;
-      case 3:
-        argmax_cell<T, 3>(map, cell, row, labels);
-        break;
-      default:
-        argmax_cell<T, kMaxCell>(map, cell, row, labels);
-    }
+// labels[x] = the first class of the largest logit, or of the first NaN, for a tile's columns [0, count), up to
+// kColumnMultiple beyond them.
+template <class T, class Row>
+void argmax_row(const UpsampledMap<T>& map, const Row logits, int64_t count, Int<T>* labels) {
+  // Independent of each other, to fill the pipelines; whole blocks of columns.
+  constexpr int kVectors = kColumnMultiple < 4 * kLanes<T> ? kColumnMultiple / kLanes<T> : 4;
+  for (int64_t x = 0; x < count; x += kVectors * kLanes<T>) {
+    Vec<T> best[kVectors];
+    IntVec<T> label[kVectors] = {};
+    for (int i = 0; i < kVectors; ++i) best[i] = logits(0, x + i * kLanes<T>);
+    for (int64_t c = 1; c < map.classes; ++c)
+      for (int i = 0; i < kVectors; ++i) {
+        const Vec<T> logit = logits(c, x + i * kLanes<T>);
+        // A NaN is neither smaller nor equal; once it is held, nothing replaces it.
+        const IntVec<T> better = ~(logit <= best[i]) & (best[i] == best[i]);
+        best[i] = better ? logit : best[i];
+        label[i] = better ? static_cast<Int<T>>(c) - IntVec<T>{} : label[i];
+      }
+    for (int i = 0; i < kVectors; ++i) memcpy(labels + x + i * kLanes<T>, &label[i], sizeof label[i]);
   }
 }
 

@@ -1,16 +1,13 @@
-// How the upsampling operators' kernels see their input: rows of pixels with all classes of a pixel side by side, so
-// that an upsampled pixel is a weighted sum of two such pixels, class vector by class vector, whatever the ratio of the
-// sizes.
-//
-// An input row is packed so once for a band of output rows; an output row's two input rows are blended; and the output
-// pixels between the same two input columns (a cell) are made together.
+// How the upsampling operators' kernels see their input. The output is cut into bands of rows, and a band into tiles of
+// columns, so that two input rows, expanded to the tile's columns, stay in cache: [classes][columns] each. An output
+// row is then a weighted sum of two expanded rows, vector by vector along the columns, whatever the ratio of the sizes;
+// and the expansion itself is shared by all output rows between the same two input rows.
 #pragma once
 
 #include "integers.h"
 #include "pack.h"
 #include "parallel.h"
 #include "upsampling.h"
-#include "vector_math.h"
 
 namespace fastseg {
 namespace FASTSEG_ISA {
@@ -42,115 +39,220 @@ Position<T> locate(const Upsampling& grid, int axis, int64_t output, int64_t inp
   return {first, first + (first < input_size - 1), static_cast<T>(1 - fraction), static_cast<T>(fraction)};
 }
 
-// Neighbouring output pixels, at most kMaxCell of them, between the same two input pixels.
-constexpr int kMaxCell = 4;
+constexpr int64_t kColumnMultiple = 32;  // whole vectors and blocks of them, on every instruction set
 
-struct Cell {
-  int64_t begin;
-  int count;
-  int64_t left, right;  // offsets of the input pixels in a row, in elements
+// The columns' positions, one array for each part of them, repeating the last column up to kColumnMultiple.
+template <class T>
+struct Columns {
+  int64_t count;                  // without the repeated ones
+  Int<T>* left;                   // the first input column
+  Int<T>* lane;                   // left, counted from that of the vector's first column
+  T *left_weight, *right_weight;  // the right input column is the next one, or where there is none the same
+  bool blends;                    // whether right columns count at all
+  bool permutes;                  // whether every vector's left columns lie within a vector
+
+  static int64_t bytes(int64_t count) { return 4 * round_up(count, kColumnMultiple) * static_cast<int64_t>(sizeof(T)); }
+
+  Columns(const Upsampling& grid, int64_t input_size, int64_t output_size, void* memory)
+      : count(output_size),
+        left(static_cast<Int<T>*>(memory)),
+        lane(left + round_up(count, kColumnMultiple)),
+        left_weight(reinterpret_cast<T*>(lane + round_up(count, kColumnMultiple))),
+        right_weight(left_weight + round_up(count, kColumnMultiple)),
+        blends(grid.mode == Mode::kBilinear),
+        permutes(true) {
+    for (int64_t x = 0; x < round_up(count, kColumnMultiple); ++x) {
+      const Position<T> position = locate<T>(grid, 1, least(x, count - 1), input_size, output_size);
+      left[x] = static_cast<Int<T>>(position.first);
+      lane[x] = left[x] - left[x / kLanes<T> * kLanes<T>];
+      left_weight[x] = position.first_weight;
+      right_weight[x] = position.second_weight;
+      permutes = permutes && lane[x] < kLanes<T>;
+    }
+  }
 };
 
-// A call's sizes and tables; the tables are shared by its tasks.
+// A call's sizes and tables, which its tasks share.
 template <class T>
 struct UpsampledMap {
   Upsampling grid;
-  int64_t classes, height, width, output_height, output_width;  // height, width: of the input
-  int64_t pixel;                                                // elements from one pixel of a row to the next
-  int64_t row;                                                  // elements of a row
-  Position<T>* rows;                                            // [output_height]
-  Cell* cells;
-  int64_t cell_count;
-  T *left_weight, *right_weight;  // [output_width]
-
-  int64_t vectors() const { return pixel / kLanes<T>; }
+  int64_t images, classes, height, width, output_height, output_width;  // height, width: of the input
+  int64_t tile_columns;                                                 // of the output
+  int64_t row_stride;                                                   // from one class to the next in a tile's rows
+  int64_t source_stride;  // the same in the input's rows that a tile is made of
+  Columns<T> columns;
+  Position<T>* rows;  // [output_height]
 
   static int64_t table_bytes(int64_t output_height, int64_t output_width) {
-    return output_height * sizeof(Position<T>) + output_width * (sizeof(Cell) + 2 * sizeof(T));
+    return Columns<T>::bytes(output_width) + output_height * static_cast<int64_t>(sizeof(Position<T>));
   }
 
-  UpsampledMap(const Upsampling& upsampling, const Tensor& input, int64_t to_height, int64_t to_width, void* tables)
+  // `rows_in_cache`: how many rows [classes][columns] a tile's work goes over.
+  UpsampledMap(const Upsampling& upsampling, const Tensor& input, int64_t to_height, int64_t to_width,
+               int64_t rows_in_cache, void* tables)
       : grid(upsampling),
+        images(input.size[0]),
         classes(input.size[1]),
         height(input.size[2]),
         width(input.size[3]),
         output_height(to_height),
         output_width(to_width),
-        pixel(round_up(input.size[1], kLanes<T>)),
-        row((input.size[3] + 1) * pixel),  // one more pixel, of zeros
-        rows(static_cast<Position<T>*>(tables)),
-        cells(reinterpret_cast<Cell*>(rows + to_height)),
-        cell_count(0),
-        left_weight(reinterpret_cast<T*>(cells + to_width)),
-        right_weight(left_weight + to_width) {
+        columns(upsampling, width, to_width, tables),
+        rows(reinterpret_cast<Position<T>*>(static_cast<char*>(tables) + Columns<T>::bytes(to_width))) {
+    constexpr int64_t kTileBytes = 256 * 1024;       // half of a 512 KB L2 cache
+    constexpr int64_t kRowPadding = 64 / sizeof(T);  // rows a power of two apart would compete for cache sets
+    const int64_t fitting = kTileBytes / (rows_in_cache * classes * static_cast<int64_t>(sizeof(T)));
+    tile_columns = most(fitting / kColumnMultiple, 1) * kColumnMultiple;
+    tile_columns = least(tile_columns, round_up(output_width, kColumnMultiple));
+    row_stride = tile_columns + kRowPadding;
+    int64_t span = 0;
+    for (int64_t x = 0; x < output_width; x += tile_columns)
+      span = most(span, columns.left[least(x + tile_columns, output_width) - 1] - columns.left[x] + 1);
+    source_stride = span + 1 + kLanes<T>;  // the next column, and what a vector may read beyond it
     for (int64_t y = 0; y < output_height; ++y) rows[y] = locate<T>(grid, 0, y, height, output_height);
-    for (int64_t x = 0; x < output_width; ++x) {
-      const Position<T> position = locate<T>(grid, 1, x, width, output_width);
-      // The nearest pixel is blended with the zeros: an infinity times the other weight, zero, would be NaN.
-      const int64_t second = grid.mode == Mode::kNearest ? width : position.second;
-      const Cell cell = {x, 1, position.first * pixel, second * pixel};
-      left_weight[x] = position.first_weight;
-      right_weight[x] = position.second_weight;
-      Cell* last = cell_count > 0 ? &cells[cell_count - 1] : nullptr;
-      if (last != nullptr && last->left == cell.left && last->right == cell.right && last->count < kMaxCell)
-        ++last->count;
-      else
-        cells[cell_count++] = cell;
-    }
   }
+
+  int64_t row_elements() const { return classes * row_stride; }
+  int64_t source_elements() const { return classes * source_stride; }
 };
 
-// The rows of one image, packed and blended in a thread's scratch memory.
 template <class T>
-class SourceRows {
- public:
-  static int64_t elements(const UpsampledMap<T>& map) { return 3 * map.row; }
+FASTSEG_INLINE Vec<T> permute(Vec<T> v, IntVec<T> lanes) {
+#if defined(__clang__)
+  Vec<T> result;
+  for (int i = 0; i < kLanes<T>; ++i) result[i] = v[lanes[i]];
+  return result;
+#else
+  return __builtin_shuffle(v, lanes);
+#endif
+}
 
-  SourceRows(const UpsampledMap<T>& map, const Tensor& input, int64_t image, T* memory)
-      : map_(map), input_(input), image_(image), packed_{memory, memory + map.row}, blended_(memory + 2 * map.row) {
-    T* const rows[] = {packed_[0], packed_[1], blended_};
-    for (T* row : rows) memset(row + map.width * map.pixel, 0, map.pixel * sizeof(T));
+// The input rows of a tile, expanded to its columns.
+template <class T>
+class ExpandedRows {
+ public:
+  static int64_t elements(const UpsampledMap<T>& map) { return map.source_elements() + 2 * map.row_elements(); }
+
+  ExpandedRows(const UpsampledMap<T>& map, const Tensor& input, T* memory)
+      : map_(map),
+        input_(input),
+        source_(memory),
+        rows_{memory + map.source_elements(), memory + map.source_elements() + map.row_elements()} {
+    memset(source_, 0, map.source_elements() * sizeof(T));
   }
 
-  // The input as the output row sees it, [width + 1][pixel]: classes, their last one repeated, and a pixel of zeros.
-  const T* at_output(int64_t y) {
-    const Position<T>& position = map_.rows[y];
-    const T* first = packed(position.first);
-    if (map_.grid.mode == Mode::kNearest) return first;
-    const T* second = packed(position.second);
-    const Vec<T> first_weight = broadcast<T>(position.first_weight);
-    const Vec<T> second_weight = broadcast<T>(position.second_weight);
-    for (int64_t i = 0; i < map_.width * map_.pixel; i += kLanes<T>)
-      store(blended_ + i, load(first + i) * first_weight + load(second + i) * second_weight);
-    return blended_;
+  // The tile that the next calls of row() are about: columns [begin, begin + count).
+  void select(int64_t image, int64_t begin, int64_t count) {
+    image_ = image;
+    begin_ = begin;
+    padded_ = round_up(count, kColumnMultiple);
+    first_ = map_.columns.left[begin];
+    const int64_t last = map_.columns.left[begin + count - 1];
+    span_ = least(last + 2, map_.width) - first_;
+    repeats_last_ = last == map_.width - 1;
+    held_[0] = held_[1] = -1;
+  }
+
+  // An input row, [classes][row_stride].
+  const T* row(int64_t y) {
+    T* const expanded = rows_[y % 2];
+    if (held_[y % 2] == y) return expanded;
+    held_[y % 2] = y;
+    const int64_t offset = image_ * input_.stride[0] + y * input_.stride[2] + first_ * input_.stride[3];
+    pack(at(input_, offset), input_.dtype, map_.classes, span_, input_.stride[1], input_.stride[3], source_,
+         map_.source_stride);
+    for (int64_t c = 0; c < map_.classes; ++c) {
+      T* const source = source_ + c * map_.source_stride;
+      if (repeats_last_) source[span_] = source[span_ - 1];
+      expand(source, expanded + c * map_.row_stride);
+    }
+    return expanded;
   }
 
  private:
   const UpsampledMap<T>& map_;
   const Tensor& input_;
-  const int64_t image_;
-  T* packed_[2];
-  T* blended_;
+  T* source_;
+  T* rows_[2];
+  int64_t image_ = 0, begin_ = 0, padded_ = 0, first_ = 0, span_ = 0;
+  bool repeats_last_ = false;
   int64_t held_[2] = {-1, -1};
 
-  const T* packed(int64_t y) {
-    T* const row = packed_[y % 2];
-    if (held_[y % 2] == y) return row;
-    held_[y % 2] = y;
-    pack(at(input_, image_ * input_.stride[0] + y * input_.stride[2]), input_.dtype, map_.width, map_.classes,
-         input_.stride[3], input_.stride[1], row, map_.pixel);
-    for (int64_t x = 0; x < map_.width; ++x)
-      for (int64_t c = map_.classes; c < map_.pixel; ++c)
-        row[x * map_.pixel + c] = row[x * map_.pixel + map_.classes - 1];
-    return row;
+  void expand(const T* source, T* target) const {
+    const Columns<T>& columns = map_.columns;
+    const Int<T>* const left = columns.left + begin_;
+    const T *left_weight = columns.left_weight + begin_, *right_weight = columns.right_weight + begin_;
+    const bool same = map_.width == map_.output_width;  // then the right column is the left one, as in torch
+    if (!columns.permutes) {
+      for (int64_t x = 0; x < padded_; ++x) {
+        const T* const at_left = source + (left[x] - first_);
+        target[x] = columns.blends ? at_left[0] * left_weight[x] + at_left[1] * right_weight[x] : at_left[0];
+      }
+      return;
+    }
+    for (int64_t x = 0; x < padded_; x += kLanes<T>) {
+      const T* const base = source + (left[x] - first_);
+      IntVec<T> lanes;
+      memcpy(&lanes, columns.lane + begin_ + x, sizeof lanes);
+      Vec<T> value = permute<T>(load(base), lanes);
+      if (columns.blends)
+        value =
+            value * load(left_weight + x) + (same ? value : permute<T>(load(base + 1), lanes)) * load(right_weight + x);
+      store(target + x, value);
+    }
   }
 };
+
+// An output row's two expanded input rows, and how much each counts; second is null where the first is all.
+template <class T>
+struct RowPair {
+  const T *first, *second;
+  T first_weight, second_weight;
+
+  RowPair(const UpsampledMap<T>& map, ExpandedRows<T>* source, const Position<T>& position)
+      : first(source->row(position.first)),
+        second(map.grid.mode == Mode::kNearest ? nullptr : source->row(position.second)),
+        first_weight(position.first_weight),
+        second_weight(position.second_weight) {}
+};
+
+// An output row's logits, a vector at a time.
+template <class T, bool kBlends>
+class UpsampledRow {
+ public:
+  UpsampledRow(const RowPair<T>& pair, int64_t class_stride, int64_t begin)
+      : first_(pair.first + begin),
+        second_(kBlends ? pair.second + begin : nullptr),
+        class_stride_(class_stride),
+        first_weight_(broadcast<T>(pair.first_weight)),
+        second_weight_(broadcast<T>(pair.second_weight)) {}
+
+  FASTSEG_INLINE Vec<T> operator()(int64_t c, int64_t x) const {
+    const int64_t offset = c * class_stride_ + x;
+    if (!kBlends) return load(first_ + offset);
+    return load(first_ + offset) * first_weight_ + load(second_ + offset) * second_weight_;
+  }
+
+ private:
+  const T *first_, *second_;
+  int64_t class_stride_;
+  Vec<T> first_weight_, second_weight_;
+};
+
+// Calls body(row) with the row's logits from column `begin` of the tile on.
+template <class T, class Body>
+void with_upsampled_row(const UpsampledMap<T>& map, const RowPair<T>& pair, int64_t begin, Body body) {
+  if (pair.second == nullptr)
+    body(UpsampledRow<T, false>(pair, map.row_stride, begin));
+  else
+    body(UpsampledRow<T, true>(pair, map.row_stride, begin));
+}
 
 // ---- work ----
 
 // Bands of output rows, none across two images, by the shape alone: sums over a band don't depend on who computes it.
-constexpr int64_t kBands = 64;         // enough for the threads of a large machine
-constexpr int64_t kLeastBandRows = 4;  // of the output: packing input rows is to be shared
+constexpr int64_t kBands = 64;          // enough for the threads of a large machine
+constexpr int64_t kLeastBandRows = 16;  // of the output: few input rows are to be expanded for two bands
 
 struct Bands {
   int64_t rows, per_image, count;
@@ -161,7 +263,21 @@ struct Bands {
         count(images * per_image) {}
 };
 
-// Pieces of a thread's scratch memory, each on a cache line of its own.
+// Calls body(y, pair, begin, count) for every output row of a band and every tile of it, until one returns false.
+template <class T, class Body>
+void for_each_tile_row(const UpsampledMap<T>& map, const Bands& bands, int64_t band, ExpandedRows<T>* source,
+                       Body body) {
+  const int64_t image = band / bands.per_image, first = band % bands.per_image * bands.rows;
+  const int64_t last = least(first + bands.rows, map.output_height);
+  for (int64_t begin = 0; begin < map.output_width; begin += map.tile_columns) {
+    const int64_t count = least(map.tile_columns, map.output_width - begin);
+    source->select(image, begin, count);
+    for (int64_t y = first; y < last; ++y)
+      if (!body(image, y, RowPair<T>(map, source, map.rows[y]), begin, count)) return;
+  }
+}
+
+// Pieces of a thread's scratch memory, each on cache lines of its own.
 template <class T>
 class Pieces {
  public:
@@ -176,77 +292,6 @@ class Pieces {
  private:
   T* next_;
 };
-
-// ---- pixels ----
-
-// The number of a vector's lanes that hold classes in the last vector of a pixel.
-template <class T>
-struct LastVector {
-  alignas(64) Int<T> mask[kLanes<T>];  // all ones where there is a class
-
-  explicit LastVector(int64_t classes) {
-    const int64_t whole = (classes - 1) / kLanes<T> * kLanes<T>;
-    for (int lane = 0; lane < kLanes<T>; ++lane) mask[lane] = whole + lane < classes ? ~Int<T>(0) : Int<T>(0);
-  }
-  IntVec<T> vector() const {
-    IntVec<T> v;
-    memcpy(&v, mask, sizeof v);
-    return v;
-  }
-};
-
-template <class T>
-FASTSEG_INLINE T largest_of(Vec<T> v) {
-  T lanes[kLanes<T>];
-  memcpy(lanes, &v, sizeof v);
-  for (int step = kLanes<T> / 2; step > 0; step /= 2)
-    for (int i = 0; i < step; ++i) lanes[i] = lanes[i] > lanes[i + step] ? lanes[i] : lanes[i + step];
-  return lanes[0];
-}
-
-template <class T>
-FASTSEG_INLINE T sum_of(Vec<T> v) {
-  T lanes[kLanes<T>];
-  memcpy(lanes, &v, sizeof v);
-  for (int step = kLanes<T> / 2; step > 0; step /= 2)
-    for (int i = 0; i < step; ++i) lanes[i] += lanes[i + step];
-  return lanes[0];
-}
-
-// logits[k * pixel + c] of a cell's pixels, and the largest of each.
-template <class T, int Count>
-FASTSEG_INLINE void upsample_cell(const UpsampledMap<T>& map, const Cell& cell, const T* row, T* logits, T* largest) {
-  const T *left = row + cell.left, *right = row + cell.right;
-  Vec<T> left_weight[Count], right_weight[Count], best[Count];
-  for (int k = 0; k < Count; ++k) {
-    left_weight[k] = broadcast<T>(map.left_weight[cell.begin + k]);
-    right_weight[k] = broadcast<T>(map.right_weight[cell.begin + k]);
-    best[k] = load(left) * left_weight[k] + load(right) * right_weight[k];
-  }
-  for (int64_t c = 0; c < map.pixel; c += kLanes<T>) {
-    const Vec<T> a = load(left + c), b = load(right + c);
-    for (int k = 0; k < Count; ++k) {
-      const Vec<T> logit = a * left_weight[k] + b * right_weight[k];
-      store(logits + k * map.pixel + c, logit);
-      best[k] = maximum<T>(best[k], logit);
-    }
-  }
-  for (int k = 0; k < Count; ++k) largest[k] = largest_of<T>(best[k]);
-}
-
-template <class T>
-void upsample_cell(const UpsampledMap<T>& map, const Cell& cell, const T* row, T* logits, T* largest) {
-  switch (cell.count) {
-    case 1:
-      return upsample_cell<T, 1>(map, cell, row, logits, largest);
-    case 2:
-      return upsample_cell<T, 2>(map, cell, row, logits, largest);
-    case 3:
-      return upsample_cell<T, 3>(map, cell, row, logits, largest);
-    default:
-      return upsample_cell<T, kMaxCell>(map, cell, row, logits, largest);
-  }
-}
 
 }  // namespace
 }  // namespace FASTSEG_ISA

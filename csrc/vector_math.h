@@ -13,9 +13,15 @@ struct MathConstants;
 template <>
 struct MathConstants<float> {
   static constexpr int kMantissaBits = 23, kExponentBias = 127;
-  static constexpr int kExpDegree = 7;               // |r| <= log(2) / 2: the next term is below 6e-9
-  static constexpr float kLowestExp = -87.3365402f;  // exp of less is subnormal
-  static constexpr float kRounding = 12582912.0f;    // 1.5 * 2^23: adding it rounds to an integer
+  static constexpr float kExp[] = {1.0f,
+                                   1.0f,
+                                   5.0e-01f,
+                                   1.666641533e-01f,
+                                   4.166621715e-02f,
+                                   8.375137113e-03f,
+                                   1.394859282e-03f};  // error below 2e-8
+  static constexpr float kLowestExp = -88.0296919f;    // -127 log(2): its power of two has the bits of zero
+  static constexpr float kRounding = 12582912.0f;      // 1.5 * 2^23: adding it rounds to an integer
   static constexpr float kLog2E = 1.44269504f;
   static constexpr float kLn2High = 6.9313812256e-01f;  // few enough digits that n * kLn2High is exact
   static constexpr float kLn2Low = 9.0580006145e-06f;
@@ -26,8 +32,19 @@ struct MathConstants<float> {
 template <>
 struct MathConstants<double> {
   static constexpr int kMantissaBits = 52, kExponentBias = 1023;
-  static constexpr int kExpDegree = 13;  // the next term is below 5e-18
-  static constexpr double kLowestExp = -708.39641853226408;
+  static constexpr double kExp[] = {1.0,
+                                    1.0,
+                                    5.00000000000001887e-01,
+                                    1.66666666666667018e-01,
+                                    4.16666666664879393e-02,
+                                    8.33333333330950679e-03,
+                                    1.38888889523561352e-03,
+                                    1.98412699092606447e-04,
+                                    2.48014854384473795e-05,
+                                    2.75572249183688686e-06,
+                                    2.76326557593320313e-07,
+                                    2.51148827869966869e-08};  // error below 2e-17
+  static constexpr double kLowestExp = -709.08956571282405;    // -1023 log(2)
   static constexpr double kRounding = 6755399441055744.0;
   static constexpr double kLog2E = 1.44269504088896338700;
   static constexpr double kLn2High = 6.93147180369123816490e-01;
@@ -38,7 +55,7 @@ struct MathConstants<double> {
                                     1.479819860511658591e-01};
 };
 
-// Of a NaN and a number, either.
+// b where one of them is NaN.
 template <class T>
 FASTSEG_INLINE Vec<T> maximum(Vec<T> a, Vec<T> b) {
   return a > b ? a : b;
@@ -50,24 +67,21 @@ FASTSEG_INLINE Vec<T> select_or_zero(IntVec<T> mask, Vec<T> if_true) {
   return from_bits<T>(mask & bits_of<T>(if_true));
 }
 
-// exp(x) for x <= 0 and NaN; zero where the result would be subnormal.
-// exp(x) = 2^n exp(r), r = x - n log(2), and Taylor's series of exp(r).
+// exp(x) for x <= 0 and NaN; zero from about the smallest normal number on.
+// exp(x) = 2^n exp(r), r = x - n log(2), |r| <= log(2) / 2, and Chebyshev's series of exp(r).
 template <class T>
 FASTSEG_INLINE Vec<T> exp_of_nonpositive(Vec<T> x) {
   using K = MathConstants<T>;
+  x = maximum<T>(broadcast<T>(K::kLowestExp), x);  // x where it is NaN
   // The sum's low bits hold n plus the exponent bias: shifted up, they are the bits of 2^n.
   const Vec<T> shifted = x * K::kLog2E + (K::kRounding + K::kExponentBias);
   const Vec<T> n = shifted - (K::kRounding + K::kExponentBias);
   const Vec<T> power = from_bits<T>(bits_of<T>(shifted) << K::kMantissaBits);
   const Vec<T> r = (x - n * K::kLn2High) - n * K::kLn2Low;
-  T coefficient = 1;
-  for (int k = 2; k <= K::kExpDegree; ++k) coefficient /= k;
-  Vec<T> series = broadcast<T>(coefficient);
-  for (int k = K::kExpDegree; k > 0; --k) {
-    coefficient *= k;
-    series = series * r + coefficient;
-  }
-  return select_or_zero<T>(~(x < K::kLowestExp), series * power);
+  constexpr int kDegree = sizeof K::kExp / sizeof(T) - 1;
+  Vec<T> series = broadcast<T>(K::kExp[kDegree]);
+  for (int k = kDegree - 1; k >= 0; --k) series = series * r + K::kExp[k];
+  return series * power;
 }
 
 // log(x) for normal x > 0 and NaN, by fdlibm's method (e_log.c): x = 2^k (1 + f), and with s = f / (2 + f),

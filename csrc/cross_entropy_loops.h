@@ -1,0 +1,180 @@
+// The arithmetic of cross_entropy and upsample_cross_entropy, on a tile of pixels that lies in cache as dense rows
+// along the pixels, one row a class.
+#pragma once
+
+#include "cross_entropy_terms.h"
+#include "vector_math.h"
+
+namespace fastseg {
+namespace FASTSEG_ISA {
+namespace {
+
+constexpr int64_t kTilePixelMultiple = 32;  // whole blocks of vectors, on every instruction set
+// Rows whose distance is a power of two would compete for the same cache sets.
+constexpr int64_t kRowPadding = 64 / sizeof(float);
+
+// What the target is, which decides the loops' arithmetic.
+enum class Kind { kLabels, kSmoothedLabels, kProbabilities };
+
+// A tile's scratch memory. All pieces start on cache lines.
+template <class T>
+struct Tile {
+  int64_t classes, stride;
+  T *logits, *probabilities;             // [classes, stride]; probabilities only where the target is such
+  T *largest, *log_sum;                  // [stride], as all that follow: the statistics
+  T *spread, *loss, *weight;             // forward
+  T *grad, *target_sum, *grad_of_label;  // backward
+  Int<T>* labels;
+
+  static int64_t elements(int64_t classes, int64_t stride, bool probabilities) {
+    return (classes * (probabilities ? 2 : 1) + 9) * stride;
+  }
+
+  Tile(int64_t class_count, int64_t row_stride, bool has_probabilities, T* memory)
+      : classes(class_count), stride(row_stride) {
+    const auto take = [&](int64_t rows) {
+      T* piece = memory;
+      memory += rows * stride;
+      return piece;
+    };
+    logits = take(classes);
+    probabilities = has_probabilities ? take(classes) : nullptr;
+    T** const arrays[] = {&largest, &log_sum, &spread, &loss, &weight, &grad, &target_sum, &grad_of_label};
+    for (T** array : arrays) *array = take(1);
+    labels = reinterpret_cast<Int<T>*>(take(1));
+  }
+};
+
+template <class T>
+struct Rows {
+  T* data;
+  int64_t stride;
+};
+
+// ---- forward ----
+
+// Where a tile's logits come from: they are in place already.
+template <class T>
+struct LogitsInPlace {
+  const Tile<T>& tile;
+  FASTSEG_INLINE Vec<T> operator()(int64_t c, int64_t p) const { return load(tile.logits + c * tile.stride + p); }
+};
+
+// largest, log_sum, and in spread what the target's dense part contributes: sum(shift * (x - m - s)) for smoothed
+// labels, sum(q * (x - m - s)) for probabilities. logits(c, p) gives a vector of class c's logits, once for each, and
+// leaves it in the tile.
+template <class T, Kind kKind, class Logits>
+FASTSEG_NOINLINE void reduce_classes(const Tile<T>& tile, const ClassTerms<T>& terms, int64_t count,
+                                     const Logits logits) {
+  constexpr int kVectors = 2;  // as many as leave exp's constants in registers
+  for (int64_t p = 0; p < count; p += kVectors * kLanes<T>) {
+    const T* column = tile.logits + p;
+    Vec<T> largest[kVectors], sum[kVectors] = {}, spread[kVectors] = {};
+    for (int i = 0; i < kVectors; ++i) largest[i] = logits(0, p + i * kLanes<T>);
+    for (int64_t c = 1; c < tile.classes; ++c)
+      for (int i = 0; i < kVectors; ++i) largest[i] = maximum<T>(largest[i], logits(c, p + i * kLanes<T>));
+    for (int64_t c = 0; c < tile.classes; ++c)
+      for (int i = 0; i < kVectors; ++i)
+        sum[i] += exp_of_nonpositive<T>(load(column + c * tile.stride + i * kLanes<T>) - largest[i]);
+    for (int i = 0; i < kVectors; ++i) {
+      sum[i] = log_of_positive<T>(sum[i]);
+      store(tile.largest + p + i * kLanes<T>, largest[i]);
+      store(tile.log_sum + p + i * kLanes<T>, sum[i]);
+    }
+    if (kKind == Kind::kLabels) continue;
+    const T* probabilities = tile.probabilities + p;
+    for (int64_t c = 0; c < tile.classes; ++c)
+      for (int i = 0; i < kVectors; ++i) {
+        const int64_t at = c * tile.stride + i * kLanes<T>;
+        const Vec<T> log_probability = (load(column + at) - largest[i]) - sum[i];
+        if (kKind == Kind::kSmoothedLabels)
+          spread[i] += log_probability * terms.shift[c];
+        else
+          spread[i] += log_probability * (load(probabilities + at) * terms.scale[c] + terms.shift[c]);
+      }
+    for (int i = 0; i < kVectors; ++i) store(tile.spread + p + i * kLanes<T>, spread[i]);
+  }
+}
+
+// loss and weight of each pixel, from reduce_classes' results and the labels.
+template <class T, Kind kKind>
+void finish_pixels(const Tile<T>& tile, const ClassTerms<T>& terms, int64_t count) {
+  if (kKind == Kind::kProbabilities) {
+    for (int64_t p = 0; p < count; ++p) {
+      tile.loss[p] = -tile.spread[p];
+      tile.weight[p] = 1;
+    }
+    return;
+  }
+  for (int64_t p = 0; p < count; ++p) {
+    const Int<T> label = tile.labels[p] == kIgnored ? 0 : tile.labels[p];
+    tile.loss[p] = tile.logits[label * tile.stride + p];
+    tile.weight[p] = terms.weight[label];
+  }
+  for (int64_t p = 0; p < count; ++p) {
+    const bool ignored = tile.labels[p] == kIgnored;
+    T loss = ((tile.largest[p] - tile.loss[p]) + tile.log_sum[p]) * tile.weight[p];
+    if (kKind == Kind::kSmoothedLabels) loss = loss * (1 - terms.smoothing) - tile.spread[p];
+    tile.loss[p] = ignored ? 0 : loss;
+    tile.weight[p] = ignored ? 0 : tile.weight[p];
+  }
+}
+
+// ---- backward ----
+
+// grad, zero where the pixel is ignored, and what of it goes to the label itself; for probabilities sum(q).
+template <class T, Kind kKind>
+void weigh_pixels(const Tile<T>& tile, const ClassTerms<T>& terms, Rows<const T> target, int64_t count) {
+  if (kKind == Kind::kProbabilities) {
+    for (int64_t p = 0; p < count; ++p) tile.target_sum[p] = 0;
+    for (int64_t c = 0; c < tile.classes; ++c)
+      for (int64_t p = 0; p < count; ++p)
+        tile.target_sum[p] += target.data[c * target.stride + p] * terms.scale[c] + terms.shift[c];
+    return;
+  }
+  for (int64_t p = 0; p < count; ++p) {
+    const bool ignored = tile.labels[p] == kIgnored;
+    tile.grad[p] = ignored ? 0 : tile.grad[p];
+    tile.grad_of_label[p] = ignored ? 0 : terms.scale[tile.labels[p]] * tile.grad[p];
+  }
+}
+
+// Where gradients go to that stay as they are.
+template <class T>
+struct GradientsTo {
+  Rows<T> rows;
+  FASTSEG_INLINE void operator()(int64_t c, int64_t p, Vec<T> gradient) const {
+    store(rows.data + c * rows.stride + p, gradient);
+  }
+};
+
+// The gradient (exp(x - m - s) * sum(q) - q) * grad of logits(c, p), given to keep(c, p, gradient), vector by vector.
+// The label's share and the smoothing's are differences of their own, which vanish exactly where the probability is 1.
+template <class T, Kind kKind, class Logits, class Keep>
+FASTSEG_NOINLINE void differentiate(const Tile<T>& tile, const ClassTerms<T>& terms, const Logits logits,
+                                    Rows<const T> target, int64_t count, const Keep keep) {
+  const Vec<T> shift_sum = broadcast<T>(terms.shift_sum);
+  for (int64_t c = 0; c < tile.classes; ++c) {
+    const Vec<T> scale = broadcast<T>(terms.scale[c]), shift = broadcast<T>(terms.shift[c]);
+    const IntVec<T> label = static_cast<Int<T>>(c) - IntVec<T>{};
+    for (int64_t p = 0; p < count; p += kLanes<T>) {
+      const Vec<T> probability =
+          exp_of_nonpositive<T>((logits(c, p) - load(tile.largest + p)) - load(tile.log_sum + p));
+      if (kKind == Kind::kProbabilities) {
+        const Vec<T> share = load(target.data + c * target.stride + p) * scale + shift;
+        keep(c, p, (probability * load(tile.target_sum + p) - share) * load(tile.grad + p));
+        continue;
+      }
+      IntVec<T> labels;
+      memcpy(&labels, tile.labels + p, sizeof labels);
+      const Vec<T> one_hot = select_or_zero<T>(labels == label, broadcast<T>(1));
+      Vec<T> gradient = (probability - one_hot) * load(tile.grad_of_label + p);
+      if (kKind == Kind::kSmoothedLabels) gradient += (probability * shift_sum - shift) * load(tile.grad + p);
+      keep(c, p, gradient);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace FASTSEG_ISA
+}  // namespace fastseg

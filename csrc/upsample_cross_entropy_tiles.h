@@ -1,0 +1,27 @@
+// What upsample_cross_entropy's two kernels share: the memory of a block of pixels, whose arithmetic is
+// cross_entropy's.
+#pragma once
+
+#include "cross_entropy_loops.h"
+#include "upsample_cross_entropy.h"
+#include "upsampled_rows.h"
+
+namespace fastseg {
+namespace FASTSEG_ISA {
+namespace {
+
+constexpr int kOverlapSums = 3;
+
+// Reads the labels of an output row's columns [x, x + count), up to whole blocks filled with kIgnored.
+template <class T>
+bool read_labels(const CrossEntropy& call, int64_t image, int64_t y, int64_t x, int64_t count, Int<T>* labels,
+                 InvalidLabel* invalid) {
+  const Tensor& target = call.target;
+  const int64_t offset = image * target.stride[0] + y * target.stride[1] + x * target.stride[2];
+  for (int64_t p = count; p < round_up(count, kTilePixelMultiple); ++p) labels[p] = kIgnored;
+  return read_label_run(call, offset, count, target.stride[2], labels, invalid);
+}
+
+}  // namespace
+}  // namespace FASTSEG_ISA
+}  // namespace fastseg
