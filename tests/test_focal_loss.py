@@ -232,6 +232,7 @@ def test_gamma_zero_is_cross_entropy(dtype: torch.dtype, reduction: str) -> None
 # ---- derivatives ----
 
 
+@slow_under_the_interpreter
 @pytest.mark.parametrize("gamma", GAMMAS)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_gradcheck_to_second_order(reduction: str, gamma: float) -> None:
@@ -269,8 +270,8 @@ def test_no_probabilities_in_memory(dtype: torch.dtype) -> None:
 
 
 def test_bitwise_equal_for_any_number_of_threads_and_twice() -> None:
-    input = logits((2, 21, 29, 31))
-    target = labels_for(input, (97, 130), ignore_index=-100)
+    input = logits((2, 5, 9, 7))
+    target = labels_for(input, (29, 21), ignore_index=-100)  # several bands of rows an image
     before, results = torch.get_num_threads(), []
     for threads in (1, 2, 3, 3):
         torch.set_num_threads(threads)
