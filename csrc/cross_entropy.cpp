@@ -31,7 +31,7 @@ bool forward_task(const CrossEntropyForward& call, const Pixels& pixels, const P
     if (!kProbabilities && !read_labels(call, pixels, begin, count, tile.labels, &partial->invalid)) return false;
     pack_tile(call.input, kInput, pixels, begin, count, tile.logits, tile.stride);
     if (kProbabilities) pack_tile(call.target, kTarget, pixels, begin, count, tile.probabilities, tile.stride);
-    reduce_classes<T, kKind>(tile, terms, count, LogitsInPlace<T>{tile});
+    reduce_classes<T, kKind>(tile, terms, count, LogitsInPlace<T>{tile}, KeepNothing<T>{});
     finish_pixels<T, kKind>(tile, terms, count);
     memcpy(statistics + begin, tile.largest, count * sizeof(T));
     memcpy(statistics + pixels.count + begin, tile.log_sum, count * sizeof(T));
@@ -114,7 +114,7 @@ bool backward_task(const CrossEntropyBackward& call, const Pixels& pixels, const
     const Rows<T> grad_logits = in_place ? rows_in_place<T>(call.grad_input, kGradInput, pixels, begin, count)
                                          : Rows<T>{tile.logits, tile.stride};
     const auto logits_at = [=](int64_t c, int64_t p) { return load(logits.data + c * logits.stride + p); };
-    differentiate<T, kKind>(tile, terms, logits_at, target, count, GradientsTo<T>{grad_logits});
+    differentiate<T, kKind>(tile, terms, probabilities_of(tile, logits_at), target, count, GradientsTo<T>{grad_logits});
     if (!in_place) unpack_tile(tile.logits, tile.stride, call.grad_input, kGradInput, pixels, begin, count);
     return true;
   });

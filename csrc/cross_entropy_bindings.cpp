@@ -113,7 +113,7 @@ void check_upsampled(const CrossEntropy& call, const Tensor& loss, const Tensor&
   const Tensor &input = call.input, &target = call.target, &statistics = call.statistics;
   check_map(input, target);
   require(statistics.ndim == 4 && statistics.size[0] == 2, "statistics are [2, N, H, W]");
-  for (int i = 0; i < 3; ++i) require(statistics.size[i + 1] == target.size[i], "statistics are [2, N, H, W]");
+  for (int i = 1; i < 3; ++i) require(statistics.size[i + 1] == target.size[i], "statistics are [2, N, H, W]");
   const bool fits = call.reduction == Reduction::kNone ? same_shape(loss, target) : loss && loss.ndim == 0;
   require(fits && loss.dtype == statistics.dtype, "the loss has a value per label, or one; statistics' dtype");
   require(overlap.ndim == 3 && (overlap.size[0] == 0 || overlap.size[0] == 3) && overlap.size[1] == input.size[0] &&
@@ -123,16 +123,22 @@ void check_upsampled(const CrossEntropy& call, const Tensor& loss, const Tensor&
 
 void upsample_cross_entropy_forward(const py::object& input, const py::object& target, const py::object& weight,
                                     const py::object& loss, const py::object& statistics,
-                                    const py::object& total_weight, const py::object& overlap, int64_t ignore_index,
-                                    int reduction, double label_smoothing, int mode, bool align_corners, double step_h,
-                                    double step_w, int threads) {
+                                    const py::object& total_weight, const py::object& overlap,
+                                    const py::object& gradient, int64_t ignore_index, int reduction,
+                                    double label_smoothing, int mode, bool align_corners, double step_h, double step_w,
+                                    int threads) {
   auto call = read_cross_entropy<UpsampleCrossEntropyForward>(input, target, weight, statistics, total_weight,
                                                               ignore_index, reduction, label_smoothing, threads);
   call.loss = from_python(loss);
   call.overlap = from_python(overlap);
+  call.gradient = from_python(gradient);
   call.grid = read_grid(mode, align_corners, step_h, step_w);
   check_upsampled(call, call.loss, call.overlap);
   require(is_dense(call.loss) && is_dense(call.overlap), "loss and overlap are dense");
+  require(call.statistics.size[1] == (call.gradient ? 0 : call.target.size[0]), "statistics, or the gradient");
+  require(!call.gradient || (same_shape(call.gradient, call.input) && call.gradient.dtype == call.statistics.dtype &&
+                             call.reduction != Reduction::kNone && call.overlap.size[0] == 0),
+          "a gradient has input's shape and statistics' dtype; a loss that isn't reduced, or the overlap, has none");
   run_with_labels(call, fastseg::upsample_cross_entropy_forward);
 }
 
@@ -149,6 +155,7 @@ void upsample_cross_entropy_backward(const py::object& grad_loss, const py::obje
   call.grad_input = from_python(grad_input);
   call.grid = read_grid(mode, align_corners, step_h, step_w);
   check_upsampled(call, call.grad_output, call.grad_overlap);
+  require(call.statistics.size[1] == call.target.size[0], "statistics are [2, N, H, W]");
   check_grad_input(call);
   run_with_labels(call, fastseg::upsample_cross_entropy_backward);
 }

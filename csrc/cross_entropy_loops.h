@@ -60,12 +60,18 @@ struct LogitsInPlace {
   FASTSEG_INLINE Vec<T> operator()(int64_t c, int64_t p) const { return load(tile.logits + c * tile.stride + p); }
 };
 
+// Where the exponentials go to that nobody needs again.
+template <class T>
+struct KeepNothing {
+  FASTSEG_INLINE void operator()(int64_t, int64_t, Vec<T>) const {}
+};
+
 // largest, log_sum, and in spread what the target's dense part contributes: sum(shift * (x - m - s)) for smoothed
 // labels, sum(q * (x - m - s)) for probabilities. logits(c, p) gives a vector of class c's logits, once for each, and
-// leaves it in the tile.
-template <class T, Kind kKind, class Logits>
+// leaves it in the tile; keep(c, p, exponential) gets exp(x - m).
+template <class T, Kind kKind, class Logits, class Keep>
 FASTSEG_NOINLINE void reduce_classes(const Tile<T>& tile, const ClassTerms<T>& terms, int64_t count,
-                                     const Logits logits) {
+                                     const Logits logits, const Keep keep) {
   constexpr int kVectors = 2;  // as many as leave exp's constants in registers
   for (int64_t p = 0; p < count; p += kVectors * kLanes<T>) {
     const T* column = tile.logits + p;
@@ -74,8 +80,11 @@ FASTSEG_NOINLINE void reduce_classes(const Tile<T>& tile, const ClassTerms<T>& t
     for (int64_t c = 1; c < tile.classes; ++c)
       for (int i = 0; i < kVectors; ++i) largest[i] = maximum<T>(largest[i], logits(c, p + i * kLanes<T>));
     for (int64_t c = 0; c < tile.classes; ++c)
-      for (int i = 0; i < kVectors; ++i)
-        sum[i] += exp_of_nonpositive<T>(load(column + c * tile.stride + i * kLanes<T>) - largest[i]);
+      for (int i = 0; i < kVectors; ++i) {
+        const Vec<T> exponential = exp_of_nonpositive<T>(load(column + c * tile.stride + i * kLanes<T>) - largest[i]);
+        keep(c, p + i * kLanes<T>, exponential);
+        sum[i] += exponential;
+      }
     for (int i = 0; i < kVectors; ++i) {
       sum[i] = log_of_positive<T>(sum[i]);
       store(tile.largest + p + i * kLanes<T>, largest[i]);
@@ -148,18 +157,27 @@ struct GradientsTo {
   }
 };
 
-// The gradient (exp(x - m - s) * sum(q) - q) * grad of logits(c, p), given to keep(c, p, gradient), vector by vector.
-// The label's share and the smoothing's are differences of their own, which vanish exactly where the probability is 1.
-template <class T, Kind kKind, class Logits, class Keep>
-FASTSEG_NOINLINE void differentiate(const Tile<T>& tile, const ClassTerms<T>& terms, const Logits logits,
+// exp(x - m - s) of the tile's pixels, from their logits and statistics.
+template <class T, class Logits>
+FASTSEG_INLINE auto probabilities_of(const Tile<T>& tile, const Logits logits) {
+  const T *const largest = tile.largest, *const log_sum = tile.log_sum;
+  return [=](int64_t c, int64_t p) {
+    return exp_of_nonpositive<T>((logits(c, p) - load(largest + p)) - load(log_sum + p));
+  };
+}
+
+// The gradient (P * sum(q) - q) * grad of the logits, with P = probabilities(c, p), given to keep(c, p, gradient),
+// vector by vector. The label's share and the smoothing's are differences of their own, which vanish exactly where P
+// is 1.
+template <class T, Kind kKind, class Probabilities, class Keep>
+FASTSEG_NOINLINE void differentiate(const Tile<T>& tile, const ClassTerms<T>& terms, const Probabilities probabilities,
                                     Rows<const T> target, int64_t count, const Keep keep) {
   const Vec<T> shift_sum = broadcast<T>(terms.shift_sum);
   for (int64_t c = 0; c < tile.classes; ++c) {
     const Vec<T> scale = broadcast<T>(terms.scale[c]), shift = broadcast<T>(terms.shift[c]);
     const IntVec<T> label = static_cast<Int<T>>(c) - IntVec<T>{};
     for (int64_t p = 0; p < count; p += kLanes<T>) {
-      const Vec<T> probability =
-          exp_of_nonpositive<T>((logits(c, p) - load(tile.largest + p)) - load(tile.log_sum + p));
+      const Vec<T> probability = probabilities(c, p);
       if (kKind == Kind::kProbabilities) {
         const Vec<T> share = load(target.data + c * target.stride + p) * scale + shift;
         keep(c, p, (probability * load(tile.target_sum + p) - share) * load(tile.grad + p));

@@ -3,6 +3,7 @@
 #include "upsample_cross_entropy.h"
 
 #include "upsample_cross_entropy_tiles.h"
+#include "upsampled_gradient.h"
 
 namespace fastseg {
 namespace FASTSEG_ISA {
@@ -22,15 +23,6 @@ template <class T>
 int64_t block_stride(const UpsampledMap<T>& map) {
   return block_columns(map) + kRowPadding;
 }
-
-// What the tasks share.
-template <class T>
-struct Shared {
-  const UpsampledMap<T>& map;
-  const Bands& bands;
-  Partial* partials;  // [bands]
-  double* overlaps;   // [bands][3][classes], or null
-};
 
 // Adds the probabilities of a block's pixels that aren't ignored to the sums [3][classes] over a band. The block's
 // logits become probabilities.
@@ -59,46 +51,85 @@ void add_overlap(const Tile<T>& tile, int64_t count, double* overlap) {
   }
 }
 
+// A block of an output row's pixels: their losses and statistics.
 template <class T, Kind kKind>
-bool forward_band(const UpsampleCrossEntropyForward& call, const Shared<T>& shared, int64_t band) {
-  const UpsampledMap<T>& map = shared.map;
-  const auto padded = Pieces<T>::padded;
-  const int64_t stride = block_stride(map), tile_elements = Tile<T>::elements(map.classes, stride, false);
-  const int64_t elements =
-      padded(ExpandedRows<T>::elements(map)) + padded(tile_elements) + padded(ClassTerms<T>::elements(map.classes));
+class Blocks {
+ public:
+  static int64_t elements(const UpsampledMap<T>& map, bool keeps) {
+    return Pieces<T>::padded(Tile<T>::elements(map.classes, block_stride(map), keeps)) +
+           Pieces<T>::padded(ClassTerms<T>::elements(map.classes));
+  }
+
+  // keeps: whether reduce() leaves the exponentials in tile().probabilities; overlap: null where it isn't asked for.
+  Blocks(const UpsampleCrossEntropyForward& call, const UpsampledMap<T>& map, bool keeps, Partial* partial,
+         double* overlap, Pieces<T>* pieces)
+      : call_(call),
+        map_(map),
+        tile_(map.classes, block_stride(map), keeps,
+              pieces->take(Tile<T>::elements(map.classes, block_stride(map), keeps))),
+        terms_(call, pieces->take(ClassTerms<T>::elements(map.classes))),
+        partial_(partial),
+        overlap_(overlap) {}
+
+  const Tile<T>& tile() const { return tile_; }
+  const ClassTerms<T>& terms() const { return terms_; }
+
+  // Columns [x, x + count) of a tile that begins at the output's column `begin`. False where a label is no class.
+  template <class Keep>
+  bool reduce(int64_t image, int64_t y, int64_t begin, int64_t x, int64_t count, const RowPair<T>& pair,
+              const Keep keep) {
+    if (!read_labels<T>(call_, image, y, begin + x, count, tile_.labels, &partial_->invalid)) return false;
+    with_upsampled_row(map_, pair, x, [&](const auto row) {
+      T* const logits = tile_.logits;
+      const int64_t stride = tile_.stride;
+      const auto make = [=](int64_t c, int64_t p) {
+        const Vec<T> value = row(c, p);
+        store(logits + c * stride + p, value);
+        return value;
+      };
+      reduce_classes<T, kKind>(tile_, terms_, count, make, keep);
+    });
+    finish_pixels<T, kKind>(tile_, terms_, count);
+    if (overlap_ != nullptr) add_overlap(tile_, count, overlap_);
+    const int64_t first = (image * map_.output_height + y) * map_.output_width + begin + x;
+    if (call_.statistics.size[1] > 0) {
+      T* const statistics = static_cast<T*>(call_.statistics.data) + first;
+      memcpy(statistics, tile_.largest, count * sizeof(T));
+      memcpy(statistics + map_.images * map_.output_height * map_.output_width, tile_.log_sum, count * sizeof(T));
+    }
+    if (call_.reduction == Reduction::kNone)
+      memcpy(static_cast<T*>(call_.loss.data) + first, tile_.loss, count * sizeof(T));
+    partial_->loss += sum_of(tile_.loss, count);
+    partial_->weight += sum_of(tile_.weight, count);
+    return true;
+  }
+
+ private:
+  const UpsampleCrossEntropyForward& call_;
+  const UpsampledMap<T>& map_;
+  const Tile<T> tile_;
+  const ClassTerms<T> terms_;
+  Partial* const partial_;
+  double* const overlap_;
+};
+
+// ---- without a gradient ----
+
+template <class T, Kind kKind>
+bool forward_band(const UpsampleCrossEntropyForward& call, const UpsampledMap<T>& map, const Bands& bands, int64_t band,
+                  Partial* partial, double* overlap) {
+  const int64_t elements = Pieces<T>::padded(ExpandedRows<T>::elements(map)) + Blocks<T, kKind>::elements(map, false);
   void* const memory = scratch(elements * static_cast<int64_t>(sizeof(T)));
   if (memory == nullptr) return false;
   Pieces<T> pieces(memory);
   ExpandedRows<T> source(map, call.input, pieces.take(ExpandedRows<T>::elements(map)));
-  const Tile<T> tile(map.classes, stride, false, pieces.take(tile_elements));
-  const ClassTerms<T> terms(call, pieces.take(ClassTerms<T>::elements(map.classes)));
-  Partial* const partial = &shared.partials[band];
-  double* const overlap = shared.overlaps == nullptr ? nullptr : shared.overlaps + band * kOverlapSums * map.classes;
-  const int64_t block = block_columns(map), pixels = map.images * map.output_height * map.output_width;
-  for_each_tile_row(map, shared.bands, band, &source,
+  Blocks<T, kKind> blocks(call, map, false, partial, overlap, &pieces);
+  const int64_t block = block_columns(map);
+  for_each_tile_row(map, bands, band, &source,
                     [&](int64_t image, int64_t y, const RowPair<T>& pair, int64_t begin, int64_t columns) {
-                      for (int64_t x = 0; x < columns; x += block) {
-                        const int64_t count = least(block, columns - x);
-                        if (!read_labels<T>(call, image, y, begin + x, count, tile.labels, &partial->invalid))
+                      for (int64_t x = 0; x < columns; x += block)
+                        if (!blocks.reduce(image, y, begin, x, least(block, columns - x), pair, KeepNothing<T>{}))
                           return false;
-                        with_upsampled_row(map, pair, x, [&](const auto row) {
-                          reduce_classes<T, kKind>(tile, terms, count, [&tile, row](int64_t c, int64_t p) {
-                            const Vec<T> logits = row(c, p);
-                            store(tile.logits + c * tile.stride + p, logits);
-                            return logits;
-                          });
-                        });
-                        finish_pixels<T, kKind>(tile, terms, count);
-                        if (overlap != nullptr) add_overlap(tile, count, overlap);
-                        const int64_t first = (image * map.output_height + y) * map.output_width + begin + x;
-                        T* const statistics = static_cast<T*>(call.statistics.data) + first;
-                        memcpy(statistics, tile.largest, count * sizeof(T));
-                        memcpy(statistics + pixels, tile.log_sum, count * sizeof(T));
-                        if (call.reduction == Reduction::kNone)
-                          memcpy(static_cast<T*>(call.loss.data) + first, tile.loss, count * sizeof(T));
-                        partial->loss += sum_of(tile.loss, count);
-                        partial->weight += sum_of(tile.weight, count);
-                      }
                       return true;
                     });
   return true;
@@ -106,14 +137,15 @@ bool forward_band(const UpsampleCrossEntropyForward& call, const Shared<T>& shar
 
 // overlap = the sum of its image's bands.
 template <class T>
-void store_overlap(const UpsampleCrossEntropyForward& call, const Shared<T>& shared) {
-  const int64_t images = shared.map.images, classes = shared.map.classes;
+void store_overlap(const UpsampleCrossEntropyForward& call, const UpsampledMap<T>& map, const Bands& bands,
+                   const double* overlaps) {
+  const int64_t images = map.images, classes = map.classes;
   T* const target = static_cast<T*>(call.overlap.data);
   for (int64_t image = 0; image < images; ++image)
     for (int64_t i = 0; i < kOverlapSums * classes; ++i) {
       double sum = 0;
-      for (int64_t band = image * shared.bands.per_image; band < (image + 1) * shared.bands.per_image; ++band)
-        sum += shared.overlaps[band * kOverlapSums * classes + i];
+      for (int64_t band = image * bands.per_image; band < (image + 1) * bands.per_image; ++band)
+        sum += overlaps[band * kOverlapSums * classes + i];
       target[(i / classes * images + image) * classes + i % classes] = static_cast<T>(sum);
     }
 }
@@ -131,20 +163,91 @@ void forward(const UpsampleCrossEntropyForward& call) {
   const Workspace sums(bytes);
   memset(sums.data(), 0, bytes);
   Partial* const partials = static_cast<Partial*>(sums.data());
-  double* const overlaps = with_overlap ? reinterpret_cast<double*>(partials + bands.count) : nullptr;
-  const Shared<T> shared = {map, bands, partials, overlaps};
-  for_each_task(bands.count, call.threads, [&](int64_t band) { return forward_band<T, kKind>(call, shared, band); });
+  double* const overlaps = reinterpret_cast<double*>(partials + bands.count);
+  for_each_task(bands.count, call.threads, [&](int64_t band) {
+    double* const overlap = with_overlap ? overlaps + band * kOverlapSums * map.classes : nullptr;
+    return forward_band<T, kKind>(call, map, bands, band, &partials[band], overlap);
+  });
   store_totals<T>(call, partials, bands.count, kKind == Kind::kSmoothedLabels);
-  if (with_overlap) store_overlap(call, shared);
+  if (with_overlap) store_overlap(call, map, bands, overlaps);
+}
+
+// ---- with the gradient ----
+
+// What is done to an output row.
+template <class T, Kind kKind>
+class GradientRows {
+ public:
+  struct Shared {
+    Partial* partials;  // [bands]
+
+    bool failed(int64_t bands) const {
+      for (int64_t band = 0; band < bands; ++band)
+        if (partials[band].invalid.found) return true;
+      return false;
+    }
+  };
+
+  static int64_t elements(const UpsampledMap<T>& map) { return Blocks<T, kKind>::elements(map, true); }
+
+  GradientRows(const UpsampleCrossEntropyForward& call, const UpsampledMap<T>& map, const Shared& shared,
+               const Place& place, Pieces<T>* pieces)
+      : block_(block_columns(map)), blocks_(call, map, true, &shared.partials[place.band], nullptr, pieces) {}
+
+  bool row(const Place& place, int64_t y, const RowPair<T>& pair, const GradientsToRows<T>& keep) {
+    const Tile<T>& tile = blocks_.tile();
+    T* const exponentials = tile.probabilities;
+    const int64_t stride = tile.stride;
+    const auto keep_exponential = [=](int64_t c, int64_t p, Vec<T> exponential) {
+      store(exponentials + c * stride + p, exponential);
+    };
+    T* const scale = tile.target_sum;  // 1 / sum(exp(x - m))
+    const auto probabilities = [=](int64_t c, int64_t p) {
+      return load(exponentials + c * stride + p) * load(scale + p);
+    };
+    for (int64_t x = 0; x < place.columns; x += block_) {
+      const int64_t count = least(block_, place.columns - x);
+      if (!blocks_.reduce(place.image, y, place.column, x, count, pair, keep_exponential)) return false;
+      for (int64_t p = 0; p < count; ++p) tile.grad[p] = 1;
+      weigh_pixels<T, kKind>(tile, blocks_.terms(), {nullptr, 0}, count);
+      for (int64_t p = 0; p < count; p += kLanes<T>) store(scale + p, exp_of_nonpositive<T>(-load(tile.log_sum + p)));
+      const auto keep_gradient = [=](int64_t c, int64_t p, Vec<T> gradient) { keep(c, x + p, gradient); };
+      differentiate<T, kKind>(tile, blocks_.terms(), probabilities, {nullptr, 0}, count, keep_gradient);
+    }
+    return true;
+  }
+
+ private:
+  const int64_t block_;
+  Blocks<T, kKind> blocks_;
+};
+
+template <class T, Kind kKind>
+void forward_with_gradient(const UpsampleCrossEntropyForward& call) {
+  const int64_t output_height = call.target.size[1], output_width = call.target.size[2];
+  const InputBands bands(call.input.size[0], call.input.size[2], output_height, call.grid.mode);
+  const Workspace tables(UpsampledMap<T>::table_bytes(output_height, output_width));
+  const UpsampledMap<T> map(call.grid, call.input, output_height, output_width, kGradientRowsInCache, tables.data());
+  const int64_t bytes = bands.count * static_cast<int64_t>(sizeof(Partial));
+  const Workspace sums(bytes);
+  memset(sums.data(), 0, bytes);
+  Partial* const partials = static_cast<Partial*>(sums.data());
+  sum_gradients<T, GradientRows<T, kKind>>(call, map, bands, call.gradient, {partials});
+  store_totals<T>(call, partials, bands.count, kKind == Kind::kSmoothedLabels);
+}
+
+template <class T>
+void forward(const UpsampleCrossEntropyForward& call) {
+  if (call.gradient)
+    return call.label_smoothing > 0 ? forward_with_gradient<T, Kind::kSmoothedLabels>(call)
+                                    : forward_with_gradient<T, Kind::kLabels>(call);
+  return call.label_smoothing > 0 ? forward<T, Kind::kSmoothedLabels>(call) : forward<T, Kind::kLabels>(call);
 }
 
 }  // namespace
 
 void upsample_cross_entropy_forward(const UpsampleCrossEntropyForward& call) {
-  const bool wide = call.input.dtype == DType::kFloat64;
-  if (call.label_smoothing > 0)
-    return wide ? forward<double, Kind::kSmoothedLabels>(call) : forward<float, Kind::kSmoothedLabels>(call);
-  return wide ? forward<double, Kind::kLabels>(call) : forward<float, Kind::kLabels>(call);
+  return call.input.dtype == DType::kFloat64 ? forward<double>(call) : forward<float>(call);
 }
 
 }  // namespace FASTSEG_ISA

@@ -10,6 +10,10 @@ namespace fastseg {
 
 struct UpsampleCrossEntropyForward : CrossEntropyForward {
   Upsampling grid;
+  // Optional: [N, C, h, w] of T, the gradient of the sum of all pixels' weighted losses. It costs less here than in a
+  // backward pass of its own, which has to make the probabilities again; statistics are then not asked for: [2, 0,
+  // ...].
+  Tensor gradient;
   // [3, N, C] of T, dense: sums over the pixels of an image that aren't ignored, with P = softmax of a pixel:
   // sum(P [label = c]), sum(P), and the number of pixels with label c; or [0, N, C] where they aren't asked for.
   Tensor overlap;

@@ -20,6 +20,7 @@ from fastseg.functional._checks import (
 )
 from fastseg.functional._cross_entropy import cross_entropy, reduce_pixels, why_plain
 from fastseg.ops import upsample_cross_entropy as operator
+from fastseg.ops import upsample_cross_entropy_with_gradient as with_gradient
 
 
 def upsample_cross_entropy(
@@ -87,7 +88,11 @@ def upsample_cross_entropy(
         )
 
     def losses(input: Tensor, target: Tensor, weight: Tensor | None, *options: Any) -> Tensor:
-        return operator.upsample_cross_entropy(input, target, weight, (*options, mode, align_corners))[0]
+        grid = (*options, mode, align_corners)
+        needs_gradient = torch.is_grad_enabled() and input.requires_grad
+        if needs_gradient and with_gradient.serves(input, options[1], with_overlap=False):
+            return with_gradient.upsample_cross_entropy_with_gradient(input, target, weight, grid)
+        return operator.upsample_cross_entropy(input, target, weight, grid)[0]
 
     return reduce_pixels(
         losses, input, target, weight, pixel_weight, ignore_index, reduction, label_smoothing, input.dtype

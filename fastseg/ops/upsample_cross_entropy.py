@@ -75,7 +75,7 @@ def _forward_cpu(
         )
     outputs = _allocate_outputs(input, target, reduction, with_overlap)
     kernels.upsample_cross_entropy_forward(
-        describe(input), describe(target), describe(weight), *map(describe, outputs),
+        describe(input), describe(target), describe(weight), *map(describe, outputs), None,
         ignore_index, REDUCTIONS.index(reduction), label_smoothing,
         MODES.index(mode), align_corners, *_steps(input, target, mode, align_corners), torch.get_num_threads(),
     )  # fmt: skip
@@ -210,7 +210,7 @@ class _UpsampleCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor, grad_overlap: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             # create_graph=True: this gradient will be differentiated itself, which plain PyTorch can.
-            grad_input = _differentiable_gradient(grad_loss, grad_overlap, ctx.saved_tensors[:3], *ctx.options)
+            grad_input = differentiable_gradient(grad_loss, grad_overlap, ctx.saved_tensors[:3], *ctx.options)
         else:
             grad_input = torch.ops.fastseg.upsample_cross_entropy_backward.default(
                 grad_loss, grad_overlap, *ctx.saved_tensors, *ctx.options
@@ -218,16 +218,18 @@ class _UpsampleCrossEntropy(torch.autograd.Function):
         return grad_input, *[None] * 8
 
 
-def _differentiable_gradient(
-    grad_loss: Tensor, grad_overlap: Tensor, tensors: tuple[Tensor, Tensor, Tensor | None],
+def differentiable_gradient(
+    grad_loss: Tensor, grad_overlap: Tensor | None, tensors: tuple[Tensor, Tensor, Tensor | None],
     ignore_index: int, reduction: str, label_smoothing: float, mode: str, align_corners: bool,
 ) -> Tensor:  # fmt: skip
+    """The gradient for input from plain PyTorch, to be differentiated again; grad_overlap is None or empty for none."""
     input, target, weight = tensors
     logits = reference.upsample(input.to(grad_loss.dtype), target.shape[1:], None, mode, align_corners)
     outputs = [reference.cross_entropy(logits, target, weight, ignore_index, reduction, label_smoothing)]
-    if len(grad_overlap) > 0:
+    grads = [grad_loss]
+    if grad_overlap is not None and len(grad_overlap) > 0:
         outputs.append(reference.overlap(logits, target, ignore_index))
-    grads = (grad_loss, grad_overlap)[: len(outputs)]
+        grads.append(grad_overlap)
     return torch.autograd.grad(outputs, input, grads, create_graph=True)[0]
 
 

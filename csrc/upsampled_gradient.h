@@ -1,0 +1,232 @@
+// The transposed upsampling: gradients of an output row's pixels, summed to the input's. It has two steps: an output
+// row is added to the gradients of its two expanded input rows, and these are contracted to the input's columns once
+// all output rows have been added.
+//
+// A task owns a band of input rows, and the output rows that begin there. The row after its last one gets a gradient
+// too, so that bands keep their first row's and that row's gradient, and those are added in the end.
+#pragma once
+
+#include "cross_entropy_terms.h"
+#include "upsampled_rows.h"
+
+namespace fastseg {
+namespace FASTSEG_ISA {
+namespace {
+
+constexpr int kGradientRowsInCache = 4;  // a tile's two expanded input rows, and their gradients
+
+// Classes whose gradients lie side by side: four rows of columns are turned into columns of four classes, which are
+// then summed at once.
+constexpr int kGroup = 4;
+
+struct InputBands {
+  int64_t rows, per_image, count;
+  bool share_rows;  // whether output rows lie between input rows
+
+  InputBands(int64_t images, int64_t height, int64_t output_height, Mode mode)
+      : rows(least(height, most(ceil_div(images * height, kBands), ceil_div(kLeastBandRows * height, output_height)))),
+        per_image(ceil_div(height, rows)),
+        count(images * per_image),
+        share_rows(mode == Mode::kBilinear && height != output_height) {}
+};
+
+// The gradient that a call makes, and what its tasks share.
+template <class T>
+struct GradientSum {
+  const UpsampledMap<T>& map;
+  const InputBands& bands;
+  const Tensor& gradient;  // [N, C, h, w], any strides
+  T* edges;                // [bands][2]: the gradients of each band's first row, and of the one after its last
+
+  // Of the gradient of an input row: [groups of classes][width][kGroup].
+  int64_t row_elements() const { return ceil_div(map.classes, kGroup) * map.width * kGroup; }
+  T* edge(int64_t band, int which) const { return edges + (2 * band + which) * row_elements(); }
+  int64_t edge_elements() const { return bands.share_rows ? bands.count * 2 * row_elements() : 0; }
+};
+
+// Where an output row's gradients go to: those of its two expanded input rows, which may be one.
+template <class T>
+class GradientsToRows {
+ public:
+  GradientsToRows(const UpsampledMap<T>& map, const Position<T>& position, T* expanded)
+      : first_(expanded + position.first % 2 * map.row_elements()),
+        second_(expanded + position.second % 2 * map.row_elements()),
+        class_stride_(map.row_stride),
+        first_weight_(broadcast<T>(position.first_weight)),
+        second_weight_(broadcast<T>(position.second_weight)) {}
+
+  FASTSEG_INLINE void operator()(int64_t c, int64_t x, Vec<T> gradient) const {
+    T *const first = first_ + c * class_stride_ + x, *const second = second_ + c * class_stride_ + x;
+    store(first, load(first) + gradient * first_weight_);
+    store(second, load(second) + gradient * second_weight_);
+  }
+
+ private:
+  T *first_, *second_;
+  int64_t class_stride_;
+  Vec<T> first_weight_, second_weight_;
+};
+
+// Adds a group's gradients of expanded columns [x, end), which have the same left column, to its left and right
+// column's.
+template <class T>
+FASTSEG_INLINE void add_columns(const UpsampledMap<T>& map, Int<T> column, typename Quad<T>::type left,
+                                typename Quad<T>::type right, T* gradient) {
+  using Classes = typename Quad<T>::type;
+  const auto add = [&](int64_t to, Classes value) {
+    Classes sum;
+    memcpy(&sum, gradient + to * kGroup, sizeof sum);
+    sum += value;
+    memcpy(gradient + to * kGroup, &sum, sizeof sum);
+  };
+  add(column, left);
+  if (!map.columns.blends) return;
+  const bool same = map.width == map.output_width || column + 1 == map.width;
+  add(same ? column : column + 1, right);
+}
+
+// Adds an expanded row's gradient, of the tile's columns [begin, begin + count), to the input row's.
+template <class T>
+void contract(const UpsampledMap<T>& map, const T* expanded, int64_t begin, int64_t count, T* gradient) {
+  using Classes = typename Quad<T>::type;
+  const Int<T>* const left = map.columns.left + begin;
+  const T *left_weight = map.columns.left_weight + begin, *right_weight = map.columns.right_weight + begin;
+  for (int64_t c = 0; c < map.classes; c += kGroup, gradient += map.width * kGroup) {
+    Classes left_sum = {}, right_sum = {};
+    Int<T> column = left[0];
+    for (int64_t x = 0; x < count; x += kGroup) {
+      Classes quad[kGroup];
+      for (int i = 0; i < kGroup; ++i)  // beyond the last class, that one again
+        memcpy(&quad[i], expanded + least(c + i, map.classes - 1) * map.row_stride + x, sizeof quad[i]);
+      transpose4<T>(quad);
+      for (int i = 0; i < kGroup && x + i < count; ++i) {
+        if (left[x + i] != column) {
+          add_columns(map, column, left_sum, right_sum, gradient);
+          left_sum = right_sum = Classes{};
+          column = left[x + i];
+        }
+        left_sum += quad[i] * left_weight[x + i];
+        right_sum += quad[i] * right_weight[x + i];
+      }
+    }
+    add_columns(map, column, left_sum, right_sum, gradient);
+  }
+}
+
+template <class T>
+void store_row(const GradientSum<T>& sum, int64_t image, int64_t y, const T* row) {
+  const Tensor& gradient = sum.gradient;
+  const int64_t classes = sum.map.classes, width = sum.map.width;
+  for (int64_t c = 0; c < classes; c += kGroup)
+    unpack(row + c * width, kGroup, width, least(kGroup, classes - c),
+           at_mutable(gradient, image * gradient.stride[0] + c * gradient.stride[1] + y * gradient.stride[2]),
+           gradient.dtype, gradient.stride[3], gradient.stride[1]);
+}
+
+// The first output row that is made of input row y and later ones.
+template <class T>
+int64_t first_output_row(const UpsampledMap<T>& map, int64_t y) {
+  int64_t low = 0, high = map.output_height;
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    if (map.rows[middle].first < y)
+      low = middle + 1;
+    else
+      high = middle;
+  }
+  return low;
+}
+
+// A band, and one of its tiles.
+struct Place {
+  int64_t band, image, begin, end;  // begin, end: of the band's input rows
+  int64_t column, columns;          // of the output
+};
+
+// Sums the gradients of a tile's columns over the band's output rows into rows, [input rows of the band + 1].
+template <class T, class Work>
+bool sum_tile(const GradientSum<T>& sum, const Place& place, ExpandedRows<T>* source, Work* work, T* expanded,
+              T* rows) {
+  const UpsampledMap<T>& map = sum.map;
+  source->select(place.image, place.column, place.columns);
+  memset(expanded, 0, 2 * map.row_elements() * sizeof(T));
+  int64_t row = place.begin;  // of the input: its gradient and the next row's are being summed
+  const auto finish_row = [&] {
+    T* const done = expanded + row % 2 * map.row_elements();
+    contract(map, done, place.column, place.columns, rows + (row - place.begin) * sum.row_elements());
+    memset(done, 0, map.row_elements() * sizeof(T));
+    ++row;
+  };
+  const int64_t last = first_output_row(map, place.end);
+  for (int64_t y = first_output_row(map, place.begin); y < last; ++y) {
+    while (row < map.rows[y].first) finish_row();
+    const RowPair<T> pair(map, source, map.rows[y]);
+    if (!work->row(place, y, pair, GradientsToRows<T>(map, map.rows[y], expanded))) return false;
+  }
+  while (row < place.end) finish_row();
+  if (sum.bands.share_rows && place.end < map.height) finish_row();
+  return true;
+}
+
+// Work: what is done to an output row. Its static elements(map) is the scratch memory that it takes from pieces.
+template <class T, class Work, class Call>
+bool sum_band(const GradientSum<T>& sum, const Call& call, const typename Work::Shared& shared, int64_t band) {
+  const UpsampledMap<T>& map = sum.map;
+  const auto padded = Pieces<T>::padded;
+  const int64_t rows_elements = (sum.bands.rows + 1) * sum.row_elements();
+  const int64_t elements = padded(ExpandedRows<T>::elements(map)) + padded(2 * map.row_elements()) +
+                           padded(rows_elements) + Work::elements(map);
+  void* const memory = scratch(elements * static_cast<int64_t>(sizeof(T)));
+  if (memory == nullptr) return false;
+  Pieces<T> pieces(memory);
+  ExpandedRows<T> source(map, call.input, pieces.take(ExpandedRows<T>::elements(map)));
+  T* const expanded = pieces.take(2 * map.row_elements());
+  T* const rows = pieces.take(rows_elements);
+  memset(rows, 0, rows_elements * sizeof(T));
+  const int64_t begin = band % sum.bands.per_image * sum.bands.rows;
+  Place place = {band, band / sum.bands.per_image, begin, least(begin + sum.bands.rows, map.height), 0, 0};
+  Work work(call, map, shared, place, &pieces);
+  for (; place.column < map.output_width; place.column += map.tile_columns) {
+    place.columns = least(map.tile_columns, map.output_width - place.column);
+    if (!sum_tile(sum, place, &source, &work, expanded, rows)) return true;
+  }
+  const bool shares_first = sum.bands.share_rows && begin > 0,
+             shares_last = sum.bands.share_rows && place.end < map.height;
+  const int64_t row_bytes = sum.row_elements() * static_cast<int64_t>(sizeof(T));
+  if (shares_first) memcpy(sum.edge(band, 0), rows, row_bytes);
+  for (int64_t y = begin + shares_first; y < place.end; ++y)
+    store_row(sum, place.image, y, rows + (y - begin) * sum.row_elements());
+  if (shares_last) memcpy(sum.edge(band, 1), rows + (place.end - begin) * sum.row_elements(), row_bytes);
+  return true;
+}
+
+// Adds the two gradients of the band's first row.
+template <class T>
+void join_band(const GradientSum<T>& sum, int64_t band) {
+  const int64_t image = band / sum.bands.per_image, begin = band % sum.bands.per_image * sum.bands.rows;
+  if (begin == 0) return;
+  T* const own = sum.edge(band, 0);
+  const T* const other = sum.edge(band - 1, 1);
+  for (int64_t i = 0; i < sum.row_elements(); ++i) own[i] += other[i];
+  store_row(sum, image, begin, own);
+}
+
+// Calls work for every row of every tile and sums the gradients that it keeps. Nothing is stored of a band where it
+// returned false, which is what it does where it met an invalid label.
+template <class T, class Work, class Call>
+void sum_gradients(const Call& call, const UpsampledMap<T>& map, const InputBands& bands, const Tensor& gradient,
+                   const typename Work::Shared& shared) {
+  GradientSum<T> sum = {map, bands, gradient, nullptr};
+  const Workspace edges(sum.edge_elements() * static_cast<int64_t>(sizeof(T)));
+  sum.edges = static_cast<T*>(edges.data());
+  for_each_task(bands.count, call.threads, [&](int64_t band) { return sum_band<T, Work>(sum, call, shared, band); });
+  if (!bands.share_rows || shared.failed(bands.count)) return;
+  for_each_task(bands.count, call.threads, [&](int64_t band) {
+    join_band(sum, band);
+    return true;
+  });
+}
+
+}  // namespace
+}  // namespace FASTSEG_ISA
+}  // namespace fastseg
