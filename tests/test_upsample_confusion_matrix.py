@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from cross_entropy_cases import DTYPES, LABEL_DTYPES, NAN, VIEWS
+from cross_entropy_cases import LABEL_DTYPES, NAN, VIEWS
 from torch import Tensor
 from upsample_cases import (
     GRIDS,
@@ -39,7 +39,7 @@ def check(input: Tensor, target: Tensor, ignore_index: int | None = None, **mode
 
 @pytest.mark.parametrize(("before", "after"), GRIDS.values(), ids=GRIDS)
 @pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_grids(implementation: str, dtype: torch.dtype, mode: dict[str, Any], before: Size, after: Size) -> None:
     input = make((2, 5, *before), dtype)
     check(input, labels_for(input, after), **mode)

@@ -9,7 +9,17 @@ from cross_entropy_cases import DTYPES, INCOMING, LABELS, REDUCTIONS, ROWS, VIEW
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from upsample_cases import GRIDS, LARGE_GRIDS, MODES, Size, check, labels_for, slow_under_the_interpreter, terms_of
+from upsample_cases import (
+    EXAMPLES,
+    GRIDS,
+    LARGE_GRIDS,
+    MODES,
+    Size,
+    check,
+    labels_for,
+    slow_under_the_interpreter,
+    terms_of,
+)
 
 from fastseg import functional, reference
 from fastseg.testing import assert_parity, make, make_labels, values_and_gradients
@@ -36,7 +46,7 @@ def test_large_grids(implementation: str, dtype: torch.dtype, mode: dict[str, An
     check(input, labels_for(input, after, ignore_index=-100), reduction="sum", label_smoothing=0.1, **mode)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=EXAMPLES, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_any_grid(data: st.DataObject) -> None:
     before, after = (tuple(data.draw(st.integers(1, 13), name) for name in "hw") for _ in range(2))
@@ -56,8 +66,8 @@ def test_class_counts(implementation: str, dtype: torch.dtype, layout: str, clas
 
 
 def test_more_classes_than_a_tile_holds(implementation: str) -> None:
-    input = logits((1, 6000, 2, 3))
-    check(input, labels_for(input, (5, 4)))
+    input = logits((1, 6000, 1, 2))
+    check(input, labels_for(input, (2, 3)))
 
 
 @pytest.mark.parametrize("images", [1, 3, 7])
@@ -76,7 +86,7 @@ def test_gradient_keeps_the_layout(implementation: str, dtype: torch.dtype, layo
 
 @pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
 @pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_strided_input(
     implementation: str, dtype: torch.dtype, mode: dict[str, Any], view: Callable[[Tensor], Tensor]
 ) -> None:
@@ -120,7 +130,7 @@ def test_strided_gradient(implementation: str, mode: dict[str, Any], incoming: C
     )
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=EXAMPLES, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_any_strides(data: st.DataObject) -> None:
     sizes = data.draw(st.lists(st.integers(1, 7), min_size=4, max_size=4), "sizes")
@@ -153,7 +163,7 @@ def test_offsets_beyond_32_bits() -> None:
 
 
 @pytest.mark.parametrize(("label_dtype", "ignored"), LABELS.values(), ids=LABELS)
-@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("weight", WEIGHTS.values(), ids=WEIGHTS)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_options(
@@ -220,16 +230,17 @@ EXACT_GRIDS = {
 
 
 @pytest.mark.parametrize(("size", "mode"), EXACT_GRIDS.values(), ids=EXACT_GRIDS)
-@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("weight", [None, torch.tensor([1.0, 0.0, 2.0, 0.5])], ids=["unweighted", "weighted"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
-def test_hard_rows(implementation: str, row: list[float], smoothing: float, size: Size, mode: dict[str, Any]) -> None:
+def test_hard_rows(
+    implementation: str, row: list[float], smoothing: float, weight: Tensor | None, size: Size, mode: dict[str, Any]
+) -> None:
     input = torch.randn(3, 4, 3, 3)  # one ordinary image, one hard in the middle, one in a corner
     input[1, :, 1, 1] = input[2, :, 2, 2] = torch.tensor(row)
     input.requires_grad_()
     target = labels_for(input, size, ignore_index=-100)
     # Losses of pixels alone: of large logits, the error of one number may be zero for plain PyTorch by luck.
-    check(input, target, reduction="none", label_smoothing=smoothing, **mode)
-    weight = torch.tensor([1.0, 0.0, 2.0, 0.5])
     check(input, target, weight, reduction="none", label_smoothing=smoothing, **mode)
 
 

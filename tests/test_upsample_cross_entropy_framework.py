@@ -1,5 +1,6 @@
 """The upsampling operators under torch's machinery: opcheck, compile, export, tracing, fake tensors, autocast."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -294,4 +295,4 @@ def test_without_extension_takes_plain_pytorch_and_says_so(
 
 def test_import_needs_no_gpu_and_no_triton() -> None:
     code = "import fastseg, sys, torch; assert 'triton' not in sys.modules; torch.ops.fastseg.upsample_argmax.default"
-    subprocess.run([sys.executable, "-c", code], check=True, env={"CUDA_VISIBLE_DEVICES": "", "PATH": ""})
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})

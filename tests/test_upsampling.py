@@ -1,4 +1,4 @@
-"""What kernels are told of a grid, against the positions that torch itself reads."""
+"""What kernels are told of a grid, against the positions that torch itself reads on a CPU."""
 
 from typing import Any
 
@@ -34,10 +34,10 @@ def torchs_positions(
     """The same from torch: a ramp, interpolated, is its own positions."""
     # Of float64 maps on CPUs, some of torch's kernels compute the nearest position in float64, others in float32.
     dtype = torch.float32 if mode == "nearest" else torch.float64
-    ramp = torch.arange(before, dtype=dtype).view(1, 1, before, 1)
+    ramp = torch.arange(before, dtype=dtype, device="cpu").view(1, 1, before, 1)
     size = None if after is None else (after, 1)
     factors = None if factor is None else (factor, 1.0)
-    return reference.upsample(ramp, size, factors, mode, align_corners).double().flatten().cpu().numpy()
+    return reference.upsample(ramp, size, factors, mode, align_corners).double().flatten().numpy()
 
 
 def options_of(mode: dict[str, Any]) -> tuple[str, bool]:
