@@ -31,7 +31,8 @@ from triton.runtime.jit import create_function_from_signature
 
 from fastseg.kernels import launch
 from fastseg.kernels.launch import Launch, Plan
-from fastseg.kernels.specimens import SPECIMENS, Specimen, record
+from fastseg.kernels.specimen import Specimen, record
+from fastseg.kernels.specimens import SPECIMENS
 
 DEFAULT = "default"  # the origin of plans that no GPU's table holds
 

@@ -17,7 +17,6 @@ float64, so that two runs are bitwise equal and a mean over 10^8 pixels keeps it
 from __future__ import annotations
 
 import math
-import struct
 from typing import Any, NamedTuple
 
 import torch
@@ -29,13 +28,13 @@ from fastseg.kernels import cross_entropy_rows as rows
 from fastseg.kernels.cross_entropy_pixels import (
     add_classes,
     exp,
+    from_bits,
     label_gradients,
     label_losses,
     load_labels,
-    smoothing_of,
     store_forward,
 )
-from fastseg.kernels.launch import Plan, cdiv, choose, fit, fold, index_type, launch, next_power_of_2
+from fastseg.kernels.launch import Plan, bits_of, cdiv, choose, fit, fold, index_type, launch, next_power_of_2
 
 # ---- parts of both kernels ----
 
@@ -119,10 +118,10 @@ def cross_entropy_forward(
         value, counted = label_losses(
             largest, log_sum, logit, dense_loss, labels, ignored, valid, weight, smoothing_bits, SMOOTHED, ACC
         )
+    at = run * run_length + first + local
     store_forward(
-        largest, log_sum, value, counted, loss, statistics, total_weight, partials, run * run_length + first, inside,
-        pixels, REDUCED, BLOCK_P,
-    )  # fmt: skip
+        largest, log_sum, value, counted, loss, statistics, total_weight, partials, at, inside, pixels, REDUCED
+    )
 
 
 @triton.jit
@@ -137,7 +136,7 @@ def _dense_share(
     """
     classes, exist, pointers = _tile(target, start, target_class, target_pixels, CLASSES, INDEX, BLOCK_C)
     if SMOOTHED:
-        smoothing = smoothing_of(smoothing_bits, ACC)
+        smoothing = from_bits(smoothing_bits, ACC)
     if PROBABILITIES:
         q = tl.load(pointers, exist[:, None] & inside[None, :], other=0).to(ACC)
         if SMOOTHED:
@@ -313,7 +312,7 @@ def _options(
     """What all kernels but the finishing one take."""
     return {
         "input": input, "target": target, "pixels": runs.count * runs.length, "target_pixel": runs.steps[1],
-        "ignore_index": ignore_index, "smoothing_bits": struct.unpack("q", struct.pack("d", label_smoothing))[0],
+        "ignore_index": ignore_index, "smoothing_bits": bits_of(label_smoothing),
         "CLASSES": input.shape[1], "SMOOTHED": label_smoothing > 0, "REDUCED": reduction != "none",
     }  # fmt: skip
 

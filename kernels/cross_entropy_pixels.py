@@ -27,8 +27,8 @@ def load_labels(target, offsets, inside, ignore_index, CLASSES: tl.constexpr):
 
 
 @triton.jit
-def smoothing_of(bits, ACC: tl.constexpr):
-    """The label smoothing, a double that came as its bits: a float argument would be a single."""
+def from_bits(bits, ACC: tl.constexpr):
+    """A double that came as its bits: a float argument would be a single."""
     return bits.to(tl.int64).to(tl.float64, bitcast=True).to(ACC)
 
 
@@ -42,7 +42,7 @@ def label_gradients(
     grad = tl.where(valid, grad, tl.where(ignored, 0.0, float("nan")))
     label_grad = grad
     if SMOOTHED:
-        label_grad *= 1 - smoothing_of(smoothing_bits, ACC)
+        label_grad *= 1 - from_bits(smoothing_bits, ACC)
     if weight is not None:
         label_grad *= tl.load(weight + labels, valid, other=0)
     return tl.where(valid, labels, -1).to(tl.int32), grad, label_grad
@@ -71,23 +71,22 @@ def label_losses(
         counted = tl.load(weight + labels, valid, other=0)
     value = ((largest - logit) + log_sum) * counted
     if SMOOTHED:
-        value = value * (1 - smoothing_of(smoothing_bits, ACC)) + dense_loss
+        value = value * (1 - from_bits(smoothing_bits, ACC)) + dense_loss
     return tl.where(valid, value, tl.where(ignored, 0.0, float("nan"))), counted
 
 
 @triton.jit
 def store_forward(
-    largest, log_sum, value, counted, loss, statistics, total_weight, partials, first_pixel, inside, pixels,
-    REDUCED: tl.constexpr, BLOCK_P: tl.constexpr,
+    largest, log_sum, value, counted, loss, statistics, total_weight, partials, at, inside, pixels,
+    REDUCED: tl.constexpr,
 ):  # fmt: skip
-    """Stores the statistics of pixels from ``first_pixel`` on, and their losses or the sums of them."""
-    at = first_pixel + tl.arange(0, BLOCK_P)
+    """Stores the statistics of the pixels ``at``, and their losses or the sums of them."""
     tl.store(statistics + at, largest, inside)
     tl.store(statistics + pixels + at, log_sum, inside)
     program = tl.program_id(0)
     if REDUCED:
-        tl.store(partials + program, tl.sum(value, 0).to(tl.float64))
-        tl.store(partials + tl.num_programs(0) + program, tl.sum(counted, 0).to(tl.float64))
+        tl.store(partials + program, tl.sum(value).to(tl.float64))
+        tl.store(partials + tl.num_programs(0) + program, tl.sum(counted).to(tl.float64))
     else:
         tl.store(loss + at, value, inside)
         tl.store(total_weight, 0.0, program == 0)  # of no use without a mean, but never left unwritten

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from fastseg.kernels.cross_entropy_pixels import (
     add_classes,
+    from_bits,
     label_losses,
     load_labels,
-    smoothing_of,
     store_forward,
 )
 from fastseg.kernels.launch import Plan, next_power_of_2
@@ -54,7 +54,7 @@ def cross_entropy_forward_rows(
         base_before = base
         largest, total, base = add_classes(logits, largest, total)
         if SMOOTHED:
-            q = smoothing_of(smoothing_bits, ACC) / CLASSES + tl.zeros((BLOCK_C, 1), ACC)
+            q = from_bits(smoothing_bits, ACC) / CLASSES + tl.zeros((BLOCK_C, 1), ACC)
             if weight is not None:
                 q *= tl.load(weight + classes, classes < CLASSES, other=0)[:, None]
             q = tl.where(exist, q, 0.0)
@@ -67,8 +67,8 @@ def cross_entropy_forward_rows(
         largest, log_sum, logit, dense_loss, labels, ignored, valid, weight, smoothing_bits, SMOOTHED, ACC
     )
     store_forward(
-        largest, log_sum, value, counted, loss, statistics, total_weight, partials, first, inside, pixels, REDUCED,
-        BLOCK_P,
+        largest, log_sum, value, counted, loss, statistics, total_weight, partials, first + local, inside, pixels,
+        REDUCED,
     )  # fmt: skip
 
 

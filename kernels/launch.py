@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -175,6 +176,11 @@ def tile_map(pixels: int, height: int, width: int) -> Tiling:
     widths = [1 << bits for bits in range(pixels.bit_length())]
     tilings = [Tiling(wide, cdiv(height, pixels // wide), cdiv(width, wide)) for wide in widths]
     return min(reversed(tilings), key=lambda tiling: tiling.count)
+
+
+def bits_of(number: float) -> int:
+    """A double as a kernel takes it: `fastseg.kernels.cross_entropy_pixels.from_bits` makes the number of it again."""
+    return struct.unpack("q", struct.pack("d", number))[0]
 
 
 def index_type(largest_offset: int) -> tl.dtype:

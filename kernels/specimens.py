@@ -1,8 +1,4 @@
-"""Representative calls of every operator's launchers: what is compiled ahead of time, and what plans are tuned on.
-
-A specimen makes its tensors on a device and gives a function that calls the launcher on them. On CUDA tensors the
-call runs. On meta tensors, which hold no data, `record` tells what it would launch.
-"""
+"""Representative calls of every operator's launchers: what is compiled ahead of time, and what plans are tuned on."""
 
 from __future__ import annotations
 
@@ -10,7 +6,6 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,42 +17,9 @@ from fastseg.kernels import (
     cross_entropy,
     relu_pool2d,
 )
-from fastseg.kernels.launch import Launch, recording
+from fastseg.kernels.specimen import Call, Specimen, describe, fill, make_tensor
+from fastseg.kernels.specimens_upsampling import UPSAMPLING
 from fastseg.ops.conv_relu_pool2d_geometry import Geometry, output_shapes, resolve
-
-Call = Callable[[], tuple[Tensor, ...]]
-
-
-class Specimen(NamedTuple):
-    """A call that stands for many; ``prepare`` gives a function that launches, and returns what the kernels filled."""
-
-    name: str
-    prepare: Callable[[torch.device], Call]
-    tuned: bool  # whether plans are tuned on it: it fills a GPU
-
-
-def record(specimen: Specimen) -> list[Launch]:
-    """What a specimen would launch where nothing is tuned."""
-    with recording():  # what it launches to prepare belongs to other specimens
-        call = specimen.prepare(torch.device("meta"))
-    with recording() as launches:
-        call()
-    return launches
-
-
-def _name(*parts: object) -> str:
-    return " ".join(str(part).removeprefix("torch.") for part in parts if part)
-
-
-def _tensor(sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device, channels_last: bool) -> Tensor:
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    return _normal(torch.empty(sizes, dtype=dtype, device=device, memory_format=layout))
-
-
-def _normal(tensor: Tensor) -> Tensor:
-    """Fills a tensor; not a meta tensor, for which torch would import its compiler: seconds."""
-    return tensor if tensor.is_meta else tensor.normal_()
-
 
 # ---- cross_entropy ----
 
@@ -77,7 +39,7 @@ class _CrossEntropy:
 
     def specimens(self) -> Iterator[Specimen]:
         """Its forward and its backward."""
-        name = _name(
+        name = describe(
             "x".join(map(str, self.sizes)), self.dtype, self.channels_last and "channels_last", self.target,
             self.weighted and "weighted", self.label_smoothing and "smoothed", self.reduction,
         )  # fmt: skip
@@ -86,11 +48,11 @@ class _CrossEntropy:
 
     def tensors(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor]:
         """Input, target, weight, and what forward fills: loss, statistics, total_weight."""
-        input = _tensor(self.sizes, self.dtype, device, self.channels_last)
+        input = make_tensor(self.sizes, self.dtype, device, self.channels_last)
         images, classes, *pixels = self.sizes
         accumulation = torch.float64 if self.dtype == torch.float64 else torch.float32
         if self.target.is_floating_point:
-            target = _tensor(self.sizes, self.target, device, self.channels_last).softmax(1)
+            target = make_tensor(self.sizes, self.target, device, self.channels_last).softmax(1)
         else:
             target = torch.randint(classes, (images, *pixels), dtype=self.target, device=device)
         weight = torch.rand(classes, dtype=accumulation, device=device) if self.weighted else None
@@ -193,7 +155,7 @@ class _Convolution:
 
     def specimens(self) -> Iterator[Specimen]:
         """Its forward, and the gradients of its weight and its input."""
-        name = _name(
+        name = describe(
             "x".join(map(str, self.sizes)), f"to {self.out_channels}", self.dtype,
             self.channels_last and "channels_last", f"kernel {self.kernel}",
             self.stride > 1 and f"stride {self.stride}", self.dilation > 1 and f"dilation {self.dilation}",
@@ -217,11 +179,11 @@ class _Convolution:
         kernel = (self.kernel, self.kernel)
         padding = self.dilation * (self.kernel // 2)
         geometry, _ = resolve(kernel, self.stride, padding, self.dilation, 1, *self.pool, False)
-        input = _tensor(self.sizes, self.dtype, device, self.channels_last)
-        weight = _tensor((self.out_channels, self.sizes[1], *kernel), self.dtype, device, self.channels_last)
-        bias = _normal(torch.empty(self.out_channels, dtype=self.dtype, device=device))
+        input = make_tensor(self.sizes, self.dtype, device, self.channels_last)
+        weight = make_tensor((self.out_channels, self.sizes[1], *kernel), self.dtype, device, self.channels_last)
+        bias = fill(torch.empty(self.out_channels, dtype=self.dtype, device=device))
         pooled, (_, _, height, width) = output_shapes(input.shape, weight.shape, geometry)
-        output = _tensor(pooled, self.dtype, device, self.channels_last)
+        output = make_tensor(pooled, self.dtype, device, self.channels_last)
         positions = torch.empty_like(output, dtype=torch.uint8)
         return geometry, (height, width), (input, weight, bias, output, positions)
 
@@ -246,14 +208,14 @@ class _Convolution:
         """Prepares the call for the gradients of weight and bias, by running forward."""
         geometry, convolved, (input, weight, bias, output, positions) = self.tensors(device)
         conv_relu_pool2d.forward(input, weight, bias, output, positions, convolved, geometry)
-        saved, grad_output = (positions, input, weight), _normal(torch.empty_like(output))
+        saved, grad_output = (positions, input, weight), fill(torch.empty_like(output))
         return lambda: conv_relu_pool2d_backward.backward_weight(grad_output, *saved, convolved, True, geometry)
 
     def backward_input(self, device: torch.device) -> Call:
         """Prepares the call for the gradient of the input, by running forward."""
         geometry, convolved, (input, weight, bias, output, positions) = self.tensors(device)
         conv_relu_pool2d.forward(input, weight, bias, output, positions, convolved, geometry)
-        grad_output, grad_input = _normal(torch.empty_like(output)), torch.empty_like(input)
+        grad_output, grad_input = fill(torch.empty_like(output)), torch.empty_like(input)
 
         def call() -> tuple[Tensor, ...]:
             conv_relu_pool2d_backward.backward_input(grad_output, positions, weight, grad_input, convolved, geometry)
@@ -292,7 +254,7 @@ class _Pooling:
 
     def specimens(self) -> Iterator[Specimen]:
         """Its forward and its backward."""
-        name = _name(
+        name = describe(
             "x".join(map(str, self.sizes)), self.dtype, self.channels_last and "channels_last", f"pool {self.pool}",
             self.with_skip and "skip",
         )  # fmt: skip
@@ -302,10 +264,10 @@ class _Pooling:
     def tensors(self, device: torch.device) -> tuple[Geometry, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
         """The geometry, and the convolution's output, bias, output, positions and skip."""
         geometry, _ = resolve((1, 1), 1, 0, 1, 1, *self.pool, False)
-        convolved = _tensor(self.sizes, self.dtype, device, self.channels_last)
-        bias = _normal(torch.empty(self.sizes[1], dtype=self.dtype, device=device))
+        convolved = make_tensor(self.sizes, self.dtype, device, self.channels_last)
+        bias = fill(torch.empty(self.sizes[1], dtype=self.dtype, device=device))
         pooled, _ = output_shapes(convolved.shape, (self.sizes[1], self.sizes[1], 1, 1), geometry)
-        output = _tensor(pooled, self.dtype, device, self.channels_last)
+        output = make_tensor(pooled, self.dtype, device, self.channels_last)
         skip = torch.empty_like(convolved) if self.with_skip else None
         return geometry, convolved, bias, output, torch.empty_like(output, dtype=torch.uint8), skip
 
@@ -323,8 +285,8 @@ class _Pooling:
         """Prepares the backward call, by running forward."""
         geometry, convolved, bias, output, positions, skip = self.tensors(device)
         relu_pool2d.forward(convolved, bias, output, positions, skip, geometry)
-        grad_output, grad_convolved = _normal(torch.empty_like(output)), torch.empty_like(convolved)
-        grad_skip = None if skip is None else _normal(torch.empty_like(skip))
+        grad_output, grad_convolved = fill(torch.empty_like(output)), torch.empty_like(convolved)
+        grad_skip = None if skip is None else fill(torch.empty_like(skip))
 
         def call() -> tuple[Tensor, ...]:
             saved = (positions, skip, grad_skip)
@@ -350,4 +312,4 @@ _POOLINGS = [
 
 
 _CASES: tuple[_CrossEntropy | _Convolution | _Pooling, ...] = (*_CROSS_ENTROPY, *_CONVOLUTIONS, *_POOLINGS)
-SPECIMENS: list[Specimen] = [specimen for case in _CASES for specimen in case.specimens()]
+SPECIMENS: list[Specimen] = [*(specimen for case in _CASES for specimen in case.specimens()), *UPSAMPLING]

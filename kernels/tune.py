@@ -29,7 +29,8 @@ from triton.testing import do_bench
 from fastseg.kernels import launch
 from fastseg.kernels.compile import compile_jobs, describe_plan, make_job, target_name
 from fastseg.kernels.launch import Plan
-from fastseg.kernels.specimens import SPECIMENS, Call, Specimen, record
+from fastseg.kernels.specimen import Call, Specimen, record
+from fastseg.kernels.specimens import SPECIMENS
 
 BUDGET_SECONDS = 420.0  # of a whole run; every bucket gets an equal share of what is left
 LEAST_GAIN = 0.02  # a plan must be faster than the default by this share: less is noise

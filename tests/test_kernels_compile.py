@@ -19,7 +19,8 @@ if INTERPRETED:
 from fastseg.kernels import compile, launch  # noqa: E402
 from fastseg.kernels.compile import Row  # noqa: E402
 from fastseg.kernels.launch import Plan  # noqa: E402
-from fastseg.kernels.specimens import SPECIMENS, Specimen, record  # noqa: E402
+from fastseg.kernels.specimen import Specimen, record  # noqa: E402
+from fastseg.kernels.specimens import SPECIMENS  # noqa: E402
 
 HOPPER = compile.parse_target("cuda:90")
 HOPPER_SHARED_BYTES = 227 * 1024  # of a program, of a multiprocessor's 228 KiB (CUDA C++ programming guide)

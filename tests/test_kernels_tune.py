@@ -18,7 +18,8 @@ if INTERPRETED:
 
 from fastseg.kernels import compile, launch, tune  # noqa: E402
 from fastseg.kernels.launch import Plan  # noqa: E402
-from fastseg.kernels.specimens import SPECIMENS, Specimen  # noqa: E402
+from fastseg.kernels.specimen import Specimen  # noqa: E402
+from fastseg.kernels.specimens import SPECIMENS  # noqa: E402
 
 DEFAULT = Plan({"BLOCK_P": 64, "BLOCK_O": 16}, num_warps=4, num_stages=2)
 TARGET = compile.parse_target("cuda:90")

@@ -1,0 +1,146 @@
+"""Representative calls of the upsampling operators' launchers; see `fastseg.kernels.specimens`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from fastseg.kernels import upsample_argmax, upsample_confusion_matrix, upsample_cross_entropy
+from fastseg.kernels.specimen import Call, Specimen, describe, make_tensor
+from fastseg.ops.upsample_cross_entropy import OVERLAP_SUMS
+from fastseg.ops.upsampling import steps
+
+
+@dataclasses.dataclass(frozen=True)
+class _Upsampling:
+    """Logits of a size and dtype, the output's height and width, and the arguments of the operators."""
+
+    sizes: tuple[int, int, int, int]
+    out: tuple[int, int]
+    dtype: torch.dtype = torch.bfloat16
+    channels_last: bool = False
+    mode: str = "bilinear"
+    align_corners: bool = False
+    target: torch.dtype = torch.int64
+    weighted: bool = False
+    label_smoothing: float = 0.0
+    reduction: str = "mean"
+    with_overlap: bool = False
+    tuned: bool = False
+
+    def specimens(self) -> Iterator[Specimen]:
+        """Its loss, forward and backward, and its predictions, stored and counted."""
+        name = describe(
+            "x".join(map(str, self.sizes)), "to", "x".join(map(str, self.out)), self.dtype,
+            self.channels_last and "channels_last", self.mode, self.align_corners and "align_corners", self.target,
+            self.weighted and "weighted", self.label_smoothing and "smoothed", self.reduction,
+            self.with_overlap and "overlap",
+        )  # fmt: skip
+        yield Specimen(f"upsample_cross_entropy {name} forward", self.forward, self.tuned)
+        yield Specimen(f"upsample_cross_entropy {name} backward", self.backward, self.tuned)
+        yield Specimen(f"upsample_argmax {name} forward", self.argmax, self.tuned)
+        yield Specimen(f"upsample_confusion_matrix {name} forward", self.confusion_matrix, self.tuned)
+
+    @property
+    def _grid(self) -> tuple[str, bool, tuple[float, float]]:
+        step = steps(self.sizes[2:], self.out, self.mode, self.align_corners)
+        return self.mode, self.align_corners, step
+
+    def tensors(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None, list[Tensor]]:
+        """Input, target, weight, and what forward fills: loss, statistics, total_weight and overlap."""
+        input = make_tensor(self.sizes, self.dtype, device, self.channels_last)
+        images, classes, _, _ = self.sizes
+        target = torch.randint(classes, (images, *self.out), dtype=self.target, device=device)
+        accumulation = torch.float64 if self.dtype == torch.float64 else torch.float32
+        weight = torch.rand(classes, dtype=accumulation, device=device) if self.weighted else None
+        statistics = torch.empty((2, images, *self.out), dtype=accumulation, device=device)
+        total_weight = statistics.new_empty(())
+        loss = torch.empty_like(statistics[0] if self.reduction == "none" else total_weight)
+        overlap = statistics.new_empty((OVERLAP_SUMS * self.with_overlap, images, classes))
+        return input, target, weight, [loss, statistics, total_weight, overlap]
+
+    def forward(self, device: torch.device) -> Call:
+        """Prepares the loss."""
+        input, target, weight, outputs = self.tensors(device)
+        options = (-100, self.reduction, self.label_smoothing, *self._grid)
+
+        def call() -> tuple[Tensor, ...]:
+            upsample_cross_entropy.forward(input, target, weight, *outputs, *options)
+            return tuple(outputs)
+
+        return call
+
+    def backward(self, device: torch.device) -> Call:
+        """Prepares the loss' gradient, by running forward."""
+        input, target, weight, (loss, statistics, total_weight, overlap) = self.tensors(device)
+        options = (-100, self.reduction, self.label_smoothing, *self._grid)
+        upsample_cross_entropy.forward(input, target, weight, loss, statistics, total_weight, overlap, *options)
+        grads, grad_input = (torch.ones_like(loss), torch.ones_like(overlap)), torch.empty_like(input)
+
+        def call() -> tuple[Tensor, ...]:
+            saved = (input, target, weight, statistics, total_weight)
+            upsample_cross_entropy.backward(*grads, *saved, grad_input, *options)
+            return (grad_input,)
+
+        return call
+
+    def argmax(self, device: torch.device) -> Call:
+        """Prepares the prediction, with confidence where the loss would have overlap."""
+        input = make_tensor(self.sizes, self.dtype, device, self.channels_last)
+        labels = torch.empty((self.sizes[0], *self.out), dtype=self.target, device=device)
+        confidence = input.new_empty((self.sizes[0] * self.with_overlap, *self.out))
+
+        def call() -> tuple[Tensor, ...]:
+            upsample_argmax.forward(input, labels, confidence, *self._grid)
+            return labels, confidence
+
+        return call
+
+    def confusion_matrix(self, device: torch.device) -> Call:
+        """Prepares the confusion matrix; with an ignored label where there are class weights."""
+        input, target, _, _ = self.tensors(device)
+        counts = torch.zeros(self.sizes[1] ** 2 + 1, dtype=torch.int64, device=device)
+
+        def call() -> tuple[Tensor, ...]:
+            upsample_confusion_matrix.forward(
+                input, target, counts.zero_(), 255 if self.weighted else None, *self._grid
+            )
+            return (counts,)
+
+        return call
+
+
+_CASES = [
+    # Each bucket's: an interval has four pixels, or two, in each direction or in one.
+    _Upsampling((16, 150, 128, 128), (512, 512), tuned=True),
+    _Upsampling((16, 19, 128, 256), (512, 1024), with_overlap=True, tuned=True),
+    _Upsampling((16, 19, 256, 256), (512, 512), tuned=True),
+    _Upsampling((16, 19, 256, 256), (512, 256), with_overlap=True),
+    _Upsampling((4, 21, 512, 512), (256, 256), weighted=True, label_smoothing=0.1, with_overlap=True),
+    _Upsampling((2, 19, 128, 128), (512, 512), torch.float64, weighted=True, label_smoothing=0.1, with_overlap=True),
+    _Upsampling((2, 19, 128, 128), (512, 512), torch.float64),
+    _Upsampling((2, 19, 256, 256), (512, 512), torch.float64, weighted=True, label_smoothing=0.1, with_overlap=True),
+    _Upsampling((2, 19, 256, 256), (512, 256), torch.float64, weighted=True, label_smoothing=0.1, with_overlap=True),
+    _Upsampling((2, 19, 512, 512), (256, 256), torch.float64, weighted=True, label_smoothing=0.1, with_overlap=True),
+    # What else changes the code: other dtypes, layouts, grids and arguments.
+    _Upsampling((8, 150, 128, 128), (512, 512), channels_last=True, target=torch.uint8, with_overlap=True),
+    _Upsampling((8, 150, 128, 128), (512, 512), torch.float32, weighted=True, reduction="none"),
+    _Upsampling((8, 150, 128, 128), (512, 512), torch.float32, weighted=True, label_smoothing=0.1, with_overlap=True),
+    _Upsampling(
+        (8, 150, 128, 128), (512, 512), weighted=True, label_smoothing=0.1, reduction="none", with_overlap=True
+    ),
+    _Upsampling((8, 150, 128, 128), (512, 512), mode="nearest", target=torch.int32, label_smoothing=0.1),
+    _Upsampling((8, 19, 65, 129), (512, 1024), torch.float16, align_corners=True, label_smoothing=0.1),
+    _Upsampling((8, 2, 256, 256), (512, 512), torch.float16, target=torch.int16, reduction="sum"),
+    # Sizes: rows alone grow, intervals of many pixels, odd ratios, one logit, a small map, offsets past 2^31.
+    _Upsampling((4, 19, 64, 512), (512, 512), with_overlap=True),
+    _Upsampling((4, 21, 16, 16), (512, 512)),
+    _Upsampling((3, 21, 97, 129), (333, 501), torch.float32),
+    _Upsampling((2, 5, 1, 1), (20, 20)),
+    _Upsampling((1, 19, 4, 4), (16, 16)),
+    _Upsampling((1, 150, 5000, 4000), (20000, 16000), with_overlap=True, label_smoothing=0.1),
+]
+UPSAMPLING = [specimen for case in _CASES for specimen in case.specimens()]

@@ -1,0 +1,99 @@
+"""upsample_argmax's Triton kernel: the class of the largest interpolated logit, and its softmax value."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastseg.kernels.cross_entropy_pixels import exp
+from fastseg.kernels.launch import Plan, cdiv, choose, launch
+from fastseg.kernels.upsampling import (
+    GRID_ARGUMENTS,
+    axes_of,
+    bucket_of,
+    grid_of,
+    groups_of,
+    in_planes,
+    index_of,
+    interpolate,
+    load_taps,
+    locate_groups,
+    pixels_of,
+    plans_of,
+    tap_offsets,
+)
+
+
+@triton.jit
+def predict(
+    input, class_stride, row_taps, column_taps, some, row_weights, column_weights,
+    CLASSES: tl.constexpr, GRID: tl.constexpr, ACC: tl.constexpr, BLOCK_G: tl.constexpr,
+):  # fmt: skip
+    """The largest logits of groups' pixels and their classes, of equal ones the first, of NaN the first, too."""
+    largest = tl.full((GRID.group[0], GRID.group[1], BLOCK_G), float("-inf"), ACC)
+    label = tl.zeros((GRID.group[0], GRID.group[1], BLOCK_G), tl.int32)
+    for index in range(CLASSES):
+        taps = load_taps(input + tl.cast(index, tl.int64) * class_stride, row_taps, column_taps, some, GRID, ACC)
+        logits = interpolate(taps, row_weights, column_weights, GRID)
+        larger = ((logits <= largest) == 0) & (largest == largest)  # a NaN is larger, and nothing than a NaN
+        largest, label = tl.where(larger, logits, largest), tl.where(larger, index, label)
+    return largest, label
+
+
+@triton.jit(do_not_specialize=[*GRID_ARGUMENTS, "column_groups", "blocks"])
+def upsample_argmax_forward(
+    input, labels, confidence,
+    height, width, out_height, out_width, row_step, column_step, row_passes, column_passes, column_groups, blocks,
+    input_strides,
+    CLASSES: tl.constexpr, GRID: tl.constexpr, INDEX: tl.constexpr, BLOCK_G: tl.constexpr,
+):  # fmt: skip
+    """Labels of all pixels, and where ``confidence`` is given their softmax values."""
+    ACC: tl.constexpr = tl.float64 if input.dtype.element_ty == tl.float64 else tl.float32
+    rows, columns = axes_of(
+        height, width, out_height, out_width, row_step, column_step, row_passes, column_passes, GRID, ACC
+    )
+    image, row_intervals, opened_rows, column_intervals, opened_columns = locate_groups(
+        tl.program_id(0), blocks, column_groups, rows, columns, GRID, BLOCK_G
+    )
+    out_rows, out_columns, inside, row_weights, column_weights, some = pixels_of(opened_rows, opened_columns)
+    row_taps = tap_offsets(row_intervals, height, input_strides[2], GRID, INDEX)
+    column_taps = tap_offsets(column_intervals, width, input_strides[3], GRID, INDEX)
+    input += image * input_strides[0]
+    largest, label = predict(
+        input, input_strides[1], row_taps, column_taps, some, row_weights, column_weights, CLASSES, GRID, ACC,
+        BLOCK_G,
+    )  # fmt: skip
+    at = image * out_height * out_width + (out_rows.to(INDEX) * out_width + out_columns)
+    tl.store(labels + at, label, inside)
+    if confidence is not None:
+        total = tl.zeros((GRID.group[0], GRID.group[1], BLOCK_G), ACC)
+        for index in range(CLASSES):
+            pointer = input + tl.cast(index, tl.int64) * input_strides[1]
+            taps = load_taps(pointer, row_taps, column_taps, some, GRID, ACC)
+            total += exp(interpolate(taps, row_weights, column_weights, GRID) - largest)
+        tl.store(confidence + at, 1 / total, inside)
+
+
+# ---- launcher ----
+
+# Not measured on a GPU yet.
+PLANS = plans_of({1: {}, 2: {}, 4: {}, 8: {}}, Plan({"BLOCK_G": 128}))
+
+
+def forward(
+    input: Tensor, labels: Tensor, confidence: Tensor, mode: str, align_corners: bool, steps: tuple[float, float]
+) -> None:
+    """Fills labels and confidence, which is empty where it isn't wanted; see `fastseg.ops.upsample_argmax`."""
+    input = in_planes(input)
+    grid, arguments = grid_of(input.shape[2:], labels.shape[1:], mode, align_corners, steps)
+    down, across = groups_of(grid, arguments)
+    bucket = bucket_of(grid, input)
+    plan = choose(upsample_argmax_forward, bucket, PLANS, input.device)
+    blocks = cdiv(down * across, plan.tile["BLOCK_G"])
+    arguments |= {
+        "input": input, "labels": labels, "confidence": confidence if len(confidence) > 0 else None,
+        "column_groups": across, "blocks": blocks, "input_strides": input.stride(), "CLASSES": input.shape[1],
+        "INDEX": index_of(labels.shape, input),
+    }  # fmt: skip
+    launch(upsample_argmax_forward, bucket, plan, input.shape[0] * blocks, input.device, arguments)

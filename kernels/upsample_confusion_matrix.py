@@ -1,0 +1,88 @@
+"""upsample_confusion_matrix's Triton kernel: predictions of groups of pixels, counted where they are made."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastseg.kernels.launch import cdiv, choose, launch
+from fastseg.kernels.upsample_argmax import PLANS, predict
+from fastseg.kernels.upsampling import (
+    GRID_ARGUMENTS,
+    axes_of,
+    bucket_of,
+    grid_of,
+    groups_of,
+    in_planes,
+    index_of,
+    locate_groups,
+    pixels_of,
+    tap_offsets,
+)
+
+# Cells of the matrix that a program counts by itself, before it sends each other pixel's one to memory: most of its
+# pixels, which lie side by side, are of few cells, and additions to the same address wait for each other.
+OWN_CELLS = tl.constexpr(2)
+
+
+@triton.jit(do_not_specialize=[*GRID_ARGUMENTS, "column_groups", "blocks", "ignore_index"])
+def upsample_confusion_matrix_forward(
+    input, target, counts,
+    height, width, out_height, out_width, row_step, column_step, row_passes, column_passes, column_groups, blocks,
+    input_strides, target_strides, ignore_index,
+    CLASSES: tl.constexpr, IGNORES: tl.constexpr, GRID: tl.constexpr, INDEX: tl.constexpr, BLOCK_G: tl.constexpr,
+):  # fmt: skip
+    """Adds pixels to counts [CLASSES * CLASSES + 1], those of labels outside the classes to the last.
+
+    Whole numbers add up to the same in any order.
+    """
+    ACC: tl.constexpr = tl.float64 if input.dtype.element_ty == tl.float64 else tl.float32
+    rows, columns = axes_of(
+        height, width, out_height, out_width, row_step, column_step, row_passes, column_passes, GRID, ACC
+    )
+    image, row_intervals, opened_rows, column_intervals, opened_columns = locate_groups(
+        tl.program_id(0), blocks, column_groups, rows, columns, GRID, BLOCK_G
+    )
+    out_rows, out_columns, inside, row_weights, column_weights, some = pixels_of(opened_rows, opened_columns)
+    row_taps = tap_offsets(row_intervals, height, input_strides[2], GRID, INDEX)
+    column_taps = tap_offsets(column_intervals, width, input_strides[3], GRID, INDEX)
+    input += image * input_strides[0]
+    _, prediction = predict(
+        input, input_strides[1], row_taps, column_taps, some, row_weights, column_weights, CLASSES, GRID, ACC,
+        BLOCK_G,
+    )  # fmt: skip
+    offsets = out_rows.to(INDEX) * target_strides[1] + out_columns.to(INDEX) * target_strides[2]
+    labels = tl.load(target + image * target_strides[0] + offsets, inside, other=0).to(tl.int64)
+    valid = (labels >= 0) & (labels < CLASSES)
+    left = inside & (labels != ignore_index) if IGNORES else inside
+    cells = tl.where(valid, labels * CLASSES + prediction, CLASSES * CLASSES).to(tl.int32)
+    for _ in tl.static_range(OWN_CELLS):
+        cell = tl.max(tl.where(left, cells, -1))
+        same = left & (cells == cell)
+        tl.atomic_add(counts + cell, tl.sum(same.to(tl.int64)), cell >= 0, sem="relaxed")
+        left = left & (cells != cell)
+    tl.atomic_add(counts + cells, 1, left, sem="relaxed")
+
+
+# ---- launcher ----
+
+
+def forward(
+    input: Tensor, target: Tensor, counts: Tensor, ignore_index: int | None, mode: str, align_corners: bool,
+    steps: tuple[float, float],
+) -> None:  # fmt: skip
+    """Adds to counts, int64 ``[C * C + 1]``; see `fastseg.ops.upsample_confusion_matrix`."""
+    input = in_planes(input)
+    grid, arguments = grid_of(input.shape[2:], target.shape[1:], mode, align_corners, steps)
+    down, across = groups_of(grid, arguments)
+    bucket = bucket_of(grid, input)
+    plan = choose(upsample_confusion_matrix_forward, bucket, PLANS, input.device)
+    blocks = cdiv(down * across, plan.tile["BLOCK_G"])
+    arguments |= {
+        "input": input, "target": target, "counts": counts, "column_groups": across, "blocks": blocks,
+        "input_strides": input.stride(), "target_strides": target.stride(), "ignore_index": ignore_index or 0,
+        "CLASSES": input.shape[1], "IGNORES": ignore_index is not None,
+        "INDEX": index_of(target.shape, input, target),
+    }  # fmt: skip
+    launch(upsample_confusion_matrix_forward, bucket, plan, input.shape[0] * blocks, input.device, arguments)

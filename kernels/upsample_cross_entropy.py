@@ -1,0 +1,265 @@
+"""upsample_cross_entropy's Triton kernels: forward, and the sums that soft Dice losses need.
+
+Logits z are interpolated where they are needed. With m = max(z) and s = log(sum(exp(z - m))), forward keeps m and s of
+each pixel, and nothing that has both pixels and classes. `fastseg.kernels.upsampling` says what a thread has,
+`fastseg.kernels.cross_entropy` what becomes of labels outside the classes, and how pixels are summed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastseg.kernels.cross_entropy import FINISH_PLANS, cross_entropy_finish
+from fastseg.kernels.cross_entropy_pixels import add_classes, from_bits, label_losses, load_labels, store_forward
+from fastseg.kernels.launch import Plan, bits_of, cdiv, choose, launch, multiprocessors
+from fastseg.kernels.upsample_cross_entropy_backward import backward as backward
+from fastseg.kernels.upsampling import (
+    GRID_ARGUMENTS,
+    Grid,
+    axes_of,
+    bucket_of,
+    class_offsets,
+    clip_classes,
+    grid_of,
+    groups_of,
+    in_planes,
+    index_of,
+    interpolate,
+    load_taps,
+    locate_groups,
+    pixels_of,
+    plans_of,
+    probabilities,
+    tap_offsets,
+)
+
+# ---- forward ----
+
+
+@triton.jit
+def _add_block(
+    state, start, input, weight, smoothing_bits, class_stride, row_taps, column_taps, some, row_weights, column_weights,
+    ACC: tl.constexpr, CLASSES: tl.constexpr, SMOOTHED: tl.constexpr, GRID: tl.constexpr, BLOCK_C: tl.constexpr,
+    WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Adds the classes from ``start`` on, all of which exist where WHOLE, to the sums of pixels.
+
+    They are the largest logit m, sum(exp(z - m)), and, for smoothed labels with the dense share q, sum(q * (z - m)) and
+    sum(q), and last what has been subtracted: m, but finite.
+    """
+    largest, total, spread, share, base = state
+    classes = start + tl.arange(0, BLOCK_C)[:, None, None, None]
+    exist = classes < CLASSES
+    mask = some if WHOLE else exist & some
+    pointers = input + class_offsets(classes, class_stride, CLASSES, tl.int64)
+    taps = load_taps(pointers, row_taps, column_taps, mask, GRID, ACC)
+    logits = interpolate(taps, row_weights, column_weights, GRID)
+    if not WHOLE:
+        logits = tl.where(exist, logits, float("-inf"))
+    base_before = base
+    largest, total, base = add_classes(logits, largest, total)
+    if SMOOTHED:
+        q = tl.where(exist, from_bits(smoothing_bits, ACC) / CLASSES, 0.0)
+        if weight is not None:
+            q *= tl.load(weight + classes, exist, other=0)
+        terms = q * (logits - base)
+        spread += (base_before - base) * share + tl.sum(terms if WHOLE else tl.where(exist, terms, 0.0), 0)
+        share += tl.sum(q, 0)
+    return largest, total, spread, share, base
+
+
+@triton.jit(do_not_specialize=[*GRID_ARGUMENTS, "column_groups", "blocks", "pixels", "ignore_index", "smoothing_bits"])
+def upsample_cross_entropy_forward(
+    input, target, weight, loss, statistics, total_weight, partials,
+    height, width, out_height, out_width, row_step, column_step, row_passes, column_passes, column_groups, blocks,
+    pixels, input_strides, target_strides, ignore_index, smoothing_bits,
+    CLASSES: tl.constexpr, SMOOTHED: tl.constexpr, REDUCED: tl.constexpr, GRID: tl.constexpr, INDEX: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr,
+):  # fmt: skip
+    """Statistics of each pixel, and its loss, or the program's sums of losses and weights."""
+    ACC: tl.constexpr = statistics.dtype.element_ty
+    rows, columns = axes_of(
+        height, width, out_height, out_width, row_step, column_step, row_passes, column_passes, GRID, ACC
+    )
+    image, row_intervals, opened_rows, column_intervals, opened_columns = locate_groups(
+        tl.program_id(0), blocks, column_groups, rows, columns, GRID, BLOCK_G
+    )
+    out_rows, out_columns, inside, row_weights, column_weights, some = pixels_of(opened_rows, opened_columns)
+    input += image * input_strides[0]
+    row_taps = tap_offsets(row_intervals, height, input_strides[2], GRID, INDEX)
+    column_taps = tap_offsets(column_intervals, width, input_strides[3], GRID, INDEX)
+
+    zeros = tl.zeros((GRID.group[0], GRID.group[1], BLOCK_G), ACC)
+    state = zeros + float("-inf"), zeros, zeros, zeros, zeros
+    WHOLE: tl.constexpr = CLASSES // BLOCK_C * BLOCK_C
+    for start in range(0, WHOLE, BLOCK_C):
+        state = _add_block(
+            state, start, input, weight, smoothing_bits, input_strides[1], row_taps, column_taps, some, row_weights,
+            column_weights, ACC, CLASSES, SMOOTHED, GRID, BLOCK_C, True,
+        )  # fmt: skip
+    if WHOLE < CLASSES:
+        state = _add_block(
+            state, WHOLE, input, weight, smoothing_bits, input_strides[1], row_taps, column_taps, some, row_weights,
+            column_weights, ACC, CLASSES, SMOOTHED, GRID, BLOCK_C, False,
+        )  # fmt: skip
+    largest, total, spread, share, base = state
+    log_sum = tl.log(total)
+
+    target += image * target_strides[0]
+    offsets = out_rows.to(INDEX) * target_strides[1] + out_columns.to(INDEX) * target_strides[2]
+    labels, ignored, valid = load_labels(target, offsets, inside, ignore_index, CLASSES)
+    taps = load_taps(input + labels * input_strides[1], row_taps, column_taps, valid, GRID, ACC)
+    logit = interpolate(taps, row_weights, column_weights, GRID)
+    # largest - base is zero, but for pixels whose logits are all -inf: there it makes NaN, as in log_softmax.
+    dense_loss = share * (log_sum + (largest - base)) - spread
+    value, counted = label_losses(
+        largest, log_sum, logit, dense_loss, labels, ignored, valid, weight, smoothing_bits, SMOOTHED, ACC
+    )
+    at = image * out_height * out_width + (out_rows.to(INDEX) * out_width + out_columns)
+    store_forward(
+        largest, log_sum, value, counted, loss, statistics, total_weight, partials, at, inside, pixels, REDUCED
+    )
+
+
+# ---- the sums of soft Dice losses ----
+
+
+@triton.jit(
+    do_not_specialize=[*GRID_ARGUMENTS, "column_groups", "blocks", "shares", "class_blocks", "pixels", "ignore_index"]
+)
+def upsample_overlap_forward(
+    input, target, statistics, partials,
+    height, width, out_height, out_width, row_step, column_step, row_passes, column_passes, column_groups, blocks,
+    shares, class_blocks, pixels, input_strides, target_strides, ignore_index,
+    CLASSES: tl.constexpr, GRID: tl.constexpr, INDEX: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr,
+):  # fmt: skip
+    """A program's part of sum(P [target = c]), sum(P) and |{target = c}|, in double [images, shares, 3, CLASSES].
+
+    It has some classes of every ``shares``-th block of an image's groups.
+    """
+    ACC: tl.constexpr = statistics.dtype.element_ty
+    rows, columns = axes_of(
+        height, width, out_height, out_width, row_step, column_step, row_passes, column_passes, GRID, ACC
+    )
+    program = tl.program_id(0)
+    row = program // class_blocks
+    image = (row // shares).to(tl.int64)
+    classes = program % class_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    exist = (classes < CLASSES)[:, None, None, None]
+    input += image * input_strides[0]
+    pointers = input + class_offsets(classes[:, None, None, None], input_strides[1], CLASSES, tl.int64)
+    target += image * target_strides[0]
+    statistics += image * out_height * out_width
+    intersection = tl.zeros((BLOCK_C, BLOCK_G), tl.float64)
+    predicted = tl.zeros((BLOCK_C, BLOCK_G), tl.float64)
+    labelled = tl.zeros((BLOCK_C, BLOCK_G), tl.int32)
+    for block in range(row % shares, blocks, shares):
+        _, row_intervals, opened_rows, column_intervals, opened_columns = locate_groups(
+            block, blocks, column_groups, rows, columns, GRID, BLOCK_G
+        )
+        out_rows, out_columns, inside, row_weights, column_weights, some = pixels_of(opened_rows, opened_columns)
+        offsets = out_rows.to(INDEX) * target_strides[1] + out_columns.to(INDEX) * target_strides[2]
+        labels, ignored, valid = load_labels(target, offsets, inside, ignore_index, CLASSES)
+        row_taps = tap_offsets(row_intervals, height, input_strides[2], GRID, INDEX)
+        column_taps = tap_offsets(column_intervals, width, input_strides[3], GRID, INDEX)
+        taps = load_taps(pointers, row_taps, column_taps, exist & some, GRID, ACC)
+        logits = interpolate(taps, row_weights, column_weights, GRID)
+        at = out_rows.to(INDEX) * out_width + out_columns
+        probability = probabilities(logits, statistics, at, pixels, ignored == 0)
+        probability = tl.where(valid | ignored, probability, float("nan"))  # a label outside the classes
+        hit = (classes[:, None, None, None] == labels) & (ignored == 0)
+        predicted += tl.sum(tl.sum(probability, 1), 1)
+        intersection += tl.sum(tl.sum(tl.where(hit, probability, 0.0), 1), 1)
+        labelled += tl.sum(tl.sum(hit.to(tl.int32), 1), 1)
+    at = partials + row.to(tl.int64) * (3 * CLASSES) + classes  # 3 sums
+    tl.store(at, tl.sum(intersection, 1), classes < CLASSES)
+    tl.store(at + CLASSES, tl.sum(predicted, 1), classes < CLASSES)
+    tl.store(at + 2 * CLASSES, tl.sum(labelled, 1), classes < CLASSES)
+
+
+@triton.jit(do_not_specialize=["shares", "images", "sums"])
+def upsample_overlap_finish(partials, overlap, shares, images, sums, CLASSES: tl.constexpr, BLOCK: tl.constexpr):
+    """Overlap [3, images, CLASSES] from the parts [images, shares, 3, CLASSES]."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    kind, image, label = at // (images * CLASSES), at // CLASSES % images, at % CLASSES
+    total = tl.zeros((BLOCK,), tl.float64)
+    for share in range(shares):
+        part = ((image * shares + share) * 3 + kind) * CLASSES + label
+        total += tl.load(partials + part, at < sums, other=0)
+    tl.store(overlap + at, total, at < sums)
+
+
+# ---- launchers ----
+
+
+# Not measured on a GPU yet.
+CLASSES_AT_A_TIME = {1: {"BLOCK_C": 16}, 2: {"BLOCK_C": 16}, 4: {"BLOCK_C": 8}, 8: {"BLOCK_C": 8}}
+FORWARD_PLANS = plans_of(CLASSES_AT_A_TIME, Plan({"BLOCK_G": 128}))
+OVERLAP_PLANS = plans_of(CLASSES_AT_A_TIME, Plan({"BLOCK_G": 128}))
+OVERLAP_FINISH_PLANS = {"all": Plan({"BLOCK": 128})}
+SHARES_PER_MULTIPROCESSOR = 4  # programs of the overlap's sums; each goes over many blocks
+
+
+def forward(
+    input: Tensor, target: Tensor, weight: Tensor | None, loss: Tensor, statistics: Tensor, total_weight: Tensor,
+    overlap: Tensor, ignore_index: int, reduction: str, label_smoothing: float,
+    mode: str, align_corners: bool, steps: tuple[float, float],
+) -> None:  # fmt: skip
+    """Fills loss, statistics, total_weight and overlap; see `fastseg.ops.upsample_cross_entropy`."""
+    device, images = input.device, input.shape[0]
+    input = in_planes(input)
+    grid, arguments = grid_of(input.shape[2:], target.shape[1:], mode, align_corners, steps)
+    down, across = groups_of(grid, arguments)
+    bucket = bucket_of(grid, input)
+    plan = clip_classes(choose(upsample_cross_entropy_forward, bucket, FORWARD_PLANS, device), input.shape[1])
+    blocks = cdiv(down * across, plan.tile["BLOCK_G"])
+    programs, reduced = images * blocks, reduction != "none"
+    partials = torch.empty((2, programs), dtype=torch.float64, device=device) if reduced else None
+    arguments |= {
+        "input": input, "target": target, "weight": weight, "loss": loss, "statistics": statistics,
+        "total_weight": total_weight, "partials": partials, "column_groups": across, "blocks": blocks,
+        "pixels": target.numel(), "input_strides": input.stride(), "target_strides": target.stride(),
+        "ignore_index": ignore_index, "smoothing_bits": bits_of(label_smoothing), "CLASSES": input.shape[1],
+        "SMOOTHED": label_smoothing > 0, "REDUCED": reduced,
+        "INDEX": index_of(target.shape, input, target),
+    }  # fmt: skip
+    launch(upsample_cross_entropy_forward, bucket, plan, programs, device, arguments)
+    if reduced:
+        finish = {
+            "partials": partials, "loss": loss, "total_weight": total_weight, "programs": programs,
+            "MEAN": reduction == "mean", "SMOOTHED_LABELS": label_smoothing > 0,
+        }  # fmt: skip
+        finish_plan = choose(cross_entropy_finish, "all", FINISH_PLANS, device)
+        launch(cross_entropy_finish, "all", finish_plan, 1, device, finish)
+    if len(overlap) > 0:
+        _fill_overlap(overlap, grid, arguments)
+
+
+def _fill_overlap(overlap: Tensor, grid: Grid, arguments: dict[str, Any]) -> None:
+    """Launches the kernels for the overlap, when those for the statistics have been."""
+    input, device, (sums, images, classes) = arguments["input"], overlap.device, overlap.shape
+    bucket = bucket_of(grid, input)
+    plan = clip_classes(choose(upsample_overlap_forward, bucket, OVERLAP_PLANS, device), classes)
+    down, across = groups_of(grid, arguments)
+    blocks, class_blocks = cdiv(down * across, plan.tile["BLOCK_G"]), cdiv(classes, plan.tile["BLOCK_C"])
+    programs = SHARES_PER_MULTIPROCESSOR * multiprocessors(device)
+    shares = min(blocks, cdiv(programs, max(images, 1) * class_blocks))
+    partials = torch.empty((images, shares, sums, classes), dtype=torch.float64, device=device)
+    names = [name for name in upsample_overlap_forward.arg_names if name in arguments]
+    of_blocks = {name: arguments[name] for name in names} | {
+        "partials": partials, "blocks": blocks, "shares": shares, "class_blocks": class_blocks,
+    }  # fmt: skip
+    launch(upsample_overlap_forward, bucket, plan, images * shares * class_blocks, device, of_blocks)
+    finish_plan = choose(upsample_overlap_finish, "all", OVERLAP_FINISH_PLANS, device)
+    finish = {
+        "partials": partials, "overlap": overlap, "shares": shares, "images": images, "sums": overlap.numel(),
+        "CLASSES": classes,
+    }  # fmt: skip
+    launch(
+        upsample_overlap_finish, "all", finish_plan, cdiv(overlap.numel(), finish_plan.tile["BLOCK"]), device, finish
+    )

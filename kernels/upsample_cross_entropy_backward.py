@@ -1,0 +1,285 @@
+"""upsample_cross_entropy's backward Triton kernels: a gather, without atomics.
+
+The gradient of an interpolated logit is p * g - (what of g goes to the label), with p = exp(z - m - s). A thread has an
+interval of columns and some classes, and goes down the cells of a segment of rows. For each cell it adds up what its
+pixels give to the four taps. What goes to the lower taps stays for the next cell; what goes to the right ones passes to
+the neighbouring thread; what the left and upper ones then have is the gradient of a row. Programs overlap by a column,
+and segments by a row of cells, so that every sum is one thread's or its neighbour's, in a fixed order.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastseg.kernels.cross_entropy_pixels import from_bits, label_gradients, load_labels
+from fastseg.kernels.launch import Plan, bits_of, cdiv, choose, fit, launch
+from fastseg.kernels.upsampling import (
+    GRID_ARGUMENTS,
+    axes_of,
+    bucket_of,
+    class_offsets,
+    clip_classes,
+    first_positions,
+    grid_of,
+    groups_of,
+    holds,
+    in_planes,
+    index_of,
+    interpolate,
+    load_taps,
+    locate_groups,
+    open_groups,
+    pixels_of,
+    plans_of,
+    probabilities,
+    tap_offsets,
+)
+
+
+@triton.jit
+def _smoothed_share(weight, smoothing_bits, classes, CLASSES: tl.constexpr, ACC: tl.constexpr):
+    """The dense share q of smoothed labels."""
+    q = tl.where(classes < CLASSES, from_bits(smoothing_bits, ACC) / CLASSES, 0.0)
+    if weight is not None:
+        q *= tl.load(weight + classes, classes < CLASSES, other=0)
+    return q
+
+
+@triton.jit
+def _to_taps(gradients, weights, AXIS: tl.constexpr, TAPS: tl.constexpr):
+    """Sums over an axis of a group of what goes to its near and its far tap."""
+    near_weight, far_weight = weights
+    if TAPS == 2:
+        return tl.sum(gradients * near_weight, AXIS), tl.sum(gradients * far_weight, AXIS)
+    else:
+        near = tl.sum(gradients, AXIS)
+        return near, tl.zeros_like(near)
+
+
+@triton.jit(do_not_specialize=[*GRID_ARGUMENTS, "blocks", "class_blocks", "pixels", "ignore_index", "smoothing_bits"])
+def upsample_cross_entropy_backward(
+    grad_loss, grad_overlap, mean_grads, input, target, weight, statistics, total_weight, grad_input,
+    height, width, out_height, out_width, row_step, column_step, row_passes, column_passes, blocks, class_blocks,
+    pixels, grad_loss_strides, grad_overlap_strides, input_strides, target_strides, grad_input_strides,
+    ignore_index, smoothing_bits,
+    CLASSES: tl.constexpr, SMOOTHED: tl.constexpr, REDUCED: tl.constexpr, MEAN: tl.constexpr, GRID: tl.constexpr,
+    INDEX: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr, SEGMENT: tl.constexpr,
+):  # fmt: skip
+    """The gradient of the low-resolution logits: BLOCK_C classes of SEGMENT rows under BLOCK_G intervals."""
+    ACC: tl.constexpr = statistics.dtype.element_ty
+    OVERLAP: tl.constexpr = grad_overlap is not None
+    rows, columns = axes_of(
+        height, width, out_height, out_width, row_step, column_step, row_passes, column_passes, GRID, ACC
+    )
+    HALO_H: tl.constexpr = GRID.taps[0] - 1
+    HALO_W: tl.constexpr = GRID.taps[1] - 1
+    program = tl.program_id(0)
+    classes = program % class_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    block = program // class_blocks
+    image = (block // blocks).to(tl.int64)
+    lanes = tl.arange(0, BLOCK_G)
+    line = block % blocks * (BLOCK_G - HALO_W) + lanes - HALO_W
+    column = line % (width + HALO_W) - HALO_W
+    first_row = line // (width + HALO_W) * SEGMENT - HALO_H
+    grad_input += image * grad_input_strides[0]
+    owned = (lanes >= HALO_W) & (column >= 0)
+
+    exist = classes < CLASSES
+    input += image * input_strides[0]
+    of_classes = class_offsets(classes[:, None, None, None], input_strides[1], CLASSES, INDEX)
+    target += image * target_strides[0]
+    statistics += image * out_height * out_width
+    first_out_column = first_positions(column, columns, GRID)
+    column_taps = tap_offsets(column, width, input_strides[3], GRID, INDEX)
+    columns_hold = holds(first_out_column, column, columns, GRID)
+    grad = tl.zeros((1, 1, 1), ACC)
+    if REDUCED:
+        grad += tl.load(grad_loss).to(ACC)
+        if MEAN:
+            grad /= tl.load(total_weight)
+    else:
+        grad_loss += image * grad_loss_strides[0]
+    if SMOOTHED:
+        share = tl.zeros((1,), ACC)
+        q = _smoothed_share(weight, smoothing_bits, classes, CLASSES, ACC)[:, None, None, None]
+        for start in range(0, CLASSES, BLOCK_C):
+            others = start + tl.arange(0, BLOCK_C)
+            share += tl.sum(_smoothed_share(weight, smoothing_bits, others, CLASSES, ACC), 0)
+    if OVERLAP:
+        of_intersection, of_predicted = load_overlap_grads(
+            grad_overlap + image * grad_overlap_strides[1], classes[:, None, None, None], grad_overlap_strides, CLASSES
+        )
+        mean_grads += image * out_height * out_width
+
+    zeros = tl.zeros((BLOCK_C, BLOCK_G), ACC)
+    near_near, near_far, far_near, far_far = zeros, zeros, zeros, zeros
+    for step in range(SEGMENT + HALO_H):
+        row = first_row + step
+        near_row, far_row, has_far_row = tap_offsets(row, height, input_strides[2], GRID, INDEX)
+        row_taps = of_classes + near_row, of_classes + far_row, has_far_row  # few registers: pointers take two each
+        first_out_row = first_positions(row, rows, GRID)
+        mask = exist[:, None, None, None] & columns_hold & holds(first_out_row, row, rows, GRID)
+        taps = load_taps(input, row_taps, column_taps, mask, GRID, ACC)
+        near_near, near_far, far_near, far_far = far_near, far_far, zeros, zeros
+        for row_pass in range(row_passes):
+            opened_rows = open_groups(first_out_row + row_pass * GRID.group[0], row, rows, GRID, 0)
+            group_row_weights = opened_rows[2]  # [GROUP_H, BLOCK_G]
+            for column_pass in range(column_passes):
+                first = first_out_column + column_pass * GRID.group[1]
+                opened_columns = open_groups(first, column, columns, GRID, 1)
+                out_rows, out_columns, inside, row_weights, column_weights, _ = pixels_of(opened_rows, opened_columns)
+                pixel_grad = grad
+                if not REDUCED:
+                    offsets = out_rows.to(INDEX) * grad_loss_strides[1] + out_columns.to(INDEX) * grad_loss_strides[2]
+                    pixel_grad = tl.load(grad_loss + offsets, inside, other=0).to(ACC)
+                offsets = out_rows.to(INDEX) * target_strides[1] + out_columns.to(INDEX) * target_strides[2]
+                labels, pixel_grad, label_grad = label_gradients(
+                    target, offsets, inside, pixel_grad, weight, ignore_index, smoothing_bits, CLASSES, SMOOTHED, ACC
+                )
+                at = out_rows.to(INDEX) * out_width + out_columns
+                counts = labels >= 0 if OVERLAP else inside
+                logits = interpolate(taps, row_weights, column_weights, GRID)
+                probability = probabilities(logits, statistics, at, pixels, counts)
+                hit = classes[:, None, None, None] == labels
+                gradient = probability * label_grad - tl.where(hit, label_grad, 0.0)
+                if SMOOTHED:
+                    gradient += (probability * share - q) * pixel_grad
+                if OVERLAP:
+                    mean_grad = tl.load(mean_grads + at, counts, other=0)
+                    gradient += probability * ((of_predicted - mean_grad) + tl.where(hit, of_intersection, 0.0))
+                near, far = _to_taps(gradient, column_weights, 2, GRID.taps[1])  # [BLOCK_C, GROUP_H, BLOCK_G]
+                upper, lower = _to_taps(near, group_row_weights, 1, GRID.taps[0])
+                near_near += upper
+                far_near += lower
+                if HALO_W > 0:
+                    upper, lower = _to_taps(far, group_row_weights, 1, GRID.taps[0])
+                    near_far += upper
+                    far_far += lower
+        total = near_near
+        if HALO_W > 0:
+            neighbours = tl.broadcast_to(tl.maximum(lanes - 1, 0)[None, :], (BLOCK_C, BLOCK_G))
+            total += tl.gather(near_far, neighbours, 1)
+        offsets = row.to(INDEX) * grad_input_strides[2] + column.to(INDEX) * grad_input_strides[3]
+        stored = exist[:, None] & owned & (row < height) & (step >= HALO_H)
+        tl.store(grad_input + (classes.to(INDEX)[:, None] * grad_input_strides[1] + offsets), total, stored)
+
+
+# ---- the gradient of the overlap ----
+
+
+@triton.jit
+def load_overlap_grads(grad_overlap, classes, strides, CLASSES: tl.constexpr):
+    """The gradients of sum(P [target = c]) and of sum(P), for an image."""
+    at = grad_overlap + classes * strides[2]
+    exist = classes < CLASSES
+    return tl.load(at, exist, other=0), tl.load(at + strides[0], exist, other=0)
+
+
+@triton.jit
+def _mean_of_block(
+    start, grad_overlap, grad_overlap_strides, input, class_stride, row_taps, column_taps, some, row_weights,
+    column_weights, statistics, at, pixels, counts, labels,
+    ACC: tl.constexpr, CLASSES: tl.constexpr, GRID: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    classes = start + tl.arange(0, BLOCK_C)[:, None, None, None]
+    mask = (classes < CLASSES) & some
+    pointers = input + class_offsets(classes, class_stride, CLASSES, tl.int64)
+    taps = load_taps(pointers, row_taps, column_taps, mask, GRID, ACC)
+    logits = interpolate(taps, row_weights, column_weights, GRID)
+    of_intersection, of_predicted = load_overlap_grads(grad_overlap, classes, grad_overlap_strides, CLASSES)
+    gradient = of_predicted + tl.where(classes == labels, of_intersection, 0.0)
+    terms = probabilities(logits, statistics, at, pixels, counts) * gradient
+    return tl.sum(tl.where(classes < CLASSES, terms, 0.0), 0)
+
+
+@triton.jit(do_not_specialize=[*GRID_ARGUMENTS, "column_groups", "blocks", "pixels", "ignore_index"])
+def upsample_overlap_mean_grads(
+    grad_overlap, input, target, statistics, mean_grads,
+    height, width, out_height, out_width, row_step, column_step, row_passes, column_passes, column_groups, blocks,
+    pixels, grad_overlap_strides, input_strides, target_strides, ignore_index,
+    CLASSES: tl.constexpr, GRID: tl.constexpr, INDEX: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr,
+):  # fmt: skip
+    """For each pixel that counts, the mean under P of the gradients of its probabilities."""
+    ACC: tl.constexpr = statistics.dtype.element_ty
+    rows, columns = axes_of(
+        height, width, out_height, out_width, row_step, column_step, row_passes, column_passes, GRID, ACC
+    )
+    image, row_intervals, opened_rows, column_intervals, opened_columns = locate_groups(
+        tl.program_id(0), blocks, column_groups, rows, columns, GRID, BLOCK_G
+    )
+    out_rows, out_columns, inside, row_weights, column_weights, some = pixels_of(opened_rows, opened_columns)
+    row_taps = tap_offsets(row_intervals, height, input_strides[2], GRID, INDEX)
+    column_taps = tap_offsets(column_intervals, width, input_strides[3], GRID, INDEX)
+    grad_overlap += image * grad_overlap_strides[1]
+    input += image * input_strides[0]
+    target += image * target_strides[0]
+    offsets = out_rows.to(INDEX) * target_strides[1] + out_columns.to(INDEX) * target_strides[2]
+    labels, ignored, _ = load_labels(target, offsets, inside, ignore_index, CLASSES)
+    counts = ignored == 0
+    at = image * out_height * out_width + (out_rows.to(INDEX) * out_width + out_columns)
+    total = tl.zeros((GRID.group[0], GRID.group[1], BLOCK_G), ACC)
+    for start in range(0, CLASSES, BLOCK_C):
+        total += _mean_of_block(
+            start, grad_overlap, grad_overlap_strides, input, input_strides[1], row_taps, column_taps, some,
+            row_weights, column_weights, statistics, at, pixels, counts, labels, ACC, CLASSES, GRID, BLOCK_C,
+        )  # fmt: skip
+    tl.store(mean_grads + at, total, counts)
+
+
+# ---- launchers ----
+
+# Not measured on a GPU yet. One warp, so that neighbours' sums pass through shuffles. "dense" is what has more numbers
+# for each class: smoothed labels, and the overlap's gradients.
+BACKWARD_PLANS = {
+    **plans_of({1: {}, 2: {}, 4: {}, 8: {}}, Plan({"BLOCK_C": 8, "BLOCK_G": 32, "SEGMENT": 32}, num_warps=1)),
+    **plans_of(
+        {1: {}, 2: {}, 4: {}, 8: {}}, Plan({"BLOCK_C": 4, "BLOCK_G": 32, "SEGMENT": 32}, num_warps=1), ["-dense"]
+    ),
+}
+MEAN_GRADS_PLANS = plans_of({1: {}, 2: {}, 4: {}, 8: {}}, Plan({"BLOCK_C": 4, "BLOCK_G": 128}))
+LEAST_SEGMENT = 4  # rows; a row of cells at a segment's end is computed twice
+SMALL_PROGRAMS = 8  # of one warp, that a multiprocessor needs where it would need one of the usual size
+
+
+def backward(
+    grad_loss: Tensor, grad_overlap: Tensor, input: Tensor, target: Tensor, weight: Tensor | None, statistics: Tensor,
+    total_weight: Tensor, grad_input: Tensor, ignore_index: int, reduction: str, label_smoothing: float,
+    mode: str, align_corners: bool, steps: tuple[float, float],
+) -> None:  # fmt: skip
+    """Fills grad_input; see `fastseg.ops.upsample_cross_entropy`."""
+    input = in_planes(input)
+    device, (images, classes, height, width) = input.device, input.shape
+    grid, arguments = grid_of((height, width), target.shape[1:], mode, align_corners, steps)
+    arguments |= {
+        "input": input, "target": target, "statistics": statistics, "pixels": target.numel(),
+        "input_strides": input.stride(), "target_strides": target.stride(), "ignore_index": ignore_index,
+        "CLASSES": classes, "INDEX": index_of(target.shape, input, target, grad_input),
+        "grad_overlap": None, "mean_grads": None, "grad_overlap_strides": grad_overlap.stride(),
+    }  # fmt: skip
+    if len(grad_overlap) > 0:
+        mean_grads = torch.empty_like(statistics[0])
+        arguments |= {"grad_overlap": grad_overlap, "mean_grads": mean_grads}
+        bucket = bucket_of(grid, input)
+        plan = clip_classes(choose(upsample_overlap_mean_grads, bucket, MEAN_GRADS_PLANS, device), classes)
+        down, across = groups_of(grid, arguments)
+        blocks = cdiv(down * across, plan.tile["BLOCK_G"])
+        mean = arguments | {"column_groups": across, "blocks": blocks}
+        launch(upsample_overlap_mean_grads, bucket, plan, images * blocks, device, mean)
+    bucket = bucket_of(grid, input, "-dense" if label_smoothing > 0 or len(grad_overlap) > 0 else "")
+    plan = clip_classes(choose(upsample_cross_entropy_backward, bucket, BACKWARD_PLANS, device), classes)
+    class_blocks, intervals = cdiv(classes, plan.tile["BLOCK_C"]), width + grid.taps[1] - 1
+    owned = plan.tile["BLOCK_G"] - grid.taps[1] + 1
+    work = images * class_blocks * height * intervals // owned
+    plan = fit(plan, "SEGMENT", LEAST_SEGMENT, work // SMALL_PROGRAMS, device)
+    blocks = cdiv(cdiv(height, plan.tile["SEGMENT"]) * intervals, owned)
+    arguments |= {
+        "grad_loss": grad_loss, "weight": weight, "total_weight": total_weight, "grad_input": grad_input,
+        "blocks": blocks, "class_blocks": class_blocks,
+        "grad_loss_strides": grad_loss.stride() if reduction == "none" else (0, 0, 0),
+        "grad_input_strides": grad_input.stride(), "smoothing_bits": bits_of(label_smoothing),
+        "SMOOTHED": label_smoothing > 0, "REDUCED": reduction != "none", "MEAN": reduction == "mean",
+    }  # fmt: skip
+    launch(upsample_cross_entropy_backward, bucket, plan, images * blocks * class_blocks, device, arguments)
