@@ -118,8 +118,10 @@ void finish_pixels(const Tile<T>& tile, const ClassTerms<T>& terms, int64_t coun
   for (int64_t p = 0; p < count; ++p) {
     const Int<T> label = tile.labels[p] == kIgnored ? 0 : tile.labels[p];
     tile.loss[p] = tile.logits[label * tile.stride + p];
-    tile.weight[p] = terms.weight[label];
+    if (!terms.uniform) tile.weight[p] = terms.weight[label];
   }
+  if (terms.uniform)
+    for (int64_t p = 0; p < count; ++p) tile.weight[p] = 1;
   for (int64_t p = 0; p < count; ++p) {
     const bool ignored = tile.labels[p] == kIgnored;
     T loss = ((tile.largest[p] - tile.loss[p]) + tile.log_sum[p]) * tile.weight[p];
@@ -141,11 +143,13 @@ void weigh_pixels(const Tile<T>& tile, const ClassTerms<T>& terms, Rows<const T>
         tile.target_sum[p] += target.data[c * target.stride + p] * terms.scale[c] + terms.shift[c];
     return;
   }
-  for (int64_t p = 0; p < count; ++p) {
-    const bool ignored = tile.labels[p] == kIgnored;
-    tile.grad[p] = ignored ? 0 : tile.grad[p];
-    tile.grad_of_label[p] = ignored ? 0 : terms.scale[tile.labels[p]] * tile.grad[p];
+  for (int64_t p = 0; p < count; ++p) tile.grad[p] = tile.labels[p] == kIgnored ? 0 : tile.grad[p];
+  if (terms.uniform) {
+    for (int64_t p = 0; p < count; ++p) tile.grad_of_label[p] = terms.scale[0] * tile.grad[p];
+    return;
   }
+  for (int64_t p = 0; p < count; ++p)
+    tile.grad_of_label[p] = tile.labels[p] == kIgnored ? 0 : terms.scale[tile.labels[p]] * tile.grad[p];
 }
 
 // Where gradients go to that stay as they are.

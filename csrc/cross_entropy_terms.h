@@ -16,7 +16,7 @@ namespace {
 constexpr int kIgnored = -1;
 
 template <class Call, class Label, class I>
-bool read_labels_of(const Label* source, int64_t count, int64_t stride, const Call& call, I* labels) {
+FASTSEG_INLINE bool read_labels_of(const Label* source, int64_t count, int64_t stride, const Call& call, I* labels) {
   const uint64_t classes = static_cast<uint64_t>(call.input.size[1]);
   bool valid = true;
   for (int64_t p = 0; p < count; ++p) {
@@ -41,7 +41,11 @@ int64_t first_invalid(const Label* source, int64_t stride, const Call& call) {
 template <class Call, class I>
 bool read_label_run(const Call& call, int64_t offset, int64_t count, int64_t stride, I* labels, InvalidLabel* invalid) {
   const auto read = [&](const auto* source) {
-    if (invalid->found || read_labels_of(source, count, stride, call, labels)) return;
+    if (invalid->found) return;
+    // Neighbours are read by vectors.
+    if (stride == 1 ? read_labels_of(source, count, 1, call, labels)
+                    : read_labels_of(source, count, stride, call, labels))
+      return;
     *invalid = {true, first_invalid(source, stride, call)};
   };
   const void* source = at(call.target, offset);
@@ -60,7 +64,8 @@ void keep_first(const InvalidLabel& found, InvalidLabel* invalid) {
 // How much a class counts: q = probability * scale[c] + shift[c], which holds the class's weight and the smoothing.
 template <class T>
 struct ClassTerms {
-  T smoothing;  // zero where it is off
+  T smoothing;   // zero where it is off
+  bool uniform;  // whether every class weighs 1
   T *weight, *scale, *shift;
   T shift_sum;
 
@@ -69,6 +74,7 @@ struct ClassTerms {
   ClassTerms(const CrossEntropy& call, T* memory) {
     const int64_t classes = call.input.size[1];
     smoothing = call.label_smoothing > 0 ? static_cast<T>(call.label_smoothing) : T(0);
+    uniform = !call.weight;
     weight = memory;
     scale = memory + classes;
     shift = memory + 2 * classes;

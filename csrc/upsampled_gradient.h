@@ -67,41 +67,39 @@ class GradientsToRows {
   Vec<T> first_weight_, second_weight_;
 };
 
-// Adds a group's gradients of expanded columns [x, end), which have the same left column, to its left and right
-// column's.
-template <class T>
-FASTSEG_INLINE void add_columns(const UpsampledMap<T>& map, Int<T> column, typename Quad<T>::type left,
-                                typename Quad<T>::type right, T* gradient) {
-  using Classes = typename Quad<T>::type;
-  const auto add = [&](int64_t to, Classes value) {
-    Classes sum;
-    memcpy(&sum, gradient + to * kGroup, sizeof sum);
-    sum += value;
-    memcpy(gradient + to * kGroup, &sum, sizeof sum);
-  };
-  add(column, left);
-  if (!map.columns.blends) return;
-  const bool same = map.width == map.output_width || column + 1 == map.width;
-  add(same ? column : column + 1, right);
-}
-
 // Adds an expanded row's gradient, of the tile's columns [begin, begin + count), to the input row's.
 template <class T>
-void contract(const UpsampledMap<T>& map, const T* expanded, int64_t begin, int64_t count, T* gradient) {
+FASTSEG_NOINLINE void contract(const UpsampledMap<T>& map, const T* expanded, int64_t begin, int64_t count,
+                               T* gradient) {
   using Classes = typename Quad<T>::type;
-  const Int<T>* const left = map.columns.left + begin;
-  const T *left_weight = map.columns.left_weight + begin, *right_weight = map.columns.right_weight + begin;
+  const Columns<T>& columns = map.columns;
+  const Int<T>* const left = columns.left + begin;
+  const T *left_weight = columns.left_weight + begin, *right_weight = columns.right_weight + begin;
+  const Int<T> to_right = columns.blends && map.width != map.output_width;  // where there is a column to the right
   for (int64_t c = 0; c < map.classes; c += kGroup, gradient += map.width * kGroup) {
+    const T* rows[kGroup];
+    for (int i = 0; i < kGroup; ++i) rows[i] = expanded + least(c + i, map.classes - 1) * map.row_stride;
+    // The sums for a pair of input columns stay in registers until the next pair comes; beyond the last class stands
+    // that one again.
     Classes left_sum = {}, right_sum = {};
     Int<T> column = left[0];
+    const auto add = [&](Int<T> to, Classes value) {
+      Classes sum;
+      memcpy(&sum, gradient + to * kGroup, sizeof sum);
+      sum += value;
+      memcpy(gradient + to * kGroup, &sum, sizeof sum);
+    };
+    const auto finish_pair = [&] {
+      add(column, left_sum);
+      add(least(column + to_right, map.width - 1), right_sum);
+    };
     for (int64_t x = 0; x < count; x += kGroup) {
       Classes quad[kGroup];
-      for (int i = 0; i < kGroup; ++i)  // beyond the last class, that one again
-        memcpy(&quad[i], expanded + least(c + i, map.classes - 1) * map.row_stride + x, sizeof quad[i]);
+      for (int i = 0; i < kGroup; ++i) memcpy(&quad[i], rows[i] + x, sizeof quad[i]);
       transpose4<T>(quad);
       for (int i = 0; i < kGroup && x + i < count; ++i) {
         if (left[x + i] != column) {
-          add_columns(map, column, left_sum, right_sum, gradient);
+          finish_pair();
           left_sum = right_sum = Classes{};
           column = left[x + i];
         }
@@ -109,7 +107,7 @@ void contract(const UpsampledMap<T>& map, const T* expanded, int64_t begin, int6
         right_sum += quad[i] * right_weight[x + i];
       }
     }
-    add_columns(map, column, left_sum, right_sum, gradient);
+    finish_pair();
   }
 }
 
