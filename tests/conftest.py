@@ -7,9 +7,21 @@ import pytest
 import torch
 
 from fastseg import _native
-from fastseg.ops import cross_entropy, upsample_argmax, upsample_confusion_matrix, upsample_cross_entropy
+from fastseg.ops import (
+    cross_entropy,
+    upsample_argmax,
+    upsample_confusion_matrix,
+    upsample_cross_entropy,
+    upsample_cross_entropy_with_gradient,
+)
 
-OPERATORS = (cross_entropy, upsample_argmax, upsample_confusion_matrix, upsample_cross_entropy)
+OPERATORS = (
+    cross_entropy,
+    upsample_argmax,
+    upsample_confusion_matrix,
+    upsample_cross_entropy,
+    upsample_cross_entropy_with_gradient,
+)
 
 if _native.INTERPRETED:
     import triton_interpreter

@@ -17,6 +17,7 @@ from upsample_cases import (
     Size,
     check,
     labels_for,
+    roundings,
     slow_under_the_interpreter,
     terms_of,
 )
@@ -34,7 +35,8 @@ pytestmark = pytest.mark.usefixtures("kernels_for_small_logits")  # of equal siz
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_grids(implementation: str, dtype: torch.dtype, mode: dict[str, Any], before: Size, after: Size) -> None:
     input = logits((2, 5, *before), dtype)
-    check(input, labels_for(input, after, ignore_index=255), ignore_index=255, reduction="none", **mode)
+    for reduction in ("none", "mean"):
+        check(input, labels_for(input, after, ignore_index=255), ignore_index=255, reduction=reduction, **mode)
 
 
 @slow_under_the_interpreter
@@ -87,15 +89,16 @@ def test_gradient_keeps_the_layout(implementation: str, dtype: torch.dtype, layo
 @pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
 @pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("reduction", ["none", "sum"])
 def test_strided_input(
-    implementation: str, dtype: torch.dtype, mode: dict[str, Any], view: Callable[[Tensor], Tensor]
+    implementation: str, reduction: str, dtype: torch.dtype, mode: dict[str, Any], view: Callable[[Tensor], Tensor]
 ) -> None:
     base = logits((4, 6, 5, 12), dtype)
     seen, size = view(base), (13, 9)
     target = labels_for(seen, size)
 
     def through_view(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        return lambda base, target: function(view(base), target, reduction="none", **mode)
+        return lambda base, target: function(view(base), target, reduction=reduction, **mode)
 
     assert_parity(
         values_and_gradients(through_view(functional.upsample_cross_entropy), [base, target]),
@@ -229,19 +232,41 @@ EXACT_GRIDS = {
 }
 
 
+HARD_OPTIONS: dict[str, tuple[str, float, Tensor | None]] = {
+    "none": ("none", 0.0, None),
+    "none-smoothed-weighted": ("none", 0.1, torch.tensor([1.0, 0.0, 2.0, 0.5])),
+    "sum-smoothed": ("sum", 0.1, None),
+    "sum-weighted": ("sum", 0.0, torch.tensor([1.0, 0.0, 2.0, 0.5])),
+}
+
+
 @pytest.mark.parametrize(("size", "mode"), EXACT_GRIDS.values(), ids=EXACT_GRIDS)
-@pytest.mark.parametrize("weight", [None, torch.tensor([1.0, 0.0, 2.0, 0.5])], ids=["unweighted", "weighted"])
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize(("reduction", "smoothing", "weight"), HARD_OPTIONS.values(), ids=HARD_OPTIONS)
 @pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
 def test_hard_rows(
-    implementation: str, row: list[float], smoothing: float, weight: Tensor | None, size: Size, mode: dict[str, Any]
-) -> None:
+    implementation: str, row: list[float], reduction: str, smoothing: float, weight: Tensor | None, size: Size,
+    mode: dict[str, Any],
+) -> None:  # fmt: skip
     input = torch.randn(3, 4, 3, 3)  # one ordinary image, one hard in the middle, one in a corner
     input[1, :, 1, 1] = input[2, :, 2, 2] = torch.tensor(row)
     input.requires_grad_()
     target = labels_for(input, size, ignore_index=-100)
-    # Losses of pixels alone: of large logits, the error of one number may be zero for plain PyTorch by luck.
-    check(input, target, weight, reduction="none", label_smoothing=smoothing, **mode)
+    options = {"reduction": reduction, "label_smoothing": smoothing, **mode}
+    if reduction == "none":
+        check(input, target, weight, **options)
+        return
+    (loss, gradient), (plain_loss, plain), (_, truth) = (
+        values_and_gradients(function, [input, target, weight], dtype, **options)
+        for function, dtype in (
+            (functional.upsample_cross_entropy, None),
+            (reference.upsample_cross_entropy, None),
+            (reference.upsample_cross_entropy, torch.float64),
+        )
+    )
+    assert_parity(gradient, plain, truth, terms=terms_of(input, size, mode.get("mode", "bilinear")))
+    # A sum of large logits, whose roundings may cancel for plain PyTorch by luck: as far off as they are in all.
+    rounding = roundings(input, size) * torch.finfo(torch.float32).eps
+    torch.testing.assert_close(loss, plain_loss, rtol=rounding, atol=rounding * max(map(abs, row)), equal_nan=True)
 
 
 @slow_under_the_interpreter

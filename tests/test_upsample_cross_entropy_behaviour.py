@@ -52,7 +52,7 @@ def test_label_outside_the_classes(
 def test_label_outside_the_classes_in_backward(isa: str, mode: dict[str, Any]) -> None:
     input = logits((1, 3, 4, 5))
     target = labels_for(input, (9, 8))
-    loss = functional.upsample_cross_entropy(input, target, torch.ones(3), **mode)
+    loss = functional.upsample_cross_entropy(input, target, torch.ones(3), reduction="none", **mode).sum()
     target.data[0, 7, 2] = 9  # behind autograd's back, which would notice it
     with pytest.raises(IndexError, match=r"target: expected classes in \[0, 3\) .*, got 9$"):
         loss.backward()
@@ -230,16 +230,20 @@ def test_weight_that_needs_a_gradient_takes_plain_pytorch(caplog: pytest.LogCapt
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
-def test_tensors_that_are_allocated(mode: dict[str, Any], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_tensors_that_are_allocated(reduction: str, mode: dict[str, Any], dtype: torch.dtype) -> None:
     if torch.get_default_device().type != "cpu":
         pytest.skip("the profiler counts a CPU's memory; test_peak_memory counts a GPU's")
     input = logits((1, 64, 8, 8), dtype)
     target = labels_for(input, (32, 32))
     with torch.profiler.profile(profile_memory=True) as profile:
-        functional.upsample_cross_entropy(input, target, **mode).backward()
+        functional.upsample_cross_entropy(input, target, reduction=reduction, **mode).sum().backward()
     allocated = sum(max(0, event.self_cpu_memory_usage) for event in profile.events())
-    gradient, statistics = input.nbytes, 2 * target.numel() * 4
-    assert allocated < gradient + statistics + 4096  # and numbers
+    gradient, wide_gradient, losses = input.nbytes, 4 * input.numel(), 4 * target.numel()
+    # Two statistics a pixel, and its loss and what comes in for it, rounded and not. Or, for a reduced loss, the
+    # gradient that forward makes instead, and backward scales.
+    of_pixels = 2 * losses if reduction == "mean" else 6 * losses
+    assert allocated < gradient + max(of_pixels, 2 * wide_gradient) + 4096  # and numbers
 
 
 @slow_under_the_interpreter

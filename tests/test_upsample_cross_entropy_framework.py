@@ -16,12 +16,16 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from upsample_cases import MODES, labels_for, terms_of
 
 from fastseg import _native, functional, reference
+from fastseg.ops.upsample_cross_entropy_with_gradient import serves
 from fastseg.testing import assert_parity, make, make_labels, values_and_gradients
 
 forward = torch.ops.fastseg.upsample_cross_entropy.default
 backward = torch.ops.fastseg.upsample_cross_entropy_backward.default
 argmax = torch.ops.fastseg.upsample_argmax.default
 confusion_matrix = torch.ops.fastseg.upsample_confusion_matrix.default
+
+with_gradient = torch.ops.fastseg.upsample_cross_entropy_with_gradient.default
+with_gradient_backward = torch.ops.fastseg.upsample_cross_entropy_with_gradient_backward.default
 
 SIZE = (11, 9)
 
@@ -62,6 +66,11 @@ def test_opcheck_of_the_loss(
     tensors = (grad_loss, torch.ones_like(overlap), input, target, weight, statistics, total_weight)
     torch.library.opcheck(backward, (*tensors, *options))
     assert backward(*tensors, *options).stride() == torch.empty_like(input).stride()
+    if reduction != "none":
+        torch.library.opcheck(with_gradient, (input, target, weight, *options))
+        _, total_weight, gradient = with_gradient(input, target, weight, *options)
+        saved = (grad_loss, input, target, weight, total_weight, gradient)
+        torch.library.opcheck(with_gradient_backward, (*saved, *options))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
@@ -193,16 +202,20 @@ def test_export(strict: bool) -> None:
     torch.testing.assert_close(program.module()(images, target), model(images, target), rtol=0, atol=0)
 
 
-def test_make_fx_records_the_operators() -> None:
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_make_fx_records_the_operators(reduction: str) -> None:
     input, target = arguments()
 
     def step(input: Tensor) -> tuple[Tensor, ...]:
-        (gradient,) = torch.autograd.grad(functional.upsample_cross_entropy(input, target), input)
+        loss = functional.upsample_cross_entropy(input, target, reduction=reduction)
+        (gradient,) = torch.autograd.grad(loss.sum(), input)
         counts = functional.upsample_confusion_matrix(input, target)
         return gradient, counts, functional.upsample_argmax(input, SIZE)
 
     graph = make_fx(step)(input)
-    assert {forward, backward, argmax, confusion_matrix} <= {node.target for node in graph.graph.nodes}
+    in_forward = serves(input, reduction, with_overlap=False)
+    passes = {with_gradient, with_gradient_backward} if in_forward else {forward, backward}
+    assert {*passes, argmax, confusion_matrix} <= {node.target for node in graph.graph.nodes}
     other = logits(tuple(input.shape), seed=9)
     torch.testing.assert_close(graph(other), step(other), rtol=0, atol=0)
 
