@@ -66,42 +66,48 @@ struct KeepNothing {
   FASTSEG_INLINE void operator()(int64_t, int64_t, Vec<T>) const {}
 };
 
-// largest, log_sum, and in spread what the target's dense part contributes: sum(shift * (x - m - s)) for smoothed
-// labels, sum(q * (x - m - s)) for probabilities. logits(c, p) gives a vector of class c's logits, once for each, and
-// leaves it in the tile; keep(c, p, exponential) gets exp(x - m).
+// largest, log_sum, in loss the label's logit, and in spread what the target's dense part contributes: for labels
+// sum(shift * (x - m - s)), for probabilities sum(q * (x - m - s)). logits(c, p) gives a vector of class c's logits,
+// once for each, and leaves it in the tile; keep(c, p, exponential) gets exp(x - m), and may put it in the logit's
+// place.
 template <class T, Kind kKind, class Logits, class Keep>
 FASTSEG_NOINLINE void reduce_classes(const Tile<T>& tile, const ClassTerms<T>& terms, int64_t count,
                                      const Logits logits, const Keep keep) {
   constexpr int kVectors = 2;  // as many as leave exp's constants in registers
+  constexpr bool kProbabilities = kKind == Kind::kProbabilities;
   for (int64_t p = 0; p < count; p += kVectors * kLanes<T>) {
     const T* column = tile.logits + p;
-    Vec<T> largest[kVectors], sum[kVectors] = {}, spread[kVectors] = {};
+    Vec<T> largest[kVectors], sum[kVectors] = {}, spread[kVectors] = {}, share[kVectors] = {};
     for (int i = 0; i < kVectors; ++i) largest[i] = logits(0, p + i * kLanes<T>);
     for (int64_t c = 1; c < tile.classes; ++c)
       for (int i = 0; i < kVectors; ++i) largest[i] = maximum<T>(largest[i], logits(c, p + i * kLanes<T>));
+    if (!kProbabilities)
+      for (int64_t lane = p; lane < p + kVectors * kLanes<T>; ++lane) {
+        const Int<T> label = tile.labels[lane];
+        tile.loss[lane] = tile.logits[(label == kIgnored ? 0 : label) * tile.stride + lane];
+      }
     for (int64_t c = 0; c < tile.classes; ++c)
       for (int i = 0; i < kVectors; ++i) {
-        const Vec<T> exponential = exp_of_nonpositive<T>(load(column + c * tile.stride + i * kLanes<T>) - largest[i]);
+        const int64_t at = c * tile.stride + i * kLanes<T>;
+        const Vec<T> difference = load(column + at) - largest[i];
+        const Vec<T> exponential = exp_of_nonpositive<T>(difference);
         keep(c, p + i * kLanes<T>, exponential);
         sum[i] += exponential;
+        if (kKind == Kind::kSmoothedLabels) spread[i] += difference * terms.shift[c];
+        if (kProbabilities) {
+          const Vec<T> q = load(tile.probabilities + p + at) * terms.scale[c] + terms.shift[c];
+          spread[i] += difference * q;
+          share[i] += q;
+        }
       }
     for (int i = 0; i < kVectors; ++i) {
       sum[i] = log_of_positive<T>(sum[i]);
       store(tile.largest + p + i * kLanes<T>, largest[i]);
       store(tile.log_sum + p + i * kLanes<T>, sum[i]);
+      if (kKind == Kind::kSmoothedLabels) spread[i] -= sum[i] * terms.shift_sum;
+      if (kProbabilities) spread[i] -= sum[i] * share[i];
+      if (kKind != Kind::kLabels) store(tile.spread + p + i * kLanes<T>, spread[i]);
     }
-    if (kKind == Kind::kLabels) continue;
-    const T* probabilities = tile.probabilities + p;
-    for (int64_t c = 0; c < tile.classes; ++c)
-      for (int i = 0; i < kVectors; ++i) {
-        const int64_t at = c * tile.stride + i * kLanes<T>;
-        const Vec<T> log_probability = (load(column + at) - largest[i]) - sum[i];
-        if (kKind == Kind::kSmoothedLabels)
-          spread[i] += log_probability * terms.shift[c];
-        else
-          spread[i] += log_probability * (load(probabilities + at) * terms.scale[c] + terms.shift[c]);
-      }
-    for (int i = 0; i < kVectors; ++i) store(tile.spread + p + i * kLanes<T>, spread[i]);
   }
 }
 
@@ -115,19 +121,14 @@ void finish_pixels(const Tile<T>& tile, const ClassTerms<T>& terms, int64_t coun
     }
     return;
   }
-  for (int64_t p = 0; p < count; ++p) {
-    const Int<T> label = tile.labels[p] == kIgnored ? 0 : tile.labels[p];
-    tile.loss[p] = tile.logits[label * tile.stride + p];
-    if (!terms.uniform) tile.weight[p] = terms.weight[label];
-  }
   if (terms.uniform)
-    for (int64_t p = 0; p < count; ++p) tile.weight[p] = 1;
+    for (int64_t p = 0; p < count; ++p) tile.weight[p] = tile.labels[p] == kIgnored ? 0 : 1;
+  else
+    for (int64_t p = 0; p < count; ++p) tile.weight[p] = tile.labels[p] == kIgnored ? 0 : terms.weight[tile.labels[p]];
   for (int64_t p = 0; p < count; ++p) {
-    const bool ignored = tile.labels[p] == kIgnored;
     T loss = ((tile.largest[p] - tile.loss[p]) + tile.log_sum[p]) * tile.weight[p];
     if (kKind == Kind::kSmoothedLabels) loss = loss * (1 - terms.smoothing) - tile.spread[p];
-    tile.loss[p] = ignored ? 0 : loss;
-    tile.weight[p] = ignored ? 0 : tile.weight[p];
+    tile.loss[p] = tile.labels[p] == kIgnored ? 0 : loss;
   }
 }
 

@@ -55,18 +55,18 @@ void add_overlap(const Tile<T>& tile, int64_t count, double* overlap) {
 template <class T, Kind kKind>
 class Blocks {
  public:
-  static int64_t elements(const UpsampledMap<T>& map, bool keeps) {
-    return Pieces<T>::padded(Tile<T>::elements(map.classes, block_stride(map), keeps)) +
+  static int64_t elements(const UpsampledMap<T>& map) {
+    return Pieces<T>::padded(Tile<T>::elements(map.classes, block_stride(map), false)) +
            Pieces<T>::padded(ClassTerms<T>::elements(map.classes));
   }
 
-  // keeps: whether reduce() leaves the exponentials in tile().probabilities; overlap: null where it isn't asked for.
-  Blocks(const UpsampleCrossEntropyForward& call, const UpsampledMap<T>& map, bool keeps, Partial* partial,
-         double* overlap, Pieces<T>* pieces)
+  // overlap: null where it isn't asked for.
+  Blocks(const UpsampleCrossEntropyForward& call, const UpsampledMap<T>& map, Partial* partial, double* overlap,
+         Pieces<T>* pieces)
       : call_(call),
         map_(map),
-        tile_(map.classes, block_stride(map), keeps,
-              pieces->take(Tile<T>::elements(map.classes, block_stride(map), keeps))),
+        tile_(map.classes, block_stride(map), false,
+              pieces->take(Tile<T>::elements(map.classes, block_stride(map), false))),
         terms_(call, pieces->take(ClassTerms<T>::elements(map.classes))),
         partial_(partial),
         overlap_(overlap) {}
@@ -118,12 +118,12 @@ class Blocks {
 template <class T, Kind kKind>
 bool forward_band(const UpsampleCrossEntropyForward& call, const UpsampledMap<T>& map, const Bands& bands, int64_t band,
                   Partial* partial, double* overlap) {
-  const int64_t elements = Pieces<T>::padded(ExpandedRows<T>::elements(map)) + Blocks<T, kKind>::elements(map, false);
+  const int64_t elements = Pieces<T>::padded(ExpandedRows<T>::elements(map)) + Blocks<T, kKind>::elements(map);
   void* const memory = scratch(elements * static_cast<int64_t>(sizeof(T)));
   if (memory == nullptr) return false;
   Pieces<T> pieces(memory);
   ExpandedRows<T> source(map, call.input, pieces.take(ExpandedRows<T>::elements(map)));
-  Blocks<T, kKind> blocks(call, map, false, partial, overlap, &pieces);
+  Blocks<T, kKind> blocks(call, map, partial, overlap, &pieces);
   const int64_t block = block_columns(map);
   for_each_tile_row(map, bands, band, &source,
                     [&](int64_t image, int64_t y, const RowPair<T>& pair, int64_t begin, int64_t columns) {
@@ -188,15 +188,15 @@ class GradientRows {
     }
   };
 
-  static int64_t elements(const UpsampledMap<T>& map) { return Blocks<T, kKind>::elements(map, true); }
+  static int64_t elements(const UpsampledMap<T>& map) { return Blocks<T, kKind>::elements(map); }
 
   GradientRows(const UpsampleCrossEntropyForward& call, const UpsampledMap<T>& map, const Shared& shared,
                const Place& place, Pieces<T>* pieces)
-      : block_(block_columns(map)), blocks_(call, map, true, &shared.partials[place.band], nullptr, pieces) {}
+      : block_(block_columns(map)), blocks_(call, map, &shared.partials[place.band], nullptr, pieces) {}
 
   bool row(const Place& place, int64_t y, const RowPair<T>& pair, const GradientsToRows<T>& keep) {
     const Tile<T>& tile = blocks_.tile();
-    T* const exponentials = tile.probabilities;
+    T* const exponentials = tile.logits;
     const int64_t stride = tile.stride;
     const auto keep_exponential = [=](int64_t c, int64_t p, Vec<T> exponential) {
       store(exponentials + c * stride + p, exponential);

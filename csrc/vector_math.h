@@ -23,6 +23,7 @@ struct MathConstants<float> {
   static constexpr float kLowestExp = -88.0296919f;    // -127 log(2): its power of two has the bits of zero
   static constexpr float kRounding = 12582912.0f;      // 1.5 * 2^23: adding it rounds to an integer
   static constexpr float kLog2E = 1.44269504f;
+  static constexpr float kLn2 = 6.93147180560e-01f;
   static constexpr float kLn2High = 6.9313812256e-01f;  // few enough digits that n * kLn2High is exact
   static constexpr float kLn2Low = 9.0580006145e-06f;
   static constexpr int32_t kSqrtHalf = 0x3f3504f3;  // bits of sqrt(1/2)
@@ -47,6 +48,7 @@ struct MathConstants<double> {
   static constexpr double kLowestExp = -709.08956571282405;    // -1023 log(2)
   static constexpr double kRounding = 6755399441055744.0;
   static constexpr double kLog2E = 1.44269504088896338700;
+  static constexpr double kLn2 = 6.93147180559945309417e-01;
   static constexpr double kLn2High = 6.93147180369123816490e-01;
   static constexpr double kLn2Low = 1.90821492927058770002e-10;
   static constexpr int64_t kSqrtHalf = 0x3fe6a09e667f3bcd;
@@ -77,7 +79,11 @@ FASTSEG_INLINE Vec<T> exp_of_nonpositive(Vec<T> x) {
   const Vec<T> shifted = x * K::kLog2E + (K::kRounding + K::kExponentBias);
   const Vec<T> n = shifted - (K::kRounding + K::kExponentBias);
   const Vec<T> power = from_bits<T>(bits_of<T>(shifted) << K::kMantissaBits);
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+  const Vec<T> r = x - n * K::kLn2;  // the product isn't rounded: what is lost is n times the constant's own rounding
+#else
   const Vec<T> r = (x - n * K::kLn2High) - n * K::kLn2Low;
+#endif
   constexpr int kDegree = sizeof K::kExp / sizeof(T) - 1;
   Vec<T> series = broadcast<T>(K::kExp[kDegree]);
   for (int k = kDegree - 1; k >= 0; --k) series = series * r + K::kExp[k];
