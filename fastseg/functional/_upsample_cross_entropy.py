@@ -39,10 +39,11 @@ def upsample_cross_entropy(
 
     Equals ``cross_entropy(interpolate(input, size=target.shape[-2:], mode=mode, align_corners=align_corners), target,
     ...)``; see `torch.nn.functional.interpolate` for the grids, and `fastseg.functional.cross_entropy` for the loss.
-    What it holds beside its arguments and input's gradient is two numbers a pixel of the target. Half and bfloat16
-    logits are interpolated in float32. Differentiable for ``input`` to any order; second derivatives run as plain
-    PyTorch, with the upsampled logits in memory, as do calls with class probabilities (which are as large themselves),
-    or whose weight needs a gradient.
+    What it holds for the backward pass is two numbers a pixel of the target; on a CPU, for a reduced loss, a gradient
+    of input's shape instead, in the dtype of the arithmetic, made in the forward pass. Half and bfloat16 logits are
+    interpolated in float32. Differentiable for ``input`` to any order; second derivatives run as plain PyTorch, with
+    the upsampled logits in memory, as do calls with class probabilities (which are as large themselves), or whose
+    weight needs a gradient.
 
     Args:
         input: Logits ``[N, C, h, w]``; float32, float64, bfloat16 or float16, in any memory format. Never written to.
