@@ -19,6 +19,10 @@ CONTESTANTS = [Contestant(kind, layout) for kind in KINDS for layout in LAYOUTS]
 NOTHING = "-"
 MIB = 2**20
 
+# Bytes of extra memory below which a measurement is noise: Linux counts the peak of resident pages in batches of 32 for
+# each core. (A GPU's allocator is exact.)
+LEAST_EXTRA = 2**18
+
 READING = """\
 Medians, with the first and the third quartile of the rounds in brackets. "x" is how many times faster fastseg is: the
 other's time over fastseg's, taken within each round; below 1 fastseg is slower, in bold. The best peer is the fastest
@@ -27,7 +31,8 @@ part of forward+backward. For models, forward is a prediction, forward+backward 
 is the time that a pass can't go below: what it has to read and write (each input and output once) at the rate of a
 large copy, or its matrix operations at the rate of a large matrix product, whichever takes longer; the percentage is
 that time over fastseg's. The operations are those of dense convolutions: a kernel that skips the zeros of the gradient
-behind a pool can pass 100%.
+behind a pool can pass 100%. Of the upsampling operators only the logits before upsampling count, in bytes alone: their
+interpolations and exponentials, a few for each pixel and class, aren't in the roofline.
 """
 
 READING_OF = {
@@ -51,12 +56,14 @@ class Row(NamedTuple):
     Args:
         rounds: The contestants' seconds in each round.
         peaks: Their peak bytes.
+        extras: The same without what the call returns, values and gradients.
         missing: Of those that weren't measured, whether they "failed" or were "skipped", and why.
         work: What each pass can't do without.
     """
 
     rounds: dict[Contestant, list[float]]
     peaks: dict[Contestant, int]
+    extras: dict[Contestant, int]
     missing: dict[Contestant, tuple[str, str]]
     work: list[Work]
 
@@ -75,6 +82,13 @@ class Row(NamedTuple):
         """How many times faster ``own`` is than the best peer in each round."""
         return self.speedups(own, self.fastest(KINDS[1:]))
 
+    def extra_over(self, own: Contestant, other: Contestant) -> str:
+        """How many times as much extra memory ``other`` needs as ``own``; a bound where that needs next to none."""
+        if own not in self.extras or self.extras.get(other, 0) < LEAST_EXTRA:
+            return NOTHING
+        times = self.extras[other] / max(self.extras[own], LEAST_EXTRA)
+        return f"{'> ' if self.extras[own] < LEAST_EXTRA else ''}{significant(times)}x"
+
 
 Rows = dict[tuple[str, str], dict[str, Row]]  # by operator and case, then by timing
 
@@ -84,15 +98,19 @@ def read_rows(run: dict[str, Any]) -> Rows:
     rows: Rows = {}
 
     def place(info: dict[str, Any]) -> tuple[Row, Contestant]:
-        timings = rows.setdefault((info["operator"], info["case"]), {timing: Row({}, {}, {}, []) for timing in TIMINGS})
+        timings = rows.setdefault(
+            (info["operator"], info["case"]), {timing: Row({}, {}, {}, {}, []) for timing in TIMINGS}
+        )
         return timings[info["timing"]], Contestant(info["kind"], info["layout"])
 
     for benchmark in run["benchmarks"]:
-        row, contestant = place(benchmark["extra_info"])
+        info = benchmark["extra_info"]
+        row, contestant = place(info)
         row.rounds[contestant] = benchmark["stats"]["data"]
-        if benchmark["extra_info"]["peak_bytes"] is not None:
-            row.peaks[contestant] = benchmark["extra_info"]["peak_bytes"]
-        row.work[:] = [Work(*work) for work in benchmark["extra_info"]["work"]]
+        if info["peak_bytes"] is not None:
+            row.peaks[contestant] = info["peak_bytes"]
+            row.extras[contestant] = max(info["peak_bytes"] - info["returned_bytes"], 0)
+        row.work[:] = [Work(*work) for work in info["work"]]
     for entry in run["missing"]:
         row, contestant = place(entry)
         row.missing[contestant] = ("skipped" if entry["skipped"] else "failed", entry["reason"])
@@ -150,7 +168,7 @@ def machine(run: dict[str, Any]) -> str:
 
 
 def summary(rows: Rows, ceilings: Ceilings) -> str:
-    """A line for each case: fastseg in its faster memory format, and the lowest peaks of forward+backward."""
+    """A line for each case: fastseg in its faster memory format, and the lowest peaks of all that it does."""
     head = ["case", "forward ms", "x eager NCHW", "x best peer", "of the roofline",
             "forward+backward ms", "x eager NCHW", "x best peer", "of the roofline",
             "backward x best peer", "peak MiB", "lowest peer's MiB"]  # fmt: skip
@@ -165,7 +183,7 @@ def summary(rows: Rows, ceilings: Ceilings) -> str:
             line.append(factor(row.over_best_peer(own)))
             if timing != BACKWARD:
                 line.append(share(row, own, ceilings))
-        peaks = timings[BOTH].peaks
+        peaks = timings[BOTH].peaks or timings[FORWARD].peaks
         line += [lowest_mebibytes(peaks, [FASTSEG]), lowest_mebibytes(peaks, KINDS[1:])]
         lines.append(line)
     return "## Summary\n\n" + format_table(lines)
@@ -178,6 +196,8 @@ def time_table(cases: dict[str, dict[str, Row]]) -> str:
     lines = [["case", "timing", *map(label, everyone), *(f"{label(contestant)} x best peer" for contestant in own)]]
     for case, timings in cases.items():
         for timing, row in timings.items():
+            if not contestants([row]):  # without a gradient
+                continue
             factors = (factor(row.over_best_peer(contestant)) for contestant in own)
             lines.append([case, timing, *(milliseconds(row, contestant) for contestant in everyone), *factors])
     return "Milliseconds\n\n" + format_table(lines)
@@ -201,14 +221,21 @@ def roofline_table(cases: dict[str, dict[str, Row]], ceilings: Ceilings) -> str:
 
 
 def memory_table(cases: dict[str, dict[str, Row]]) -> str:
-    """Peak memory of every contestant."""
+    """Peak memory and extra memory of every contestant, and eager's extra memory over fastseg's."""
     everyone = contestants(row for timings in cases.values() for row in timings.values())
-    lines = [["case", "timing", *map(label, everyone)]]
+    own = [contestant for contestant in everyone if contestant.kind == FASTSEG]
+    lines = [["case", "timing", *map(label, everyone), *(f"eager's extra over {label(one)}'s" for one in own)]]
     for case, timings in cases.items():
         for timing in (FORWARD, BOTH):
-            peaks = timings[timing].peaks
-            lines.append([case, timing, *(mebibytes(peaks.get(contestant)) for contestant in everyone)])
-    return "Peak memory, MiB\n\n" + format_table(lines)
+            row = timings[timing]
+            if not contestants([row]):
+                continue
+            sizes = (f"{mebibytes(row.peaks.get(one))} ({mebibytes(row.extras.get(one))})" for one in everyone)
+            lines.append([case, timing, *sizes, *(row.extra_over(one, Contestant(EAGER, one.layout)) for one in own)])
+    return (
+        "Peak memory, MiB; in brackets the extra memory, without the values and gradients returned\n\n"
+        + format_table(lines)
+    )
 
 
 def missing(rows: Rows) -> str:
@@ -308,7 +335,7 @@ def draw(rows: Rows, path: Path) -> None:
             )  # fmt: skip
         panel.axvline(1, color="black", linewidth=0.8)
         panel.set(title=timing, xscale="log", xlabel="time over the best peer's (left is faster)")
-        panel.set_xticks(ticks := [0.1, 0.2, 0.5, 1, 2, 5, 10], map(str, ticks))
+        panel.set_xticks(ticks := [0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10], map(str, ticks))
         panel.minorticks_off()
         panel.grid(alpha=0.3)
     panels[0].set_yticks(range(len(rows)), [" ".join(names) for names in rows])
