@@ -3,7 +3,8 @@
 ``python -m benchmarks --out FILE.md`` measures and writes the tables and a chart; ``pytest benchmarks/`` gives
 pytest-benchmark's own output, and its ``--benchmark-json`` file becomes the same tables with
 ``python -m benchmarks --from FILE.json --out FILE.md``. ``--quick`` measures a few cases in a few rounds;
-``--device cuda`` measures on a GPU, in bfloat16, in less than 8 minutes (`suite.COMPILE_TIME` says how that is kept).
+``--device cuda`` measures on a GPU, in bfloat16, in less than 8 minutes (`suite.COMPILE_TIME` says how that is kept);
+``--sweep`` measures instead how the upsampling operators' cost grows with classes and pixels, beside eager PyTorch.
 
 How it is measured:
 
@@ -19,7 +20,7 @@ How it is measured:
 * A GPU's time is its own: events around the passes, and before each call other work that covers the launches and
   empties the caches. Of calls that are shorter than their launch, many are timed in a row from an idle device.
 * Peak memory is the growth, during one warm call, of the process's resident set (`memory`) or of what torch's allocator
-  has given out on a GPU.
+  has given out on a GPU. Extra memory is that without the values and gradients that the call returns.
 * The roofline (`roofline`) has two ceilings, a large copy and a large matrix product, which the run measures first.
 
 A case is one line in the ``CASES`` of a ``bench_<operator>.py``.

@@ -8,8 +8,9 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
-from benchmarks import report
+from benchmarks import report, sweep_report
 from benchmarks.devices import DEVICES
 
 SUITE = Path(__file__).parent
@@ -20,12 +21,15 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="Markdown file to write; the chart lies beside it")
     parser.add_argument("--quick", action="store_true", help="a few cases in a few rounds, to see that all of it runs")
     parser.add_argument(
+        "--sweep", action="store_true", help="how the upsampling operators' cost grows with classes and pixels, instead"
+    )
+    parser.add_argument(
         "--from", dest="run", type=Path, help="a --benchmark-json of pytest to report, instead of measuring"
     )
     parser.add_argument("--device", choices=list(DEVICES), default="cpu", help="what to measure on")
     arguments = parser.parse_args()
     if arguments.run is not None:
-        report.write(json.loads(arguments.run.read_text()), arguments.out)
+        write(json.loads(arguments.run.read_text()), arguments.out)
         return 0
     if missing := DEVICES[arguments.device].missing():
         parser.error(f"--device {arguments.device}: {missing}")
@@ -34,14 +38,20 @@ def main() -> int:
         command = [
             sys.executable, "-m", "pytest", str(SUITE), "-q", "--benchmark-quiet", f"--benchmark-json={run}",
             f"--device={arguments.device}", *(["--quick"] if arguments.quick else []),
+            *(["--sweep"] if arguments.sweep else []),
         ]  # fmt: skip
         # In a process of its own: pytest's hooks and the peers' compilers leave nothing behind here.
         status = subprocess.run(command, check=False).returncode
         results = run.read_text() if run.exists() else ""
         if not results:  # pytest has said why
             return status
-        report.write(json.loads(results), arguments.out)
+        write(json.loads(results), arguments.out)
     return status
+
+
+def write(run: dict[str, Any], path: Path) -> None:
+    """Write the report of a run, of the tables' cases or of the sweeps."""
+    (sweep_report if run["sweep"] else report).write(run, path)
 
 
 if __name__ == "__main__":

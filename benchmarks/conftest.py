@@ -14,8 +14,6 @@ import fastseg
 from benchmarks.devices import DEVICES, Device
 from benchmarks.roofline import measure_ceilings
 from benchmarks.suite import (
-    BACKWARD,
-    BOTH,
     COMPILERS,
     FORWARD,
     FULL,
@@ -65,6 +63,7 @@ class LogLines(logging.Handler):
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", choices=list(DEVICES), default="cpu", help="what to measure on")
     parser.addoption("--quick", action="store_true", help="measure a few cases in a few rounds")
+    parser.addoption("--sweep", action="store_true", help="measure the sweeps instead of the tables' cases")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -76,14 +75,12 @@ def pytest_configure(config: pytest.Config) -> None:
     log = LogLines()
     logging.getLogger("fastseg").addHandler(log)
     config.stash[RESULTS] = {"device": DEVICES[device].describe(), "missing": [], "log": log.lines}
+    config.stash[RESULTS]["sweep"] = config.getoption("--sweep")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Every case of a module, each timing of it, each contestant; the contestants of a case one after the other.
-
-    Training comes first: where there is no time to compile everything, it is what counts.
-    """
-    quick, device = metafunc.config.getoption("--quick"), metafunc.config.getoption("--device")
+    """Every case of a module, each timing of it, each contestant; the contestants of a case one after the other."""
+    quick, sweep, device = (metafunc.config.getoption(option) for option in ("--quick", "--sweep", "--device"))
     operator = metafunc.function.__name__.removeprefix("test_")
     metafunc.parametrize(
         ("case", "timing", "contestant"),
@@ -93,12 +90,17 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
                 id=f"{case.name}-{timing}-{contestant.kind}-{contestant.layout}",
                 marks=pytest.mark.benchmark(timer=CLOCK, group=f"{operator} {case.name} {timing}"),
             )
-            for timings in ((BACKWARD, BOTH), (FORWARD,))
-            for case in metafunc.module.CASES if case.device.name == device and (case.quick or not quick)
-            for timing in timings
+            for case in metafunc.module.CASES
+            if case.device.name == device and (case.quick or not quick) and (case.swept is not None) == sweep
+            for timing in case.timings
             for contestant in case.contestants
         ],
     )  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Training comes first: where there is no time to compile everything, it is what counts."""
+    items.sort(key=lambda item: hasattr(item, "callspec") and item.callspec.params.get("timing") == FORWARD)
 
 
 @pytest.fixture(scope="session")
@@ -122,6 +124,7 @@ def record(
             "case": case.name,
             "timing": timing,
             **contestant._asdict(),
+            "swept": case.swept,
         }
         effort = (QUICK if request.config.getoption("--quick") else FULL)[device.name]
         outcome = measure(case, timing != FORWARD, effort)[contestant]
@@ -134,7 +137,7 @@ def record(
             raise outcome
         # A launch isn't bounded by the roofline.
         work = () if case.launch_bound else case.work(timing)
-        benchmark.extra_info.update(entry, peak_bytes=outcome.peak, work=work)
+        benchmark.extra_info.update(entry, peak_bytes=outcome.peak, returned_bytes=outcome.returned, work=work)
         seconds = outcome.seconds(timing)
         rounds = iter(seconds)
         benchmark.pedantic(lambda: CLOCK.advance(next(rounds)), rounds=len(seconds))

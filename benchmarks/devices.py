@@ -24,7 +24,13 @@ from fastseg.testing import MEMORY_FORMATS
 # back would slow down the call that follows.
 LEAD_BYTES = 2**32
 
-OPERATORS = ("conv_relu_pool2d", "cross_entropy")
+OPERATORS = (
+    "conv_relu_pool2d",
+    "cross_entropy",
+    "upsample_cross_entropy",
+    "upsample_argmax",
+    "upsample_confusion_matrix",
+)
 
 
 class Device(ABC):

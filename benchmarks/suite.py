@@ -67,14 +67,28 @@ class CompileTime(NamedTuple):
 
 
 # A GPU is often at hand for minutes only: its run is to end within 8. What it takes, estimated for 16 CPU cores and an
-# H200: 10 s to start and for the ceilings; 24 times (12 cases, forward and training) 2 s to make and verify and 1.5 s
-# to time; 2 s for each of 38 compilations of an operator, 7 s for each of 8 of a network; 25 s for each of 8 in
-# max-autotune, of which the time below admits about 5, training's first: 6 minutes in all. At the worst the last
-# compilation begins after 6:30, and what is left takes a minute.
+# H200: 10 s to start and for the ceilings; 35 times (15 cases in training, 20 forward) 2 s to make and verify and 1.5 s
+# to time; 2 s for each of 60 compilations of an operator, 7 s for each of 8 of a network; up to 25 s for each of 10 in
+# max-autotune, of which the time below admits one or more of each operator, training's first: 6:30 minutes in all. At
+# the worst the last compilation begins after these, and what is left takes a minute.
 COMPILE_TIME = {
     "cpu": CompileTime({}, math.inf),
-    "cuda": CompileTime({COMPILE: 75, MAX_AUTOTUNE: 60}, 390),
+    "cuda": CompileTime({COMPILE: 75, MAX_AUTOTUNE: 20}, 390),
 }
+
+
+class Swept(NamedTuple):
+    """A point of a sweep, which shows how the cost of an operator grows.
+
+    Args:
+        along: What grows.
+        value: How large it is.
+        class_pixels: Pixels times classes, which the cost should be proportional to.
+    """
+
+    along: str
+    value: int
+    class_pixels: int
 
 
 class Job(NamedTuple):
@@ -139,12 +153,14 @@ class Case(ABC):
         launch_bound: Whether a GPU is done with a call before the host has launched it. What is timed then are calls
             one after the other, the host's part in them included.
         max_autotune: The memory formats that torch.compile's max-autotune is measured in: it takes long to compile.
+        swept: The point of a sweep that it is, measured with ``--sweep`` alone; None for a case of the tables.
     """
 
     device: Device = CPU
     quick: bool = False
     launch_bound: bool = False
     max_autotune: tuple[str, ...] = ()
+    swept: Swept | None = None
 
     @property
     @abstractmethod
@@ -165,6 +181,11 @@ class Case(ABC):
     def layouts(self) -> tuple[str, ...]:
         """The memory formats that it is measured in."""
         return ("nchw", "channels_last")
+
+    @property
+    def timings(self) -> tuple[str, ...]:
+        """What of it is timed."""
+        return TIMINGS
 
     @property
     def led(self) -> bool:
@@ -217,10 +238,17 @@ class Contestant(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """Seconds of the passes in each round, and the bytes that a call needs (None where unknown)."""
+    """What is known of a contestant.
+
+    Args:
+        rounds: Seconds of the passes in each round.
+        peak: Bytes that a call needs; None where unknown.
+        returned: Bytes of what it returns, values and gradients.
+    """
 
     rounds: list[tuple[float, float]]
     peak: int | None
+    returned: int
 
     def seconds(self, timing: str) -> list[float]:
         """Seconds of one pass, or of both, in each round."""
@@ -320,7 +348,9 @@ def verify_and_time(case: Case, training: bool, effort: Effort) -> dict[Contesta
             jobs[contestant] = job
     del verifier
     for contestant, rounds in time_rounds(jobs, effort, case.device, case.led).items():
-        outcomes[contestant] = Measured(rounds, case.device.peak_growth(jobs[contestant].results))
+        results = jobs[contestant].results
+        returned = sum(result.untyped_storage().nbytes() for result in results())
+        outcomes[contestant] = Measured(rounds, case.device.peak_growth(results), returned)
     return outcomes
 
 

@@ -14,18 +14,24 @@ from fastseg import functional
 from fastseg.testing import make, make_labels
 
 pytest.importorskip("benchmarks", reason="benchmarks/ is part of a checkout, not of the installed package")
-from benchmarks import __main__, bench_conv_relu_pool2d, bench_cross_entropy, bench_models, report, suite
+from benchmark_cases import DEVICES, HALF_CPU, ONE_ROUND, gradient_off_by, off_by
+
+from benchmarks import (
+    __main__,
+    bench_conv_relu_pool2d,
+    bench_cross_entropy,
+    bench_models,
+    bench_upsample_argmax,
+    bench_upsample_confusion_matrix,
+    bench_upsample_cross_entropy,
+    report,
+    suite,
+)
 from benchmarks.bench_conv_relu_pool2d import ConvReLUPool2dCase
 from benchmarks.bench_cross_entropy import CrossEntropyCase, count_partial_sums
 from benchmarks.bench_models import ModelCase
 from benchmarks.devices import CPU, CUDA, Device, Processor
 from benchmarks.roofline import Ceilings, Work, measure_ceilings
-
-
-class HalfProcessor(Processor):
-    """A CPU that is measured in bfloat16, as a GPU is."""
-
-    dtype = torch.bfloat16
 
 
 class AsynchronousProcessor(Processor):
@@ -38,16 +44,6 @@ class AsynchronousProcessor(Processor):
         self.leads += 1
 
 
-HALF_CPU = HalfProcessor()
-DEVICES = [
-    pytest.param(CPU, id="cpu"),
-    pytest.param(HALF_CPU, id="cpu-bfloat16"),
-    pytest.param(
-        CUDA,
-        id="cuda",
-        marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")],
-    ),
-]
 FIRST_LAYER = ConvReLUPool2dCase((1, 3, 12, 14), 5, input_gradient=True)
 STEM = ConvReLUPool2dCase((1, 3, 16, 18), 4, kernel=7, stride=2, padding=3, pool=(3, 2, 1))
 LOGITS = CrossEntropyCase((2, 5, 4, 6))
@@ -59,8 +55,15 @@ CASES = [
     ModelCase("FCN", (1, 3, 64, 64)),  # large enough that rounding to bfloat16 decides more than a window or two
     ModelCase("UNet", (1, 3, 24, 24)),
 ]
-ALL_CASES = [*bench_conv_relu_pool2d.CASES, *bench_cross_entropy.CASES, *bench_models.CASES]
-ONE_ROUND = suite.Effort(seconds=0, least_rounds=1, most_rounds=1)
+MODULES = (
+    bench_conv_relu_pool2d,
+    bench_cross_entropy,
+    bench_models,
+    bench_upsample_argmax,
+    bench_upsample_confusion_matrix,
+    bench_upsample_cross_entropy,
+)
+ALL_CASES = [case for module in MODULES for case in module.CASES]
 
 
 @pytest.fixture(autouse=True)
@@ -89,24 +92,6 @@ def test_every_contestant_is_verified_and_timed(case: suite.Case, device: Device
         assert forward > 0
         assert (backward > 0) == training
         assert (outcome.peak is None) == (device is not CUDA and sys.platform != "linux")
-
-
-def off_by(factor: float) -> Callable[..., Callable[..., Tensor]]:
-    def slightly_off(operator: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        return lambda *args, **kwargs: operator(*args, **kwargs) * factor
-
-    return slightly_off
-
-
-def gradient_off_by(factor: float) -> Callable[..., Callable[..., Tensor]]:
-    def wrong_gradient(operator: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def call(*args: Tensor, **kwargs: object) -> Tensor:
-            output = operator(*args, **kwargs)
-            return output * factor - output.detach() * (factor - 1)
-
-        return call
-
-    return wrong_gradient
 
 
 def without_bias(operator: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -237,7 +222,7 @@ def test_every_device_has_cases_of_its_own() -> None:
     assert len(set(names)) == len(names)
     for device in (CPU, CUDA):
         own = [case for case in ALL_CASES if case.device is device]
-        assert {type(case) for case in own} == {ConvReLUPool2dCase, CrossEntropyCase, ModelCase}
+        assert {type(case) for case in own} == {type(case) for case in ALL_CASES}
         assert any(case.quick for case in own)
 
 
@@ -329,6 +314,7 @@ def entry(kind: str, timing: str, seconds: list[float]) -> dict:
         "kind": kind,
         "layout": "nchw",
         "peak_bytes": 3 * 2**20,
+        "returned_bytes": 2**20,
         "work": [[1_000_000, 0], [500_000, 4_000_000]] if timing == "forward" else [],
     }
     return {"extra_info": info, "stats": {"data": seconds}}
@@ -373,6 +359,7 @@ def test_report(tmp_path: Path) -> None:
         "4.00 (2.50 - 7.00) | 6.00 (4.00 - 13.0) | failed | skipped",
         # 1 ms for the bytes of the one pass, 2 ms for the operations of the other.
         "| 2x2 | forward | 1.50 | 0.00400 | 3.00 | bytes + operations | 75% | - |",
+        "| 2x2 | forward | 3.0 (2.0) | 3.0 (2.0) | - (-) | - (-) | 1.00x |",  # eager's extra memory over fastseg's
         "* pool 2x2, forward, compile NCHW, failed: `CompilerFailed: no compiler`",
         "* pool 2x2, forward, max-autotune NCHW, skipped: `no time`",
         "## fastseg's log\n\n* pool runs as plain PyTorch: no kernel",

@@ -1,0 +1,48 @@
+"""What the tests of the benchmark suite share: devices to measure on, a short effort, and mistakes to find."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("benchmarks", reason="benchmarks/ is part of a checkout, not of the installed package")
+from benchmarks import suite
+from benchmarks.devices import CPU, CUDA, Processor
+
+
+class HalfProcessor(Processor):
+    """A CPU that is measured in bfloat16, as a GPU is."""
+
+    dtype = torch.bfloat16
+
+
+HALF_CPU = HalfProcessor()
+DEVICES = [
+    pytest.param(CPU, id="cpu"),
+    pytest.param(HALF_CPU, id="cpu-bfloat16"),
+    pytest.param(
+        CUDA,
+        id="cuda",
+        marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")],
+    ),
+]
+ONE_ROUND = suite.Effort(seconds=0, least_rounds=1, most_rounds=1)
+
+
+def off_by(factor: float) -> Callable[..., Callable[..., Tensor]]:
+    def slightly_off(operator: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda *args, **kwargs: operator(*args, **kwargs) * factor
+
+    return slightly_off
+
+
+def gradient_off_by(factor: float) -> Callable[..., Callable[..., Tensor]]:
+    def wrong_gradient(operator: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(*args: Tensor, **kwargs: object) -> Tensor:
+            output = operator(*args, **kwargs)
+            return output * factor - output.detach() * (factor - 1)
+
+        return call
+
+    return wrong_gradient
