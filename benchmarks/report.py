@@ -335,7 +335,7 @@ def draw(rows: Rows, path: Path) -> None:
             )  # fmt: skip
         panel.axvline(1, color="black", linewidth=0.8)
         panel.set(title=timing, xscale="log", xlabel="time over the best peer's (left is faster)")
-        panel.set_xticks(ticks := [0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10], map(str, ticks))
+        panel.set_xticks(ticks := [0.01, 0.03, 0.1, 0.3, 1, 3, 10], map(str, ticks))
         panel.minorticks_off()
         panel.grid(alpha=0.3)
     panels[0].set_yticks(range(len(rows)), [" ".join(names) for names in rows])

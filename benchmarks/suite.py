@@ -70,7 +70,7 @@ class CompileTime(NamedTuple):
 # H200: 10 s to start and for the ceilings; 35 times (15 cases in training, 20 forward) 2 s to make and verify and 1.5 s
 # to time; 2 s for each of 60 compilations of an operator, 7 s for each of 8 of a network; up to 25 s for each of 10 in
 # max-autotune, of which the time below admits one or more of each operator, training's first: 6:30 minutes in all. At
-# the worst the last compilation begins after these, and what is left takes a minute.
+# the worst the last compilation begins then, and what is left takes a minute.
 COMPILE_TIME = {
     "cpu": CompileTime({}, math.inf),
     "cuda": CompileTime({COMPILE: 75, MAX_AUTOTUNE: 20}, 390),
