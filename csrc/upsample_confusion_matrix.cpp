@@ -8,7 +8,9 @@ namespace fastseg {
 namespace FASTSEG_ISA {
 namespace {
 
-// Every task counts in a matrix of its own: threads that shared one would wait for each other's cache lines.
+// Every task counts in a matrix of its own: threads that shared one would wait for each other's cache lines. Counts
+// don't depend on who counts, so that few tasks will do: enough to even out threads that are slower than others.
+constexpr int64_t kTasksPerThread = 4;
 constexpr int64_t kMatricesBytes = 64 << 20;
 
 template <class T>
@@ -41,7 +43,7 @@ void confusion_matrix(const UpsampleConfusionMatrix& call) {
   const int64_t cells = call.input.size[1] * call.input.size[1];
   const Bands bands(call.input.size[0], output_height);
   const int64_t matrices = kMatricesBytes / (cells * static_cast<int64_t>(sizeof(int64_t)));
-  const int64_t tasks = least(bands.count, least(kBands, most(1, matrices)));
+  const int64_t tasks = least(bands.count, most(1, least(kTasksPerThread * call.threads, matrices)));
   const Workspace tables(UpsampledMap<T>::table_bytes(output_height, output_width));
   const UpsampledMap<T> map(call.grid, call.input, output_height, output_width, kArgmaxRowsInCache, tables.data());
   const int64_t invalid_bytes = tasks * static_cast<int64_t>(sizeof(InvalidLabel));

@@ -106,6 +106,8 @@ def _backward(
         saved = (input, target, weight, statistics, total_weight)
         return torch.ops.fastseg.upsample_cross_entropy_backward(grad_loss, no_overlap, *saved, *options)
     scale = grad_loss / total_weight if reduction == "mean" else grad_loss
+    if gradient.dtype == input.dtype:
+        return torch.mul(gradient, scale, out=torch.empty_like(input))
     return torch.empty_like(input).copy_(gradient * scale)
 
 
