@@ -106,9 +106,7 @@ def _backward(
         saved = (input, target, weight, statistics, total_weight)
         return torch.ops.fastseg.upsample_cross_entropy_backward(grad_loss, no_overlap, *saved, *options)
     scale = grad_loss / total_weight if reduction == "mean" else grad_loss
-    if gradient.dtype == input.dtype:
-        return torch.mul(gradient, scale, out=torch.empty_like(input))
-    return torch.empty_like(input).copy_(gradient * scale)
+    return (gradient * scale).to(input.dtype)  # of gradient's strides, which are dense
 
 
 _triton.register(_library, "upsample_cross_entropy_with_gradient", forward_plain, _forward_cpu)
