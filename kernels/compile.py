@@ -118,7 +118,7 @@ def make_job(item: Launch, target: GPUTarget, specimen: str, origin: str = DEFAU
     kernel, backend = item.kernel, make_backend(target)
     if not isinstance(kernel, triton.JITFunction):
         raise RuntimeError("kernels can't be compiled where TRITON_INTERPRET is set: unset it and start again")
-    arguments = {**item.arguments, **item.plan.options}
+    arguments = {**item.arguments, **item.plan.options(target.backend)}
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialization, options = bind(**arguments)
     options, signature, constants, attributes = kernel._pack_args(backend, arguments, bound, specialization, options)

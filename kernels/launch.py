@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 import torch
 import triton.language as tl
 
+BACKEND = "cuda" if torch.version.hip is None else "hip"  # as Triton calls it
+
 TUNED = Path(__file__).parent / "tuned"
 
 MULTIPROCESSORS_OF_META = 132  # as an H200 has
@@ -27,16 +29,23 @@ PROGRAMS_PER_MULTIPROCESSOR = 2
 
 
 class Plan(NamedTuple):
-    """Tile sizes (constexpr arguments of a kernel), warps of a program, and stages of its pipelined loops."""
+    """Tile sizes (constexpr arguments of a kernel), warps of a program, and stages of its pipelined loops.
+
+    ``max_registers`` is how many a thread may have on NVIDIA's GPUs. Without it the assembler decides, which spills a
+    few where that lets one more program run on a multiprocessor.
+    """
 
     tile: Mapping[str, int]
     num_warps: int = 4
     num_stages: int = 1
+    max_registers: int | None = None
 
-    @property
-    def options(self) -> dict[str, Any]:
+    def options(self, backend: str) -> dict[str, Any]:
         """What the compiler is told; fused multiply-adds, which Triton 3.10 would no longer make by itself, too."""
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+        if backend == "cuda" and self.max_registers is not None:
+            options["maxnreg"] = self.max_registers
+        return options
 
 
 class Launch(NamedTuple):
@@ -80,7 +89,10 @@ def read_plans(gpu: str) -> Mapping[tuple[str, str], Plan]:
     if not path.exists():
         return {}
     rows = json.loads(path.read_text())["plans"]
-    return {(row["kernel"], row["bucket"]): Plan(row["tile"], row["num_warps"], row["num_stages"]) for row in rows}
+    return {
+        (row["kernel"], row["bucket"]): Plan(row["tile"], row["num_warps"], row["num_stages"], row.get("max_registers"))
+        for row in rows
+    }
 
 
 @contextlib.contextmanager
@@ -114,7 +126,7 @@ def launch(
     if programs == 0:
         return
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        kernel[(programs,)](**arguments, **plan.tile, **plan.options)
+        kernel[(programs,)](**arguments, **plan.tile, **plan.options(BACKEND))
 
 
 @functools.cache

@@ -29,6 +29,7 @@ class _Upsampling:
     label_smoothing: float = 0.0
     reduction: str = "mean"
     with_overlap: bool = False
+    predicted: bool = False  # whether the prediction and the confusion matrix are specimens, too
     tuned: bool = False
 
     def specimens(self) -> Iterator[Specimen]:
@@ -41,6 +42,8 @@ class _Upsampling:
         )  # fmt: skip
         yield Specimen(f"upsample_cross_entropy {name} forward", self.forward, self.tuned)
         yield Specimen(f"upsample_cross_entropy {name} backward", self.backward, self.tuned)
+        if not self.predicted:
+            return
         yield Specimen(f"upsample_argmax {name} forward", self.argmax, self.tuned)
         yield Specimen(f"upsample_confusion_matrix {name} forward", self.confusion_matrix, self.tuned)
 
@@ -113,34 +116,39 @@ class _Upsampling:
         return call
 
 
+_ALL_ARGUMENTS = {"weighted": True, "label_smoothing": 0.1, "with_overlap": True}
 _CASES = [
-    # Each bucket's: an interval has four pixels, or two, in each direction or in one.
-    _Upsampling((16, 150, 128, 128), (512, 512), tuned=True),
-    _Upsampling((16, 19, 128, 256), (512, 1024), with_overlap=True, tuned=True),
-    _Upsampling((16, 19, 256, 256), (512, 512), tuned=True),
-    _Upsampling((16, 19, 256, 256), (512, 256), with_overlap=True),
-    _Upsampling((4, 21, 512, 512), (256, 256), weighted=True, label_smoothing=0.1, with_overlap=True),
-    _Upsampling((2, 19, 128, 128), (512, 512), torch.float64, weighted=True, label_smoothing=0.1, with_overlap=True),
-    _Upsampling((2, 19, 128, 128), (512, 512), torch.float64),
-    _Upsampling((2, 19, 256, 256), (512, 512), torch.float64, weighted=True, label_smoothing=0.1, with_overlap=True),
-    _Upsampling((2, 19, 256, 256), (512, 256), torch.float64, weighted=True, label_smoothing=0.1, with_overlap=True),
-    _Upsampling((2, 19, 512, 512), (256, 256), torch.float64, weighted=True, label_smoothing=0.1, with_overlap=True),
+    # Each bucket's: what an interval holds, 4 x 4 pixels, 2 x 2, 2 x 1 or 1 x 1.
+    _Upsampling((16, 150, 128, 128), (512, 512), predicted=True, tuned=True),
+    _Upsampling((16, 19, 128, 256), (512, 1024), **_ALL_ARGUMENTS, tuned=True),
+    _Upsampling((16, 19, 256, 256), (512, 512), predicted=True, tuned=True),
+    _Upsampling((16, 19, 256, 256), (512, 512), **_ALL_ARGUMENTS),
+    _Upsampling((4, 19, 256, 256), (512, 256), predicted=True),
+    _Upsampling((4, 19, 256, 256), (512, 256), **_ALL_ARGUMENTS),
+    _Upsampling((4, 21, 512, 512), (256, 256), predicted=True),
+    _Upsampling((4, 21, 512, 512), (256, 256), **_ALL_ARGUMENTS),
+    _Upsampling((2, 19, 128, 128), (512, 512), torch.float64, predicted=True),
+    _Upsampling((2, 19, 128, 128), (512, 512), torch.float64, **_ALL_ARGUMENTS),
+    _Upsampling((2, 19, 256, 256), (512, 512), torch.float64, **_ALL_ARGUMENTS, predicted=True),
+    _Upsampling((2, 19, 256, 256), (512, 256), torch.float64, **_ALL_ARGUMENTS, predicted=True),
+    _Upsampling((2, 19, 512, 512), (256, 256), torch.float64, **_ALL_ARGUMENTS, predicted=True),
     # What else changes the code: other dtypes, layouts, grids and arguments.
-    _Upsampling((8, 150, 128, 128), (512, 512), channels_last=True, target=torch.uint8, with_overlap=True),
-    _Upsampling((8, 150, 128, 128), (512, 512), torch.float32, weighted=True, reduction="none"),
-    _Upsampling((8, 150, 128, 128), (512, 512), torch.float32, weighted=True, label_smoothing=0.1, with_overlap=True),
     _Upsampling(
-        (8, 150, 128, 128), (512, 512), weighted=True, label_smoothing=0.1, reduction="none", with_overlap=True
+        (8, 150, 128, 128), (512, 512), channels_last=True, target=torch.uint8, with_overlap=True, predicted=True
     ),
-    _Upsampling((8, 150, 128, 128), (512, 512), mode="nearest", target=torch.int32, label_smoothing=0.1),
-    _Upsampling((8, 19, 65, 129), (512, 1024), torch.float16, align_corners=True, label_smoothing=0.1),
+    _Upsampling((8, 150, 128, 128), (512, 512), torch.float32, weighted=True, reduction="none"),
+    _Upsampling((8, 150, 128, 128), (512, 512), torch.float32, reduction="none", **_ALL_ARGUMENTS),
+    _Upsampling(
+        (8, 150, 128, 128), (512, 512), mode="nearest", target=torch.int32, label_smoothing=0.1, predicted=True
+    ),
+    _Upsampling((8, 19, 65, 129), (512, 1024), torch.float16, align_corners=True, label_smoothing=0.1, predicted=True),
     _Upsampling((8, 2, 256, 256), (512, 512), torch.float16, target=torch.int16, reduction="sum"),
     # Sizes: rows alone grow, intervals of many pixels, odd ratios, one logit, a small map, offsets past 2^31.
-    _Upsampling((4, 19, 64, 512), (512, 512), with_overlap=True),
+    _Upsampling((4, 19, 64, 512), (512, 512)),
     _Upsampling((4, 21, 16, 16), (512, 512)),
     _Upsampling((3, 21, 97, 129), (333, 501), torch.float32),
     _Upsampling((2, 5, 1, 1), (20, 20)),
     _Upsampling((1, 19, 4, 4), (16, 16)),
-    _Upsampling((1, 150, 5000, 4000), (20000, 16000), with_overlap=True, label_smoothing=0.1),
+    _Upsampling((1, 150, 5000, 4000), (20000, 16000), **_ALL_ARGUMENTS, predicted=True),
 ]
 UPSAMPLING = [specimen for case in _CASES for specimen in case.specimens()]

@@ -103,7 +103,8 @@ def candidates(plan: Plan, changes: int) -> list[Plan]:
 
 def _changed(plan: Plan, numbers: dict[str, int]) -> Plan:
     tile = {axis: numbers.get(axis, size) for axis, size in plan.tile.items()}
-    return Plan(tile, numbers.get("num_warps", plan.num_warps), numbers.get("num_stages", plan.num_stages))
+    warps, stages = numbers.get("num_warps", plan.num_warps), numbers.get("num_stages", plan.num_stages)
+    return plan._replace(tile=tile, num_warps=warps, num_stages=stages)
 
 
 def search(default: Plan, time_all: Callable[[list[Plan]], Iterator[tuple[Plan, float]]]) -> Plan:
@@ -229,8 +230,9 @@ def tune(subject: Subject, device: torch.device, target: GPUTarget, deadline: fl
     plan, milliseconds = (subject.default, default_ms) if kept else (best, best_ms)
     return {
         "kernel": subject.kernel, "bucket": subject.bucket, "tile": dict(plan.tile), "num_warps": plan.num_warps,
-        "num_stages": plan.num_stages, "ms": round(milliseconds, 5), "default_ms": round(default_ms, 5),
-        "date": datetime.date.today().isoformat(), "torch": torch.__version__, "triton": triton.__version__,
+        "num_stages": plan.num_stages, "max_registers": plan.max_registers, "ms": round(milliseconds, 5),
+        "default_ms": round(default_ms, 5), "date": datetime.date.today().isoformat(), "torch": torch.__version__,
+        "triton": triton.__version__,
     }  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from fastseg.kernels.upsampling import (
     locate_groups,
     pixels_of,
     plans_of,
+    store,
     tap_offsets,
 )
 
@@ -31,8 +32,10 @@ def predict(
     CLASSES: tl.constexpr, GRID: tl.constexpr, ACC: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
     """The largest logits of groups' pixels and their classes, of equal ones the first, of NaN the first, too."""
-    largest = tl.full((GRID.group[0], GRID.group[1], BLOCK_G), float("-inf"), ACC)
-    label = tl.zeros((GRID.group[0], GRID.group[1], BLOCK_G), tl.int32)
+    GROUP_H: tl.constexpr = GRID.group[0]
+    GROUP_W: tl.constexpr = GRID.group[1]
+    largest = tl.full((GROUP_H, GROUP_W, BLOCK_G), float("-inf"), ACC)
+    label = tl.zeros((GROUP_H, GROUP_W, BLOCK_G), tl.int32)
     for index in range(CLASSES):
         taps = load_taps(input + tl.cast(index, tl.int64) * class_stride, row_taps, column_taps, some, GRID, ACC)
         logits = interpolate(taps, row_weights, column_weights, GRID)
@@ -41,7 +44,7 @@ def predict(
     return largest, label
 
 
-@triton.jit(do_not_specialize=[*GRID_ARGUMENTS, "column_groups", "blocks"])
+@triton.jit(do_not_specialize=GRID_ARGUMENTS)
 def upsample_argmax_forward(
     input, labels, confidence,
     height, width, out_height, out_width, row_step, column_step, row_passes, column_passes, column_groups, blocks,
@@ -65,20 +68,22 @@ def upsample_argmax_forward(
         BLOCK_G,
     )  # fmt: skip
     at = image * out_height * out_width + (out_rows.to(INDEX) * out_width + out_columns)
-    tl.store(labels + at, label, inside)
+    store(labels + at, label, inside)
     if confidence is not None:
-        total = tl.zeros((GRID.group[0], GRID.group[1], BLOCK_G), ACC)
+        GROUP_H: tl.constexpr = GRID.group[0]
+        GROUP_W: tl.constexpr = GRID.group[1]
+        total = tl.zeros((GROUP_H, GROUP_W, BLOCK_G), ACC)
         for index in range(CLASSES):
             pointer = input + tl.cast(index, tl.int64) * input_strides[1]
             taps = load_taps(pointer, row_taps, column_taps, some, GRID, ACC)
             total += exp(interpolate(taps, row_weights, column_weights, GRID) - largest)
-        tl.store(confidence + at, 1 / total, inside)
+        store(confidence + at, 1 / total, inside)
 
 
 # ---- launcher ----
 
 # Not measured on a GPU yet.
-PLANS = plans_of({1: {}, 2: {}, 4: {}, 8: {}}, Plan({"BLOCK_G": 128}))
+PLANS = plans_of({pixels: {} for pixels in (1, 2, 4, 8)}, Plan({"BLOCK_G": 256}, num_warps=8))
 
 
 def forward(

@@ -12,10 +12,12 @@ from fastseg.kernels.upsampling import (
     GRID_ARGUMENTS,
     axes_of,
     bucket_of,
+    flat,
     grid_of,
     groups_of,
     in_planes,
     index_of,
+    load,
     locate_groups,
     pixels_of,
     tap_offsets,
@@ -26,7 +28,7 @@ from fastseg.kernels.upsampling import (
 OWN_CELLS = tl.constexpr(2)
 
 
-@triton.jit(do_not_specialize=[*GRID_ARGUMENTS, "column_groups", "blocks", "ignore_index"])
+@triton.jit(do_not_specialize=[*GRID_ARGUMENTS, "ignore_index"])
 def upsample_confusion_matrix_forward(
     input, target, counts,
     height, width, out_height, out_width, row_step, column_step, row_passes, column_passes, column_groups, blocks,
@@ -53,7 +55,8 @@ def upsample_confusion_matrix_forward(
         BLOCK_G,
     )  # fmt: skip
     offsets = out_rows.to(INDEX) * target_strides[1] + out_columns.to(INDEX) * target_strides[2]
-    labels = tl.load(target + image * target_strides[0] + offsets, inside, other=0).to(tl.int64)
+    labels = flat(load(target + image * target_strides[0] + offsets, inside, other=0)).to(tl.int64)
+    prediction, inside = flat(prediction), flat(inside)
     valid = (labels >= 0) & (labels < CLASSES)
     left = inside & (labels != ignore_index) if IGNORES else inside
     cells = tl.where(valid, labels * CLASSES + prediction, CLASSES * CLASSES).to(tl.int32)

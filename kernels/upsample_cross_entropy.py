@@ -23,8 +23,8 @@ from fastseg.kernels.upsampling import (
     Grid,
     axes_of,
     bucket_of,
-    class_offsets,
     clip_classes,
+    flat,
     grid_of,
     groups_of,
     in_planes,
@@ -56,7 +56,7 @@ def _add_block(
     classes = start + tl.arange(0, BLOCK_C)[:, None, None, None]
     exist = classes < CLASSES
     mask = some if WHOLE else exist & some
-    pointers = input + class_offsets(classes, class_stride, CLASSES, tl.int64)
+    pointers = input + classes.to(tl.int64) * class_stride
     taps = load_taps(pointers, row_taps, column_taps, mask, GRID, ACC)
     logits = interpolate(taps, row_weights, column_weights, GRID)
     if not WHOLE:
@@ -73,7 +73,7 @@ def _add_block(
     return largest, total, spread, share, base
 
 
-@triton.jit(do_not_specialize=[*GRID_ARGUMENTS, "column_groups", "blocks", "pixels", "ignore_index", "smoothing_bits"])
+@triton.jit(do_not_specialize=[*GRID_ARGUMENTS, "ignore_index", "smoothing_bits"])
 def upsample_cross_entropy_forward(
     input, target, weight, loss, statistics, total_weight, partials,
     height, width, out_height, out_width, row_step, column_step, row_passes, column_passes, column_groups, blocks,
@@ -94,7 +94,9 @@ def upsample_cross_entropy_forward(
     row_taps = tap_offsets(row_intervals, height, input_strides[2], GRID, INDEX)
     column_taps = tap_offsets(column_intervals, width, input_strides[3], GRID, INDEX)
 
-    zeros = tl.zeros((GRID.group[0], GRID.group[1], BLOCK_G), ACC)
+    GROUP_H: tl.constexpr = GRID.group[0]
+    GROUP_W: tl.constexpr = GRID.group[1]
+    zeros = tl.zeros((GROUP_H, GROUP_W, BLOCK_G), ACC)
     state = zeros + float("-inf"), zeros, zeros, zeros, zeros
     WHOLE: tl.constexpr = CLASSES // BLOCK_C * BLOCK_C
     for start in range(0, WHOLE, BLOCK_C):
@@ -112,26 +114,27 @@ def upsample_cross_entropy_forward(
 
     target += image * target_strides[0]
     offsets = out_rows.to(INDEX) * target_strides[1] + out_columns.to(INDEX) * target_strides[2]
-    labels, ignored, valid = load_labels(target, offsets, inside, ignore_index, CLASSES)
-    taps = load_taps(input + labels * input_strides[1], row_taps, column_taps, valid, GRID, ACC)
-    logit = interpolate(taps, row_weights, column_weights, GRID)
+    labels, ignored, valid = load_labels(target, flat(offsets), flat(inside), ignore_index, CLASSES)
+    of_labels = tl.reshape(labels, inside.shape) * input_strides[1]
+    taps = load_taps(input + of_labels, row_taps, column_taps, tl.reshape(valid, inside.shape), GRID, ACC)
+    logit = flat(interpolate(taps, row_weights, column_weights, GRID))
     # largest - base is zero, but for pixels whose logits are all -inf: there it makes NaN, as in log_softmax.
-    dense_loss = share * (log_sum + (largest - base)) - spread
+    dense_loss = flat(share * (log_sum + (largest - base)) - spread)
+    largest, log_sum = flat(largest), flat(log_sum)
     value, counted = label_losses(
         largest, log_sum, logit, dense_loss, labels, ignored, valid, weight, smoothing_bits, SMOOTHED, ACC
     )
     at = image * out_height * out_width + (out_rows.to(INDEX) * out_width + out_columns)
     store_forward(
-        largest, log_sum, value, counted, loss, statistics, total_weight, partials, at, inside, pixels, REDUCED
-    )
+        largest, log_sum, value, counted, loss, statistics, total_weight, partials, flat(at), flat(inside), pixels,
+        REDUCED,
+    )  # fmt: skip
 
 
 # ---- the sums of soft Dice losses ----
 
 
-@triton.jit(
-    do_not_specialize=[*GRID_ARGUMENTS, "column_groups", "blocks", "shares", "class_blocks", "pixels", "ignore_index"]
-)
+@triton.jit(do_not_specialize=[*GRID_ARGUMENTS, "shares", "class_blocks", "ignore_index"])
 def upsample_overlap_forward(
     input, target, statistics, partials,
     height, width, out_height, out_width, row_step, column_step, row_passes, column_passes, column_groups, blocks,
@@ -152,7 +155,7 @@ def upsample_overlap_forward(
     classes = program % class_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
     exist = (classes < CLASSES)[:, None, None, None]
     input += image * input_strides[0]
-    pointers = input + class_offsets(classes[:, None, None, None], input_strides[1], CLASSES, tl.int64)
+    pointers = input + classes[:, None, None, None].to(tl.int64) * input_strides[1]
     target += image * target_strides[0]
     statistics += image * out_height * out_width
     intersection = tl.zeros((BLOCK_C, BLOCK_G), tl.float64)
@@ -164,15 +167,17 @@ def upsample_overlap_forward(
         )
         out_rows, out_columns, inside, row_weights, column_weights, some = pixels_of(opened_rows, opened_columns)
         offsets = out_rows.to(INDEX) * target_strides[1] + out_columns.to(INDEX) * target_strides[2]
-        labels, ignored, valid = load_labels(target, offsets, inside, ignore_index, CLASSES)
+        labels, ignored, valid = load_labels(target, flat(offsets), flat(inside), ignore_index, CLASSES)
+        labels, counts = tl.reshape(labels, inside.shape), tl.reshape(ignored == 0, inside.shape)
+        known = tl.reshape(valid | ignored, inside.shape)
         row_taps = tap_offsets(row_intervals, height, input_strides[2], GRID, INDEX)
         column_taps = tap_offsets(column_intervals, width, input_strides[3], GRID, INDEX)
         taps = load_taps(pointers, row_taps, column_taps, exist & some, GRID, ACC)
         logits = interpolate(taps, row_weights, column_weights, GRID)
         at = out_rows.to(INDEX) * out_width + out_columns
-        probability = probabilities(logits, statistics, at, pixels, ignored == 0)
-        probability = tl.where(valid | ignored, probability, float("nan"))  # a label outside the classes
-        hit = (classes[:, None, None, None] == labels) & (ignored == 0)
+        probability = probabilities(logits, statistics, at, pixels, counts)
+        probability = tl.where(known, probability, float("nan"))  # a label outside the classes
+        hit = (classes[:, None, None, None] == labels) & counts
         predicted += tl.sum(tl.sum(probability, 1), 1)
         intersection += tl.sum(tl.sum(tl.where(hit, probability, 0.0), 1), 1)
         labelled += tl.sum(tl.sum(hit.to(tl.int32), 1), 1)

@@ -20,21 +20,23 @@ from fastseg.kernels.upsampling import (
     GRID_ARGUMENTS,
     axes_of,
     bucket_of,
-    class_offsets,
     clip_classes,
     first_positions,
+    flat,
     grid_of,
     groups_of,
     holds,
     in_planes,
     index_of,
     interpolate,
+    load,
     load_taps,
     locate_groups,
     open_groups,
     pixels_of,
     plans_of,
     probabilities,
+    store,
     tap_offsets,
 )
 
@@ -59,14 +61,22 @@ def _to_taps(gradients, weights, AXIS: tl.constexpr, TAPS: tl.constexpr):
         return near, tl.zeros_like(near)
 
 
-@triton.jit(do_not_specialize=[*GRID_ARGUMENTS, "blocks", "class_blocks", "pixels", "ignore_index", "smoothing_bits"])
+@triton.jit(
+    do_not_specialize=[
+        *GRID_ARGUMENTS,
+        "class_blocks",
+        "ignore_index",
+        "smoothing_bits",
+    ]
+)
 def upsample_cross_entropy_backward(
     grad_loss, grad_overlap, mean_grads, input, target, weight, statistics, total_weight, grad_input,
     height, width, out_height, out_width, row_step, column_step, row_passes, column_passes, blocks, class_blocks,
     pixels, grad_loss_strides, grad_overlap_strides, input_strides, target_strides, grad_input_strides,
     ignore_index, smoothing_bits,
-    CLASSES: tl.constexpr, SMOOTHED: tl.constexpr, REDUCED: tl.constexpr, MEAN: tl.constexpr, GRID: tl.constexpr,
-    INDEX: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr, SEGMENT: tl.constexpr,
+    CLASSES: tl.constexpr, SMOOTHED: tl.constexpr, REDUCED: tl.constexpr, MEAN: tl.constexpr,
+    CLASSES_INNER: tl.constexpr, GRID: tl.constexpr, INDEX: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr,
+    SEGMENT: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the low-resolution logits: BLOCK_C classes of SEGMENT rows under BLOCK_G intervals."""
     ACC: tl.constexpr = statistics.dtype.element_ty
@@ -88,14 +98,13 @@ def upsample_cross_entropy_backward(
     owned = (lanes >= HALO_W) & (column >= 0)
 
     exist = classes < CLASSES
-    input += image * input_strides[0]
-    of_classes = class_offsets(classes[:, None, None, None], input_strides[1], CLASSES, INDEX)
+    pointers = input + image * input_strides[0] + classes.to(tl.int64)[:, None, None, None] * input_strides[1]
     target += image * target_strides[0]
     statistics += image * out_height * out_width
     first_out_column = first_positions(column, columns, GRID)
     column_taps = tap_offsets(column, width, input_strides[3], GRID, INDEX)
     columns_hold = holds(first_out_column, column, columns, GRID)
-    grad = tl.zeros((1, 1, 1), ACC)
+    grad = tl.zeros((1,), ACC)
     if REDUCED:
         grad += tl.load(grad_loss).to(ACC)
         if MEAN:
@@ -118,11 +127,10 @@ def upsample_cross_entropy_backward(
     near_near, near_far, far_near, far_far = zeros, zeros, zeros, zeros
     for step in range(SEGMENT + HALO_H):
         row = first_row + step
-        near_row, far_row, has_far_row = tap_offsets(row, height, input_strides[2], GRID, INDEX)
-        row_taps = of_classes + near_row, of_classes + far_row, has_far_row  # few registers: pointers take two each
+        row_taps = tap_offsets(row, height, input_strides[2], GRID, INDEX)
         first_out_row = first_positions(row, rows, GRID)
         mask = exist[:, None, None, None] & columns_hold & holds(first_out_row, row, rows, GRID)
-        taps = load_taps(input, row_taps, column_taps, mask, GRID, ACC)
+        taps = load_taps(pointers, row_taps, column_taps, mask, GRID, ACC)
         near_near, near_far, far_near, far_far = far_near, far_far, zeros, zeros
         for row_pass in range(row_passes):
             opened_rows = open_groups(first_out_row + row_pass * GRID.group[0], row, rows, GRID, 0)
@@ -134,11 +142,15 @@ def upsample_cross_entropy_backward(
                 pixel_grad = grad
                 if not REDUCED:
                     offsets = out_rows.to(INDEX) * grad_loss_strides[1] + out_columns.to(INDEX) * grad_loss_strides[2]
-                    pixel_grad = tl.load(grad_loss + offsets, inside, other=0).to(ACC)
+                    pixel_grad = flat(load(grad_loss + offsets, inside, other=0).to(ACC))
                 offsets = out_rows.to(INDEX) * target_strides[1] + out_columns.to(INDEX) * target_strides[2]
                 labels, pixel_grad, label_grad = label_gradients(
-                    target, offsets, inside, pixel_grad, weight, ignore_index, smoothing_bits, CLASSES, SMOOTHED, ACC
-                )
+                    target, flat(offsets), flat(inside), pixel_grad, weight, ignore_index, smoothing_bits, CLASSES,
+                    SMOOTHED, ACC,
+                )  # fmt: skip
+                labels = tl.reshape(labels, inside.shape)
+                pixel_grad = tl.reshape(pixel_grad, inside.shape)
+                label_grad = tl.reshape(label_grad, inside.shape)
                 at = out_rows.to(INDEX) * out_width + out_columns
                 counts = labels >= 0 if OVERLAP else inside
                 logits = interpolate(taps, row_weights, column_weights, GRID)
@@ -148,7 +160,7 @@ def upsample_cross_entropy_backward(
                 if SMOOTHED:
                     gradient += (probability * share - q) * pixel_grad
                 if OVERLAP:
-                    mean_grad = tl.load(mean_grads + at, counts, other=0)
+                    mean_grad = load(mean_grads + at, counts, other=0)
                     gradient += probability * ((of_predicted - mean_grad) + tl.where(hit, of_intersection, 0.0))
                 near, far = _to_taps(gradient, column_weights, 2, GRID.taps[1])  # [BLOCK_C, GROUP_H, BLOCK_G]
                 upper, lower = _to_taps(near, group_row_weights, 1, GRID.taps[0])
@@ -164,7 +176,11 @@ def upsample_cross_entropy_backward(
             total += tl.gather(near_far, neighbours, 1)
         offsets = row.to(INDEX) * grad_input_strides[2] + column.to(INDEX) * grad_input_strides[3]
         stored = exist[:, None] & owned & (row < height) & (step >= HALO_H)
-        tl.store(grad_input + (classes.to(INDEX)[:, None] * grad_input_strides[1] + offsets), total, stored)
+        if CLASSES_INNER:  # threads side by side then store what is: the compiler sees it
+            tl.store(grad_input + classes[:, None] + offsets, total, stored)
+        else:
+            of_classes = classes.to(INDEX)[:, None] * grad_input_strides[1]
+            store(grad_input + of_classes + offsets, total, stored)
 
 
 # ---- the gradient of the overlap ----
@@ -186,7 +202,7 @@ def _mean_of_block(
 ):  # fmt: skip
     classes = start + tl.arange(0, BLOCK_C)[:, None, None, None]
     mask = (classes < CLASSES) & some
-    pointers = input + class_offsets(classes, class_stride, CLASSES, tl.int64)
+    pointers = input + classes.to(tl.int64) * class_stride
     taps = load_taps(pointers, row_taps, column_taps, mask, GRID, ACC)
     logits = interpolate(taps, row_weights, column_weights, GRID)
     of_intersection, of_predicted = load_overlap_grads(grad_overlap, classes, grad_overlap_strides, CLASSES)
@@ -195,7 +211,7 @@ def _mean_of_block(
     return tl.sum(tl.where(classes < CLASSES, terms, 0.0), 0)
 
 
-@triton.jit(do_not_specialize=[*GRID_ARGUMENTS, "column_groups", "blocks", "pixels", "ignore_index"])
+@triton.jit(do_not_specialize=[*GRID_ARGUMENTS, "ignore_index"])
 def upsample_overlap_mean_grads(
     grad_overlap, input, target, statistics, mean_grads,
     height, width, out_height, out_width, row_step, column_step, row_passes, column_passes, column_groups, blocks,
@@ -217,29 +233,32 @@ def upsample_overlap_mean_grads(
     input += image * input_strides[0]
     target += image * target_strides[0]
     offsets = out_rows.to(INDEX) * target_strides[1] + out_columns.to(INDEX) * target_strides[2]
-    labels, ignored, _ = load_labels(target, offsets, inside, ignore_index, CLASSES)
-    counts = ignored == 0
+    labels, ignored, _ = load_labels(target, flat(offsets), flat(inside), ignore_index, CLASSES)
+    labels, counts = tl.reshape(labels, inside.shape), tl.reshape(ignored == 0, inside.shape)
     at = image * out_height * out_width + (out_rows.to(INDEX) * out_width + out_columns)
-    total = tl.zeros((GRID.group[0], GRID.group[1], BLOCK_G), ACC)
+    GROUP_H: tl.constexpr = GRID.group[0]
+    GROUP_W: tl.constexpr = GRID.group[1]
+    total = tl.zeros((GROUP_H, GROUP_W, BLOCK_G), ACC)
     for start in range(0, CLASSES, BLOCK_C):
         total += _mean_of_block(
             start, grad_overlap, grad_overlap_strides, input, input_strides[1], row_taps, column_taps, some,
             row_weights, column_weights, statistics, at, pixels, counts, labels, ACC, CLASSES, GRID, BLOCK_C,
         )  # fmt: skip
-    tl.store(mean_grads + at, total, counts)
+    store(mean_grads + at, total, counts)
 
 
 # ---- launchers ----
 
 # Not measured on a GPU yet. One warp, so that neighbours' sums pass through shuffles. "dense" is what has more numbers
 # for each class: smoothed labels, and the overlap's gradients.
+_DOWN_THE_ROWS = Plan({"BLOCK_C": 8, "BLOCK_G": 32, "SEGMENT": 32}, num_warps=1, max_registers=255)
 BACKWARD_PLANS = {
-    **plans_of({1: {}, 2: {}, 4: {}, 8: {}}, Plan({"BLOCK_C": 8, "BLOCK_G": 32, "SEGMENT": 32}, num_warps=1)),
-    **plans_of(
-        {1: {}, 2: {}, 4: {}, 8: {}}, Plan({"BLOCK_C": 4, "BLOCK_G": 32, "SEGMENT": 32}, num_warps=1), ["-dense"]
-    ),
+    **plans_of({pixels: {} for pixels in (1, 2, 4, 8)}, _DOWN_THE_ROWS),
+    **plans_of({pixels: {"BLOCK_C": 4} for pixels in (1, 2, 4, 8)}, _DOWN_THE_ROWS, ["-dense"]),
 }
-MEAN_GRADS_PLANS = plans_of({1: {}, 2: {}, 4: {}, 8: {}}, Plan({"BLOCK_C": 4, "BLOCK_G": 128}))
+MEAN_GRADS_PLANS = plans_of(
+    {pixels: {"BLOCK_C": 4} for pixels in (1, 2, 4, 8)}, Plan({"BLOCK_G": 128}, max_registers=192)
+)
 LEAST_SEGMENT = 4  # rows; a row of cells at a segment's end is computed twice
 SMALL_PROGRAMS = 8  # of one warp, that a multiprocessor needs where it would need one of the usual size
 
@@ -281,5 +300,6 @@ def backward(
         "grad_loss_strides": grad_loss.stride() if reduction == "none" else (0, 0, 0),
         "grad_input_strides": grad_input.stride(), "smoothing_bits": bits_of(label_smoothing),
         "SMOOTHED": label_smoothing > 0, "REDUCED": reduction != "none", "MEAN": reduction == "mean",
+        "CLASSES_INNER": grad_input.stride(1) == 1,
     }  # fmt: skip
     launch(upsample_cross_entropy_backward, bucket, plan, images * blocks * class_blocks, device, arguments)

@@ -38,8 +38,10 @@ class Grid(NamedTuple):
     group: tuple[int, int]  # pixels
 
 
-# Run-time arguments that tell kernels of the grid; compiled for any value of theirs.
-GRID_ARGUMENTS = ("height", "width", "out_height", "out_width", "row_step", "column_step")
+# Run-time arguments of the kernels that are compiled for any value.
+GRID_ARGUMENTS = (
+    "height", "width", "out_height", "out_width", "row_step", "column_step", "column_groups", "blocks", "pixels",
+)  # fmt: skip
 
 # ---- the grid ----
 
@@ -137,12 +139,13 @@ def pixels_of(opened_rows, opened_columns):
 
     Last whether a group has any pixels [BLOCK_G].
     """
-    out_rows, rows_exist, (near_row, far_row) = opened_rows
-    out_columns, columns_exist, (near_column, far_column) = opened_columns
+    out_rows, rows_exist, row_weights = opened_rows
+    out_columns, columns_exist, column_weights = opened_columns
     some = (tl.max(rows_exist.to(tl.int32), 0) > 0) & (tl.max(columns_exist.to(tl.int32), 0) > 0)
     return (
         out_rows[:, None, :], out_columns[None, :, :], rows_exist[:, None, :] & columns_exist[None, :, :],
-        (near_row[:, None, :], far_row[:, None, :]), (near_column[None, :, :], far_column[None, :, :]), some,
+        (row_weights[0][:, None, :], row_weights[1][:, None, :]),
+        (column_weights[0][None, :, :], column_weights[1][None, :, :]), some,
     )  # fmt: skip
 
 
@@ -162,13 +165,25 @@ def tap_offsets(intervals, size, stride, GRID: tl.constexpr, INDEX: tl.constexpr
 
 
 @triton.jit
-def class_offsets(classes, stride, CLASSES: tl.constexpr, INDEX: tl.constexpr):
-    """Offsets of classes; of those that don't exist, the last one's.
+def flat(values):
+    """Values [..., BLOCK_G] in one line, as memory is accessed here, so that each thread has a group of all of them.
 
-    The compiler doesn't see through the minimum that they are neighbours, where they are: it would give them to
-    neighbouring threads, and the sums over classes would go from thread to thread.
+    With more axes the compiler would give threads what it takes for neighbours in memory, and then exchange values.
     """
-    return tl.minimum(classes, CLASSES - 1).to(INDEX) * stride
+    return tl.reshape(values, [values.numel])
+
+
+@triton.jit
+def load(pointers, mask, other):
+    """What pointers [..., BLOCK_G] point to, where the mask, which may have fewer axes, allows it."""
+    mask = mask & tl.full(pointers.shape, True, tl.int1)
+    return tl.reshape(tl.load(flat(pointers), flat(mask), other=other), pointers.shape)
+
+
+@triton.jit
+def store(pointers, values, mask):
+    """Stores values [..., BLOCK_G], of as many axes as pointers and mask have."""
+    tl.store(flat(pointers), flat(values), flat(mask))
 
 
 @triton.jit
@@ -176,15 +191,15 @@ def load_taps(pointers, row_offsets, column_offsets, mask, GRID: tl.constexpr, A
     """The taps at (near, near), (near, far), (far, near) and (far, far) rows and columns, where axes have two."""
     near_row, far_row, has_far_row = row_offsets
     near_column, far_column, has_far_column = column_offsets
-    near_near = tl.load(pointers + (near_row + near_column), mask, other=0).to(ACC)
+    near_near = load(pointers + (near_row + near_column), mask, other=0).to(ACC)
     near_far, far_near, far_far = near_near, near_near, near_near
     if GRID.taps[1] == 2:
-        near_far = tl.load(pointers + (near_row + far_column), mask & has_far_column, other=0).to(ACC)
+        near_far = load(pointers + (near_row + far_column), mask & has_far_column, other=0).to(ACC)
     if GRID.taps[0] == 2:
-        far_near = tl.load(pointers + (far_row + near_column), mask & has_far_row, other=0).to(ACC)
+        far_near = load(pointers + (far_row + near_column), mask & has_far_row, other=0).to(ACC)
     if GRID.taps[0] == 2 and GRID.taps[1] == 2:
         both = has_far_row & has_far_column
-        far_far = tl.load(pointers + (far_row + far_column), mask & both, other=0).to(ACC)
+        far_far = load(pointers + (far_row + far_column), mask & both, other=0).to(ACC)
     return near_near, near_far, far_near, far_far
 
 
@@ -214,8 +229,8 @@ def interpolate(taps, row_weights, column_weights, GRID: tl.constexpr):
 @triton.jit
 def probabilities(logits, statistics, at, pixels, counts):
     """exp(z - m - s) of pixels ``at``; of those that don't count 0."""
-    largest = tl.load(statistics + at, counts, other=float("inf"))
-    log_sum = tl.load(statistics + pixels + at, counts, other=0)
+    largest = load(statistics + at, counts, other=float("inf"))
+    log_sum = load(statistics + pixels + at, counts, other=0)
     if log_sum.dtype == tl.float64:
         return tl.exp((logits - largest) - log_sum)
     return tl.exp2(tl.fma(logits - largest, LOG2_E, log_sum * -LOG2_E))

@@ -108,7 +108,7 @@ class Hopper:
 def test_what_is_compiled_is_what_would_be_launched(specimen: Specimen, monkeypatch: pytest.MonkeyPatch) -> None:
     item = record(specimen)[0]
     monkeypatch.setattr(triton.runtime.driver, "_active", Hopper())
-    launched = item.kernel.warmup(**item.arguments, **item.plan.options, grid=(1,))
+    launched = item.kernel.warmup(**item.arguments, **item.plan.options("cuda"), grid=(1,))
     item.kernel.device_caches.clear()  # what it remembers of the driver
     job = compile.make_job(item, HOPPER, specimen.name)
     assert compile.compile_kernel(job).hash == launched.hash

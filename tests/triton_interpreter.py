@@ -1,6 +1,7 @@
 """What Triton's interpreter needs to run the kernels rightly, and in bearable time."""
 
 import dataclasses
+import warnings
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +19,7 @@ def prepare() -> None:
     _check_no_overflows()
     _patch_the_language_once()
     _add_bias_as_gpus_do()
+    _reduce_nothing_but_nan()
 
 
 def _multiply_bfloat16_as_numbers() -> None:
@@ -59,6 +61,18 @@ def _patch_the_language_once() -> None:
     """Triton patches its whole language at every launch and at every call of a device function."""
     interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
     interpreter._patch_lang = lambda function: interpreter._LangPatchScope()
+
+
+def _reduce_nothing_but_nan() -> None:
+    """numpy warns where all of what is reduced is NaN, which here is as ordinary as one."""
+    min_max = interpreter.ReduceOps.min_max
+
+    def quietly(self: Any, *arguments: Any, **options: Any) -> Any:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "All-NaN", RuntimeWarning)
+            return min_max(self, *arguments, **options)
+
+    interpreter.ReduceOps.min_max = quietly
 
 
 def _add_bias_as_gpus_do() -> None:
