@@ -3,8 +3,11 @@
 The gradient of an interpolated logit is p * g - (what of g goes to the label), with p = exp(z - m - s). A thread has an
 interval of columns and some classes, and goes down the cells of a segment of rows. For each cell it adds up what its
 pixels give to the four taps. What goes to the lower taps stays for the next cell; what goes to the right ones passes to
-the neighbouring thread; what the left and upper ones then have is the gradient of a row. Programs overlap by a column,
-and segments by a row of cells, so that every sum is one thread's or its neighbour's, in a fixed order.
+the neighbouring thread; what the left and upper ones then have is the gradient of a row. Programs overlap by columns,
+and segments by a row of cells, so that every sum is one thread's or its neighbours', in a fixed order.
+
+Pixels before the input's first position have the second one as their tap of weight 0 (as in torch), which receives
+nothing from them but NaN: the sums of interval -1 for its near taps go there.
 """
 
 from __future__ import annotations
@@ -51,6 +54,13 @@ def _smoothed_share(weight, smoothing_bits, classes, CLASSES: tl.constexpr, ACC:
 
 
 @triton.jit
+def _from_lanes_before(values, COUNT: tl.constexpr):
+    """Values [BLOCK_C, BLOCK_G] of threads so many before; the first ones' their own, which nobody uses."""
+    lanes = tl.maximum(tl.arange(0, values.shape[1]) - COUNT, 0)
+    return tl.gather(values, tl.broadcast_to(lanes[None, :], values.shape), 1)
+
+
+@triton.jit
 def _to_taps(gradients, weights, AXIS: tl.constexpr, TAPS: tl.constexpr):
     """Sums over an axis of a group of what goes to its near and its far tap."""
     near_weight, far_weight = weights
@@ -84,18 +94,20 @@ def upsample_cross_entropy_backward(
     rows, columns = axes_of(
         height, width, out_height, out_width, row_step, column_step, row_passes, column_passes, GRID, ACC
     )
-    HALO_H: tl.constexpr = GRID.taps[0] - 1
+    HALO_H: tl.constexpr = GRID.taps[0] - 1  # intervals before position 0
     HALO_W: tl.constexpr = GRID.taps[1] - 1
+    BORDER: tl.constexpr = not GRID.corners  # whether interval -1 has pixels
+    SHARED: tl.constexpr = HALO_W * (1 + BORDER)  # threads that a program shares with the one before
     program = tl.program_id(0)
     classes = program % class_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
     block = program // class_blocks
     image = (block // blocks).to(tl.int64)
     lanes = tl.arange(0, BLOCK_G)
-    line = block % blocks * (BLOCK_G - HALO_W) + lanes - HALO_W
+    line = block % blocks * (BLOCK_G - SHARED) + lanes - SHARED
     column = line % (width + HALO_W) - HALO_W
     first_row = line // (width + HALO_W) * SEGMENT - HALO_H
     grad_input += image * grad_input_strides[0]
-    owned = (lanes >= HALO_W) & (column >= 0)
+    owned = (lanes >= SHARED) & (column >= 0)
 
     exist = classes < CLASSES
     pointers = input + image * input_strides[0] + classes.to(tl.int64)[:, None, None, None] * input_strides[1]
@@ -131,7 +143,9 @@ def upsample_cross_entropy_backward(
         first_out_row = first_positions(row, rows, GRID)
         mask = exist[:, None, None, None] & columns_hold & holds(first_out_row, row, rows, GRID)
         taps = load_taps(pointers, row_taps, column_taps, mask, GRID, ACC)
-        near_near, near_far, far_near, far_far = far_near, far_far, zeros, zeros
+        second = (row == 0) & BORDER
+        near_near, far_near = far_near, tl.where(second, near_near, 0.0)
+        near_far, far_far = far_far, tl.where(second, near_far, 0.0)
         for row_pass in range(row_passes):
             opened_rows = open_groups(first_out_row + row_pass * GRID.group[0], row, rows, GRID, 0)
             group_row_weights = opened_rows[2]  # [GROUP_H, BLOCK_G]
@@ -172,8 +186,9 @@ def upsample_cross_entropy_backward(
                     far_far += lower
         total = near_near
         if HALO_W > 0:
-            neighbours = tl.broadcast_to(tl.maximum(lanes - 1, 0)[None, :], (BLOCK_C, BLOCK_G))
-            total += tl.gather(near_far, neighbours, 1)
+            total += _from_lanes_before(near_far, 1)
+        if HALO_W > 0 and BORDER:
+            total += tl.where(column == 1, _from_lanes_before(near_near, 2), 0.0)
         offsets = row.to(INDEX) * grad_input_strides[2] + column.to(INDEX) * grad_input_strides[3]
         stored = exist[:, None] & owned & (row < height) & (step >= HALO_H)
         if CLASSES_INNER:  # threads side by side then store what is: the compiler sees it
@@ -290,7 +305,7 @@ def backward(
     bucket = bucket_of(grid, input, "-dense" if label_smoothing > 0 or len(grad_overlap) > 0 else "")
     plan = clip_classes(choose(upsample_cross_entropy_backward, bucket, BACKWARD_PLANS, device), classes)
     class_blocks, intervals = cdiv(classes, plan.tile["BLOCK_C"]), width + grid.taps[1] - 1
-    owned = plan.tile["BLOCK_G"] - grid.taps[1] + 1
+    owned = plan.tile["BLOCK_G"] - (grid.taps[1] - 1) * (1 + (not grid.corners))
     work = images * class_blocks * height * intervals // owned
     plan = fit(plan, "SEGMENT", LEAST_SEGMENT, work // SMALL_PROGRAMS, device)
     blocks = cdiv(cdiv(height, plan.tile["SEGMENT"]) * intervals, owned)

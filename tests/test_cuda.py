@@ -24,6 +24,9 @@ CUDA = torch.device("cuda")
 
 PARITY = {
     "cross_entropy": ["test_cross_entropy.py", "test_triton_labels.py"],
+    "upsample_cross_entropy": ["test_upsample_cross_entropy.py"],
+    "upsample_argmax": ["test_upsample_argmax.py"],
+    "upsample_confusion_matrix": ["test_upsample_confusion_matrix.py"],
     "conv_relu_pool2d-tf32": ["test_conv_relu_pool2d.py", "--tf32=on"],
     "conv_relu_pool2d-ieee": ["test_conv_relu_pool2d.py", "--tf32=off"],
 }
@@ -61,11 +64,24 @@ def loss(layout: str = "channels_last", dtype: torch.dtype = torch.bfloat16) -> 
     return functional.cross_entropy, [logits, make_labels((4, 40, 56), 19, ignore_index=-100).to(CUDA)]
 
 
+def upsampled_loss(layout: str = "channels_last", dtype: torch.dtype = torch.bfloat16) -> tuple[Call, list[Tensor]]:
+    """upsample_cross_entropy, to four times the rows and an odd multiple of the columns, and its tensors."""
+    logits = make((4, 19, 10, 13), dtype, layout=layout, scale=3.0).to(CUDA).requires_grad_()
+    return functional.upsample_cross_entropy, [logits, make_labels((4, 40, 56), 19, ignore_index=-100).to(CUDA)]
+
+
+def upsampled_dice(layout: str = "channels_last", dtype: torch.dtype = torch.bfloat16) -> tuple[Call, list[Tensor]]:
+    """upsample_cross_entropy_dice, and its tensors."""
+    return functional.upsample_cross_entropy_dice, upsampled_loss(layout, dtype)[1]
+
+
 CALLS = {
     "conv-fields": lambda **o: conv("fields", **o),
     "conv-direct": lambda **o: conv("direct", **o),
     "conv-library": lambda **o: conv("library", **o),
     "cross_entropy": loss,
+    "upsample_cross_entropy": upsampled_loss,
+    "upsample_cross_entropy_dice": upsampled_dice,
 }
 parametrize_calls = pytest.mark.parametrize("make_call", CALLS.values(), ids=CALLS)
 
@@ -203,6 +219,55 @@ def test_autocast(dtype: torch.dtype) -> None:
         assert functional.cross_entropy(logits, labels).dtype == torch.float32
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+@pytest.mark.parametrize("with_overlap", [False, True], ids=["loss", "overlap"])
+def test_opcheck_upsample_cross_entropy(with_overlap: bool) -> None:
+    _, (logits, labels) = upsampled_loss()
+    logits, options = logits.detach(), (-100, "mean", 0.1, "bilinear", False)
+    forward = torch.ops.fastseg.upsample_cross_entropy.default
+    torch.library.opcheck(forward, (logits, labels, None, *options, with_overlap))
+    value, statistics, total_weight, overlap = forward(logits, labels, None, *options, with_overlap)
+    saved = (logits, labels, None, statistics, total_weight)
+    torch.library.opcheck(
+        torch.ops.fastseg.upsample_cross_entropy_backward.default,
+        (torch.ones_like(value), torch.randn_like(overlap), *saved, *options),
+    )
+
+
+@pytest.mark.parametrize("return_confidence", [False, True], ids=["labels", "confidence"])
+def test_predictions_twice_the_same_without_synchronisation(return_confidence: bool) -> None:
+    _, (logits, labels) = upsampled_loss()
+
+    def predict() -> list[Tensor]:
+        prediction = functional.upsample_argmax(logits, (40, 56), return_confidence=return_confidence)
+        matrix = functional.upsample_confusion_matrix(logits, labels, -100)
+        return [*(prediction if return_confidence else (prediction,)), matrix]
+
+    expected = predict()  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        actual = predict()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+def test_predictions_in_a_cuda_graph() -> None:
+    _, (logits, labels) = upsampled_loss()
+    logits = logits.detach()
+
+    def predict() -> tuple[Tensor, Tensor]:
+        return functional.upsample_argmax(logits, (40, 56)), functional.upsample_confusion_matrix(logits, labels, -100)
+
+    predict()  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = predict()
+    logits.copy_(logits.flip(0))
+    graph.replay()
+    torch.testing.assert_close(captured, predict(), rtol=0, atol=0)
+
+
 # ---- memory ----
 
 
@@ -220,6 +285,19 @@ def test_cross_entropy_allocates_a_gradient_and_statistics(layout: str) -> None:
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     functional.cross_entropy(logits, labels).backward()
+    growth = torch.cuda.max_memory_allocated() - before
+    statistics = 2 * labels.numel() * 4
+    assert growth < logits.nbytes + statistics + 2**20  # and the programs' sums, and the allocator's rounding
+
+
+def test_upsample_cross_entropy_allocates_no_upsampled_logits() -> None:
+    logits = torch.randn((4, 150, 64, 64), device=CUDA, dtype=torch.bfloat16, requires_grad=True)
+    labels = torch.randint(150, (4, 256, 256), device=CUDA)
+    functional.upsample_cross_entropy(logits, labels).backward()
+    logits.grad = None
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    functional.upsample_cross_entropy(logits, labels).backward()
     growth = torch.cuda.max_memory_allocated() - before
     statistics = 2 * labels.numel() * 4
     assert growth < logits.nbytes + statistics + 2**20  # and the programs' sums, and the allocator's rounding
@@ -248,6 +326,20 @@ def test_more_than_2_to_the_31_logits(layout: str) -> None:
         torch.testing.assert_close(losses[image : image + 1, row : row + 1].float(), expected, rtol=1e-2, atol=1e-2)
         actual = logits.grad[image : image + 1, :, row : row + 1].float()
         torch.testing.assert_close(actual, gradient, rtol=1e-2, atol=1e-2)
+
+
+def test_more_than_2_to_the_31_upsampled_logits() -> None:
+    needs_memory(8)
+    logits = torch.randn((1, 150, 1250, 1000), device=CUDA, dtype=torch.bfloat16, requires_grad=True)
+    labels = torch.randint(150, (1, 5000, 4000), dtype=torch.uint8, device=CUDA)
+    losses = functional.upsample_cross_entropy(logits, labels, reduction="none")
+    losses.sum().backward()
+    near = slice(-10, None)  # rows of the input; the last 32 of the output read them alone
+    part = logits.detach()[..., near, :].float().requires_grad_()
+    expected = reference.upsample_cross_entropy(part, labels[:, -40:], reduction="none")
+    torch.testing.assert_close(losses[:, -32:].float(), expected[:, -32:], rtol=1e-2, atol=1e-2)
+    (gradient,) = torch.autograd.grad(expected.sum(), part)
+    torch.testing.assert_close(logits.grad[..., -8:, :].float(), gradient[..., -8:, :], rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])

@@ -37,6 +37,10 @@ A_FEW = [  # a specimen of each launcher
         ("conv_relu_pool2d", "backward_input"),
         ("relu_pool2d", "forward"),
         ("relu_pool2d", "backward"),
+        ("upsample_cross_entropy", "forward"),
+        ("upsample_cross_entropy", "backward"),
+        ("upsample_argmax", "forward"),
+        ("upsample_confusion_matrix", "forward"),
     )
 ]
 
@@ -84,7 +88,7 @@ def test_forward_convolutions_use_whole_warp_groups(rows: list[Row]) -> None:
 @pytest.mark.parametrize(("target", "instruction"), [("cuda:80", "mma"), ("hip:gfx942", "mfma")])
 def test_other_targets(target: str, instruction: str) -> None:
     rows = list(compile.compile_jobs(compile.default_jobs(compile.parse_target(target), A_FEW)))
-    assert {row.kernel.split("_")[0] for row in rows} == {"cross", "conv", "relu"}
+    assert {row.kernel.split("_")[0] for row in rows} == {"cross", "conv", "relu", "upsample"}
     assert [(row.kernel, row.error) for row in rows if row.error is not None] == []
     assert all(row.registers > 0 for row in rows)
     convolutions = [row for row in rows if row.kernel.startswith("conv_relu_pool2d")]
