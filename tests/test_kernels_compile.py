@@ -57,7 +57,7 @@ def test_every_configuration_compiles(rows: list[Row]) -> None:
 
 def test_every_kernel_that_is_launched_is_compiled(rows: list[Row]) -> None:
     sources = [path.read_text() for path in Path(launch.__file__).parent.glob("*.py") if path.name != "launch.py"]
-    launched = {kernel for source in sources for kernel in re.findall(r"\blaunch\((?:rows\.)?(\w+), ", source)}
+    launched = {kernel for source in sources for kernel in re.findall(r"\blaunch\(\s*(?:rows\.)?(\w+), ", source)}
     assert {row.kernel for row in rows} == launched
 
 
