@@ -67,6 +67,7 @@ def test_class_counts(implementation: str, dtype: torch.dtype, layout: str, clas
     check(input, target, make((classes,)).abs(), reduction="sum", mode="nearest")
 
 
+@slow_under_the_interpreter
 def test_more_classes_than_a_tile_holds(implementation: str) -> None:
     input = logits((1, 6000, 1, 2))
     check(input, labels_for(input, (2, 3)))
