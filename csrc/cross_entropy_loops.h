@@ -9,10 +9,6 @@ namespace fastseg {
 namespace FASTSEG_ISA {
 namespace {
 
-constexpr int64_t kTilePixelMultiple = 32;  // whole blocks of vectors, on every instruction set
-// Rows whose distance is a power of two would compete for the same cache sets.
-constexpr int64_t kRowPadding = 64 / sizeof(float);
-
 // What the target is, which decides the loops' arithmetic.
 enum class Kind { kLabels, kSmoothedLabels, kProbabilities };
 
@@ -46,6 +42,13 @@ struct Tile {
 };
 
 template <class T>
+FASTSEG_INLINE IntVec<T> load_labels(const Tile<T>& tile, int64_t p) {
+  IntVec<T> labels;
+  memcpy(&labels, tile.labels + p, sizeof labels);
+  return labels;
+}
+
+template <class T>
 struct Rows {
   T* data;
   int64_t stride;
@@ -59,6 +62,15 @@ struct LogitsInPlace {
   const Tile<T>& tile;
   FASTSEG_INLINE Vec<T> operator()(int64_t c, int64_t p) const { return load(tile.logits + c * tile.stride + p); }
 };
+
+// exp(x - m - s) of the tile's pixels, from their logits and statistics.
+template <class T, class Logits>
+FASTSEG_INLINE auto probabilities_of(const Tile<T>& tile, const Logits logits) {
+  const T *const largest = tile.largest, *const log_sum = tile.log_sum;
+  return [=](int64_t c, int64_t p) {
+    return exp_of_nonpositive<T>((logits(c, p) - load(largest + p)) - load(log_sum + p));
+  };
+}
 
 // Where the exponentials go to that nobody needs again.
 template <class T>
@@ -162,15 +174,6 @@ struct GradientsTo {
   }
 };
 
-// exp(x - m - s) of the tile's pixels, from their logits and statistics.
-template <class T, class Logits>
-FASTSEG_INLINE auto probabilities_of(const Tile<T>& tile, const Logits logits) {
-  const T *const largest = tile.largest, *const log_sum = tile.log_sum;
-  return [=](int64_t c, int64_t p) {
-    return exp_of_nonpositive<T>((logits(c, p) - load(largest + p)) - load(log_sum + p));
-  };
-}
-
 // The gradient (P * sum(q) - q) * grad of the logits, with P = probabilities(c, p), given to keep(c, p, gradient),
 // vector by vector. The label's share and the smoothing's are differences of their own, which vanish exactly where P
 // is 1.
@@ -188,9 +191,7 @@ FASTSEG_NOINLINE void differentiate(const Tile<T>& tile, const ClassTerms<T>& te
         keep(c, p, (probability * load(tile.target_sum + p) - share) * load(tile.grad + p));
         continue;
       }
-      IntVec<T> labels;
-      memcpy(&labels, tile.labels + p, sizeof labels);
-      const Vec<T> one_hot = select_or_zero<T>(labels == label, broadcast<T>(1));
+      const Vec<T> one_hot = select_or_zero<T>(load_labels(tile, p) == label, broadcast<T>(1));
       Vec<T> gradient = (probability - one_hot) * load(tile.grad_of_label + p);
       if (kKind == Kind::kSmoothedLabels) gradient += (probability * shift_sum - shift) * load(tile.grad + p);
       keep(c, p, gradient);

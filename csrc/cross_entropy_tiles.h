@@ -95,9 +95,9 @@ struct Plan {
     Plan plan;
     plan.classes = call.input.size[1];
     const int64_t pixel_bytes = plan.classes * static_cast<int64_t>(sizeof(T)) * (probabilities ? 2 : 1);
-    const int64_t fitting = kTileBytes / pixel_bytes / kTilePixelMultiple * kTilePixelMultiple;
-    plan.tile_pixels = fitting < kTilePixelMultiple ? kTilePixelMultiple : least(fitting, kMaxTilePixels);
-    plan.tile_pixels = least(plan.tile_pixels, round_up(pixels.count, kTilePixelMultiple));
+    const int64_t fitting = kTileBytes / pixel_bytes / kPixelMultiple * kPixelMultiple;
+    plan.tile_pixels = fitting < kPixelMultiple ? kPixelMultiple : least(fitting, kMaxTilePixels);
+    plan.tile_pixels = least(plan.tile_pixels, round_up(pixels.count, kPixelMultiple));
     plan.tile_stride = plan.tile_pixels + kRowPadding;
     const int64_t tiles = plan.tile_pixels == 0 ? 0 : round_up(pixels.count, plan.tile_pixels) / plan.tile_pixels;
     plan.task_pixels = round_up(tiles, kMaxTasks) / kMaxTasks * plan.tile_pixels;
@@ -124,7 +124,7 @@ void pack_tile(const Tensor& tensor, Role role, const Pixels& pixels, int64_t be
     pack(at(tensor, run.offset[role]), tensor.dtype, classes, run.length, tensor.stride[1], pixels.inner_stride(role),
          rows + run.first, stride);
   });
-  const int64_t padding = round_up(count, kTilePixelMultiple) - count;
+  const int64_t padding = round_up(count, kPixelMultiple) - count;
   if (padding == 0) return;
   for (int64_t c = 0; c < classes; ++c) memset(rows + c * stride + count, 0, padding * sizeof(T));
 }
@@ -155,7 +155,7 @@ bool read_labels(const CrossEntropy& call, const Pixels& pixels, int64_t begin, 
   for_each_run(pixels, begin, count, [&](const Run& run) {
     read_label_run(call, run.offset[kTarget], run.length, pixels.inner_stride(kTarget), labels + run.first, invalid);
   });
-  for (int64_t p = count; p < round_up(count, kTilePixelMultiple); ++p) labels[p] = kIgnored;
+  for (int64_t p = count; p < round_up(count, kPixelMultiple); ++p) labels[p] = kIgnored;
   return !invalid->found;
 }
 

@@ -10,6 +10,10 @@ namespace fastseg {
 namespace FASTSEG_ISA {
 namespace {
 
+constexpr int64_t kPixelMultiple = 32;  // what scratch rows are filled up to: whole blocks of vectors, on every machine
+// Scratch rows whose distance is a power of two would compete for the same cache sets.
+constexpr int64_t kRowPadding = 64 / sizeof(float);
+
 struct BFloat16 {
   uint16_t bits;
 };

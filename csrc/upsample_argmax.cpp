@@ -8,7 +8,7 @@ namespace fastseg {
 namespace FASTSEG_ISA {
 namespace {
 
-// confidence[x] = 1 / sum(exp(logit - largest)), the softmax value of the largest logit, up to kColumnMultiple beyond
+// confidence[x] = 1 / sum(exp(logit - largest)), the softmax value of the largest logit, up to kPixelMultiple beyond
 // count.
 template <class T, class Row>
 void confidence_row(const UpsampledMap<T>& map, const Row logits, int64_t count, T* confidence) {

@@ -15,8 +15,8 @@ constexpr int kRowsInCache = 2;  // a tile's two expanded input rows
 template <class T>
 int64_t block_columns(const UpsampledMap<T>& map) {
   constexpr int64_t kBlockBytes = 16 * 1024;
-  const int64_t fitting = kBlockBytes / (map.classes * static_cast<int64_t>(sizeof(T))) / kColumnMultiple;
-  return least(most(fitting, 1) * kColumnMultiple, map.tile_columns);
+  const int64_t fitting = kBlockBytes / (map.classes * static_cast<int64_t>(sizeof(T))) / kPixelMultiple;
+  return least(most(fitting, 1) * kPixelMultiple, map.tile_columns);
 }
 
 template <class T>
@@ -28,16 +28,13 @@ int64_t block_stride(const UpsampledMap<T>& map) {
 // logits become probabilities.
 template <class T>
 void add_overlap(const Tile<T>& tile, int64_t count, double* overlap) {
+  const auto probabilities = probabilities_of(tile, LogitsInPlace<T>{tile});
   for (int64_t c = 0; c < tile.classes; ++c) {
-    T* const row = tile.logits + c * tile.stride;
     Vec<T> predicted = {};
     for (int64_t p = 0; p < count; p += kLanes<T>) {
-      IntVec<T> labels;
-      memcpy(&labels, tile.labels + p, sizeof labels);
-      const Vec<T> probability =
-          exp_of_nonpositive<T>((load(row + p) - load(tile.largest + p)) - load(tile.log_sum + p));
-      store(row + p, probability);
-      predicted += select_or_zero<T>(labels != kIgnored, probability);
+      const Vec<T> probability = probabilities(c, p);
+      store(tile.logits + c * tile.stride + p, probability);
+      predicted += select_or_zero<T>(load_labels(tile, p) != kIgnored, probability);
     }
     T lanes[kLanes<T>];
     store(lanes, predicted);
@@ -157,19 +154,13 @@ void forward(const UpsampleCrossEntropyForward& call) {
   const Workspace tables(UpsampledMap<T>::table_bytes(output_height, output_width));
   const UpsampledMap<T> map(call.grid, call.input, output_height, output_width, kRowsInCache, tables.data());
   const bool with_overlap = call.overlap.size[0] > 0;
-  const int64_t partial_bytes = bands.count * static_cast<int64_t>(sizeof(Partial));
-  const int64_t overlap_elements = with_overlap ? bands.count * kOverlapSums * map.classes : 0;
-  const int64_t bytes = partial_bytes + overlap_elements * static_cast<int64_t>(sizeof(double));
-  const Workspace sums(bytes);
-  memset(sums.data(), 0, bytes);
-  Partial* const partials = static_cast<Partial*>(sums.data());
-  double* const overlaps = reinterpret_cast<double*>(partials + bands.count);
+  const BandSums sums(bands.count, with_overlap ? kOverlapSums * map.classes : 0);
   for_each_task(bands.count, call.threads, [&](int64_t band) {
-    double* const overlap = with_overlap ? overlaps + band * kOverlapSums * map.classes : nullptr;
-    return forward_band<T, kKind>(call, map, bands, band, &partials[band], overlap);
+    double* const overlap = with_overlap ? sums.overlaps() + band * kOverlapSums * map.classes : nullptr;
+    return forward_band<T, kKind>(call, map, bands, band, &sums.partials()[band], overlap);
   });
-  store_totals<T>(call, partials, bands.count, kKind == Kind::kSmoothedLabels);
-  if (with_overlap) store_overlap(call, map, bands, overlaps);
+  store_totals<T>(call, sums.partials(), bands.count, kKind == Kind::kSmoothedLabels);
+  if (with_overlap) store_overlap(call, map, bands, sums.overlaps());
 }
 
 // ---- with the gradient ----
@@ -178,21 +169,11 @@ void forward(const UpsampleCrossEntropyForward& call) {
 template <class T, Kind kKind>
 class GradientRows {
  public:
-  struct Shared {
-    Partial* partials;  // [bands]
-
-    bool failed(int64_t bands) const {
-      for (int64_t band = 0; band < bands; ++band)
-        if (partials[band].invalid.found) return true;
-      return false;
-    }
-  };
-
   static int64_t elements(const UpsampledMap<T>& map) { return Blocks<T, kKind>::elements(map); }
 
-  GradientRows(const UpsampleCrossEntropyForward& call, const UpsampledMap<T>& map, const Shared& shared,
-               const Place& place, Pieces<T>* pieces)
-      : block_(block_columns(map)), blocks_(call, map, &shared.partials[place.band], nullptr, pieces) {}
+  GradientRows(const UpsampleCrossEntropyForward& call, const UpsampledMap<T>& map, const Place&, Partial* partial,
+               Pieces<T>* pieces)
+      : block_(block_columns(map)), blocks_(call, map, partial, nullptr, pieces) {}
 
   bool row(const Place& place, int64_t y, const RowPair<T>& pair, const GradientsToRows<T>& keep) {
     const Tile<T>& tile = blocks_.tile();
@@ -228,12 +209,9 @@ void forward_with_gradient(const UpsampleCrossEntropyForward& call) {
   const InputBands bands(call.input.size[0], call.input.size[2], output_height, call.grid.mode);
   const Workspace tables(UpsampledMap<T>::table_bytes(output_height, output_width));
   const UpsampledMap<T> map(call.grid, call.input, output_height, output_width, kGradientRowsInCache, tables.data());
-  const int64_t bytes = bands.count * static_cast<int64_t>(sizeof(Partial));
-  const Workspace sums(bytes);
-  memset(sums.data(), 0, bytes);
-  Partial* const partials = static_cast<Partial*>(sums.data());
-  sum_gradients<T, GradientRows<T, kKind>>(call, map, bands, call.gradient, {partials});
-  store_totals<T>(call, partials, bands.count, kKind == Kind::kSmoothedLabels);
+  const BandSums sums(bands.count);
+  sum_gradients<T, GradientRows<T, kKind>>(call, map, bands, call.gradient, sums.partials());
+  store_totals<T>(call, sums.partials(), bands.count, kKind == Kind::kSmoothedLabels);
 }
 
 template <class T>

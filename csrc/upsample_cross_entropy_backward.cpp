@@ -14,7 +14,6 @@ struct OverlapGradient {
   T *predicted, *intersected;
 };
 
-// The gradients of the overlap's sums of an image.
 template <class T>
 void read_overlap(const UpsampleCrossEntropyBackward& call, int64_t image, const OverlapGradient<T>& s) {
   const Tensor& grad = call.grad_overlap;
@@ -27,20 +26,18 @@ void read_overlap(const UpsampleCrossEntropyBackward& call, int64_t image, const
 // u, the gradient of a vector of class c's probabilities through the overlap's sums.
 template <class T>
 FASTSEG_INLINE Vec<T> grad_of_probabilities(const Tile<T>& tile, const OverlapGradient<T>& s, int64_t c, int64_t p) {
-  IntVec<T> labels;
-  memcpy(&labels, tile.labels + p, sizeof labels);
-  return s.predicted[c] + select_or_zero<T>(labels == static_cast<Int<T>>(c), broadcast<T>(s.intersected[c]));
+  const IntVec<T> is_label = load_labels(tile, p) == static_cast<Int<T>>(c);
+  return s.predicted[c] + select_or_zero<T>(is_label, broadcast<T>(s.intersected[c]));
 }
 
 // In the tile's logits the probabilities P of the pixels, and in spread sum(P * u); zero where a pixel is ignored.
 template <class T, class Probabilities>
 void weigh_overlap(const Tile<T>& tile, const OverlapGradient<T>& s, const Probabilities probabilities, int64_t count) {
   for (int64_t p = 0; p < count; p += kLanes<T>) {
-    IntVec<T> labels;
-    memcpy(&labels, tile.labels + p, sizeof labels);
+    const IntVec<T> counts = load_labels(tile, p) != kIgnored;
     Vec<T> spread = {};
     for (int64_t c = 0; c < tile.classes; ++c) {
-      const Vec<T> probability = select_or_zero<T>(labels != kIgnored, probabilities(c, p));
+      const Vec<T> probability = select_or_zero<T>(counts, probabilities(c, p));
       store(tile.logits + c * tile.stride + p, probability);
       spread += probability * grad_of_probabilities(tile, s, c, p);
     }
@@ -70,31 +67,21 @@ void read_grad(const UpsampleCrossEntropyBackward& call, const UpsampledMap<T>& 
 template <class T, Kind kKind>
 class BackwardRows {
  public:
-  struct Shared {
-    InvalidLabel* invalid;  // [bands]
-
-    bool failed(int64_t bands) const {
-      for (int64_t band = 0; band < bands; ++band)
-        if (invalid[band].found) return true;
-      return false;
-    }
-  };
-
   static int64_t elements(const UpsampledMap<T>& map) {
     const auto padded = Pieces<T>::padded;
     return padded(Tile<T>::elements(map.classes, map.row_stride, false)) +
            padded(ClassTerms<T>::elements(map.classes)) + 2 * padded(map.classes);
   }
 
-  BackwardRows(const UpsampleCrossEntropyBackward& call, const UpsampledMap<T>& map, const Shared& shared,
-               const Place& place, Pieces<T>* pieces)
+  BackwardRows(const UpsampleCrossEntropyBackward& call, const UpsampledMap<T>& map, const Place& place,
+               Partial* partial, Pieces<T>* pieces)
       : call_(call),
         map_(map),
         tile_(map.classes, map.row_stride, false, pieces->take(Tile<T>::elements(map.classes, map.row_stride, false))),
         terms_(call, pieces->take(ClassTerms<T>::elements(map.classes))),
         overlap_{pieces->take(map.classes), pieces->take(map.classes)},
         with_overlap_(call.grad_overlap.size[0] > 0),
-        invalid_(&shared.invalid[place.band]) {
+        invalid_(&partial->invalid) {
     if (with_overlap_) read_overlap(call, place.image, overlap_);
   }
 
@@ -133,13 +120,10 @@ void backward(const UpsampleCrossEntropyBackward& call) {
   const InputBands bands(call.input.size[0], call.input.size[2], output_height, call.grid.mode);
   const Workspace tables(UpsampledMap<T>::table_bytes(output_height, output_width));
   const UpsampledMap<T> map(call.grid, call.input, output_height, output_width, kGradientRowsInCache, tables.data());
-  const int64_t bytes = bands.count * static_cast<int64_t>(sizeof(InvalidLabel));
-  const Workspace labels(bytes);
-  memset(labels.data(), 0, bytes);
-  InvalidLabel* const invalid = static_cast<InvalidLabel*>(labels.data());
-  sum_gradients<T, BackwardRows<T, kKind>>(call, map, bands, call.grad_input, {invalid});
+  const BandSums sums(bands.count);
+  sum_gradients<T, BackwardRows<T, kKind>>(call, map, bands, call.grad_input, sums.partials());
   *call.invalid = {};
-  for (int64_t band = 0; band < bands.count; ++band) keep_first(invalid[band], call.invalid);
+  for (int64_t band = 0; band < bands.count; ++band) keep_first(sums.partials()[band].invalid, call.invalid);
 }
 
 }  // namespace

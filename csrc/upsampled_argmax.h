@@ -11,11 +11,11 @@ namespace {
 constexpr int kArgmaxRowsInCache = 2;  // a tile's two expanded input rows
 
 // labels[x] = the first class of the largest logit, or of the first NaN, for a tile's columns [0, count), up to
-// kColumnMultiple beyond them.
+// kPixelMultiple beyond them.
 template <class T, class Row>
 void argmax_row(const UpsampledMap<T>& map, const Row logits, int64_t count, Int<T>* labels) {
   // Independent of each other, to fill the pipelines; whole blocks of columns.
-  constexpr int kVectors = kColumnMultiple < 4 * kLanes<T> ? kColumnMultiple / kLanes<T> : 4;
+  constexpr int kVectors = kPixelMultiple < 4 * kLanes<T> ? kPixelMultiple / kLanes<T> : 4;
   for (int64_t x = 0; x < count; x += kVectors * kLanes<T>) {
     Vec<T> best[kVectors];
     IntVec<T> label[kVectors] = {};

@@ -168,7 +168,7 @@ bool sum_tile(const GradientSum<T>& sum, const Place& place, ExpandedRows<T>* so
 
 // Work: what is done to an output row. Its static elements(map) is the scratch memory that it takes from pieces.
 template <class T, class Work, class Call>
-bool sum_band(const GradientSum<T>& sum, const Call& call, const typename Work::Shared& shared, int64_t band) {
+bool sum_band(const GradientSum<T>& sum, const Call& call, Partial* partial, int64_t band) {
   const UpsampledMap<T>& map = sum.map;
   const auto padded = Pieces<T>::padded;
   const int64_t rows_elements = (sum.bands.rows + 1) * sum.row_elements();
@@ -183,7 +183,7 @@ bool sum_band(const GradientSum<T>& sum, const Call& call, const typename Work::
   memset(rows, 0, rows_elements * sizeof(T));
   const int64_t begin = band % sum.bands.per_image * sum.bands.rows;
   Place place = {band, band / sum.bands.per_image, begin, least(begin + sum.bands.rows, map.height), 0, 0};
-  Work work(call, map, shared, place, &pieces);
+  Work work(call, map, place, partial, &pieces);
   for (; place.column < map.output_width; place.column += map.tile_columns) {
     place.columns = least(map.tile_columns, map.output_width - place.column);
     if (!sum_tile(sum, place, &source, &work, expanded, rows)) return true;
@@ -210,15 +210,18 @@ void join_band(const GradientSum<T>& sum, int64_t band) {
 }
 
 // Calls work for every row of every tile and sums the gradients that it keeps. Nothing is stored of a band where it
-// returned false, which is what it does where it met an invalid label.
+// returned false, having put an invalid label into its partial.
 template <class T, class Work, class Call>
 void sum_gradients(const Call& call, const UpsampledMap<T>& map, const InputBands& bands, const Tensor& gradient,
-                   const typename Work::Shared& shared) {
+                   Partial* partials) {
   GradientSum<T> sum = {map, bands, gradient, nullptr};
   const Workspace edges(sum.edge_elements() * static_cast<int64_t>(sizeof(T)));
   sum.edges = static_cast<T*>(edges.data());
-  for_each_task(bands.count, call.threads, [&](int64_t band) { return sum_band<T, Work>(sum, call, shared, band); });
-  if (!bands.share_rows || shared.failed(bands.count)) return;
+  for_each_task(bands.count, call.threads,
+                [&](int64_t band) { return sum_band<T, Work>(sum, call, &partials[band], band); });
+  if (!bands.share_rows) return;
+  for (int64_t band = 0; band < bands.count; ++band)
+    if (partials[band].invalid.found) return;
   for_each_task(bands.count, call.threads, [&](int64_t band) {
     join_band(sum, band);
     return true;

@@ -39,9 +39,7 @@ Position<T> locate(const Upsampling& grid, int axis, int64_t output, int64_t inp
   return {first, first + (first < input_size - 1), static_cast<T>(1 - fraction), static_cast<T>(fraction)};
 }
 
-constexpr int64_t kColumnMultiple = 32;  // whole vectors and blocks of them, on every instruction set
-
-// The columns' positions, one array for each part of them, repeating the last column up to kColumnMultiple.
+// The columns' positions, one array for each part of them, repeating the last column up to kPixelMultiple.
 template <class T>
 struct Columns {
   int64_t count;                  // without the repeated ones
@@ -51,17 +49,17 @@ struct Columns {
   bool blends;                    // whether right columns count at all
   bool permutes;                  // whether every vector's left columns lie within a vector
 
-  static int64_t bytes(int64_t count) { return 4 * round_up(count, kColumnMultiple) * static_cast<int64_t>(sizeof(T)); }
+  static int64_t bytes(int64_t count) { return 4 * round_up(count, kPixelMultiple) * static_cast<int64_t>(sizeof(T)); }
 
   Columns(const Upsampling& grid, int64_t input_size, int64_t output_size, void* memory)
       : count(output_size),
         left(static_cast<Int<T>*>(memory)),
-        lane(left + round_up(count, kColumnMultiple)),
-        left_weight(reinterpret_cast<T*>(lane + round_up(count, kColumnMultiple))),
-        right_weight(left_weight + round_up(count, kColumnMultiple)),
+        lane(left + round_up(count, kPixelMultiple)),
+        left_weight(reinterpret_cast<T*>(lane + round_up(count, kPixelMultiple))),
+        right_weight(left_weight + round_up(count, kPixelMultiple)),
         blends(grid.mode == Mode::kBilinear),
         permutes(true) {
-    for (int64_t x = 0; x < round_up(count, kColumnMultiple); ++x) {
+    for (int64_t x = 0; x < round_up(count, kPixelMultiple); ++x) {
       const Position<T> position = locate<T>(grid, 1, least(x, count - 1), input_size, output_size);
       left[x] = static_cast<Int<T>>(position.first);
       lane[x] = left[x] - left[x / kLanes<T> * kLanes<T>];
@@ -99,11 +97,10 @@ struct UpsampledMap {
         output_width(to_width),
         columns(upsampling, width, to_width, tables),
         rows(reinterpret_cast<Position<T>*>(static_cast<char*>(tables) + Columns<T>::bytes(to_width))) {
-    constexpr int64_t kTileBytes = 256 * 1024;       // half of a 512 KB L2 cache
-    constexpr int64_t kRowPadding = 64 / sizeof(T);  // rows a power of two apart would compete for cache sets
+    constexpr int64_t kTileBytes = 256 * 1024;  // half of a 512 KB L2 cache
     const int64_t fitting = kTileBytes / (rows_in_cache * classes * static_cast<int64_t>(sizeof(T)));
-    tile_columns = most(fitting / kColumnMultiple, 1) * kColumnMultiple;
-    tile_columns = least(tile_columns, round_up(output_width, kColumnMultiple));
+    tile_columns = most(fitting / kPixelMultiple, 1) * kPixelMultiple;
+    tile_columns = least(tile_columns, round_up(output_width, kPixelMultiple));
     row_stride = tile_columns + kRowPadding;
     int64_t span = 0;
     for (int64_t x = 0; x < output_width; x += tile_columns)
@@ -145,7 +142,7 @@ class ExpandedRows {
   void select(int64_t image, int64_t begin, int64_t count) {
     image_ = image;
     begin_ = begin;
-    padded_ = round_up(count, kColumnMultiple);
+    padded_ = round_up(count, kPixelMultiple);
     first_ = map_.columns.left[begin];
     const int64_t last = map_.columns.left[begin + count - 1];
     span_ = least(last + 2, map_.width) - first_;
@@ -263,7 +260,8 @@ struct Bands {
         count(images * per_image) {}
 };
 
-// Calls body(y, pair, begin, count) for every output row of a band and every tile of it, until one returns false.
+// Calls body(image, y, pair, begin, count) for every output row of a band and every tile of it, until one returns
+// false.
 template <class T, class Body>
 void for_each_tile_row(const UpsampledMap<T>& map, const Bands& bands, int64_t band, ExpandedRows<T>* source,
                        Body body) {

@@ -52,6 +52,12 @@ def log_slow_road(operator: str, reason: str) -> None:
     logger.warning("%s runs as plain PyTorch: %s", operator, reason)
 
 
+def log_missing_kernel(operator: str, input: torch.Tensor) -> None:
+    """Say that an operator has no kernel for input's device; where CPUs and GPUs come here, it has been said why."""
+    if input.device.type not in ("cpu", "cuda"):
+        log_slow_road(operator, f"no kernel for device type {input.device.type!r}")
+
+
 def native(operator: str) -> Any:
     """The extension module, or None (and a log line) where it couldn't be loaded."""
     if _C is None:

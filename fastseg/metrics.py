@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastseg import functional
+from fastseg import functional, reference
 
 
 class Scores(NamedTuple):
@@ -46,7 +46,7 @@ def confusion_matrix(prediction: Tensor, target: Tensor, num_classes: int, ignor
             f"but they have {tuple(prediction.shape)} and {tuple(target.shape)}"
         )
     if ignore_index is not None:
-        counted = target.long() != ignore_index  # a uint8 target would wrap a negative number
+        counted = ~reference.is_ignored(target, ignore_index)
         prediction, target = prediction[counted], target[counted]
     rows = _classes("target", target.flatten(), num_classes)
     columns = _classes("prediction", prediction.flatten(), num_classes)

@@ -213,7 +213,7 @@ def test_make_fx_records_the_operators(reduction: str) -> None:
         return gradient, counts, functional.upsample_argmax(input, SIZE)
 
     graph = make_fx(step)(input)
-    in_forward = serves(input, reduction, with_overlap=False)
+    in_forward = serves(input, reduction)
     passes = {with_gradient, with_gradient_backward} if in_forward else {forward, backward}
     assert {*passes, argmax, confusion_matrix} <= {node.target for node in graph.graph.nodes}
     other = logits(tuple(input.shape), seed=9)

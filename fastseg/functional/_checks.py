@@ -25,6 +25,11 @@ def check_logits(input: Tensor) -> int:
     return classes
 
 
+def pixels_of(input: Tensor) -> tuple[int, ...]:
+    """The shape of what has one value for each pixel of logits ``[C]`` or ``[N, C, ...]``."""
+    return (*input.shape[:1], *input.shape[2:]) if input.ndim > 1 else ()
+
+
 def check_map(input: Tensor) -> int:
     """The number of classes of logits that are to be upsampled, ``[N, C, h, w]``."""
     if input.ndim != 4:

@@ -20,6 +20,7 @@ from fastseg.functional._checks import (
     check_pixel_weight,
     check_reduction,
     check_smoothing,
+    pixels_of,
 )
 from fastseg.ops import cross_entropy as operator
 
@@ -96,11 +97,10 @@ def _check(
     input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, label_smoothing: float,
     pixel_weight: Tensor | None,
 ) -> None:  # fmt: skip
-    classes, shape = check_logits(input), tuple(input.shape)
-    pixels = (*shape[:1], *shape[2:]) if len(shape) > 1 else ()
+    classes, pixels = check_logits(input), pixels_of(input)
     if target.is_floating_point():
         check_device("target", target, input)
-        _check_probabilities(shape, target, ignore_index)
+        _check_probabilities(tuple(input.shape), target, ignore_index)
     else:
         check_labels(target, pixels, input)
     check_class_weight(weight, classes, input)

@@ -16,6 +16,7 @@ from fastseg.functional._checks import (
     check_logits,
     check_map,
     check_smoothing,
+    pixels_of,
 )
 from fastseg.functional._cross_entropy import in_dtype
 from fastseg.ops import upsample_cross_entropy as operator
@@ -93,7 +94,7 @@ def cross_entropy_dice(
     check_logits(input)
     if input.ndim < 2 or 0 in input.shape[2:]:
         raise ValueError(f"input: expected [N, C, d1, ...] with at least one pixel, got shape {tuple(input.shape)}")
-    check_labels(target, (input.shape[0], *input.shape[2:]), input)
+    check_labels(target, pixels_of(input), input)
     combination = _Combination(ce_weight, dice_weight, smooth, batch_dice, include_background)
     return _loss(
         _as_map(input, 2), _as_map(target, 1), weight, ignore_index, label_smoothing, "nearest", False, combination

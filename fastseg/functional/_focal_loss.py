@@ -13,6 +13,7 @@ from fastseg.functional._checks import (
     check_logits,
     check_map,
     check_reduction,
+    pixels_of,
 )
 from fastseg.functional._cross_entropy import call_operator, in_dtype
 from fastseg.ops import upsample_cross_entropy as operator
@@ -57,7 +58,7 @@ def focal_loss(
         TypeError: A dtype that isn't supported, class probabilities among them.
     """
     classes = check_logits(input)
-    check_labels(target, (*input.shape[:1], *input.shape[2:]) if input.ndim > 1 else (), input)
+    check_labels(target, pixels_of(input), input)
     _check(weight, classes, input, reduction, gamma)
     losses = call_operator(input, target, None, ignore_index, "none", 0.0)
     return _focus(losses, input, target, weight, ignore_index, reduction, gamma)

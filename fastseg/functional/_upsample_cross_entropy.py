@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -88,12 +86,13 @@ def upsample_cross_entropy(
             logits, target, weight, ignore_index, reduction, label_smoothing, pixel_weight=pixel_weight
         )
 
-    def losses(input: Tensor, target: Tensor, weight: Tensor | None, *options: Any) -> Tensor:
-        grid = (*options, mode, align_corners)
-        needs_gradient = torch.is_grad_enabled() and input.requires_grad
-        if needs_gradient and with_gradient.serves(input, options[1], with_overlap=False):
-            return with_gradient.upsample_cross_entropy_with_gradient(input, target, weight, grid)
-        return operator.upsample_cross_entropy(input, target, weight, grid)[0]
+    def losses(
+        input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, label_smoothing: float
+    ) -> Tensor:
+        options = (ignore_index, reduction, label_smoothing, mode, align_corners)
+        if torch.is_grad_enabled() and input.requires_grad and with_gradient.serves(input, reduction):
+            return with_gradient.upsample_cross_entropy_with_gradient(input, target, weight, options)
+        return operator.upsample_cross_entropy(input, target, weight, options)[0]
 
     return reduce_pixels(
         losses, input, target, weight, pixel_weight, ignore_index, reduction, label_smoothing, input.dtype

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastseg import _triton, reference
-from fastseg._native import describe, log_slow_road, native
+from fastseg._native import describe, log_missing_kernel, native
 from fastseg.ops.conv_relu_pool2d_geometry import (
     CUT,
     Geometry,
@@ -246,8 +246,7 @@ def forward_plain(
     input: Tensor, weight: Tensor, bias: Tensor | None, numbers: list[int], with_positions: bool, with_skip: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The operator for devices without a kernel, from torch's own operators."""
-    if input.device.type not in ("cpu", "cuda"):  # where those come here, it has been said why
-        log_slow_road("conv_relu_pool2d", f"no kernel for device type {input.device.type!r}")
+    log_missing_kernel("conv_relu_pool2d", input)
     geometry, layout = unflatten(tuple(numbers)), _output_format(input, weight)
     output, indices, skip = _plain(input, weight, bias, geometry)
     positions = local_positions(indices, output, skip.shape[-1], geometry) if with_positions else None

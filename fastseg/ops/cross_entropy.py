@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastseg import _triton, reference
-from fastseg._native import INTERPRETED, describe, log_slow_road, native
+from fastseg._native import INTERPRETED, describe, log_missing_kernel, log_slow_road, native
 
 REDUCTIONS = ("none", "mean", "sum")  # in the order of csrc/cross_entropy.h's Reduction
 MAX_DIMS = 8  # csrc/tensor.h's kMaxDims
@@ -141,8 +141,7 @@ def forward_plain(
     input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, label_smoothing: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The operator from torch's own, for devices without a kernel."""
-    if input.device.type not in ("cpu", "cuda"):  # where those come here, it has been said why
-        log_slow_road("cross_entropy", f"no kernel for device type {input.device.type!r}")
+    log_missing_kernel("cross_entropy", input)
     logits = input.to(accumulation_dtype(input))
     loss = reference.cross_entropy(logits, target, weight, ignore_index, reduction, label_smoothing)
     largest = logits.amax(1)

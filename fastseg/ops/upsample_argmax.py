@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastseg import _triton, reference
-from fastseg._native import describe, log_slow_road, native
+from fastseg._native import describe, log_missing_kernel, native
 from fastseg.ops.cross_entropy import accumulation_dtype
 from fastseg.ops.upsampling import MODES, steps
 
@@ -76,8 +76,7 @@ def forward_plain(
     dtype: torch.dtype, with_confidence: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The operator from torch's own, for devices without a kernel."""
-    if input.device.type not in ("cpu", "cuda"):  # where those come here, it has been said why
-        log_slow_road("upsample_argmax", f"no kernel for device type {input.device.type!r}")
+    log_missing_kernel("upsample_argmax", input)
     extent = tuple(size) if scale_factor is None else None
     factors = None if scale_factor is None else tuple(scale_factor)
     logits = reference.upsample(input.to(accumulation_dtype(input)), extent, factors, mode, align_corners)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastseg import _triton, reference
-from fastseg._native import describe, log_slow_road, native
+from fastseg._native import describe, log_missing_kernel, native
 from fastseg.ops.cross_entropy import accumulation_dtype
 from fastseg.ops.upsampling import MODES, steps
 
@@ -75,8 +75,7 @@ def forward_plain(
     input: Tensor, target: Tensor, ignore_index: int | None, mode: str, align_corners: bool
 ) -> Tensor:  # fmt: skip
     """The operator from torch's own, for devices without a kernel."""
-    if input.device.type not in ("cpu", "cuda"):  # where those come here, it has been said why
-        log_slow_road("upsample_confusion_matrix", f"no kernel for device type {input.device.type!r}")
+    log_missing_kernel("upsample_confusion_matrix", input)
     classes = input.shape[1]
     target = target.long()  # torch compares uint8 with a number as uint8, to which it wraps 257 classes
     outside = (target < 0) | (target >= classes)

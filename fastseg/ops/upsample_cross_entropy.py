@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastseg import _triton, reference
-from fastseg._native import describe, log_slow_road, native
+from fastseg._native import describe, log_missing_kernel, native
 from fastseg.ops import cross_entropy
 from fastseg.ops.cross_entropy import REDUCTIONS, accumulation_dtype
 from fastseg.ops.upsampling import MODES, steps
@@ -26,15 +26,15 @@ OVERLAP_SUMS = 3
 
 # ---- schemas ----
 
-_OPTIONS = "SymInt ignore_index, str reduction, float label_smoothing, str mode, bool align_corners"
+OPTIONS = "SymInt ignore_index, str reduction, float label_smoothing, str mode, bool align_corners"
 _library = torch.library.Library("fastseg", "FRAGMENT")
 _library.define(
-    f"upsample_cross_entropy(Tensor input, Tensor target, Tensor? weight, {_OPTIONS}, bool with_overlap)"
+    f"upsample_cross_entropy(Tensor input, Tensor target, Tensor? weight, {OPTIONS}, bool with_overlap)"
     " -> (Tensor loss, Tensor statistics, Tensor total_weight, Tensor overlap)"
 )
 _library.define(
     "upsample_cross_entropy_backward(Tensor grad_loss, Tensor grad_overlap, Tensor input, Tensor target, "
-    f"Tensor? weight, Tensor statistics, Tensor total_weight, {_OPTIONS}) -> Tensor"
+    f"Tensor? weight, Tensor statistics, Tensor total_weight, {OPTIONS}) -> Tensor"
 )
 
 
@@ -141,8 +141,7 @@ def forward_plain(
     mode: str, align_corners: bool, with_overlap: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The operator from torch's own, for devices without a kernel."""
-    if input.device.type not in ("cpu", "cuda"):  # where those come here, it has been said why
-        log_slow_road("upsample_cross_entropy", f"no kernel for device type {input.device.type!r}")
+    log_missing_kernel("upsample_cross_entropy", input)
     logits = reference.upsample(input.to(accumulation_dtype(input)), target.shape[1:], None, mode, align_corners)
     results = cross_entropy.forward_plain(logits, target, weight, ignore_index, reduction, label_smoothing)
     if with_overlap:

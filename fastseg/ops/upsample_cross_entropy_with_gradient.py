@@ -20,25 +20,24 @@ from fastseg.ops.cross_entropy import REDUCTIONS, accumulation_dtype
 from fastseg.ops.upsampling import MODES, steps
 
 
-def serves(input: Tensor, reduction: str, with_overlap: bool) -> bool:
+def serves(input: Tensor, reduction: str) -> bool:
     """Whether the gradient is to be made in the forward pass, from shapes and devices alone.
 
-    A loss for each pixel, and the overlap's sums, have incoming gradients that forward can't know.
+    A loss for each pixel has incoming gradients that forward can't know.
     """
-    return input.is_cpu and not INTERPRETED and reduction != "none" and not with_overlap
+    return input.is_cpu and not INTERPRETED and reduction != "none"
 
 
 # ---- schemas ----
 
-_OPTIONS = "SymInt ignore_index, str reduction, float label_smoothing, str mode, bool align_corners"
 _library = torch.library.Library("fastseg", "FRAGMENT")
 _library.define(
-    f"upsample_cross_entropy_with_gradient(Tensor input, Tensor target, Tensor? weight, {_OPTIONS})"
+    f"upsample_cross_entropy_with_gradient(Tensor input, Tensor target, Tensor? weight, {apart.OPTIONS})"
     " -> (Tensor loss, Tensor total_weight, Tensor gradient)"
 )
 _library.define(
     "upsample_cross_entropy_with_gradient_backward(Tensor grad_loss, Tensor input, Tensor target, Tensor? weight, "
-    f"Tensor total_weight, Tensor gradient, {_OPTIONS}) -> Tensor"
+    f"Tensor total_weight, Tensor gradient, {apart.OPTIONS}) -> Tensor"
 )
 
 
