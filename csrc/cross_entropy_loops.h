@@ -42,9 +42,9 @@ struct Tile {
 };
 
 template <class T>
-FASTSEG_INLINE IntVec<T> load_labels(const Tile<T>& tile, int64_t p) {
+FASTSEG_INLINE IntVec<T> load_labels(const Int<T>* source) {
   IntVec<T> labels;
-  memcpy(&labels, tile.labels + p, sizeof labels);
+  memcpy(&labels, source, sizeof labels);
   return labels;
 }
 
@@ -180,6 +180,9 @@ struct GradientsTo {
 template <class T, Kind kKind, class Probabilities, class Keep>
 FASTSEG_NOINLINE void differentiate(const Tile<T>& tile, const ClassTerms<T>& terms, const Probabilities probabilities,
                                     Rows<const T> target, int64_t count, const Keep keep) {
+  // Copies: what keep stores might be the tile's pointers, for all that a compiler knows.
+  const T *const grad = tile.grad, *const grad_of_label = tile.grad_of_label, *const target_sum = tile.target_sum;
+  const Int<T>* const labels = tile.labels;
   const Vec<T> shift_sum = broadcast<T>(terms.shift_sum);
   for (int64_t c = 0; c < tile.classes; ++c) {
     const Vec<T> scale = broadcast<T>(terms.scale[c]), shift = broadcast<T>(terms.shift[c]);
@@ -188,12 +191,12 @@ FASTSEG_NOINLINE void differentiate(const Tile<T>& tile, const ClassTerms<T>& te
       const Vec<T> probability = probabilities(c, p);
       if (kKind == Kind::kProbabilities) {
         const Vec<T> share = load(target.data + c * target.stride + p) * scale + shift;
-        keep(c, p, (probability * load(tile.target_sum + p) - share) * load(tile.grad + p));
+        keep(c, p, (probability * load(target_sum + p) - share) * load(grad + p));
         continue;
       }
-      const Vec<T> one_hot = select_or_zero<T>(load_labels(tile, p) == label, broadcast<T>(1));
-      Vec<T> gradient = (probability - one_hot) * load(tile.grad_of_label + p);
-      if (kKind == Kind::kSmoothedLabels) gradient += (probability * shift_sum - shift) * load(tile.grad + p);
+      const Vec<T> one_hot = select_or_zero<T>(load_labels<T>(labels + p) == label, broadcast<T>(1));
+      Vec<T> gradient = (probability - one_hot) * load(grad_of_label + p);
+      if (kKind == Kind::kSmoothedLabels) gradient += (probability * shift_sum - shift) * load(grad + p);
       keep(c, p, gradient);
     }
   }

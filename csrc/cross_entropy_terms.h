@@ -13,19 +13,22 @@ namespace FASTSEG_ISA {
 namespace {
 
 // A label in a lane's integer; negative where the pixel is ignored.
-constexpr int kIgnored = -1;
+constexpr int kIgnored = -1;  // all bits set
 
 template <class Call, class Label, class I>
 FASTSEG_INLINE bool read_labels_of(const Label* source, int64_t count, int64_t stride, const Call& call, I* labels) {
-  const uint64_t classes = static_cast<uint64_t>(call.input.size[1]);
-  bool valid = true;
+  // In masks and sign bits, which compilers make vectors of.
+  const uint64_t last = static_cast<uint64_t>(call.input.size[1]) - 1;
+  const int64_t ignore_index = call.ignore_index;
+  uint64_t outside = 0;  // negative where a label that counts is, or where it is beyond the last
   for (int64_t p = 0; p < count; ++p) {
     const int64_t label = source[p * stride];
-    const bool ignored = label == call.ignore_index;
-    labels[p] = ignored ? kIgnored : static_cast<I>(label);
-    valid &= ignored | (static_cast<uint64_t>(label) < classes);
+    const int64_t ignored = -static_cast<int64_t>(label == ignore_index);
+    labels[p] = static_cast<I>(label | ignored);
+    const uint64_t bits = static_cast<uint64_t>(label);
+    outside |= (bits | (last - bits)) & ~static_cast<uint64_t>(ignored);
   }
-  return valid;
+  return static_cast<int64_t>(outside) >= 0;
 }
 
 template <class Call, class Label>

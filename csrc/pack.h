@@ -157,7 +157,7 @@ FASTSEG_INLINE void transpose_block(const S* source, int64_t source_stride, Targ
     }
     return;
   }
-  transpose4<T>(rows);
+  transpose4(rows);
   for (int i = 0; i < 4; ++i) store4<T>(target + i * target_stride, rows[i]);
 }
 

@@ -69,6 +69,13 @@ FASTSEG_INLINE Vec<T> broadcast(T value) {
 }
 
 template <class T>
+FASTSEG_INLINE bool any(IntVec<T> mask) {
+  Int<T> found = 0;
+  for (int lane = 0; lane < kLanes<T>; ++lane) found |= mask[lane];
+  return found != 0;
+}
+
+template <class T>
 FASTSEG_INLINE IntVec<T> bits_of(Vec<T> v) {
   IntVec<T> bits;
   memcpy(&bits, &v, sizeof v);
@@ -86,27 +93,35 @@ FASTSEG_INLINE Vec<T> from_bits(IntVec<T> bits) {
 template <class T>
 struct Quad {
   typedef T type __attribute__((vector_size(4 * sizeof(T))));
-  typedef Int<T> index __attribute__((vector_size(4 * sizeof(T))));
 };
 
-template <class T, int A, int B, int C, int D>
-FASTSEG_INLINE typename Quad<T>::type shuffle(typename Quad<T>::type x, typename Quad<T>::type y) {
+// Four elements of x (0 to 3) and y (4 to 7); of vectors of eight, the same in each half.
+template <int A, int B, int C, int D, class V>
+FASTSEG_INLINE V shuffle(V x, V y) {
 #if defined(__clang__)
-  return __builtin_shufflevector(x, y, A, B, C, D);
+#define FASTSEG_SHUFFLE(...) __builtin_shufflevector(x, y, __VA_ARGS__)
 #else
-  return __builtin_shuffle(x, y, (typename Quad<T>::index){A, B, C, D});
+#define FASTSEG_SHUFFLE(...) __builtin_shuffle(x, y, decltype(x == y){__VA_ARGS__})
 #endif
+  if constexpr (sizeof x / sizeof x[0] == 4) {
+    return FASTSEG_SHUFFLE(A, B, C, D);
+  } else {
+    static_assert(sizeof x / sizeof x[0] == 8, "vectors of four or eight elements");
+    constexpr int kA = A + A / 4 * 4, kB = B + B / 4 * 4, kC = C + C / 4 * 4, kD = D + D / 4 * 4;
+    return FASTSEG_SHUFFLE(kA, kB, kC, kD, kA + 4, kB + 4, kC + 4, kD + 4);
+  }
+#undef FASTSEG_SHUFFLE
 }
 
-template <class T>
-FASTSEG_INLINE void transpose4(typename Quad<T>::type (&row)[4]) {
-  using Row = typename Quad<T>::type;
-  const Row low01 = shuffle<T, 0, 4, 1, 5>(row[0], row[1]), high01 = shuffle<T, 2, 6, 3, 7>(row[0], row[1]);
-  const Row low23 = shuffle<T, 0, 4, 1, 5>(row[2], row[3]), high23 = shuffle<T, 2, 6, 3, 7>(row[2], row[3]);
-  row[0] = shuffle<T, 0, 1, 4, 5>(low01, low23);
-  row[1] = shuffle<T, 2, 3, 6, 7>(low01, low23);
-  row[2] = shuffle<T, 0, 1, 4, 5>(high01, high23);
-  row[3] = shuffle<T, 2, 3, 6, 7>(high01, high23);
+// Rows and columns of 4 x 4 elements change places; in vectors of eight, those of each half.
+template <class V>
+FASTSEG_INLINE void transpose4(V (&row)[4]) {
+  const V low01 = shuffle<0, 4, 1, 5>(row[0], row[1]), high01 = shuffle<2, 6, 3, 7>(row[0], row[1]);
+  const V low23 = shuffle<0, 4, 1, 5>(row[2], row[3]), high23 = shuffle<2, 6, 3, 7>(row[2], row[3]);
+  row[0] = shuffle<0, 1, 4, 5>(low01, low23);
+  row[1] = shuffle<2, 3, 6, 7>(low01, low23);
+  row[2] = shuffle<0, 1, 4, 5>(high01, high23);
+  row[3] = shuffle<2, 3, 6, 7>(high01, high23);
 }
 
 }  // namespace

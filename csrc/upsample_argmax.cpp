@@ -38,7 +38,7 @@ bool argmax_band(const UpsampleArgmax& call, const UpsampledMap<T>& map, const B
   void* const memory = scratch(elements * static_cast<int64_t>(sizeof(T)));
   if (memory == nullptr) return false;
   Pieces<T> pieces(memory);
-  ExpandedRows<T> source(map, call.input, pieces.take(ExpandedRows<T>::elements(map)));
+  ExpandedRows<T> source(map, call.input, false, pieces.take(ExpandedRows<T>::elements(map)));
   T* const confidence = pieces.take(map.tile_columns);
   Int<T>* const labels = reinterpret_cast<Int<T>*>(pieces.take(map.tile_columns));
   for_each_tile_row(

@@ -21,7 +21,7 @@ bool count_band(const UpsampleConfusionMatrix& call, const UpsampledMap<T>& map,
   void* const memory = scratch(elements * static_cast<int64_t>(sizeof(T)));
   if (memory == nullptr) return false;
   Pieces<T> pieces(memory);
-  ExpandedRows<T> source(map, call.input, pieces.take(ExpandedRows<T>::elements(map)));
+  ExpandedRows<T> source(map, call.input, false, pieces.take(ExpandedRows<T>::elements(map)));
   Int<T>* const labels = reinterpret_cast<Int<T>*>(pieces.take(map.tile_columns));
   Int<T>* const predictions = reinterpret_cast<Int<T>*>(pieces.take(map.tile_columns));
   for_each_tile_row(

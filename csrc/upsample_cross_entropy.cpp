@@ -24,17 +24,74 @@ int64_t block_stride(const UpsampledMap<T>& map) {
   return block_columns(map) + kRowPadding;
 }
 
+// Where exponentials go to that a gradient is made of.
+template <class T>
+struct KeepInTile {
+  T* exponentials;
+  int64_t stride;
+  FASTSEG_INLINE void operator()(int64_t c, int64_t p, Vec<T> exponential) const {
+    store(exponentials + c * stride + p, exponential);
+  }
+};
+
+// A sum of exponentials below this is made again, relative to the largest of them, so that none that counts underflows.
+template <class T>
+constexpr T kLeastSum = sizeof(T) == sizeof(float) ? T(1e-30) : T(1e-290);
+
+// As cross_entropy's reduce_classes, in one pass over the classes: the logits are relative to bounds of their pixels'
+// largest, which lie far above these where neighbouring pixels of the input are sure of different classes. Also puts
+// 1 / sum(exp(x - m)) into target_sum.
+template <class T, Kind kKind, class Logits, class Keep>
+FASTSEG_NOINLINE void reduce_relative(const Tile<T>& tile, const ClassTerms<T>& terms, int64_t count,
+                                      const Logits logits, const Keep keep) {
+  constexpr int kVectors = 2;  // as many as leave exp's constants in registers
+  constexpr int64_t kBlock = kVectors * kLanes<T>;
+  const int64_t classes = tile.classes;
+  const Int<T>* const labels = tile.labels;
+  for (int64_t p = 0; p < count; p += kBlock) {
+    Vec<T> largest[kVectors] = {}, sum[kVectors], spread[kVectors];
+    const auto add_up = [&](const auto relative_logits) {
+      for (int i = 0; i < kVectors; ++i) sum[i] = spread[i] = Vec<T>{};
+      for (int64_t c = 0; c < classes; ++c)
+        for (int i = 0; i < kVectors; ++i) {
+          const Vec<T> difference = relative_logits(c, i);
+          const Vec<T> exponential = exp_of_nonpositive<T>(difference);
+          keep(c, p + i * kLanes<T>, exponential);
+          sum[i] += exponential;
+          if (kKind == Kind::kSmoothedLabels) spread[i] += difference * terms.shift[c];
+        }
+    };
+    add_up([&](int64_t c, int i) { return logits(c, p + i * kLanes<T>); });
+    if (any<T>((sum[0] < kLeastSum<T>) | (sum[1] < kLeastSum<T>))) {
+      for (int i = 0; i < kVectors; ++i) largest[i] = logits(0, p + i * kLanes<T>);
+      for (int64_t c = 1; c < classes; ++c)
+        for (int i = 0; i < kVectors; ++i) largest[i] = maximum<T>(largest[i], logits(c, p + i * kLanes<T>));
+      add_up([&](int64_t c, int i) { return logits(c, p + i * kLanes<T>) - largest[i]; });
+    }
+    for (int64_t lane = p; lane < p + kBlock; ++lane)
+      tile.loss[lane] = logits.at(labels[lane] == kIgnored ? 0 : labels[lane], lane);
+    for (int i = 0; i < kVectors; ++i) {
+      const int64_t at = p + i * kLanes<T>;
+      const Vec<T> log_sum = log_of_positive<T>(sum[i]);
+      store(tile.target_sum + at, T(1) / sum[i]);
+      store(tile.largest + at, largest[i]);
+      store(tile.log_sum + at, log_sum);
+      if (kKind == Kind::kSmoothedLabels) store(tile.spread + at, spread[i] - log_sum * terms.shift_sum);
+    }
+  }
+}
+
 // Adds the probabilities of a block's pixels that aren't ignored to the sums [3][classes] over a band. The block's
-// logits become probabilities.
+// exponentials become probabilities.
 template <class T>
 void add_overlap(const Tile<T>& tile, int64_t count, double* overlap) {
-  const auto probabilities = probabilities_of(tile, LogitsInPlace<T>{tile});
   for (int64_t c = 0; c < tile.classes; ++c) {
+    T* const row = tile.logits + c * tile.stride;
     Vec<T> predicted = {};
     for (int64_t p = 0; p < count; p += kLanes<T>) {
-      const Vec<T> probability = probabilities(c, p);
-      store(tile.logits + c * tile.stride + p, probability);
-      predicted += select_or_zero<T>(load_labels(tile, p) != kIgnored, probability);
+      const Vec<T> probability = load(row + p) * load(tile.target_sum + p);
+      store(row + p, probability);
+      predicted += select_or_zero<T>(load_labels<T>(tile.labels + p) != kIgnored, probability);
     }
     T lanes[kLanes<T>];
     store(lanes, predicted);
@@ -69,6 +126,7 @@ class Blocks {
         overlap_(overlap) {}
 
   const Tile<T>& tile() const { return tile_; }
+  KeepInTile<T> keep_in_tile() const { return {tile_.logits, tile_.stride}; }
   const ClassTerms<T>& terms() const { return terms_; }
 
   // Columns [x, x + count) of a tile that begins at the output's column `begin`. False where a label is no class.
@@ -76,16 +134,8 @@ class Blocks {
   bool reduce(int64_t image, int64_t y, int64_t begin, int64_t x, int64_t count, const RowPair<T>& pair,
               const Keep keep) {
     if (!read_labels<T>(call_, image, y, begin + x, count, tile_.labels, &partial_->invalid)) return false;
-    with_upsampled_row(map_, pair, x, [&](const auto row) {
-      T* const logits = tile_.logits;
-      const int64_t stride = tile_.stride;
-      const auto make = [=](int64_t c, int64_t p) {
-        const Vec<T> value = row(c, p);
-        store(logits + c * stride + p, value);
-        return value;
-      };
-      reduce_classes<T, kKind>(tile_, terms_, count, make, keep);
-    });
+    with_upsampled_row(map_, pair, x,
+                       [&](const auto row) { reduce_relative<T, kKind>(tile_, terms_, count, row, keep); });
     finish_pixels<T, kKind>(tile_, terms_, count);
     if (overlap_ != nullptr) add_overlap(tile_, count, overlap_);
     const int64_t first = (image * map_.output_height + y) * map_.output_width + begin + x;
@@ -119,16 +169,21 @@ bool forward_band(const UpsampleCrossEntropyForward& call, const UpsampledMap<T>
   void* const memory = scratch(elements * static_cast<int64_t>(sizeof(T)));
   if (memory == nullptr) return false;
   Pieces<T> pieces(memory);
-  ExpandedRows<T> source(map, call.input, pieces.take(ExpandedRows<T>::elements(map)));
+  ExpandedRows<T> source(map, call.input, true, pieces.take(ExpandedRows<T>::elements(map)));
   Blocks<T, kKind> blocks(call, map, partial, overlap, &pieces);
   const int64_t block = block_columns(map);
-  for_each_tile_row(map, bands, band, &source,
-                    [&](int64_t image, int64_t y, const RowPair<T>& pair, int64_t begin, int64_t columns) {
-                      for (int64_t x = 0; x < columns; x += block)
-                        if (!blocks.reduce(image, y, begin, x, least(block, columns - x), pair, KeepNothing<T>{}))
-                          return false;
-                      return true;
-                    });
+  const auto run = [&](const auto keep) {
+    for_each_tile_row(map, bands, band, &source,
+                      [&](int64_t image, int64_t y, const RowPair<T>& pair, int64_t begin, int64_t columns) {
+                        for (int64_t x = 0; x < columns; x += block)
+                          if (!blocks.reduce(image, y, begin, x, least(block, columns - x), pair, keep)) return false;
+                        return true;
+                      });
+  };
+  if (overlap == nullptr)
+    run(KeepNothing<T>{});
+  else
+    run(blocks.keep_in_tile());
   return true;
 }
 
@@ -177,21 +232,16 @@ class GradientRows {
 
   bool row(const Place& place, int64_t y, const RowPair<T>& pair, const GradientsToRows<T>& keep) {
     const Tile<T>& tile = blocks_.tile();
-    T* const exponentials = tile.logits;
-    const int64_t stride = tile.stride;
-    const auto keep_exponential = [=](int64_t c, int64_t p, Vec<T> exponential) {
-      store(exponentials + c * stride + p, exponential);
-    };
-    T* const scale = tile.target_sum;  // 1 / sum(exp(x - m))
+    const KeepInTile<T> kept = blocks_.keep_in_tile();
+    const T* const scale = tile.target_sum;
     const auto probabilities = [=](int64_t c, int64_t p) {
-      return load(exponentials + c * stride + p) * load(scale + p);
+      return load(kept.exponentials + c * kept.stride + p) * load(scale + p);
     };
     for (int64_t x = 0; x < place.columns; x += block_) {
       const int64_t count = least(block_, place.columns - x);
-      if (!blocks_.reduce(place.image, y, place.column, x, count, pair, keep_exponential)) return false;
+      if (!blocks_.reduce(place.image, y, place.column, x, count, pair, kept)) return false;
       for (int64_t p = 0; p < count; ++p) tile.grad[p] = 1;
       weigh_pixels<T, kKind>(tile, blocks_.terms(), {nullptr, 0}, count);
-      for (int64_t p = 0; p < count; p += kLanes<T>) store(scale + p, exp_of_nonpositive<T>(-load(tile.log_sum + p)));
       const auto keep_gradient = [=](int64_t c, int64_t p, Vec<T> gradient) { keep(c, x + p, gradient); };
       differentiate<T, kKind>(tile, blocks_.terms(), probabilities, {nullptr, 0}, count, keep_gradient);
     }

@@ -26,7 +26,7 @@ void read_overlap(const UpsampleCrossEntropyBackward& call, int64_t image, const
 // u, the gradient of a vector of class c's probabilities through the overlap's sums.
 template <class T>
 FASTSEG_INLINE Vec<T> grad_of_probabilities(const Tile<T>& tile, const OverlapGradient<T>& s, int64_t c, int64_t p) {
-  const IntVec<T> is_label = load_labels(tile, p) == static_cast<Int<T>>(c);
+  const IntVec<T> is_label = load_labels<T>(tile.labels + p) == static_cast<Int<T>>(c);
   return s.predicted[c] + select_or_zero<T>(is_label, broadcast<T>(s.intersected[c]));
 }
 
@@ -34,7 +34,7 @@ FASTSEG_INLINE Vec<T> grad_of_probabilities(const Tile<T>& tile, const OverlapGr
 template <class T, class Probabilities>
 void weigh_overlap(const Tile<T>& tile, const OverlapGradient<T>& s, const Probabilities probabilities, int64_t count) {
   for (int64_t p = 0; p < count; p += kLanes<T>) {
-    const IntVec<T> counts = load_labels(tile, p) != kIgnored;
+    const IntVec<T> counts = load_labels<T>(tile.labels + p) != kIgnored;
     Vec<T> spread = {};
     for (int64_t c = 0; c < tile.classes; ++c) {
       const Vec<T> probability = select_or_zero<T>(counts, probabilities(c, p));

@@ -15,9 +15,14 @@ namespace {
 
 constexpr int kGradientRowsInCache = 4;  // a tile's two expanded input rows, and their gradients
 
-// Classes whose gradients lie side by side: four rows of columns are turned into columns of four classes, which are
-// then summed at once.
-constexpr int kGroup = 4;
+// Classes whose gradients lie side by side: their rows are turned, four columns at a time, into columns of so many
+// classes, which are then summed at once.
+template <class T>
+constexpr int kGroup = FASTSEG_VECTOR_BYTES > 16 && sizeof(T) == sizeof(float) ? 8 : 4;
+template <class T>
+struct ClassGroup {
+  typedef T type __attribute__((vector_size(kGroup<T> * sizeof(T))));
+};
 
 struct InputBands {
   int64_t rows, per_image, count;
@@ -38,8 +43,8 @@ struct GradientSum {
   const Tensor& gradient;  // [N, C, h, w], any strides
   T* edges;                // [bands][2]: the gradients of each band's first row, and of the one after its last
 
-  // Of the gradient of an input row: [groups of classes][width][kGroup].
-  int64_t row_elements() const { return ceil_div(map.classes, kGroup) * map.width * kGroup; }
+  // Of the gradient of an input row: [groups of classes][width][kGroup<T>].
+  int64_t row_elements() const { return ceil_div(map.classes, kGroup<T>) * map.width * kGroup<T>; }
   T* edge(int64_t band, int which) const { return edges + (2 * band + which) * row_elements(); }
   int64_t edge_elements() const { return bands.share_rows ? bands.count * 2 * row_elements() : 0; }
 };
@@ -71,40 +76,43 @@ class GradientsToRows {
 template <class T>
 FASTSEG_NOINLINE void contract(const UpsampledMap<T>& map, const T* expanded, int64_t begin, int64_t count,
                                T* gradient) {
-  using Classes = typename Quad<T>::type;
+  using Classes = typename ClassGroup<T>::type;
+  constexpr int kColumns = 4;
   const Columns<T>& columns = map.columns;
   const Int<T>* const left = columns.left + begin;
   const T *left_weight = columns.left_weight + begin, *right_weight = columns.right_weight + begin;
   const Int<T> to_right = columns.blends && map.width != map.output_width;  // where there is a column to the right
-  for (int64_t c = 0; c < map.classes; c += kGroup, gradient += map.width * kGroup) {
-    const T* rows[kGroup];
-    for (int i = 0; i < kGroup; ++i) rows[i] = expanded + least(c + i, map.classes - 1) * map.row_stride;
+  for (int64_t c = 0; c < map.classes; c += kGroup<T>, gradient += map.width * kGroup<T>) {
+    const T* rows[kGroup<T>];
+    for (int i = 0; i < kGroup<T>; ++i) rows[i] = expanded + least(c + i, map.classes - 1) * map.row_stride;
     // The sums for a pair of input columns stay in registers until the next pair comes; beyond the last class stands
     // that one again.
     Classes left_sum = {}, right_sum = {};
     Int<T> column = left[0];
     const auto add = [&](Int<T> to, Classes value) {
       Classes sum;
-      memcpy(&sum, gradient + to * kGroup, sizeof sum);
+      memcpy(&sum, gradient + to * kGroup<T>, sizeof sum);
       sum += value;
-      memcpy(gradient + to * kGroup, &sum, sizeof sum);
+      memcpy(gradient + to * kGroup<T>, &sum, sizeof sum);
     };
     const auto finish_pair = [&] {
       add(column, left_sum);
       add(least(column + to_right, map.width - 1), right_sum);
     };
-    for (int64_t x = 0; x < count; x += kGroup) {
-      Classes quad[kGroup];
-      for (int i = 0; i < kGroup; ++i) memcpy(&quad[i], rows[i] + x, sizeof quad[i]);
-      transpose4<T>(quad);
-      for (int i = 0; i < kGroup && x + i < count; ++i) {
+    for (int64_t x = 0; x < count; x += kColumns) {
+      Classes at_column[kColumns];
+      for (int i = 0; i < kGroup<T>; ++i)
+        memcpy(reinterpret_cast<T*>(&at_column[i % kColumns]) + i / kColumns * kColumns, rows[i] + x,
+               kColumns * sizeof(T));
+      transpose4(at_column);
+      for (int i = 0; i < kColumns && x + i < count; ++i) {
         if (left[x + i] != column) {
           finish_pair();
           left_sum = right_sum = Classes{};
           column = left[x + i];
         }
-        left_sum += quad[i] * left_weight[x + i];
-        right_sum += quad[i] * right_weight[x + i];
+        left_sum += at_column[i] * left_weight[x + i];
+        right_sum += at_column[i] * right_weight[x + i];
       }
     }
     finish_pair();
@@ -115,8 +123,8 @@ template <class T>
 void store_row(const GradientSum<T>& sum, int64_t image, int64_t y, const T* row) {
   const Tensor& gradient = sum.gradient;
   const int64_t classes = sum.map.classes, width = sum.map.width;
-  for (int64_t c = 0; c < classes; c += kGroup)
-    unpack(row + c * width, kGroup, width, least(kGroup, classes - c),
+  for (int64_t c = 0; c < classes; c += kGroup<T>)
+    unpack(row + c * width, kGroup<T>, width, least(kGroup<T>, classes - c),
            at_mutable(gradient, image * gradient.stride[0] + c * gradient.stride[1] + y * gradient.stride[2]),
            gradient.dtype, gradient.stride[3], gradient.stride[1]);
 }
@@ -177,7 +185,7 @@ bool sum_band(const GradientSum<T>& sum, const Call& call, Partial* partial, int
   void* const memory = scratch(elements * static_cast<int64_t>(sizeof(T)));
   if (memory == nullptr) return false;
   Pieces<T> pieces(memory);
-  ExpandedRows<T> source(map, call.input, pieces.take(ExpandedRows<T>::elements(map)));
+  ExpandedRows<T> source(map, call.input, true, pieces.take(ExpandedRows<T>::elements(map)));
   T* const expanded = pieces.take(2 * map.row_elements());
   T* const rows = pieces.take(rows_elements);
   memset(rows, 0, rows_elements * sizeof(T));

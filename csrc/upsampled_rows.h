@@ -8,6 +8,7 @@
 #include "pack.h"
 #include "parallel.h"
 #include "upsampling.h"
+#include "vector_math.h"
 
 namespace fastseg {
 namespace FASTSEG_ISA {
@@ -130,9 +131,11 @@ class ExpandedRows {
  public:
   static int64_t elements(const UpsampledMap<T>& map) { return map.source_elements() + 2 * map.row_elements(); }
 
-  ExpandedRows(const UpsampledMap<T>& map, const Tensor& input, T* memory)
+  // relative: every pixel of the input is taken relative to its largest logit.
+  ExpandedRows(const UpsampledMap<T>& map, const Tensor& input, bool relative, T* memory)
       : map_(map),
         input_(input),
+        relative_(relative),
         source_(memory),
         rows_{memory + map.source_elements(), memory + map.source_elements() + map.row_elements()} {
     memset(source_, 0, map.source_elements() * sizeof(T));
@@ -158,44 +161,66 @@ class ExpandedRows {
     const int64_t offset = image_ * input_.stride[0] + y * input_.stride[2] + first_ * input_.stride[3];
     pack(at(input_, offset), input_.dtype, map_.classes, span_, input_.stride[1], input_.stride[3], source_,
          map_.source_stride);
-    for (int64_t c = 0; c < map_.classes; ++c) {
-      T* const source = source_ + c * map_.source_stride;
-      if (repeats_last_) source[span_] = source[span_ - 1];
-      expand(source, expanded + c * map_.row_stride);
-    }
+    if (repeats_last_)
+      for (int64_t c = 0; c < map_.classes; ++c) {
+        T* const source = source_ + c * map_.source_stride;
+        source[span_] = source[span_ - 1];
+      }
+    if (relative_) subtract_largest();
+    expand(expanded);
     return expanded;
   }
 
  private:
   const UpsampledMap<T>& map_;
   const Tensor& input_;
+  const bool relative_;
   T* source_;
   T* rows_[2];
   int64_t image_ = 0, begin_ = 0, padded_ = 0, first_ = 0, span_ = 0;
   bool repeats_last_ = false;
   int64_t held_[2] = {-1, -1};
 
-  void expand(const T* source, T* target) const {
+  // Logits relative to their pixel's largest.
+  void subtract_largest() {
+    const int64_t stride = map_.source_stride;
+    for (int64_t x = 0; x <= span_; x += kLanes<T>) {
+      Vec<T> largest = load(source_ + x);
+      for (int64_t c = 1; c < map_.classes; ++c) largest = maximum<T>(largest, load(source_ + c * stride + x));
+      for (int64_t c = 0; c < map_.classes; ++c)
+        store(source_ + c * stride + x, load(source_ + c * stride + x) - largest);
+    }
+  }
+
+  // All classes of a vector of columns after each other: they share its columns' positions and weights.
+  void expand(T* expanded) const {
     const Columns<T>& columns = map_.columns;
+    const int64_t classes = map_.classes, source_stride = map_.source_stride, row_stride = map_.row_stride;
     const Int<T>* const left = columns.left + begin_;
-    const T *left_weight = columns.left_weight + begin_, *right_weight = columns.right_weight + begin_;
-    const bool same = map_.width == map_.output_width;  // then the right column is the left one, as in torch
+    const T *left_weights = columns.left_weight + begin_, *right_weights = columns.right_weight + begin_;
+    const int64_t right = map_.width == map_.output_width ? 0 : 1;  // then it is the left one, as in torch
     if (!columns.permutes) {
-      for (int64_t x = 0; x < padded_; ++x) {
-        const T* const at_left = source + (left[x] - first_);
-        target[x] = columns.blends ? at_left[0] * left_weight[x] + at_left[1] * right_weight[x] : at_left[0];
-      }
+      for (int64_t c = 0; c < classes; ++c)
+        for (int64_t x = 0; x < padded_; ++x) {
+          const T* const source = source_ + c * source_stride + (left[x] - first_);
+          expanded[c * row_stride + x] =
+              columns.blends ? source[0] * left_weights[x] + source[1] * right_weights[x] : source[0];
+        }
       return;
     }
     for (int64_t x = 0; x < padded_; x += kLanes<T>) {
-      const T* const base = source + (left[x] - first_);
+      const T* source = source_ + (left[x] - first_);
+      T* target = expanded + x;
       IntVec<T> lanes;
       memcpy(&lanes, columns.lane + begin_ + x, sizeof lanes);
-      Vec<T> value = permute<T>(load(base), lanes);
+      const Vec<T> left_weight = load(left_weights + x), right_weight = load(right_weights + x);
       if (columns.blends)
-        value =
-            value * load(left_weight + x) + (same ? value : permute<T>(load(base + 1), lanes)) * load(right_weight + x);
-      store(target + x, value);
+        for (int64_t c = 0; c < classes; ++c, source += source_stride, target += row_stride)
+          store(target,
+                permute<T>(load(source), lanes) * left_weight + permute<T>(load(source + right), lanes) * right_weight);
+      else
+        for (int64_t c = 0; c < classes; ++c, source += source_stride, target += row_stride)
+          store(target, permute<T>(load(source), lanes));
     }
   }
 };
@@ -228,6 +253,12 @@ class UpsampledRow {
     const int64_t offset = c * class_stride_ + x;
     if (!kBlends) return load(first_ + offset);
     return load(first_ + offset) * first_weight_ + load(second_ + offset) * second_weight_;
+  }
+
+  FASTSEG_INLINE T at(int64_t c, int64_t x) const {
+    const int64_t offset = c * class_stride_ + x;
+    if (!kBlends) return first_[offset];
+    return first_[offset] * first_weight_[0] + second_[offset] * second_weight_[0];
   }
 
  private:

@@ -1,6 +1,10 @@
 // Vectorised max, exp and log, to one unit in the last place, for what a softmax asks of them.
 #pragma once
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 #include "simd.h"
 
 namespace fastseg {
@@ -57,10 +61,17 @@ struct MathConstants<double> {
                                     1.479819860511658591e-01};
 };
 
-// b where one of them is NaN.
+// b where one of them is NaN: what x86's instruction gives, which compilers don't find where an argument is a constant.
 template <class T>
 FASTSEG_INLINE Vec<T> maximum(Vec<T> a, Vec<T> b) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  if constexpr (sizeof(T) == sizeof(float))
+    return (Vec<T>)_mm256_max_ps((__m256)a, (__m256)b);
+  else
+    return (Vec<T>)_mm256_max_pd((__m256d)a, (__m256d)b);
+#else
   return a > b ? a : b;
+#endif
 }
 
 // if_true where the mask's lanes are set (all ones), else zero.
