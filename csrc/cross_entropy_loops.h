@@ -187,6 +187,7 @@ FASTSEG_NOINLINE void differentiate(const Tile<T>& tile, const ClassTerms<T>& te
   for (int64_t c = 0; c < tile.classes; ++c) {
     const Vec<T> scale = broadcast<T>(terms.scale[c]), shift = broadcast<T>(terms.shift[c]);
     const IntVec<T> label = static_cast<Int<T>>(c) - IntVec<T>{};
+#pragma GCC unroll 2
     for (int64_t p = 0; p < count; p += kLanes<T>) {
       const Vec<T> probability = probabilities(c, p);
       if (kKind == Kind::kProbabilities) {

@@ -46,7 +46,7 @@ bool argmax_band(const UpsampleArgmax& call, const UpsampledMap<T>& map, const B
         const int64_t first = (image * map.output_height + y) * map.output_width + begin;
         const bool with_confidence = call.confidence.size[0] > 0;
         with_upsampled_row(map, pair, 0, [&](const auto row) {
-          argmax_row(map, row, count, labels);
+          argmax_row(map, pair, row, count, labels);
           if (with_confidence) confidence_row(map, row, count, confidence);
         });
         store_labels(labels, count, call.labels, first);

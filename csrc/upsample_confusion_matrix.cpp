@@ -29,7 +29,7 @@ bool count_band(const UpsampleConfusionMatrix& call, const UpsampledMap<T>& map,
         const Tensor& target = call.target;
         const int64_t offset = image * target.stride[0] + y * target.stride[1] + begin * target.stride[2];
         if (!read_label_run(call, offset, count, target.stride[2], labels, invalid)) return false;
-        with_upsampled_row(map, pair, 0, [&](const auto row) { argmax_row(map, row, count, predictions); });
+        with_upsampled_row(map, pair, 0, [&](const auto row) { argmax_row(map, pair, row, count, predictions); });
         for (int64_t x = 0; x < count; ++x)
           if (labels[x] != kIgnored) ++counts[labels[x] * map.classes + predictions[x]];
         return true;

@@ -72,7 +72,8 @@ class GradientsToRows {
   Vec<T> first_weight_, second_weight_;
 };
 
-// Adds an expanded row's gradient, of the tile's columns [begin, begin + count), to the input row's.
+// Adds an expanded row's gradient, of the tile's columns [begin, begin + count) and of those that fill them up, which
+// have none, to the input row's.
 template <class T>
 FASTSEG_NOINLINE void contract(const UpsampledMap<T>& map, const T* expanded, int64_t begin, int64_t count,
                                T* gradient) {
@@ -81,23 +82,21 @@ FASTSEG_NOINLINE void contract(const UpsampledMap<T>& map, const T* expanded, in
   const Columns<T>& columns = map.columns;
   const Int<T>* const left = columns.left + begin;
   const T *left_weight = columns.left_weight + begin, *right_weight = columns.right_weight + begin;
-  const Int<T> to_right = columns.blends && map.width != map.output_width;  // where there is a column to the right
+  const Int<T> to_right = columns.blends && map.width != map.output_width;  // 0: a column counts alone
+  const Int<T> last = static_cast<Int<T>>(map.width - 1);                   // which has none to its right
   for (int64_t c = 0; c < map.classes; c += kGroup<T>, gradient += map.width * kGroup<T>) {
     const T* rows[kGroup<T>];
     for (int i = 0; i < kGroup<T>; ++i) rows[i] = expanded + least(c + i, map.classes - 1) * map.row_stride;
-    // The sums for a pair of input columns stay in registers until the next pair comes; beyond the last class stands
-    // that one again.
+    // The sums for a pair of input columns stay in registers until the next pair comes, which mostly begins where this
+    // one ends.
     Classes left_sum = {}, right_sum = {};
     Int<T> column = left[0];
     const auto add = [&](Int<T> to, Classes value) {
+      T* const target = gradient + least(to, last) * kGroup<T>;
       Classes sum;
-      memcpy(&sum, gradient + to * kGroup<T>, sizeof sum);
+      memcpy(&sum, target, sizeof sum);
       sum += value;
-      memcpy(gradient + to * kGroup<T>, &sum, sizeof sum);
-    };
-    const auto finish_pair = [&] {
-      add(column, left_sum);
-      add(least(column + to_right, map.width - 1), right_sum);
+      memcpy(target, &sum, sizeof sum);
     };
     for (int64_t x = 0; x < count; x += kColumns) {
       Classes at_column[kColumns];
@@ -105,17 +104,24 @@ FASTSEG_NOINLINE void contract(const UpsampledMap<T>& map, const T* expanded, in
         memcpy(reinterpret_cast<T*>(&at_column[i % kColumns]) + i / kColumns * kColumns, rows[i] + x,
                kColumns * sizeof(T));
       transpose4(at_column);
-      for (int i = 0; i < kColumns && x + i < count; ++i) {
-        if (left[x + i] != column) {
-          finish_pair();
-          left_sum = right_sum = Classes{};
-          column = left[x + i];
+      for (int i = 0; i < kColumns; ++i) {
+        const Int<T> next = left[x + i];
+        if (next != column) {
+          add(column, left_sum);
+          if (next != column + to_right) {
+            add(column + to_right, right_sum);
+            right_sum = Classes{};
+          }
+          left_sum = right_sum;
+          right_sum = Classes{};
+          column = next;
         }
         left_sum += at_column[i] * left_weight[x + i];
         right_sum += at_column[i] * right_weight[x + i];
       }
     }
-    finish_pair();
+    add(column, left_sum);
+    add(column + to_right, right_sum);
   }
 }
 

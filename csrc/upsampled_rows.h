@@ -4,6 +4,8 @@
 // and the expansion itself is shared by all output rows between the same two input rows.
 #pragma once
 
+#include <limits>
+
 #include "integers.h"
 #include "pack.h"
 #include "parallel.h"
@@ -166,10 +168,16 @@ class ExpandedRows {
         T* const source = source_ + c * map_.source_stride;
         source[span_] = source[span_ - 1];
       }
-    if (relative_) subtract_largest();
+    if (relative_)
+      subtract_largest();
+    else
+      may_be_nan_[y % 2] = holds_extremes();
     expand(expanded);
     return expanded;
   }
+
+  // Whether a blend of row y, the last that row() gave in its place, may be NaN. Not known of relative rows.
+  bool may_be_nan(int64_t y) const { return may_be_nan_[y % 2]; }
 
  private:
   const UpsampledMap<T>& map_;
@@ -180,6 +188,19 @@ class ExpandedRows {
   int64_t image_ = 0, begin_ = 0, padded_ = 0, first_ = 0, span_ = 0;
   bool repeats_last_ = false;
   int64_t held_[2] = {-1, -1};
+  bool may_be_nan_[2] = {true, true};
+
+  // Whether any logit is NaN, infinite, or so large that a weighted sum might be.
+  bool holds_extremes() const {
+    const Vec<T> bound = broadcast<T>(std::numeric_limits<T>::max() / 4);
+    IntVec<T> ordinary = bound == bound;
+    for (int64_t c = 0; c < map_.classes; ++c)
+      for (int64_t x = 0; x <= span_; x += kLanes<T>) {
+        const Vec<T> logit = load(source_ + c * map_.source_stride + x);
+        ordinary &= (logit <= bound) & (logit >= -bound);
+      }
+    return any<T>(~ordinary);
+  }
 
   // Logits relative to their pixel's largest.
   void subtract_largest() {
@@ -215,10 +236,12 @@ class ExpandedRows {
       memcpy(&lanes, columns.lane + begin_ + x, sizeof lanes);
       const Vec<T> left_weight = load(left_weights + x), right_weight = load(right_weights + x);
       if (columns.blends)
+#pragma GCC unroll 4
         for (int64_t c = 0; c < classes; ++c, source += source_stride, target += row_stride)
           store(target,
                 permute<T>(load(source), lanes) * left_weight + permute<T>(load(source + right), lanes) * right_weight);
       else
+#pragma GCC unroll 4
         for (int64_t c = 0; c < classes; ++c, source += source_stride, target += row_stride)
           store(target, permute<T>(load(source), lanes));
     }
@@ -230,12 +253,14 @@ template <class T>
 struct RowPair {
   const T *first, *second;
   T first_weight, second_weight;
+  bool may_be_nan;
 
   RowPair(const UpsampledMap<T>& map, ExpandedRows<T>* source, const Position<T>& position)
       : first(source->row(position.first)),
         second(map.grid.mode == Mode::kNearest ? nullptr : source->row(position.second)),
         first_weight(position.first_weight),
-        second_weight(position.second_weight) {}
+        second_weight(position.second_weight),
+        may_be_nan(source->may_be_nan(position.first) || source->may_be_nan(position.second)) {}
 };
 
 // An output row's logits, a vector at a time.
@@ -280,7 +305,7 @@ void with_upsampled_row(const UpsampledMap<T>& map, const RowPair<T>& pair, int6
 
 // Bands of output rows, none across two images, by the shape alone: sums over a band don't depend on who computes it.
 constexpr int64_t kBands = 64;          // enough for the threads of a large machine
-constexpr int64_t kLeastBandRows = 16;  // of the output: few input rows are to be expanded for two bands
+constexpr int64_t kLeastBandRows = 32;  // of the output: few input rows are to be expanded for two bands
 
 struct Bands {
   int64_t rows, per_image, count;
