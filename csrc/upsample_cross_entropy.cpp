@@ -240,8 +240,9 @@ class GradientRows {
     for (int64_t x = 0; x < place.columns; x += block_) {
       const int64_t count = least(block_, place.columns - x);
       if (!blocks_.reduce(place.image, y, place.column, x, count, pair, kept)) return false;
-      for (int64_t p = 0; p < count; ++p) tile.grad[p] = 1;
-      weigh_pixels<T, kKind>(tile, blocks_.terms(), {nullptr, 0}, count);
+      const int64_t filled = round_up(count, kPixelMultiple);  // pixels that fill the block up get gradients of zero
+      for (int64_t p = 0; p < filled; ++p) tile.grad[p] = 1;
+      weigh_pixels<T, kKind>(tile, blocks_.terms(), {nullptr, 0}, filled);
       const auto keep_gradient = [=](int64_t c, int64_t p, Vec<T> gradient) { keep(c, x + p, gradient); };
       differentiate<T, kKind>(tile, blocks_.terms(), probabilities, {nullptr, 0}, count, keep_gradient);
     }

@@ -45,7 +45,8 @@ void weigh_overlap(const Tile<T>& tile, const OverlapGradient<T>& s, const Proba
   }
 }
 
-// The statistics and incoming gradients of an output row's columns [x, x + count).
+// The statistics and incoming gradients of an output row's columns [x, x + count). The statistics are filled up with
+// zeros: gradients of zero come of them.
 template <class T>
 void read_grad(const UpsampleCrossEntropyBackward& call, const UpsampledMap<T>& map, int64_t image, int64_t y,
                int64_t x, int64_t count, const Tile<T>& tile) {
@@ -53,6 +54,7 @@ void read_grad(const UpsampleCrossEntropyBackward& call, const UpsampledMap<T>& 
   const T* const statistics = static_cast<const T*>(call.statistics.data) + first;
   memcpy(tile.largest, statistics, count * sizeof(T));
   memcpy(tile.log_sum, statistics + map.images * map.output_height * map.output_width, count * sizeof(T));
+  for (int64_t p = count; p < round_up(count, kPixelMultiple); ++p) tile.largest[p] = tile.log_sum[p] = 0;
   const Tensor& grad = call.grad_output;
   if (call.reduction == Reduction::kNone) {
     const int64_t offset = image * grad.stride[0] + y * grad.stride[1] + x * grad.stride[2];
@@ -90,7 +92,7 @@ class BackwardRows {
     const Rows<const T> no_target = {nullptr, 0};
     if (!read_labels<T>(call_, place.image, y, place.column, count, tile_.labels, invalid_)) return false;
     read_grad(call_, map_, place.image, y, place.column, count, tile_);
-    weigh_pixels<T, kKind>(tile_, terms_, no_target, count);
+    weigh_pixels<T, kKind>(tile_, terms_, no_target, round_up(count, kPixelMultiple));
     with_upsampled_row(map_, pair, 0, [&](const auto logits) {
       const auto probabilities = probabilities_of(tile_, logits);
       if (!with_overlap_) return differentiate<T, kKind>(tile_, terms_, probabilities, no_target, count, keep);
