@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from cross_entropy_cases import DTYPES, INCOMING, LABELS, REDUCTIONS, ROWS, VIEWS, WEIGHTS, logits
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -268,6 +269,20 @@ def test_hard_rows(
     # A sum of large logits, whose roundings may cancel for plain PyTorch by luck: as far off as they are in all.
     rounding = roundings(input, size) * torch.finfo(torch.float32).eps
     torch.testing.assert_close(loss, plain_loss, rtol=rounding, atol=rounding * max(map(abs, row)), equal_nan=True)
+
+
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("lead", [20.0, 120.0, 3000.0])  # half of it: exponentials that float32 holds, barely, or not
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_neighbours_sure_of_different_classes(
+    implementation: str, dtype: torch.dtype, lead: float, reduction: str, smoothing: float, mode: dict[str, Any]
+) -> None:
+    """Between them no class comes near the neighbours' largest logits."""
+    sure = make_labels((2, 5, 6), 7)
+    input = (logits((2, 7, 5, 6), dtype) + lead * F.one_hot(sure, 7).movedim(-1, 1)).detach().requires_grad_()
+    check(input, labels_for(input, (20, 24)), reduction=reduction, label_smoothing=smoothing, **mode)
 
 
 @slow_under_the_interpreter
