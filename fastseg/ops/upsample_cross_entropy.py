@@ -41,7 +41,11 @@ _library.define(
 def _allocate_outputs(
     input: Tensor, target: Tensor, reduction: str, with_overlap: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss, statistics (each pixel's largest logit m, and log(sum(exp(x - m)))), total_weight and overlap."""
+    """Loss, statistics, total_weight and overlap.
+
+    Statistics are each pixel's m and log(sum(exp(x - m))), for the backward of the same device alone: on GPUs m is the
+    largest logit, on CPUs both are of logits relative to their input pixels' largest.
+    """
     statistics = input.new_empty((2, *target.shape), dtype=accumulation_dtype(input))
     total_weight = statistics.new_empty(())
     loss = torch.empty_like(statistics[0] if reduction == "none" else total_weight)
