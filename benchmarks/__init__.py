@@ -3,7 +3,7 @@
 ``python -m benchmarks --out FILE.md`` measures and writes the tables and a chart; ``pytest benchmarks/`` gives
 pytest-benchmark's own output, and its ``--benchmark-json`` file becomes the same tables with
 ``python -m benchmarks --from FILE.json --out FILE.md``. ``--quick`` measures a few cases in a few rounds;
-``--device cuda`` measures on a GPU, in bfloat16, in less than 8 minutes (`suite.COMPILE_TIME` says how that is kept);
+``--device cuda`` measures on a GPU, in bfloat16, in less than 8 minutes (`compile_time` says how that is kept);
 ``--sweep`` measures instead how the upsampling operators' cost grows with classes and pixels, beside eager PyTorch.
 
 How it is measured:
@@ -17,6 +17,8 @@ How it is measured:
   moves by the recorded seconds; statistics, tables, JSON and comparisons are pytest-benchmark's.
 * Ratios are taken within each round, then their median and quartiles are quoted.
 * Compilation and warm-up calls are not counted.
+* OpenVINO, where it is installed (the extra ``bench``), is a peer of the inferences on a CPU: it gets as many threads
+  as torch and the dtype of the case, and no copy of input or output is timed (`openvino_peer`).
 * A GPU's time is its own: events around the passes, and before each call other work that covers the launches and
   empties the caches. Of calls that are shorter than their launch, many are timed in a row from an idle device.
 * Peak memory is the growth, during one warm call, of the process's resident set (`memory`) or of what torch's allocator

@@ -52,6 +52,11 @@ class ConvReLUPool2dCase(Case):
         size = (self.input[0], *(side // self.stride for side in self.input[2:]))
         return max(torch.Size(size).numel(), max(self.input[1], self.channels) * self.kernel**2)
 
+    @property
+    def deployable(self) -> bool:
+        """The layers as one stage of a network."""
+        return True
+
     def job(self, fused: bool, layout: str, training: bool, dtype: torch.dtype | None = None) -> Job:
         """One call of the operator."""
         make = functools.partial(self.device.make, dtype=dtype)

@@ -51,11 +51,17 @@ class ModelCase(Case):
 
     def job(self, fused: bool, layout: str, training: bool, dtype: torch.dtype | None = None) -> Job:
         """The loss with its gradients, or the prediction."""
+    @property
+    def deployable(self) -> bool:
+        """A prediction is an inference."""
+        return True
+
         network = self.build(fused, dtype).to(memory_format=MEMORY_FORMATS[layout])  # type: ignore[call-overload]
         images = self.device.make(self.images, dtype, layout=layout)
         if not training:
             return Job(network.predict, (images,))
         labels = self.device.make_labels(self.labels, NUM_CLASSES, seed=1)
+            network.requires_grad_(False)  # OpenVINO takes the weights as constants
         return Job(network.loss, (images, labels), tuple(network.parameters()))
 
     def build(self, fused: bool, dtype: torch.dtype | None) -> models.SegmentationModel:

@@ -11,6 +11,8 @@ import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 import fastseg
+from benchmarks import memory, openvino_peer
+from benchmarks.compile_time import OutOfTimeError
 from benchmarks.devices import DEVICES, Device
 from benchmarks.roofline import measure_ceilings
 from benchmarks.suite import (
@@ -21,7 +23,6 @@ from benchmarks.suite import (
     Case,
     Contestant,
     Measured,
-    OutOfTimeError,
     measure,
 )
 
@@ -93,7 +94,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             for case in metafunc.module.CASES
             if case.device.name == device and (case.quick or not quick) and (case.swept is not None) == sweep
             for timing in case.timings
-            for contestant in case.contestants
+            for contestant in case.contestants(timing != FORWARD)
         ],
     )  # fmt: skip
 
@@ -103,7 +104,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: hasattr(item, "callspec") and item.callspec.params.get("timing") == FORWARD)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def device(request: pytest.FixtureRequest) -> Device:
     """What is measured on; its ceilings are measured first."""
     device = DEVICES[request.config.getoption("--device")]
@@ -152,3 +153,10 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list[Any], output_json: dict[str, Any]) -> None:
     output_json |= config.stash[RESULTS]
     output_json |= {"seconds": perf_counter() - COMPILERS.start, "compiling": COMPILERS.seconds()}
+    peers, absent = {}, {}
+    if config.getoption("--device") == "cpu":
+        absent["peak memory"] = memory.unknown()
+        if not config.getoption("--sweep"):
+            peers["OpenVINO"] = openvino_peer.version()
+            absent["OpenVINO"] = None if peers["OpenVINO"] else f"not installed ({openvino_peer.INSTALL})"
+    output_json |= {"peers": peers, "absent": absent}

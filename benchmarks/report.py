@@ -37,7 +37,8 @@ interpolations and exponentials, a few for each pixel and class, aren't in the r
 
 READING_OF = {
     "cpu": """\
-Peak memory is the growth of the process's resident set during one call. What stays in the caches from call to call can
+Peak memory is the growth of the process's resident set during one call; OpenVINO's isn't known, as it has its memory
+from its compilation on. OpenVINO takes part forward, its weights fixed. What stays in the caches from call to call can
 be faster than the roofline, which knows the memory alone.
 """,
     "cuda": """\
@@ -140,7 +141,7 @@ def write(run: dict[str, Any], path: Path) -> None:
     for operator in dict.fromkeys(operator for operator, _ in rows):
         own = {case: timings for (of, case), timings in rows.items() if of == operator}
         parts += [f"## {operator}\n", time_table(own), roofline_table(own, ceilings), memory_table(own)]
-    parts += [missing(rows), log(run["log"])]
+    parts += [missing(run, rows), log(run["log"])]
     path.write_text("\n".join(filter(None, parts)))
 
 
@@ -158,9 +159,10 @@ def machine(run: dict[str, Any]) -> str:
     compiling = "".join(f", {seconds:.0f} s for {kind}" for kind, seconds in run["compiling"].items())
     return (
         f"* {device['title']}\n"
+    peers = "".join(f", {name} {version}" for name, version in run["peers"].items() if version)
         f"* {name}, {cpu['count']} cores, {info['system']}\n"
         f"* fastseg {fastseg['fastseg']} ({version})\n"
-        f"* torch {fastseg['torch']}, Python {info['python_version']}\n"
+        f"* torch {fastseg['torch']}{peers}, Python {info['python_version']}\n"
         f"* {device['dtype']}, {run['datetime'][:10]}, {run['seconds']:.0f} s in all{compiling}\n"
         f"* ceilings: {significant(ceilings.bytes_per_second / 1e9)} GB/s copied (read and written), "
         f"{significant(ceilings.operations_per_second / 1e12)} T operations/s of a {device['dtype']} matrix product\n"
@@ -238,9 +240,10 @@ def memory_table(cases: dict[str, dict[str, Row]]) -> str:
     )
 
 
-def missing(rows: Rows) -> str:
+def missing(run: dict[str, Any], rows: Rows) -> str:
     """Who failed or was left out, and why: two lines of it, as torch.compile's first only says that it failed."""
-    lines = [
+    lines = [f"* {name}: {why}\n" for name, why in run["absent"].items() if why]
+    lines += [
         f"* {operator} {case}, {timing}, {label(contestant)}, {what}: `{' '.join(reason.splitlines()[:2])}`\n"
         for (operator, case), timings in rows.items()
         for timing, row in timings.items()
@@ -319,7 +322,7 @@ def draw(rows: Rows, path: Path) -> None:
     """Every contestant's time over the best peer's: a panel for each timing, a line for each case."""
     figure = Figure(figsize=(13, 1.5 + 0.4 * len(rows)), layout="constrained")
     panels: Sequence[Axes] = figure.subplots(1, len(TIMINGS), sharey=True)
-    colours = dict(zip(KINDS, ("C3", "C0", "C2", "C4"), strict=True))
+    colours = dict(zip(KINDS, ("C3", "C0", "C2", "C4", "C1"), strict=True))
     everyone = contestants(row for timings in rows.values() for row in timings.values())
     markers = dict(zip(LAYOUTS, ("s", "o"), strict=True))
     for panel, timing in zip(panels, TIMINGS, strict=True):

@@ -7,9 +7,7 @@ import gc
 import math
 import random
 from abc import ABC, abstractmethod
-from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter
 from typing import NamedTuple
@@ -17,16 +15,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from benchmarks import openvino_peer
+from benchmarks.compile_time import COMPILE, MAX_AUTOTUNE, MODES, Compilers
 from benchmarks.devices import CPU, Device
 from benchmarks.roofline import Work
 from fastseg.testing import assert_parity
 
-FASTSEG, EAGER, COMPILE, MAX_AUTOTUNE = KINDS = ("fastseg", "eager", "compile", "max-autotune")
+FASTSEG, EAGER, OPENVINO = "fastseg", "eager", "openvino"
+KINDS = (FASTSEG, EAGER, COMPILE, MAX_AUTOTUNE, OPENVINO)
 FORWARD, BACKWARD, BOTH = TIMINGS = ("forward", "backward", "forward+backward")
-
-# torch.compile's modes. Without CUDA graphs: a graph's replay spares the launches that all others pay for, writes into
-# memory that the next call overwrites, and keeps memory that no counter of a call shows.
-MODES = {COMPILE: None, MAX_AUTOTUNE: "max-autotune-no-cudagraphs"}
 
 WARM_UP_CALLS = 2
 SHORTEST_TIMED = 1e-3  # seconds; shorter calls are repeated, so that the clock's own time doesn't count
@@ -49,32 +46,12 @@ class Effort(NamedTuple):
     warm_up_seconds: float = 0
 
 
+# Seconds after which the threads of OpenMP and of OpenVINO, which spin for up to 10 ms for more work, surely sleep.
+SETTLED = 0.02
+
 # A GPU's clock falls while the host compiles, and takes some 10 ms of work to rise again.
 FULL = {"cpu": Effort(5, 9, 60), "cuda": Effort(0.7, 9, 60, warm_up_seconds=0.2)}
 QUICK = {"cpu": Effort(0.5, 3, 10), "cuda": Effort(0.2, 3, 10, warm_up_seconds=0.1)}
-
-
-class CompileTime(NamedTuple):
-    """When a run leaves out compilers' results, to end in time.
-
-    Args:
-        seconds: How long compiling may take for each operator, by kind of contestant; who comes after that is left out.
-        until: Seconds after the start of the run from which on nothing more is compiled.
-    """
-
-    seconds: dict[str, float]
-    until: float
-
-
-# A GPU is often at hand for minutes only: its run is to end within 8. What it takes, estimated for 16 CPU cores and an
-# H200: 10 s to start and for the ceilings; 35 times (15 cases in training, 20 forward) 2 s to make and verify and 1.5 s
-# to time; 2 s for each of 60 compilations of an operator, 7 s for each of 8 of a network; up to 25 s for each of 10 in
-# max-autotune, of which the time below admits one or more of each operator, training's first: 6:30 minutes in all. At
-# the worst the last compilation begins then, and what is left takes a minute.
-COMPILE_TIME = {
-    "cpu": CompileTime({}, math.inf),
-    "cuda": CompileTime({COMPILE: 75, MAX_AUTOTUNE: 20}, 390),
-}
 
 
 class Swept(NamedTuple):
@@ -212,13 +189,18 @@ class Case(ABC):
         return results
 
     @property
-    def contestants(self) -> list[Contestant]:
-        """Who is measured."""
+    def deployable(self) -> bool:
+        """Whether its forward pass is an inference on images, its first argument, so that OpenVINO is a peer."""
+        return False
+
+    def contestants(self, training: bool) -> list[Contestant]:
+        """Who is measured, in training or forward alone."""
+        deployed = self.deployable and not training and self.device.name == "cpu" and openvino_peer.version()
         return [
             Contestant(kind, layout)
             for kind in KINDS
             for layout in self.layouts
-            if kind != MAX_AUTOTUNE or layout in self.max_autotune
+            if {MAX_AUTOTUNE: layout in self.max_autotune, OPENVINO: deployed}.get(kind, True)
         ]
 
 
@@ -230,6 +212,9 @@ class Contestant(NamedTuple):
 
     def job(self, case: Case, training: bool) -> Job:
         """Its call for ``case``."""
+        if self.kind == OPENVINO:
+            job = case.job(False, "nchw", training)
+            return job._replace(function=openvino_peer.deploy(job.function, job.arguments, self.layout))
         job = case.job(self.kind == FASTSEG, self.layout, training)
         if self.kind in MODES:
             compiled = torch.compile(job.function, fullgraph=True, dynamic=False, mode=MODES[self.kind])
@@ -285,40 +270,6 @@ class Verifier:
             raise AssertionError(f"gradients: {error}") from None
 
 
-class OutOfTimeError(Exception):
-    """A contestant was left out because compiling had already taken the time that the run has for it."""
-
-
-class Compilers:
-    """Keeps count of the time that compiling takes in this run, see `COMPILE_TIME`."""
-
-    def __init__(self) -> None:
-        self.start = perf_counter()
-        self.spent: defaultdict[tuple[type[Case], str], float] = defaultdict(float)
-
-    def seconds(self) -> dict[str, float]:
-        """What each of torch.compile's modes took so far."""
-        return {
-            mode: sum(seconds for (_, kind), seconds in self.spent.items() if kind == mode)
-            for mode in MODES
-            if any(kind == mode for _, kind in self.spent)
-        }
-
-    @contextmanager
-    def turn(self, case: Case, kind: str) -> Iterator[None]:
-        """Counts the time that passes inside; raises OutOfTimeError instead where there is none left."""
-        limits, key = COMPILE_TIME[case.device.name], (type(case), kind)
-        if kind in MODES and perf_counter() - self.start > limits.until:
-            raise OutOfTimeError(f"no compilation is begun {limits.until:g} s after the start of the run")
-        if self.spent[key] > limits.seconds.get(kind, math.inf):
-            raise OutOfTimeError(f"{kind} had taken {self.spent[key]:.0f} s to compile cases of this operator before")
-        start = perf_counter()
-        try:
-            yield
-        finally:
-            self.spent[key] += perf_counter() - start
-
-
 COMPILERS = Compilers()
 
 
@@ -328,7 +279,7 @@ def measure(case: Case, training: bool, effort: Effort) -> dict[Contestant, Meas
     try:
         return verify_and_time(case, training, effort)
     except Exception as error:  # what concerns them all (memory, a lost device) is reported for all, and not repeated
-        return dict.fromkeys(case.contestants, error)
+        return dict.fromkeys(case.contestants(training), error)
 
 
 def verify_and_time(case: Case, training: bool, effort: Effort) -> dict[Contestant, Measured | Exception]:
@@ -337,7 +288,7 @@ def verify_and_time(case: Case, training: bool, effort: Effort) -> dict[Contesta
     verifier = Verifier(case, training)
     outcomes: dict[Contestant, Measured | Exception] = {}
     jobs = {}
-    for contestant in case.contestants:
+    for contestant in case.contestants(training):
         try:
             with COMPILERS.turn(case, contestant.kind):
                 job = contestant.job(case, training)
@@ -350,14 +301,20 @@ def verify_and_time(case: Case, training: bool, effort: Effort) -> dict[Contesta
     for contestant, rounds in time_rounds(jobs, effort, case.device, case.led).items():
         results = jobs[contestant].results
         returned = sum(result.untyped_storage().nbytes() for result in results())
-        outcomes[contestant] = Measured(rounds, case.device.peak_growth(results), returned)
+        # OpenVINO has what it needs from its compilation on.
+        peak = None if contestant.kind == OPENVINO else case.device.peak_growth(results)
+        outcomes[contestant] = Measured(rounds, peak, returned)
     return outcomes
 
 
 def time_rounds(
     jobs: dict[Contestant, Job], effort: Effort, device: Device, lead: bool
 ) -> dict[Contestant, list[tuple[float, float]]]:
-    """Seconds of the passes of every job in each round; a round is all jobs once, in an order drawn anew."""
+    """Seconds of the passes of every job in each round; a round is all jobs once, in an order drawn anew.
+
+    OpenVINO's threads are not those of all others. Where it takes part, each job is called untimed before, so that the
+    threads of the one before sleep and its own are awake.
+    """
     if not jobs:
         return {}
     fastest, warm_ups, end = math.inf, 0, perf_counter() + effort.warm_up_seconds
@@ -368,6 +325,7 @@ def time_rounds(
     seconds: dict[Contestant, list[tuple[float, float]]] = {contestant: [] for contestant in jobs}
     order = list(jobs)
     shuffle = random.Random(0).shuffle
+    foreign = any(contestant.kind == OPENVINO for contestant in jobs)
     gc.collect()
     gc.disable()
     try:
@@ -377,7 +335,17 @@ def time_rounds(
                 break
             shuffle(order)
             for contestant in order:
+                if foreign:
+                    settle(jobs[contestant], device)
                 seconds[contestant].append(jobs[contestant].seconds(device, calls, lead))
     finally:
         gc.enable()
     return seconds
+
+
+def settle(job: Job, device: Device) -> None:
+    """Calls of a job that aren't timed, for `SETTLED` seconds."""
+    end = perf_counter() + SETTLED
+    job.seconds(device)
+    while perf_counter() < end:
+        job.seconds(device)

@@ -61,7 +61,7 @@ def write(run: dict[str, Any], path: Path) -> None:
     parts = ["# Sweeps\n", machine(run), READING, f"![nanoseconds for each class and pixel]({chart.name})\n"]
     for (operator, along), points in sweeps.items():
         parts += [f"## {operator}, {points[0].timing}, by {along}\n", table(along, points)]
-    parts += [missing(read_rows(run)), log(run["log"])]
+    parts += [missing(run, read_rows(run)), log(run["log"])]
     path.write_text("\n".join(filter(None, parts)))
 
 

@@ -38,11 +38,10 @@ class UpsamplingCase(Case):
         """The labels' sizes."""
         return (self.shape[0], *self.size)
 
-    @property
-    def contestants(self) -> list[Contestant]:
+    def contestants(self, training: bool) -> list[Contestant]:
         """Of a sweep fastseg and eager, as its whole would take the others too long to compile."""
         if self.swept is None:
-            return super().contestants
+            return super().contestants(training)
         return [Contestant(kind, "nchw") for kind in (FASTSEG, EAGER)]
 
     @property

@@ -24,7 +24,9 @@ from benchmarks import (
     bench_upsample_argmax,
     bench_upsample_confusion_matrix,
     bench_upsample_cross_entropy,
+    compile_time,
     memory,
+    openvino_peer,
     report,
     suite,
 )
@@ -32,7 +34,6 @@ from benchmarks.bench_conv_relu_pool2d import ConvReLUPool2dCase
 from benchmarks.bench_cross_entropy import CrossEntropyCase, count_partial_sums
 from benchmarks.bench_models import ModelCase
 from benchmarks.devices import CPU, CUDA, Device, Processor
-from benchmarks.roofline import Ceilings, Work, measure_ceilings
 
 
 class AsynchronousProcessor(Processor):
@@ -86,7 +87,7 @@ def all_kinds(monkeypatch: pytest.MonkeyPatch, _without_compilers: None) -> None
 def test_every_contestant_is_verified_and_timed(case: suite.Case, device: Device, training: bool) -> None:
     case = dataclasses.replace(case, device=device)
     outcomes = suite.measure.__wrapped__(case, training, ONE_ROUND)
-    assert set(outcomes) == set(case.contestants)
+    assert set(outcomes) == set(case.contestants(training))
     for outcome in outcomes.values():
         assert isinstance(outcome, suite.Measured), outcome
         ((forward, backward),) = outcome.rounds
@@ -129,7 +130,7 @@ def test_what_stops_a_case_is_reported_for_everyone(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(CrossEntropyCase, "plain", run_out_of_memory)
     outcomes = suite.measure.__wrapped__(LOGITS, False, ONE_ROUND)
-    assert set(outcomes) == set(LOGITS.contestants)
+    assert set(outcomes) == set(LOGITS.contestants(False))
     assert all(isinstance(outcome, torch.OutOfMemoryError) for outcome in outcomes.values())
 
 
@@ -213,9 +214,19 @@ def test_inputs_on_the_cpu_are_those_of_the_tests() -> None:
     ],
     ids=["cpu", "cuda goal", "rows"],
 )
-def test_contestants(case: suite.Case, kinds: dict[str, int]) -> None:
-    contestants = [contestant.kind for contestant in case.contestants]
-    assert {kind: contestants.count(kind) for kind in contestants} == kinds
+@pytest.mark.parametrize("version", [None, "2026.4"], ids=["no openvino", "openvino"])
+def test_contestants(
+    monkeypatch: pytest.MonkeyPatch, case: suite.Case, kinds: dict[str, int], version: str | None
+) -> None:
+    monkeypatch.setattr(openvino_peer, "version", lambda: version)
+
+    def count(training: bool) -> dict[str, int]:
+        contestants = [contestant.kind for contestant in case.contestants(training)]
+        return {kind: contestants.count(kind) for kind in contestants}
+
+    assert count(training=True) == kinds
+    # Of convolutions and models on a CPU alone.
+    assert count(training=False) == (kinds | {"openvino": 2} if version and case is FIRST_LAYER else kinds)
 
 
 def test_every_device_has_cases_of_its_own() -> None:
@@ -229,17 +240,20 @@ def test_every_device_has_cases_of_its_own() -> None:
 
 @pytest.mark.usefixtures("all_kinds")
 def test_compilers_are_left_out_when_their_time_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(suite, "COMPILERS", suite.Compilers())
-    monkeypatch.setitem(suite.COMPILE_TIME, "cpu", suite.CompileTime({suite.COMPILE: 5}, until=1e9))
+    monkeypatch.setattr(suite, "COMPILERS", compile_time.Compilers())
+    monkeypatch.setitem(compile_time.COMPILE_TIME, "cpu", compile_time.CompileTime({suite.COMPILE: 5}, until=1e9))
     suite.COMPILERS.spent[CrossEntropyCase, suite.COMPILE] = 6.0
     for contestant, outcome in suite.measure.__wrapped__(LOGITS, False, ONE_ROUND).items():
         left_out = contestant.kind == suite.COMPILE
-        assert isinstance(outcome, suite.OutOfTimeError if left_out else suite.Measured)
+        assert isinstance(outcome, compile_time.OutOfTimeError if left_out else suite.Measured)
     with suite.COMPILERS.turn(FIRST_LAYER, suite.COMPILE):  # another operator has time of its own
         pass
     assert suite.COMPILERS.spent[ConvReLUPool2dCase, suite.COMPILE] > 0
-    monkeypatch.setitem(suite.COMPILE_TIME, "cpu", suite.CompileTime({}, until=0))
-    with pytest.raises(suite.OutOfTimeError, match="0 s after the start"), suite.COMPILERS.turn(LOGITS, "max-autotune"):
+    monkeypatch.setitem(compile_time.COMPILE_TIME, "cpu", compile_time.CompileTime({}, until=0))
+    with (
+        pytest.raises(compile_time.OutOfTimeError, match="0 s after the start"),
+        suite.COMPILERS.turn(LOGITS, "max-autotune"),
+    ):
         pass
     with suite.COMPILERS.turn(LOGITS, suite.EAGER):
         pass
@@ -255,118 +269,3 @@ def test_a_missing_device_is_a_plain_error(
         __main__.main()
     assert f"--device cuda: torch {torch.__version__} sees no CUDA device" in capsys.readouterr().err
     assert not path.exists()
-
-
-# ---- roofline ----
-
-IMAGES, WEIGHT, POOLED = 2 * 3 * 8 * 10, 4 * 3 * 9, 2 * 4 * 4 * 5  # elements of 2x3x8x10->4, pooled 2x2
-PRODUCTS = 2 * 4 * 8 * 10 * 27
-
-
-@pytest.mark.parametrize("input_gradient", [False, True], ids=["images", "features"])
-@pytest.mark.parametrize(("device", "itemsize"), [(CPU, 4), (CUDA, 2)], ids=["float32", "bfloat16"])
-def test_work_of_a_convolution(device: Device, itemsize: int, input_gradient: bool) -> None:
-    case = ConvReLUPool2dCase((2, 3, 8, 10), 4, input_gradient=input_gradient, device=device)
-    read = itemsize * (IMAGES + WEIGHT + 4)
-    assert case.work(suite.FORWARD) == (Work(read + itemsize * POOLED, 2 * PRODUCTS),)
-    forward, backward = case.work(suite.BOTH)
-    assert forward == Work(read + (itemsize + 1) * POOLED, 2 * PRODUCTS)
-    # Pooled gradient, positions and input in; the gradients of weight and bias out, of the input where it is wanted.
-    size = (itemsize + 1) * POOLED + itemsize * (IMAGES + WEIGHT + 4)
-    if input_gradient:
-        size += itemsize * (WEIGHT + IMAGES)
-    assert backward == Work(size, 2 * PRODUCTS * (1 + input_gradient))
-    assert case.work(suite.BACKWARD) == (backward,)
-
-
-def test_work_of_a_loss() -> None:
-    case = CrossEntropyCase((2, 5, 4, 6), device=CUDA)
-    logits, labels = 2 * 2 * 5 * 4 * 6, 8 * 2 * 4 * 6
-    assert case.work(suite.FORWARD) == (Work(logits + labels),)
-    assert case.work(suite.BOTH) == (Work(logits + labels), Work(2 * logits + labels))
-    assert ModelCase("FCN", (1, 3, 16, 16)).work(suite.BOTH) == ()
-
-
-def test_a_pass_is_bounded_by_its_slower_half() -> None:
-    ceilings = Ceilings(bytes_per_second=100, operations_per_second=1000)
-    passes = (Work(200, 500), Work(100, 3000))
-    assert ceilings.seconds(passes) == 2 + 3
-    assert ceilings.limits(passes) == ["bytes", "operations"]
-
-
-def test_ceilings_are_measured() -> None:
-    class SmallProcessor(Processor):
-        copied_bytes = 2**16
-        matrix_side = 32
-
-    ceilings = measure_ceilings(SmallProcessor())
-    assert ceilings.bytes_per_second > 1e6
-    assert ceilings.operations_per_second > 1e6
-
-
-# ---- report ----
-
-
-def entry(kind: str, timing: str, seconds: list[float]) -> dict:
-    info = {
-        "operator": "pool",
-        "case": "2x2",
-        "timing": timing,
-        "kind": kind,
-        "layout": "nchw",
-        "peak_bytes": 3 * 2**20,
-        "returned_bytes": 2**20,
-        "work": [[1_000_000, 0], [500_000, 4_000_000]] if timing == "forward" else [],
-    }
-    return {"extra_info": info, "stats": {"data": seconds}}
-
-
-def test_report(tmp_path: Path) -> None:
-    missing = {"operator": "pool", "case": "2x2", "timing": "forward", "layout": "nchw"}
-    run = {
-        "machine_info": {
-            "machine": "x86_64", "system": "Linux", "python_version": "3.11", "cpu": {"brand_raw": "A CPU", "count": 2},
-            "fastseg": {"fastseg": "0.1", "torch": "2.13"},
-        },
-        "commit_info": {"id": "0123456789abcdef", "dirty": False},
-        "datetime": "2026-11-22T10:00:00+00:00",
-        "device": {"type": "cuda", "dtype": "bfloat16", "title": "A GPU, driver 1.2.3"},
-        "ceilings": {"bytes_per_second": 1e9, "operations_per_second": 2e9},
-        "seconds": 321.0,
-        "compiling": {"compile": 12.3},
-        "log": ["pool runs as plain PyTorch: no kernel"],
-        "benchmarks": [
-            # Twice as fast in most rounds, though the quotient of the medians is 1.5.
-            entry("fastseg", "forward", [0.001, 0.004, 0.010]),
-            entry("eager", "forward", [0.002, 0.006, 0.020]),
-            entry("fastseg", "backward", [0.2]),
-            entry("eager", "backward", [0.1]),
-        ],
-        "missing": [
-            missing | {"kind": "compile", "skipped": False, "reason": "CompilerFailed:\nno compiler\nmore"},
-            missing | {"kind": "max-autotune", "skipped": True, "reason": "no time"},
-        ],
-    }  # fmt: skip
-    path = tmp_path / "results" / "report.md"
-    report.write(run, path)
-    text = path.read_text()
-    for line in (
-        "* A GPU, driver 1.2.3\n* A CPU, 2 cores, Linux\n* fastseg 0.1 (commit 0123456789)\n",
-        "* bfloat16, 2026-11-22, 321 s in all, 12 s for compile\n",
-        "* ceilings: 1.00 GB/s copied (read and written), 0.00200 T operations/s of a bfloat16 matrix product\n",
-        "2.00x (1.75 - 2.00)",
-        "**0.50x**",
-        "| fastseg NCHW | eager NCHW | compile NCHW | max-autotune NCHW | fastseg NCHW x best peer |",  # who took part
-        "4.00 (2.50 - 7.00) | 6.00 (4.00 - 13.0) | failed | skipped",
-        # 1 ms for the bytes of the one pass, 2 ms for the operations of the other.
-        "| 2x2 | forward | 1.50 | 0.00400 | 3.00 | bytes + operations | 75% | - |",
-        "| 2x2 | forward | 3.0 (2.0) | 3.0 (2.0) | - (-) | - (-) | 1.00x |",  # eager's extra memory over fastseg's
-        "* pool 2x2, forward, compile NCHW, failed: `CompilerFailed: no compiler`",
-        "* pool 2x2, forward, max-autotune NCHW, skipped: `no time`",
-        "## fastseg's log\n\n* pool runs as plain PyTorch: no kernel",
-    ):
-        assert line in text
-    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
-    run["commit_info"] = {"id": "unversioned", "dirty": False}  # outside a checkout
-    report.write(run, path)
-    assert "(commit unknown)" in path.read_text()
