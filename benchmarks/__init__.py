@@ -23,7 +23,8 @@ How it is measured:
   empties the caches. Of calls that are shorter than their launch, many are timed in a row from an idle device.
 * Peak memory is the growth, during one warm call, of the process's resident set (`memory`) or of what torch's allocator
   has given out on a GPU. Extra memory is that without the values and gradients that the call returns.
-* The roofline (`roofline`) has two ceilings, a large copy and a large matrix product, which the run measures first.
+* The roofline (`roofline`) has two ceilings, the peaks of bandwidth and arithmetic, which the run measures before the
+  cases of each operator; the highest count.
 
 A case is one line in the ``CASES`` of a ``bench_<operator>.py``.
 """

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.bench_cross_entropy import count_partial_sums
 from benchmarks.devices import CUDA
-from benchmarks.suite import Case, Job
+from benchmarks.roofline import Work
+from benchmarks.suite import BACKWARD, FORWARD, Case, Job
 from fastseg import models
 from fastseg.testing import MEMORY_FORMATS
 
@@ -49,19 +51,19 @@ class ModelCase(Case):
         """Those behind the loss."""
         return count_partial_sums(self.labels)
 
-    def job(self, fused: bool, layout: str, training: bool, dtype: torch.dtype | None = None) -> Job:
-        """The loss with its gradients, or the prediction."""
     @property
     def deployable(self) -> bool:
         """A prediction is an inference."""
         return True
 
+    def job(self, fused: bool, layout: str, training: bool, dtype: torch.dtype | None = None) -> Job:
+        """The loss with its gradients, or the prediction."""
         network = self.build(fused, dtype).to(memory_format=MEMORY_FORMATS[layout])  # type: ignore[call-overload]
         images = self.device.make(self.images, dtype, layout=layout)
         if not training:
+            network.requires_grad_(False)  # OpenVINO takes the weights as constants
             return Job(network.predict, (images,))
         labels = self.device.make_labels(self.labels, NUM_CLASSES, seed=1)
-            network.requires_grad_(False)  # OpenVINO takes the weights as constants
         return Job(network.loss, (images, labels), tuple(network.parameters()))
 
     def build(self, fused: bool, dtype: torch.dtype | None) -> models.SegmentationModel:
@@ -69,6 +71,26 @@ class ModelCase(Case):
         torch.manual_seed(0)
         network = getattr(models if fused else models.plain, self.network)(self.images[1], num_classes=NUM_CLASSES)
         return network.to(self.device.name, self.device.dtype).to(dtype or self.device.dtype)
+
+    def work(self, timing: str) -> tuple[Work, ...]:
+        """Images, labels and parameters, and the operations of the convolutions; in training the gradients too."""
+        with torch.device("meta"):
+            images, labels = torch.empty(self.images), torch.empty(self.labels, dtype=torch.int64)
+            network: models.SegmentationModel = getattr(models.plain, self.network)(
+                self.images[1], num_classes=NUM_CLASSES
+            )
+        itemsize = self.device.dtype.itemsize
+        parameters = itemsize * sum(parameter.numel() for parameter in network.parameters())
+        read = itemsize * images.numel() + parameters
+        with FlopCounterMode(display=False) as counter:
+            if timing == FORWARD:
+                mask = network.predict(images)
+                return (Work(read + mask.nbytes, counter.get_total_flops()),)
+            loss = network.loss(images, labels)
+            forward = Work(read + labels.nbytes, counter.get_total_flops())
+            loss.backward()
+            backward = Work(read + labels.nbytes + parameters, counter.get_total_flops() - forward.operations)
+        return (backward,) if timing == BACKWARD else (forward, backward)
 
     def plain(self, training: bool) -> list[Tensor]:
         """For gradients in float32, the true ones for images that differ in the last places.

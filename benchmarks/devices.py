@@ -40,8 +40,10 @@ class Device(ABC):
         name: torch's type of the device.
         dtype: What is measured on it.
         drawn: The dtype that random numbers are drawn in before they are rounded to ``dtype``.
-        copied_bytes: Size of the tensor whose copy gives the ceiling of the bandwidth: far more than any cache holds.
-        matrix_side: Rows and columns of the matrices whose product gives the ceiling of the arithmetic.
+        copied_bytes: Size of the tensors whose copy and sum give the ceiling of the bandwidth: far more than any cache
+            holds.
+        matrix_sides: Rows and columns of the matrices whose product gives the ceiling of the arithmetic; the fastest of
+            them counts.
         asynchronous: Whether it works beside the host, which only launches the work.
     """
 
@@ -50,7 +52,7 @@ class Device(ABC):
     dtype: torch.dtype
     drawn: torch.dtype
     copied_bytes: int
-    matrix_side: int
+    matrix_sides: tuple[int, ...]
 
     @abstractmethod
     def missing(self) -> str | None:
@@ -111,7 +113,7 @@ class Processor(Device):
     dtype = torch.float32
     drawn = torch.float64  # the numbers of `fastseg.testing.make`
     copied_bytes = 2**27
-    matrix_side = 1024
+    matrix_sides = (1024, 2048)  # enough for a few cores, and for many
 
     def missing(self) -> str | None:
         active = fastseg.info()["cpu"]
@@ -150,7 +152,7 @@ class GraphicsProcessor(Device):
     dtype = torch.bfloat16
     drawn = torch.float32  # float64 would be slow on most GPUs
     copied_bytes = 2**31
-    matrix_side = 8192
+    matrix_sides = (8192,)
 
     @functools.cached_property
     def _read(self) -> Tensor:

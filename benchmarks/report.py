@@ -28,11 +28,14 @@ Medians, with the first and the third quartile of the rounds in brackets. "x" is
 other's time over fastseg's, taken within each round; below 1 fastseg is slower, in bold. The best peer is the fastest
 of all others in either memory format, whatever fastseg's own. Forward is timed under `no_grad`; backward is the second
 part of forward+backward. For models, forward is a prediction, forward+backward the loss and all gradients. The roofline
-is the time that a pass can't go below: what it has to read and write (each input and output once) at the rate of a
-large copy, or its matrix operations at the rate of a large matrix product, whichever takes longer; the percentage is
-that time over fastseg's. The operations are those of dense convolutions: a kernel that skips the zeros of the gradient
-behind a pool can pass 100%. Of the upsampling operators only the logits before upsampling count, in bytes alone: their
-interpolations and exponentials, a few for each pixel and class, aren't in the roofline.
+is the time that a pass can't go below: what it has to read and write (each input and output once) at the peak of the
+bandwidth, or its matrix operations at that of a large matrix product, whichever takes longer; the percentage is that
+time over fastseg's. The peaks are the fastest that a large copy, an addition and a matrix product went in this run.
+GFLOP/s and GB/s are fastseg's, with their share of the peak. The operations (a multiplication and an addition are two)
+are those of plain dense convolutions: a kernel that saves multiplications (Winograd's algorithm, the zeros of the
+gradient behind a pool) does fewer, and a rate past the peak, marked "effective", is none that the machine reaches. Of
+the upsampling operators only the logits before upsampling count, in bytes alone: their interpolations and exponentials,
+a few for each pixel and class, aren't in the roofline, nor in that of the models.
 """
 
 READING_OF = {
@@ -156,16 +159,16 @@ def machine(run: dict[str, Any]) -> str:
     changed = " with local changes" if commit.get("dirty") else ""
     known = commit.get("id") not in (None, "unversioned", "unknown")  # as pytest-benchmark has it
     version = f"commit {commit['id'][:10]}{changed}" if known else "commit unknown"
+    peers = "".join(f", {name} {version}" for name, version in run["peers"].items() if version)
     compiling = "".join(f", {seconds:.0f} s for {kind}" for kind, seconds in run["compiling"].items())
     return (
         f"* {device['title']}\n"
-    peers = "".join(f", {name} {version}" for name, version in run["peers"].items() if version)
         f"* {name}, {cpu['count']} cores, {info['system']}\n"
         f"* fastseg {fastseg['fastseg']} ({version})\n"
         f"* torch {fastseg['torch']}{peers}, Python {info['python_version']}\n"
         f"* {device['dtype']}, {run['datetime'][:10]}, {run['seconds']:.0f} s in all{compiling}\n"
-        f"* ceilings: {significant(ceilings.bytes_per_second / 1e9)} GB/s copied (read and written), "
-        f"{significant(ceilings.operations_per_second / 1e12)} T operations/s of a {device['dtype']} matrix product\n"
+        f"* peaks: {significant(ceilings.bytes_per_second / 1e9)} GB/s read and written, "
+        f"{significant(ceilings.operations_per_second / 1e9)} GFLOP/s of a {device['dtype']} matrix product\n"
     )
 
 
@@ -208,17 +211,22 @@ def time_table(cases: dict[str, dict[str, Row]]) -> str:
 def roofline_table(cases: dict[str, dict[str, Row]], ceilings: Ceilings) -> str:
     """What each timing can't do without, what that takes at least, and how near fastseg comes; "" where unknown."""
     own = [Contestant(FASTSEG, layout) for layout in LAYOUTS]
-    lines = [["case", "timing", "MB", "G operations", "floor ms", "bound by", *map(label, own)]]
+    heads = [f"{label(contestant)} {what}" for contestant in own for what in ("GFLOP/s", "GB/s", "of the roofline")]
+    lines = [["case", "timing", "MB", "GFLOP", "floor ms", "bound by", *heads]]
     for case, timings in cases.items():
         for timing, row in timings.items():
             if not row.work:
                 continue
-            lines.append([
-                case, timing, significant(sum(work.bytes for work in row.work) / 1e6),
-                significant(sum(work.operations for work in row.work) / 1e9),
-                significant(1e3 * ceilings.seconds(row.work)), " + ".join(ceilings.limits(row.work)),
-                *(share(row, contestant, ceilings) for contestant in own),
-            ])  # fmt: skip
+            total = Work(*map(sum, zip(*row.work, strict=True)))
+            line = [case, timing, significant(total.bytes / 1e6), significant(total.operations / 1e9),
+                    significant(1e3 * ceilings.seconds(row.work)), " + ".join(ceilings.limits(row.work))]  # fmt: skip
+            for contestant in own:
+                line += [
+                    rate(row, contestant, total.operations, ceilings.operations_per_second),
+                    rate(row, contestant, total.bytes, ceilings.bytes_per_second),
+                    share(row, contestant, ceilings),
+                ]
+            lines.append(line)
     return "Of the roofline\n\n" + format_table(lines) if len(lines) > 1 else ""
 
 
@@ -286,6 +294,14 @@ def share(row: Row, contestant: Contestant | None, ceilings: Ceilings) -> str:
     if contestant not in row.rounds or not row.work:
         return NOTHING
     return f"{100 * ceilings.seconds(row.work) / median(row.rounds[contestant]):.0f}%"
+
+
+def rate(row: Row, contestant: Contestant, amount: int, peak: float) -> str:
+    """An amount over a contestant's median, in billions for each second, and what part of the peak that is."""
+    if contestant not in row.rounds or not amount:
+        return NOTHING
+    achieved = amount / median(row.rounds[contestant])
+    return f"{significant(achieved / 1e9)} ({100 * achieved / peak:.0f}%{', effective' if achieved > peak else ''})"
 
 
 def mebibytes(size: int | None) -> str:

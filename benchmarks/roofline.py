@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from statistics import median
 from time import perf_counter
 from typing import NamedTuple
 
@@ -11,9 +10,9 @@ import torch
 
 from benchmarks.devices import Device
 
-# Each ceiling is measured for this long, after as long a warm-up: a GPU's clock needs some time to rise.
+# Each call is repeated for this long: a GPU's clock needs some time to rise.
 SECONDS = 0.2
-LEAST_CALLS = 5
+LEAST_CALLS = 2
 
 
 class Work(NamedTuple):
@@ -31,7 +30,7 @@ class Work(NamedTuple):
 
 
 class Ceilings(NamedTuple):
-    """What a device reaches: bytes (read and written) of a large copy, operations of a large matrix product."""
+    """What a device reaches: bytes read and written in large tensors, operations of a large matrix product."""
 
     bytes_per_second: float
     operations_per_second: float
@@ -49,23 +48,32 @@ class Ceilings(NamedTuple):
 
 
 def measure_ceilings(device: Device) -> Ceilings:
-    """Medians of a copy within the device's memory and of a product of random square matrices in its dtype."""
-    source = device.make((device.copied_bytes // device.dtype.itemsize,))
-    target = torch.empty_like(source)
-    copy = _median_seconds(device, lambda: target.copy_(source))
-    left, right = (device.make((device.matrix_side,) * 2, seed=seed) for seed in range(2))
-    product = _median_seconds(device, lambda: left @ right)
-    return Ceilings(2 * device.copied_bytes / copy, 2 * device.matrix_side**3 / product)
+    """The highest rates within the device's memory and of products of random square matrices in its dtype.
+
+    The memory's is that of a copy, or of an addition in place, which a CPU doesn't have to fetch its target for.
+    """
+    elements = device.copied_bytes // device.dtype.itemsize
+    source, target = (torch.ones(elements, dtype=device.dtype, device=device.name) for _ in range(2))
+    copy = _least_seconds(device, lambda: target.copy_(source))
+    addition = _least_seconds(device, lambda: target.add_(source))
+    bytes_per_second = device.copied_bytes * max(2 / copy, 3 / addition)
+    return Ceilings(bytes_per_second, max(_product_rate(device, side) for side in device.matrix_sides))
 
 
-def _median_seconds(device: Device, call: Callable[[], object]) -> float:
-    for _ in range(2):  # the first of them is the warm-up
-        seconds: list[float] = []
-        end = perf_counter() + SECONDS
-        while len(seconds) < LEAST_CALLS or perf_counter() < end:
-            start = device.mark()
-            call()
-            stop = device.mark()
-            device.wait()
-            seconds.append(device.seconds(start, stop))
-    return median(seconds)
+def _product_rate(device: Device, side: int) -> float:
+    left, right = (device.make((side, side), seed=seed) for seed in range(2))
+    product = torch.empty_like(left)
+    return 2 * side**3 / _least_seconds(device, lambda: torch.mm(left, right, out=product))
+
+
+def _least_seconds(device: Device, call: Callable[[], object]) -> float:
+    """Seconds of the fastest call: what a disturbed machine shows less often than a quiet one, but doesn't exceed."""
+    seconds: list[float] = []
+    end = perf_counter() + SECONDS
+    while len(seconds) < LEAST_CALLS or perf_counter() < end:
+        start = device.mark()
+        call()
+        stop = device.mark()
+        device.wait()
+        seconds.append(device.seconds(start, stop))
+    return min(seconds)
