@@ -268,14 +268,24 @@ struct BackwardLayout {
   // Calls visit(offset in the input's rows, offset in the folded rows, channels) for all runs, in the folded order.
   template <class Visit>
   void for_each_folded_run(const PackedRows& input, const PackedRows& patches, Visit visit) const {
+    struct {
+      int64_t input, patch, channels;
+    } runs[kMostVectors * kLanes<T>];  // of a column: at most a feature each
     for (int64_t b = 0; b < patches.blocks(); ++b)
-      for (int64_t y = 0; y < patches.rows; ++y)
+      for (int64_t y = 0; y < patches.rows; ++y) {
+        int64_t count = 0;
+        for_each_run(b, [&](int64_t row, int64_t channel, int64_t channels, int64_t offset) {
+          runs[count++] = {input.row(0, y * g.stride[0] + row * g.dilation[0]) + channel, patches.row(b, y) + offset,
+                           channels};
+        });
         for (int64_t s = 0; s < slots; ++s)
-          for_each_run(b, [&](int64_t row, int64_t channel, int64_t channels, int64_t offset) {
-            visit(input.row(0, y * g.stride[0] + row * g.dilation[0]) + s * shape.c + channel,
-                  patches.row(b, y) + s * patches.length(b) + offset, channels);
-          });
+          for (int64_t i = 0; i < count; ++i)
+            visit(runs[i].input + s * shape.c, runs[i].patch + s * patches.length(b), runs[i].channels);
+      }
   }
+
+  // -1 where a window's position counts, 0 where ReLU cut: for arithmetic in place of a branch to mispredict.
+  int64_t counts(uint8_t position) const { return (int64_t{position} - positions) >> 63; }
 
   // By window of a tile and position in it: the slot (counted through the rows) at which its patch begins; the tile's
   // first window row begins in row `base`. Positions outside of the convolution carry no gradient; they get some slot.

@@ -54,13 +54,11 @@ struct BackwardInput {
       const uint8_t* position = layout.read_windows(image, k, row, windows, read);
       int64_t first = 0;  // list of the window
       for (int64_t p = 0; p < windows.size(); ++p, position += step, first += layout.positions) {
-        const bool counts = *position < layout.positions;
-        // Written always, kept only where the window counts: no branch to mispredict.
-        const int64_t list = first + (counts ? *position : 0);
+        const int64_t counts = layout.counts(*position), list = first + (*position & counts);
         const int64_t entry = list * lists.capacity + lists.counts[list];
-        lists.gradients[entry] = read[p];
+        lists.gradients[entry] = read[p];  // written always, kept only where the window counts
         lists.indices[entry] = static_cast<int32_t>(k - channels.begin);
-        lists.counts[list] += counts;
+        lists.counts[list] -= static_cast<int32_t>(counts);
       }
     }
   }

@@ -63,11 +63,10 @@ struct BackwardWeight {
       T* read = gradients + (row - rows.begin) * windows.size();
       const uint8_t* position = layout.read_windows(image, k, row, windows, read);
       for (int64_t p = 0; p < windows.size(); ++p, position += step, slots += layout.positions) {
-        const bool counts = *position < layout.positions;
-        // Written always, kept only where the window counts: no branch to mispredict.
-        gradients[listed] = read[p];
-        indices[listed] = slots[counts ? *position : 0];
-        listed += counts;
+        const int64_t counts = layout.counts(*position);
+        gradients[listed] = read[p];  // written always, kept only where the window counts
+        indices[listed] = slots[*position & counts];
+        listed -= counts;
       }
     }
     *count = static_cast<int32_t>(listed);
