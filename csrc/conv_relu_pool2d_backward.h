@@ -303,11 +303,25 @@ struct BackwardLayout {
   // Writes the pooled gradient of channel k in a row of windows, and returns their positions.
   const uint8_t* read_windows(int64_t image, int64_t k, int64_t row, Span windows, T* gradients) const {
     const Tensor &gradient = call.grad_output, &position = call.positions;
-    pack(at(gradient, image * gradient.stride[0] + k * gradient.stride[1] + row * gradient.stride[2] +
-                          windows.begin * gradient.stride[3]),
-         gradient.dtype, 1, windows.size(), 0, gradient.stride[3], gradients, 0);
-    return static_cast<const uint8_t*>(position.data) + image * position.stride[0] + k * position.stride[1] +
-           row * position.stride[2] + windows.begin * position.stride[3];
+    const int64_t at_gradient = offset_of(gradient, image, k, row, windows.begin);
+    const uint8_t* at_position =
+        static_cast<const uint8_t*>(position.data) + offset_of(position, image, k, row, windows.begin);
+    if (k + 1 < shape.k && gradient.stride[3] == 1) {  // the next channel's row is far away, and not foreseeable
+      prefetch(at(gradient, at_gradient + gradient.stride[1]), windows.size() * element_size(gradient.dtype));
+      prefetch(at_position + position.stride[1], windows.size());
+    }
+    pack(at(gradient, at_gradient), gradient.dtype, 1, windows.size(), 0, gradient.stride[3], gradients, 0);
+    return at_position;
+  }
+
+  static int64_t offset_of(const Tensor& tensor, int64_t image, int64_t channel, int64_t row, int64_t column) {
+    return image * tensor.stride[0] + channel * tensor.stride[1] + row * tensor.stride[2] + column * tensor.stride[3];
+  }
+
+  static void prefetch(const void* data, int64_t bytes) {
+    constexpr int64_t kLine = 64;
+    const char* line = static_cast<const char*>(data);
+    for (int64_t i = 0; i < bytes + kLine; i += kLine) __builtin_prefetch(line + i);
   }
 };
 
