@@ -23,7 +23,7 @@ constexpr int kMostVectors = 12;
 // would be too short to pay for a list's entry.
 constexpr int64_t kFoldedVectors = 4;
 // A tile's input, one chunk wide, and as much of the kernels: most of a first-level cache of 32 KB.
-constexpr int64_t kTileBytes = 24 * 1024;
+constexpr int64_t kTileBytes = 16 * 1024;
 constexpr int64_t kListBytes = 128 * 1024;  // the lists of a tile of windows: a quarter of a second-level cache
 constexpr int64_t kGroup = 64;  // output channels that are worked on together: kernels, one chunk wide, take 24 KB
 
@@ -265,22 +265,27 @@ struct BackwardLayout {
         });
   }
 
-  // Calls visit(offset in the input's rows, offset in the folded rows, channels) for all runs, in the folded order.
-  template <class Visit>
-  void for_each_folded_run(const PackedRows& input, const PackedRows& patches, Visit visit) const {
+  // Calls visit(run of channels in the input's rows, the same in the folded rows, channels), in the folded order.
+  template <class Input, class Folded, class Visit>
+  void for_each_folded_run(const PackedRows& input_rows, Input* input, const PackedRows& patches, Folded* target,
+                           Visit visit) const {
     struct {
-      int64_t input, patch, channels;
+      Input* input;
+      Folded* folded;
+      int64_t channels;
     } runs[kMostVectors * kLanes<T>];  // of a column: at most a feature each
+    const int64_t columns = slots, input_step = shape.c;
     for (int64_t b = 0; b < patches.blocks(); ++b)
       for (int64_t y = 0; y < patches.rows; ++y) {
         int64_t count = 0;
         for_each_run(b, [&](int64_t row, int64_t channel, int64_t channels, int64_t offset) {
-          runs[count++] = {input.row(0, y * g.stride[0] + row * g.dilation[0]) + channel, patches.row(b, y) + offset,
-                           channels};
+          runs[count++] = {input + input_rows.row(0, y * g.stride[0] + row * g.dilation[0]) + channel,
+                           target + patches.row(b, y) + offset, channels};
         });
-        for (int64_t s = 0; s < slots; ++s)
+        const int64_t folded_step = patches.length(b);
+        for (int64_t s = 0; s < columns; ++s)
           for (int64_t i = 0; i < count; ++i)
-            visit(runs[i].input + s * shape.c, runs[i].patch + s * patches.length(b), runs[i].channels);
+            visit(runs[i].input + s * input_step, runs[i].folded + s * folded_step, runs[i].channels);
       }
   }
 

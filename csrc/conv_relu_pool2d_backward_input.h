@@ -115,9 +115,10 @@ struct BackwardInput {
       memset(folded, 0, static_cast<size_t>(folded_elements) * sizeof(T));
       add_row(image, row, kernels, folded_rows, 0, lists, folded);
       T* target = gradient + gradient_rows.row(0, base);
-      layout.for_each_folded_run(gradient_rows, folded_rows, [&](int64_t to, int64_t from, int64_t channels) {
-        for (int64_t i = 0; i < channels; ++i) target[to + i] += folded[from + i];
-      });
+      layout.for_each_folded_run(gradient_rows, target, folded_rows, folded,
+                                 [](T* to, const T* from, int64_t channels) {
+                                   for (int64_t i = 0; i < channels; ++i) to[i] += from[i];
+                                 });
     }
     const bool first = b == 0, last = b + 1 == bands;
     T* before = edges + 2 * (image * (bands - 1) + b - 1) * edge.elements();

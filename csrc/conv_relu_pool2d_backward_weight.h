@@ -133,8 +133,8 @@ struct BackwardWeight {
 
   // Copies a column's runs in whole vectors: what runs over a run's end is overwritten by the next.
   void fold(const PackedRows& input_rows, const PackedRows& patch_rows, const T* input, T* folded) const {
-    layout.for_each_folded_run(input_rows, patch_rows, [&](int64_t from, int64_t to, int64_t channels) {
-      for (int64_t i = 0; i < channels; i += kLanes<T>) store<T>(folded + to + i, load(input + from + i));
+    layout.for_each_folded_run(input_rows, input, patch_rows, folded, [](const T* from, T* to, int64_t channels) {
+      for (int64_t i = 0; i < channels; i += kLanes<T>) store<T>(to + i, load(from + i));
     });
   }
 
@@ -154,6 +154,10 @@ struct BackwardWeight {
     layout.for_each_piece(layout.patch_rows(1), [&](const Piece& piece) {
       const int64_t length = int64_t{piece.vectors} * kLanes<T>;
       const T* sums = grad_weight + layout.piece_begin(piece, channels) + (k - channels.begin) * length;
+      if (parts == 1) {
+        memcpy(kernel + piece.taps, sums, static_cast<size_t>(length) * sizeof(T));
+        return;
+      }
       double total[kMostVectors * kLanes<T>] = {};
       for (int64_t part = 0; part < parts; ++part, sums += shape.k * taps)
         for (int64_t i = 0; i < length; ++i) total[i] += static_cast<double>(sums[i]);
