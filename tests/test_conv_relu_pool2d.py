@@ -90,6 +90,52 @@ def test_parity(road: str, isa: str, options: dict, dtype: torch.dtype, layout: 
     check(tensors(shape, dtype, layout), **options)
 
 
+# The direct backward cuts patches into chunks, channels into groups and images into bands; shape, options, and what
+# they cut.
+PIECES = {
+    "channel-blocks": ((2, 40, 13, 15, 70, 5, 5), {"padding": 2}),  # and 70 output channels: two groups
+    "uneven-blocks": ((1, 37, 12, 11, 3, 3, 3), {"padding": 1}),  # a last block that is no whole vector
+    "dilated-blocks": ((1, 37, 17, 20, 9, 3, 3), {"dilation": (2, 3), "padding": 3}),  # columns by phase
+    "strided-blocks": ((2, 100, 11, 12, 130, 3, 3), STEM),
+    "wide-kernel": ((1, 5, 6, 47, 6, 2, 27), {"padding": (1, 4)}),  # a chunk longer than the registers
+    "dilated-folded": ((1, 2, 15, 16, 5, 4, 3), {"dilation": (3, 2), "padding": 4}),
+    "bands": ((1, 64, 150, 9, 8, 3, 3), {"padding": 1}),
+    "bands-that-share-much": (
+        (1, 48, 180, 8, 5, 5, 2),
+        {"dilation": 2, "padding": 2, "pool_size": 3, "pool_stride": 1},
+    ),
+    "bands-with-gaps": ((2, 64, 120, 21, 3, 1, 1), {"stride": 2, "pool_size": 1, "pool_stride": 2}),
+    "bands-folded": ((1, 3, 50, 700, 4, 3, 3), {"padding": 1, "pool_size": 3, "pool_stride": 2}),
+}
+
+
+@pytest.mark.parametrize(("shape", "options"), PIECES.values(), ids=PIECES)
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_patches_cut_into_pieces(
+    monkeypatch: pytest.MonkeyPatch, isa: str, shape: tuple[int, ...], options: dict, dtype: torch.dtype, layout: str
+) -> None:
+    monkeypatch.setattr(operator, "choose_road", lambda *_: "direct")
+    check(tensors(shape, dtype, layout), **options)
+
+
+def test_infinite_gradient_stays_in_its_patch(road: str, isa: str) -> None:
+    arguments = tensors((1, 5, 13, 16, 37, 3, 3), torch.float64)  # 15 taps in a row: vectors reach over its end
+
+    def finite(function: object, dtype: torch.dtype) -> list[Tensor]:
+        leaves = [t.detach().to(dtype).requires_grad_() for t in arguments]
+        output = function(*leaves)
+        incoming = torch.ones_like(output)
+        incoming[0, 7, 2, 3] = torch.inf
+        return [gradient.isfinite() for gradient in torch.autograd.grad(output, leaves, incoming)]
+
+    for dtype in (torch.float32, torch.float64):
+        expected = finite(reference.conv_relu_pool2d, torch.float64)
+        assert not all(mask.all() for mask in expected)
+        for actual, mask in zip(finite(functional.conv_relu_pool2d, dtype), expected, strict=True):
+            assert torch.equal(actual, mask)
+
+
 @pytest.mark.parametrize("groups", [2, 6])
 def test_groups_and_no_bias(groups: int) -> None:
     weight = make((12, 6 // groups, 3, 3), seed=1, requires_grad=True)

@@ -1,4 +1,4 @@
-"""Which road conv_relu_pool2d takes on a GPU, and that torch's settings of TF32 reach it."""
+"""Which road conv_relu_pool2d takes, and that torch's settings of TF32 reach it."""
 
 from contextlib import AbstractContextManager
 
@@ -7,9 +7,12 @@ import torch
 
 from fastseg._tf32 import convolutions_take_tf32
 from fastseg.ops.conv_relu_pool2d_roads import (
+    DIRECT_BACKWARD_MAX_TAPS,
+    DIRECT_FORWARD_MAX_TAPS,
     GPU_DIRECT_MAX_TAPS,
     GPU_DIRECT_MAX_TAPS_WITHOUT_TENSOR_CORES,
     choose_gpu_road,
+    choose_road,
 )
 
 
@@ -49,7 +52,15 @@ def test_more_taps_go_directly_on_tensor_cores(allowed: bool, dtype: torch.dtype
         assert choose_gpu_road(weight(most + 1, dtype), 1, False) == "library"
 
 
+@pytest.mark.parametrize("most", [DIRECT_FORWARD_MAX_TAPS, DIRECT_BACKWARD_MAX_TAPS], ids=["forward", "backward"])
+def test_taps_decide_on_a_cpu(most: int) -> None:
+    assert choose_road(weight(most, torch.float32), 1, False, most) == "direct"
+    assert choose_road(weight(most + 1, torch.float32), 1, False, most) == "library"
+
+
 def test_what_the_direct_kernels_do_not_serve_goes_by_the_library() -> None:
+    assert choose_road(weight(8, torch.float32), 2, False, DIRECT_BACKWARD_MAX_TAPS) == "library"  # groups
+    assert choose_road(weight(8, torch.float32), 1, True, DIRECT_BACKWARD_MAX_TAPS) == "library"  # a skip
     assert choose_gpu_road(weight(8, torch.bfloat16), 2, False) == "library"  # groups
     assert choose_gpu_road(weight(8, torch.bfloat16), 1, True) == "library"  # a skip
     assert choose_gpu_road(weight(8, torch.float64), 1, False) == "library"
