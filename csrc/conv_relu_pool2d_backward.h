@@ -22,10 +22,12 @@ constexpr int kMostVectors = 12;
 // A convolution whose patch rows are shorter than this many vectors folds its kernel rows into the channels: its chunks
 // would be too short to pay for a list's entry.
 constexpr int64_t kFoldedVectors = 4;
-// A tile's input, one chunk wide, and as much of the kernels: most of a first-level cache of 32 KB.
+// The input of a tile of windows, one chunk wide: half of a first-level cache, beside the lists and the sums.
 constexpr int64_t kTileBytes = 16 * 1024;
-constexpr int64_t kListBytes = 128 * 1024;  // the lists of a tile of windows: a quarter of a second-level cache
-constexpr int64_t kGroup = 64;  // output channels that are worked on together: kernels, one chunk wide, take 24 KB
+constexpr int64_t kListBytes = 128 * 1024;  // the lists of a tile: a quarter of a second-level cache
+// Output channels that are worked on together: their kernels, one chunk wide, take 24 KB (AVX2). Half as many make the
+// lists of grad_input too short: up to 13% slower (AMD Zen 3, 2026-11-22).
+constexpr int64_t kGroup = 64;
 
 // Rows of the input or of its gradient: [block][row][slot][feature of the block]. A feature is a channel, or, folded, a
 // kernel row and channel. A slot holds a column; those that a dilated kernel reads together lie side by side.
@@ -39,7 +41,7 @@ struct PackedRows {
   int64_t elements() const { return features * slots * rows; }
 };
 
-// A part of a patch that is summed in registers, and where it lies.
+// A chunk, or, where that is longer than the registers, a part of it; and where it lies.
 struct Piece {
   int64_t source;    // in packed rows, from the patch's first row
   int64_t features;  // of its block: the distance between neighbouring slots
@@ -58,14 +60,15 @@ struct Lists {
   int64_t lists, capacity;
 };
 
-// For every list: sums[its target] += gradient * values[index], over its entries.
+// For every list: sums[its target] += gradient * values[index], over its entries. Of the last vector `last` elements
+// are written: what follows belongs to other sums, to which infinity times a padding zero must not be added.
 template <class T, int Vectors>
 FASTSEG_NOINLINE void add_lists(const Lists<T>& lists, const T* values, int64_t value_step, T* sums, int64_t sum_step,
                                 int64_t last) {
   constexpr bool kTwo = 2 * Vectors <= kMostVectors;  // few sums at once would wait for each other
   IntVec<T> lane;
   for (int i = 0; i < kLanes<T>; ++i) lane[i] = i;
-  const IntVec<T> counts = lane < Int<T>(last);
+  const IntVec<T> inside = lane < Int<T>(last);
   for (int64_t l = 0; l < lists.lists; ++l) {
     const T* gradient = lists.gradients + l * lists.capacity;
     const int32_t* index = lists.indices + l * lists.capacity;
@@ -94,7 +97,7 @@ FASTSEG_NOINLINE void add_lists(const Lists<T>& lists, const T* values, int64_t 
     for (int v = 0; v < Vectors; ++v) {
       const Vec<T> before = load(sum + v * kLanes<T>);
       const Vec<T> after = before + (kTwo ? even[v] + odd[v] : even[v]);
-      store<T>(sum + v * kLanes<T>, v + 1 < Vectors ? after : counts ? after : before);  // the rest isn't the chunk's
+      store<T>(sum + v * kLanes<T>, v + 1 < Vectors ? after : inside ? after : before);
     }
   }
 }
@@ -150,7 +153,10 @@ struct BackwardLayout {
   }
   int64_t patch_row_step() const { return folded ? 1 : g.stride[0]; }
 
-  int64_t slot(int64_t column) const { return column % g.dilation[1] * slots_per_phase + column / g.dilation[1]; }
+  int64_t slot(int64_t column) const {
+    const int64_t phases = g.dilation[1];
+    return phases == 1 ? column : column % phases * slots_per_phase + column / phases;
+  }
 
   // The convolution's columns that `windows` neighbouring windows cover.
   int64_t covered(int64_t windows) const { return (windows - 1) * g.pool_stride[1] + g.pool_size[1]; }
@@ -171,6 +177,7 @@ struct BackwardLayout {
     return kernel_rows * (whole * padded(block) + padded(features - whole * block));
   }
 
+  // Calls visit(piece) for all pieces of a patch in `rows`, in the order of the packed taps.
   template <class Visit>
   void for_each_piece(const PackedRows& rows, Visit visit) const {
     int64_t taps = 0;
@@ -210,7 +217,8 @@ struct BackwardLayout {
           });
   }
 
-  // Calls visit(slot, slots, input column, its step) for the columns of the input, phase by phase.
+  // Calls visit(the phase's first slot, begin, end, column) for every phase: its slots from `begin` to `end` hold the
+  // input's columns from `column` on, a dilation apart; those before and after hold padding.
   template <class Visit>
   void for_each_phase(Visit visit) const {
     const int64_t left = g.padding[1], step = g.dilation[1];

@@ -11,8 +11,8 @@ from fastseg._tf32 import convolutions_take_tf32
 
 # Kernel taps (channels x height x width) up to which the direct kernels beat oneDNN's convolution and a pool. Measured
 # with AVX2 (AMD Zen 3, 2026-11-22), 2x2 pool. Forward, with more taps arithmetic is the limit, where oneDNN is ahead:
-# even at 288. Backward, the direct kernels need a quarter of the arithmetic and stay ahead: 1.4 to 3 times as fast on
-# all shapes of the benchmarks, 1.3 times at 9216 taps, the most that were measured.
+# even at 288. Backward, the direct kernels need a quarter of the arithmetic and stay ahead: 1.7 to 3.5 times as fast on
+# the shapes of the benchmarks, 1.3 times at 9216 taps, the most that were measured.
 DIRECT_FORWARD_MAX_TAPS = 288
 DIRECT_BACKWARD_MAX_TAPS = 9216
 
