@@ -24,10 +24,10 @@ from fastseg.ops.conv_relu_pool2d_geometry import (
     unflatten,
 )
 from fastseg.ops.conv_relu_pool2d_roads import (
-    DIRECT_BACKWARD_MAX_TAPS,
     DIRECT_FORWARD_MAX_TAPS,
     choose_gpu_road,
     choose_road,
+    most_backward_taps,
 )
 
 
@@ -136,7 +136,7 @@ def _backward_cpu(
     if kernels is None:
         return backward_plain(grad_output, grad_skip, input, weight, positions, skip, numbers, needs)
     geometry = unflatten(tuple(numbers))
-    road = choose_road(weight, geometry.groups, grad_skip is not None, DIRECT_BACKWARD_MAX_TAPS)
+    road = choose_road(weight, geometry.groups, grad_skip is not None, most_backward_taps(geometry.pool_stride))
     if grad_output is not None and road == "direct":
         gradients = _allocate_gradients(input, weight, needs)
         kernels.conv_relu_pool2d_backward(

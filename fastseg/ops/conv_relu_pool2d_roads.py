@@ -12,9 +12,16 @@ from fastseg._tf32 import convolutions_take_tf32
 # Kernel taps (channels x height x width) up to which the direct kernels beat oneDNN's convolution and a pool. Measured
 # with AVX2 (AMD Zen 3, 2026-11-22), 2x2 pool. Forward, with more taps arithmetic is the limit, where oneDNN is ahead:
 # even at 288. Backward, the direct kernels need a quarter of the arithmetic and stay ahead: 1.7 to 3.5 times as fast on
-# the shapes of the benchmarks, 1.3 times at 9216 taps, the most that were measured.
+# the shapes of the benchmarks, 1.3 times at 9216 taps, the most that were measured. Where a window begins at every
+# position, the gradient isn't sparse: even at 288, 0.92 times as fast at 576.
 DIRECT_FORWARD_MAX_TAPS = 288
 DIRECT_BACKWARD_MAX_TAPS = 9216
+DIRECT_DENSE_BACKWARD_MAX_TAPS = 288
+
+
+def most_backward_taps(pool_stride: tuple[int, int]) -> int:
+    """Up to how many taps the direct kernels serve the backward pass."""
+    return DIRECT_DENSE_BACKWARD_MAX_TAPS if pool_stride == (1, 1) else DIRECT_BACKWARD_MAX_TAPS
 
 
 def choose_road(weight: Tensor, groups: int, with_skip: bool, most_taps: int) -> Literal["direct", "library"]:
