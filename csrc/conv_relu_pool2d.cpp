@@ -10,46 +10,9 @@ namespace fastseg {
 namespace FASTSEG_ISA {
 namespace {
 
-// Accumulators of the innermost loop. With the weights' two vectors and a broadcast they fill the register file.
-#if FASTSEG_VECTOR_BYTES == 64
-constexpr int kAccumulators = 24;  // of 32 registers
-#else
-constexpr int kAccumulators = 12;  // of 16 registers
-#endif
-template <int Vectors>
-constexpr int kPixels = kAccumulators / Vectors;
-constexpr int kWidestTile = kPixels<1>;
-
 // A band's packed input stays in the second-level cache beside the weights.
 constexpr int64_t kBandBytes = 192 * 1024;
 constexpr int64_t kLargestBand = 16;  // pooled rows
-
-// kPixels neighbouring pixels x Vectors vectors of channels. Per tap: one load per vector of weights, one broadcast per
-// pixel, and their products.
-template <class T, int Vectors>
-void convolve_tile(const T* pixels, int64_t pixel_step, const int64_t* tap_offsets, int64_t taps, const T* weights,
-                   const T* bias, T* target) {
-  constexpr int kWidth = kPixels<Vectors>;
-  Vec<T> sum[kWidth][Vectors];
-#pragma GCC unroll 24
-  for (int p = 0; p < kWidth; ++p)
-#pragma GCC unroll 2
-    for (int v = 0; v < Vectors; ++v) sum[p][v] = load(bias + v * kLanes<T>);
-  for (int64_t tap = 0; tap < taps; ++tap) {
-    const T* pixel = pixels + tap_offsets[tap];
-    Vec<T> w[Vectors];
-#pragma GCC unroll 2
-    for (int v = 0; v < Vectors; ++v) w[v] = load(weights + (tap * Vectors + v) * kLanes<T>);
-#pragma GCC unroll 24
-    for (int p = 0; p < kWidth; ++p)
-#pragma GCC unroll 2
-      for (int v = 0; v < Vectors; ++v) sum[p][v] += broadcast(pixel[p * pixel_step]) * w[v];
-  }
-#pragma GCC unroll 24
-  for (int p = 0; p < kWidth; ++p)
-#pragma GCC unroll 2
-    for (int v = 0; v < Vectors; ++v) store(target + (p * Vectors + v) * kLanes<T>, sum[p][v]);
-}
 
 template <class T>
 struct Forward {
@@ -111,10 +74,12 @@ struct Forward {
   template <int Vectors>
   void convolve_row(const T* input, int64_t block, T* target) const {
     const int64_t step = call.geometry.stride[1] * shape.c;
+    Vec<T> start[Vectors];
+    for (int v = 0; v < Vectors; ++v) start[v] = load(bias + block * kBlock<T> + v * kLanes<T>);
     for (int64_t x = 0; x < width; x += kPixels<Vectors>)
-      convolve_tile<T, Vectors>(input + x * step, step, offsets, shape.taps(),
-                                weights + block * shape.taps() * kBlock<T>, bias + block * kBlock<T>,
-                                target + x * Vectors * kLanes<T>);
+      multiply_tile<T, Vectors>(
+          input + x * step, step, [&](int64_t tap) { return offsets[tap]; }, shape.taps(),
+          weights + block * shape.taps() * kBlock<T>, start, target + x * Vectors * kLanes<T>);
   }
 
   bool run(int64_t task) const {

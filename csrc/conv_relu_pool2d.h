@@ -53,6 +53,7 @@ struct ReluPool2dBackward {
 };
 
 FASTSEG_KERNEL(conv_relu_pool2d_forward, ConvReluPool2dForward)
+FASTSEG_KERNEL(conv_relu_pool2d_winograd_forward, ConvReluPool2dForward)  // 3x3 alone, under a pool of 2x2 alone
 FASTSEG_KERNEL(conv_relu_pool2d_backward, ConvReluPool2dBackward)
 FASTSEG_KERNEL(relu_pool2d_forward, ReluPool2dForward)
 FASTSEG_KERNEL(relu_pool2d_backward, ReluPool2dBackward)

@@ -64,9 +64,9 @@ void check_convolution(const Tensor& input, const Tensor& weight, const Tensor& 
   check_pool(pooled, convolved[0], convolved[1], g);
 }
 
-void conv_relu_pool2d_forward(const py::object& input, const py::object& weight, const py::object& bias,
-                              const py::object& output, const py::object& positions, const py::sequence& geometry,
-                              int threads) {
+ConvReluPool2dForward read_forward(const py::object& input, const py::object& weight, const py::object& bias,
+                                   const py::object& output, const py::object& positions, const py::sequence& geometry,
+                                   int threads) {
   ConvReluPool2dForward call;
   call.input = from_python(input);
   call.weight = from_python(weight);
@@ -80,9 +80,32 @@ void conv_relu_pool2d_forward(const py::object& input, const py::object& weight,
   require(!call.bias ||
               (call.bias.ndim == 1 && call.bias.size[0] == call.weight.size[0] && call.bias.dtype == call.input.dtype),
           "bias is [K], of input's dtype");
+  return call;
+}
+
+void conv_relu_pool2d_forward(const py::object& input, const py::object& weight, const py::object& bias,
+                              const py::object& output, const py::object& positions, const py::sequence& geometry,
+                              int threads) {
+  const ConvReluPool2dForward call = read_forward(input, weight, bias, output, positions, geometry, threads);
   py::gil_scoped_release unlocked;
   advise_huge_pages(call.output.data, byte_span(call.output));
   fastseg::conv_relu_pool2d_forward(call);
+}
+
+void conv_relu_pool2d_winograd_forward(const py::object& input, const py::object& weight, const py::object& bias,
+                                       const py::object& output, const py::object& positions,
+                                       const py::sequence& geometry, int threads) {
+  const ConvReluPool2dForward call = read_forward(input, weight, bias, output, positions, geometry, threads);
+  const ConvPoolGeometry& g = call.geometry;
+  for (int axis = 0; axis < 2; ++axis) {
+    require(call.weight.size[2 + axis] == 3 && g.stride[axis] == 1 && g.dilation[axis] == 1,
+            "the Winograd kernel is for 3x3 convolutions of stride 1 and dilation 1");
+    require(g.pool_size[axis] == 2 && g.pool_stride[axis] == 2 && g.pool_padding[axis] == 0,
+            "the Winograd kernel is for pools of 2x2 of stride 2 without padding");
+  }
+  py::gil_scoped_release unlocked;
+  advise_huge_pages(call.output.data, byte_span(call.output));
+  fastseg::conv_relu_pool2d_winograd_forward(call);
 }
 
 void conv_relu_pool2d_backward(const py::object& grad_output, const py::object& positions, const py::object& input,
@@ -167,6 +190,7 @@ void relu_pool2d_backward(const py::object& grad_output, const py::object& posit
 
 void bind_conv_relu_pool2d(py::module_& m) {
   m.def("conv_relu_pool2d_forward", &conv_relu_pool2d_forward);
+  m.def("conv_relu_pool2d_winograd_forward", &conv_relu_pool2d_winograd_forward);
   m.def("conv_relu_pool2d_backward", &conv_relu_pool2d_backward);
   m.def("relu_pool2d_forward", &relu_pool2d_forward);
   m.def("relu_pool2d_backward", &relu_pool2d_backward);

@@ -2,14 +2,11 @@
 #pragma once
 
 #include "conv_tile.h"
+#include "register_tile.h"
 
 namespace fastseg {
 namespace FASTSEG_ISA {
 namespace {
-
-// Channels are worked on in blocks of two vectors; a rest of one vector or less in a block of one.
-template <class T>
-constexpr int kBlock = 2 * kLanes<T>;
 
 // The maximum of a window of Rows x Columns positions (zero: their number comes as an argument), ReLU after it.
 // rows[i] points to the window's first column in row i; positions count from `first` with `pitch` to a row.

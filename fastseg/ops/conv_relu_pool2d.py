@@ -24,7 +24,7 @@ from fastseg.ops.conv_relu_pool2d_geometry import (
     unflatten,
 )
 from fastseg.ops.conv_relu_pool2d_roads import (
-    DIRECT_FORWARD_MAX_TAPS,
+    choose_forward_road,
     choose_gpu_road,
     choose_road,
     most_backward_taps,
@@ -113,10 +113,11 @@ def _forward_cpu(
     geometry = unflatten(tuple(numbers))
     output, positions, skip = _allocate_outputs(input, weight, geometry, with_positions, False)
     outputs = (describe(output), describe(positions) if with_positions else None)
-    if choose_road(weight, geometry.groups, with_skip, DIRECT_FORWARD_MAX_TAPS) == "direct":
-        kernels.conv_relu_pool2d_forward(
-            describe(input), describe(weight), describe(bias), *outputs, numbers, torch.get_num_threads()
-        )
+    road = choose_forward_road(weight, geometry, with_skip)
+    if road != "library":
+        winograd = road == "winograd"
+        forward = kernels.conv_relu_pool2d_winograd_forward if winograd else kernels.conv_relu_pool2d_forward
+        forward(describe(input), describe(weight), describe(bias), *outputs, numbers, torch.get_num_threads())
         return output, positions, skip
 
     convolved = torch.conv2d(input, weight, bias, geometry.stride, geometry.padding, geometry.dilation, geometry.groups)

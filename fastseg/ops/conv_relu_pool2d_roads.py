@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastseg._tf32 import convolutions_take_tf32
+from fastseg.ops.conv_relu_pool2d_geometry import Geometry
 
 # Kernel taps (channels x height x width) up to which the direct kernels beat oneDNN's convolution and a pool. Measured
 # with AVX2 (AMD Zen 3, 2026-11-22), 2x2 pool. Forward, with more taps arithmetic is the limit, where oneDNN is ahead:
@@ -30,6 +31,27 @@ def choose_road(weight: Tensor, groups: int, with_skip: bool, most_taps: int) ->
         return "library"
     _, channels, height, width = weight.shape
     return "direct" if channels * height * width <= most_taps else "library"
+
+
+# Input channels from which a CPU takes Winograd's F(2x2, 3x3) where it can: it saves products, and costs transforms.
+WINOGRAD_MIN_CHANNELS = 16
+
+
+def choose_forward_road(
+    weight: Tensor, geometry: Geometry, with_skip: bool
+) -> Literal["winograd", "direct", "library"]:
+    """Which road serves a forward call on a CPU, from shapes alone."""
+    serves_winograd = (
+        tuple(weight.shape[2:]) == (3, 3)
+        and geometry.stride == geometry.dilation == (1, 1)
+        and geometry.pool_size == geometry.pool_stride == (2, 2)
+        and geometry.pool_padding == (0, 0)
+        and geometry.groups == 1
+        and not with_skip
+    )
+    if serves_winograd and weight.shape[1] >= WINOGRAD_MIN_CHANNELS:
+        return "winograd"
+    return choose_road(weight, geometry.groups, with_skip, DIRECT_FORWARD_MAX_TAPS)
 
 
 # The same limits for Triton's kernels. Estimated for an H200, not measured yet: with 144 taps (16 channels under 3x3)

@@ -1,0 +1,53 @@
+// The innermost loop of the convolutions: a tile of a matrix product that stays in registers.
+#pragma once
+
+#include "simd.h"
+
+namespace fastseg {
+namespace FASTSEG_ISA {
+namespace {
+
+// Channels are worked on in blocks of two vectors; a rest of one vector or less in a block of one.
+template <class T>
+constexpr int kBlock = 2 * kLanes<T>;
+
+// Accumulators of the innermost loop. With the weights' two vectors and a broadcast they fill the register file.
+#if FASTSEG_VECTOR_BYTES == 64
+constexpr int kAccumulators = 24;  // of 32 registers
+#else
+constexpr int kAccumulators = 12;  // of 16 registers
+#endif
+template <int Vectors>
+constexpr int kPixels = kAccumulators / Vectors;
+constexpr int kWidestTile = kPixels<1>;
+
+// kPixels rows x Vectors vectors of columns: target[p] = start + sum over i of rows[p * step + offset(i)] * columns[i].
+// Per term: one load per vector of columns, one broadcast per row, and their products.
+template <class T, int Vectors, class Offset>
+FASTSEG_INLINE void multiply_tile(const T* rows, int64_t step, Offset offset, int64_t terms, const T* columns,
+                                  const Vec<T> (&start)[Vectors], T* target) {
+  constexpr int kWidth = kPixels<Vectors>;
+  Vec<T> sum[kWidth][Vectors];
+#pragma GCC unroll 24
+  for (int p = 0; p < kWidth; ++p)
+#pragma GCC unroll 2
+    for (int v = 0; v < Vectors; ++v) sum[p][v] = start[v];
+  for (int64_t i = 0; i < terms; ++i) {
+    const T* row = rows + offset(i);
+    Vec<T> column[Vectors];
+#pragma GCC unroll 2
+    for (int v = 0; v < Vectors; ++v) column[v] = load(columns + (i * Vectors + v) * kLanes<T>);
+#pragma GCC unroll 24
+    for (int p = 0; p < kWidth; ++p)
+#pragma GCC unroll 2
+      for (int v = 0; v < Vectors; ++v) sum[p][v] += broadcast(row[p * step]) * column[v];
+  }
+#pragma GCC unroll 24
+  for (int p = 0; p < kWidth; ++p)
+#pragma GCC unroll 2
+    for (int v = 0; v < Vectors; ++v) store(target + (p * Vectors + v) * kLanes<T>, sum[p][v]);
+}
+
+}  // namespace
+}  // namespace FASTSEG_ISA
+}  // namespace fastseg
