@@ -1,51 +1,25 @@
-// conv_relu_pool2d, forward, the Winograd road: 3x3 convolutions and 2x2 pools by F(2x2, 3x3) (Lavin and Gray, "Fast
-// Algorithms for Convolutional Neural Networks", 2015). A window's four values come from 16 products per channel in
-// place of 36, and the window is one output tile: it is pooled in registers, and only pooled values are written.
-//
-//   window = A^T [ sum over c of (G weight G^T) * (B^T patch B) ] A     with a patch of 4 x 4 pixels, * by element
-//
-// The transforms add what a plain convolution never adds: where that could overflow, or where anything isn't finite,
-// the direct kernel does the call.
+// conv_relu_pool2d, forward, the Winograd road: 3x3 convolutions under 2x2 pools. A pooling window is one tile of
+// Winograd's output, so that it is pooled in registers and nothing of full resolution is stored. This file: many input
+// channels, whose products are matrix products, windows x channels by channels x output channels.
 #include "conv_relu_pool2d.h"
 #include "conv_tile.h"
 #include "parallel.h"
 #include "pool_tile.h"
 #include "register_tile.h"
+#include "winograd.h"
+#include "winograd_windows.h"
 
 namespace fastseg {
 namespace FASTSEG_ISA {
 namespace {
 
-constexpr int kSide = 4;                      // of a patch
-constexpr int kProducts = kSide * kSide;      // per window and channel
-constexpr int kKernelSide = 3, kPoolSide = 2;
-
 // Of the second-level cache: windows in work with their transformed patches, and a band's packed input.
 constexpr int64_t kPatchBytes = 192 * 1024;
 constexpr int64_t kBandBytes = 128 * 1024;
-constexpr int64_t kLeastWindows = 24;   // in work together: as often is a block of weights used that was read from memory
+constexpr int64_t kLeastWindows =
+    24;  // in work together: as often is a block of weights used that was read from memory
 constexpr int64_t kMostWindows = 96;
-constexpr int64_t kTasksWanted = 8;     // where there are fewer bands, a band's channels are divided too
-
-// How much larger than |patch| * |weight| a partial sum over one channel may become: |B^T patch B| <= 4 |patch|,
-// |G weight G^T| <= 9/4 |weight|, and a value of the window adds nine of their products.
-constexpr int kGrowth = 81;
-
-template <class T>
-constexpr T kLargestFinite = sizeof(T) == sizeof(float) ? static_cast<T>(__FLT_MAX__) : static_cast<T>(__DBL_MAX__);
-
-// Four numbers (or vectors) of a line, transformed.
-template <class V>
-FASTSEG_INLINE void transform_patch_line(V (&d)[kSide]) {
-  const V first = d[0] - d[2], second = d[1] + d[2], third = d[2] - d[1], fourth = d[1] - d[3];
-  d[0] = first, d[1] = second, d[2] = third, d[3] = fourth;
-}
-
-template <class V>
-FASTSEG_INLINE void transform_kernel_line(const V& a, const V& b, const V& c, V (&u)[kSide]) {
-  const V ends = (a + c) / 2, middle = b / 2;
-  u[0] = a, u[1] = ends + middle, u[2] = ends - middle, u[3] = c;
-}
+constexpr int64_t kTasksWanted = 8;  // where there are fewer bands, a band's channels are divided too
 
 // Some columns of [N, C, H, W]; a tensor that isn't there stays so.
 inline Tensor columns_of(const Tensor& tensor, Span columns) {
@@ -56,7 +30,7 @@ inline Tensor columns_of(const Tensor& tensor, Span columns) {
 }
 
 template <class T>
-struct Winograd {
+struct WinogradChannels {
   const ConvReluPool2dForward& call;
   const ConvShape shape;
   const int64_t blocks;    // of output channels
@@ -70,7 +44,7 @@ struct Winograd {
   T largest_input = 0;     // up to which nothing overflows
   bool* safe = nullptr;    // shared by all tasks
 
-  explicit Winograd(const ConvReluPool2dForward& c)
+  explicit WinogradChannels(const ConvReluPool2dForward& c)
       : call(c),
         shape(c.input, c.weight, c.output, c.geometry),
         blocks(ceil_div(shape.k, kBlock<T>)),
@@ -90,54 +64,37 @@ struct Winograd {
 
   int64_t block_elements() const { return kProducts * shape.c * kBlock<T>; }
 
-  int64_t workspace_elements() const { return blocks * (block_elements() + kBlock<T> + 1); }
+  int64_t workspace_elements() const { return blocks * (block_elements() + kBlock<T> + 2); }
 
-  // Transforms the weights of one block of channels, and returns the largest of their magnitudes (NaN where one is).
+  // The largest magnitudes of each block's weights, then of its bias.
   T* maxima() const { return bias + blocks * kBlock<T>; }
 
   bool transform_weights(int64_t block) const {
-    const int64_t lanes = vectors(block) * kLanes<T>, plane = shape.c * lanes;
-    const int64_t elements = kKernelSide * kKernelSide * plane;
+    const int64_t lanes = vectors(block) * kLanes<T>, plane = shape.c * lanes, elements = kKernelTaps * plane;
     T* taps = static_cast<T*>(scratch(elements * int64_t{sizeof(T)}));  // [kernel row][kernel column][c][lanes]
     if (taps == nullptr) return false;
     memset(taps, 0, static_cast<size_t>(elements) * sizeof(T));
+    T* shift = bias + block * kBlock<T>;
+    memset(shift, 0, kBlock<T> * sizeof(T));
     const Tensor& weight = call.weight;
     for (int64_t k = block * kBlock<T>; k < least((block + 1) * kBlock<T>, shape.k); ++k) {
-      for (int tap = 0; tap < kKernelSide * kKernelSide; ++tap)
-        pack(at(weight, k * weight.stride[0] + tap / kKernelSide * weight.stride[2] +
-                            tap % kKernelSide * weight.stride[3]),
+      for (int tap = 0; tap < kKernelTaps; ++tap)
+        pack(at(weight,
+                k * weight.stride[0] + tap / kKernelSide * weight.stride[2] + tap % kKernelSide * weight.stride[3]),
              weight.dtype, shape.c, 1, weight.stride[1], 1, taps + tap * plane + k % kBlock<T>, lanes);
       if (call.bias) pack(at(call.bias, k * call.bias.stride[0]), call.bias.dtype, 1, 1, 1, 1, bias + k, 1);
     }
     maxima()[block] = largest_magnitude(taps, elements);
+    maxima()[blocks + block] = largest_magnitude(shift, kBlock<T>);
     T* target = weights + block * block_elements();
     for (int64_t i = 0; i < plane; i += kLanes<T>) {
-      Vec<T> rows[kKernelSide][kSide];
-      for (int row = 0; row < kKernelSide; ++row) {
-        const T* source = taps + row * kKernelSide * plane + i;
-        transform_kernel_line(load(source), load(source + plane), load(source + 2 * plane), rows[row]);
-      }
-      for (int column = 0; column < kSide; ++column) {
-        Vec<T> u[kSide];
-        transform_kernel_line(rows[0][column], rows[1][column], rows[2][column], u);
-        for (int row = 0; row < kSide; ++row) store<T>(target + (row * kSide + column) * plane + i, u[row]);
-      }
+      Vec<T> g[kKernelTaps], u[kSide][kSide];
+      for (int tap = 0; tap < kKernelTaps; ++tap) g[tap] = load(taps + tap * plane + i);
+      transform_kernel(g, u);
+      for (int product = 0; product < kProducts; ++product)
+        store<T>(target + product * plane + i, u[product / kSide][product % kSide]);
     }
     return true;
-  }
-
-  // Of a whole number of vectors; NaN where one is.
-  static T largest_magnitude(const T* values, int64_t elements) {
-    Vec<T> largest = {}, invalid = {};
-    for (int64_t i = 0; i < elements; i += kLanes<T>) {
-      const Vec<T> value = load(values + i), magnitude = value < Vec<T>{} ? -value : value;
-      largest = magnitude > largest ? magnitude : largest;
-      invalid += value - value;  // NaN for NaN and infinities
-    }
-    T result = 0;
-    for (int lane = 0; lane < kLanes<T>; ++lane) result = largest[lane] > result ? largest[lane] : result;
-    for (int lane = 0; lane < kLanes<T>; ++lane) result += invalid[lane];
-    return result;
   }
 
   // Transforms the patches of windows [first, first + count) of a band, which are counted row by row.
@@ -148,20 +105,16 @@ struct Winograd {
     for (int64_t window = 0; window < count; ++window, target += channels) {
       const T* patch = input + kPoolSide * (row * pitch + column * shape.c);
       for (int64_t c = 0; c < channels; c += kLanes<T>) {
-        Vec<T> d[kSide][kSide];  // [column][row]
+        Vec<T> d[kSide][kSide];
 #pragma GCC unroll 4
-        for (int x = 0; x < kSide; ++x) {
+        for (int y = 0; y < kSide; ++y)
 #pragma GCC unroll 4
-          for (int y = 0; y < kSide; ++y) d[x][y] = load(patch + y * pitch + x * shape.c + c);
-          transform_patch_line(d[x]);
-        }
+          for (int x = 0; x < kSide; ++x) d[y][x] = load(patch + y * pitch + x * shape.c + c);
+        transform_patch(d);
 #pragma GCC unroll 4
-        for (int y = 0; y < kSide; ++y) {
-          Vec<T> line[kSide] = {d[0][y], d[1][y], d[2][y], d[3][y]};
-          transform_patch_line(line);
+        for (int y = 0; y < kSide; ++y)
 #pragma GCC unroll 4
-          for (int x = 0; x < kSide; ++x) store<T>(target + (y * kSide + x) * plane + c, line[x]);
-        }
+          for (int x = 0; x < kSide; ++x) store<T>(target + (y * kSide + x) * plane + c, d[y][x]);
       }
       if (++column == shape.pooled_w) column = 0, ++row;
     }
@@ -187,35 +140,23 @@ struct Winograd {
     const int64_t lanes = vectors(block) * kLanes<T>;
     int64_t row = first / shape.pooled_w, column = first % shape.pooled_w;
     for (int64_t window = 0; window < count; ++window) {
-      const bool whole = kPoolSide * (top + row + 1) <= shape.convolved_h &&
-                         kPoolSide * (column + 1) <= shape.convolved_w;
+      const bool cut_row = kPoolSide * (top + row + 1) > shape.convolved_h;
+      const bool cut_column = kPoolSide * (column + 1) > shape.convolved_w;
+      const Clip<T> clip = {cut_row || cut_column, cut_row, -Int<T>{cut_column} - IntVec<T>{}};
       for (int64_t lane = 0; lane < lanes; lane += kLanes<T>) {
-        const int64_t offset = window * lanes + lane;
-        Vec<T> sums[kSide][kPoolSide];  // [product column][window row]
+        const T* product = products + window * lanes + lane;
+        const auto column_of = [&](int x, Vec<T>(&m)[kSide]) {
 #pragma GCC unroll 4
-        for (int x = 0; x < kSide; ++x) {
-          Vec<T> m[kSide];
-#pragma GCC unroll 4
-          for (int y = 0; y < kSide; ++y) m[y] = load(products + (y * kSide + x) * plane + offset);
-          sums[x][0] = m[0] + m[1] + m[2];
-          sums[x][1] = m[1] - m[2] - m[3];
-        }
-        const Vec<T> shift = load(bias + block * kBlock<T> + lane);
-        T convolved[kPoolSide][kPoolSide * kLanes<T>];
-#pragma GCC unroll 2
-        for (int y = 0; y < kPoolSide; ++y) {
-          store<T>(convolved[y], sums[0][y] + sums[1][y] + sums[2][y] + shift);
-          store<T>(convolved[y] + kLanes<T>, sums[1][y] - sums[2][y] - sums[3][y] + shift);
-        }
-        const T* rows[kPoolSide] = {convolved[0], convolved[1]};
-        if (whole) {
-          pool_window<T, kPoolSide, kPoolSide>(rows, 0, kLanes<T>, kPoolSide, kPoolSide, 0, kPoolSide, values + offset,
-                                               positions + offset);
-        } else {
-          pool_window<T, 0, 0>(rows, 0, kLanes<T>, least(shape.convolved_h - kPoolSide * (top + row), kPoolSide),
-                               least(shape.convolved_w - kPoolSide * column, kPoolSide), 0, kPoolSide, values + offset,
-                               positions + offset);
-        }
+          for (int y = 0; y < kSide; ++y) m[y] = load(product + (y * kSide + x) * plane);
+        };
+        Window<Vec<T>> sums;
+        Vec<T> m[kSide];
+        column_of(0, m), sums.template add<0>(m);
+        column_of(1, m), sums.template add<1>(m);
+        column_of(2, m), sums.template add<2>(m);
+        column_of(3, m), sums.template add<3>(m);
+        pool_window(sums, load(bias + block * kBlock<T> + lane), clip, values + window * lanes + lane,
+                    positions + window * lanes + lane);
       }
       if (++column == shape.pooled_w) column = 0, ++row;
     }
@@ -245,8 +186,7 @@ struct Winograd {
 
     memset(input + input_elements - 2 * kLanes<T>, 0, 2 * kLanes<T> * sizeof(T));
     pack_input(call.input, shape, call.geometry, image, rows, packed_w, input);
-    if (!(largest_magnitude(input, input_elements) <= largest_input)) __atomic_store_n(safe, false, __ATOMIC_RELAXED);
-    if (!__atomic_load_n(safe, __ATOMIC_RELAXED)) return true;
+    if (!may_go_on(largest_magnitude(input, input_elements) <= largest_input, safe)) return true;
     for (int64_t first = 0; first < windows; first += piece) {
       const int64_t count = least(piece, windows - first);
       transform_patches(input, first, count, patch_plane, patches);
@@ -267,45 +207,44 @@ struct Winograd {
       const int64_t row = (first + done) / shape.pooled_w, column = (first + done) % shape.pooled_w;
       const Span columns = {column, least(column + count - done, shape.pooled_w)};
       unpack_pooled(values + done * lanes, positions + done * lanes, lanes, image, block * kBlock<T>,
-                    least(lanes, shape.k - block * kBlock<T>), top + row, columns_of(call.output, columns), columns_of(call.positions, columns));
+                    least(lanes, shape.k - block * kBlock<T>), top + row, columns_of(call.output, columns),
+                    columns_of(call.positions, columns));
       done += columns.size();
     }
   }
 
-  // Whether nothing in the weights is in the way; sets how large the input may be.
-  bool prepare(void* workspace) {
+  void prepare(void* workspace) {
     weights = static_cast<T*>(workspace);
     bias = weights + blocks * block_elements();
-    memset(bias, 0, static_cast<size_t>(blocks * kBlock<T>) * sizeof(T));
     for_each_task(blocks, call.threads, [&](int64_t block) { return transform_weights(block); });
-    T largest = 0;
-    for (int64_t block = 0; block < blocks; ++block)
-      if (!(maxima()[block] <= largest)) largest = maxima()[block];
-    if (largest != largest) return false;
-    const T limit = kLargestFinite<T> / kGrowth / static_cast<T>(shape.c);
-    largest_input = largest > 1 ? limit / largest : limit;
-    return true;
+    largest_input = largest_safe_input(maxima(), 2 * blocks, shape.c);
   }
+
+  int64_t tasks() const { return shape.n * bands * groups; }
 };
 
 // Whether it did.
-template <class T>
+template <class Kernel>
 bool forward(const ConvReluPool2dForward& call) {
-  Winograd<T> kernel(call);
-  if (kernel.shape.n * kernel.shape.k * kernel.shape.pooled_h * kernel.shape.pooled_w == 0) return true;
-  Workspace workspace(kernel.workspace_elements() * int64_t{sizeof(T)});
-  if (!kernel.prepare(workspace.data())) return false;
-  bool safe = true;
+  Kernel kernel(call);
+  if (kernel.tasks() == 0) return true;
+  Workspace workspace(kernel.workspace_elements() * int64_t{sizeof(*kernel.weights)});
+  kernel.prepare(workspace.data());
+  bool safe = kernel.largest_input >= 0;
   kernel.safe = &safe;
-  for_each_task(kernel.shape.n * kernel.bands * kernel.groups, call.threads,
-                [&](int64_t task) { return kernel.run(task); });
+  if (safe) for_each_task(kernel.tasks(), call.threads, [&](int64_t task) { return kernel.run(task); });
   return safe;
+}
+
+template <class T>
+bool forward_of(const ConvReluPool2dForward& call) {
+  return call.input.size[1] <= kFewChannels ? forward<WinogradWindows<T>>(call) : forward<WinogradChannels<T>>(call);
 }
 
 }  // namespace
 
 void conv_relu_pool2d_winograd_forward(const ConvReluPool2dForward& call) {
-  const bool done = call.input.dtype == DType::kFloat64 ? forward<double>(call) : forward<float>(call);
+  const bool done = call.input.dtype == DType::kFloat64 ? forward_of<double>(call) : forward_of<float>(call);
   if (!done) FASTSEG_ISA::conv_relu_pool2d_forward(call);
 }
 

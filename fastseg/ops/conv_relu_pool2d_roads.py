@@ -34,7 +34,7 @@ def choose_road(weight: Tensor, groups: int, with_skip: bool, most_taps: int) ->
 
 
 # Input channels from which a CPU takes Winograd's F(2x2, 3x3) where it can: it saves products, and costs transforms.
-WINOGRAD_MIN_CHANNELS = 16
+WINOGRAD_MIN_CHANNELS = 1
 
 
 def choose_forward_road(
