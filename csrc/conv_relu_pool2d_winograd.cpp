@@ -14,8 +14,8 @@ namespace FASTSEG_ISA {
 namespace {
 
 // Of the second-level cache: windows in work with their transformed patches, and a band's packed input.
-constexpr int64_t kPatchBytes = 192 * 1024;
-constexpr int64_t kBandBytes = 128 * 1024;
+constexpr int64_t kPatchBytes = 256 * 1024;
+constexpr int64_t kBandBytes = 288 * 1024;
 constexpr int64_t kLeastWindows =
     24;  // in work together: as often is a block of weights used that was read from memory
 constexpr int64_t kMostWindows = 96;
@@ -70,31 +70,52 @@ struct WinogradChannels {
   T* maxima() const { return bias + blocks * kBlock<T>; }
 
   bool transform_weights(int64_t block) const {
-    const int64_t lanes = vectors(block) * kLanes<T>, plane = shape.c * lanes, elements = kKernelTaps * plane;
-    T* taps = static_cast<T*>(scratch(elements * int64_t{sizeof(T)}));  // [kernel row][kernel column][c][lanes]
+    const int64_t lanes = vectors(block) * kLanes<T>, first = block * kBlock<T>, count = least(shape.k - first, lanes);
+    const int64_t elements = kKernelTaps * shape.c * lanes;
+    T* taps = static_cast<T*>(scratch(elements * int64_t{sizeof(T)}));  // [a kernel's elements][lanes]
     if (taps == nullptr) return false;
     memset(taps, 0, static_cast<size_t>(elements) * sizeof(T));
-    T* shift = bias + block * kBlock<T>;
+    T* shift = bias + first;
     memset(shift, 0, kBlock<T> * sizeof(T));
-    const Tensor& weight = call.weight;
-    for (int64_t k = block * kBlock<T>; k < least((block + 1) * kBlock<T>, shape.k); ++k) {
-      for (int tap = 0; tap < kKernelTaps; ++tap)
-        pack(at(weight,
-                k * weight.stride[0] + tap / kKernelSide * weight.stride[2] + tap % kKernelSide * weight.stride[3]),
-             weight.dtype, shape.c, 1, weight.stride[1], 1, taps + tap * plane + k % kBlock<T>, lanes);
-      if (call.bias) pack(at(call.bias, k * call.bias.stride[0]), call.bias.dtype, 1, 1, 1, 1, bias + k, 1);
-    }
+    if (call.bias)
+      pack(at(call.bias, first * call.bias.stride[0]), call.bias.dtype, 1, count, 0, call.bias.stride[0], shift, 0);
+    const KernelStrides step = pack_kernels(first, count, lanes, taps);
     maxima()[block] = largest_magnitude(taps, elements);
     maxima()[blocks + block] = largest_magnitude(shift, kBlock<T>);
-    T* target = weights + block * block_elements();
-    for (int64_t i = 0; i < plane; i += kLanes<T>) {
+    for (int64_t i = 0; i < shape.c * lanes; i += kLanes<T>) {
       Vec<T> g[kKernelTaps], u[kSide][kSide];
-      for (int tap = 0; tap < kKernelTaps; ++tap) g[tap] = load(taps + tap * plane + i);
+      for (int64_t tap = 0; tap < kKernelTaps; ++tap) {
+        const int64_t row = tap / kKernelSide, column = tap % kKernelSide;
+        g[tap] = load(taps + (i / lanes * step.c + row * step.row + column * step.column) * lanes + i % lanes);
+      }
       transform_kernel(g, u);
+      T* target = weights + block * block_elements() + i;
       for (int product = 0; product < kProducts; ++product)
-        store<T>(target + product * plane + i, u[product / kSide][product % kSide]);
+        store<T>(target + product * shape.c * lanes, u[product / kSide][product % kSide]);
     }
     return true;
+  }
+
+  struct KernelStrides {
+    int64_t c, row, column;
+  };
+
+  // Packs the kernels of `count` output channels as [a kernel's elements][lanes]. Dense kernels keep the order in which
+  // they lie in memory.
+  KernelStrides pack_kernels(int64_t first, int64_t count, int64_t lanes, T* taps) const {
+    const Tensor& weight = call.weight;
+    const KernelStrides given = {weight.stride[1], weight.stride[2], weight.stride[3]};
+    const KernelStrides nchw = {kKernelTaps, kKernelSide, 1}, nhwc = {1, kKernelSide * shape.c, shape.c};
+    const auto same = [&](const KernelStrides& other) {
+      return given.c == other.c && given.row == other.row && given.column == other.column;
+    };
+    if (same(nchw) || same(nhwc)) {
+      pack(at(weight, first * weight.stride[0]), weight.dtype, kKernelTaps * shape.c, count, 1, weight.stride[0], taps,
+           lanes);
+      return given;
+    }
+    for (int64_t k = 0; k < count; ++k) pack_kernel(weight, shape, first + k, taps + k, lanes);
+    return nhwc;
   }
 
   // Transforms the patches of windows [first, first + count) of a band, which are counted row by row.
