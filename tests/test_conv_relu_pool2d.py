@@ -1,4 +1,6 @@
-"""conv_relu_pool2d against plain PyTorch: values and gradients, on both roads and every instruction set."""
+"""conv_relu_pool2d against plain PyTorch: values and gradients, on the direct and the library's road and
+every instruction set. The Winograd road: test_conv_relu_pool2d_winograd.py.
+"""
 
 import pytest
 import torch
@@ -7,6 +9,7 @@ from torch import Tensor
 import fastseg
 from fastseg import _native, functional, reference
 from fastseg.ops import conv_relu_pool2d as operator
+from fastseg.ops.conv_relu_pool2d_geometry import Geometry
 from fastseg.testing import assert_parity, make, values_and_gradients
 
 ROADS = ("direct", "library")
@@ -42,7 +45,7 @@ SHAPES = {
 
 @pytest.fixture(params=ROADS)
 def road(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Leads calls down one of the two roads; those that the direct road can't serve go by the library all the same."""
+    """Leads calls down one road both ways; those that the direct one can't serve go by the library all the same."""
 
     def choose(weight: Tensor, groups: int, with_skip: bool, most_taps: int) -> str:
         return "library" if groups > 1 or with_skip else request.param
@@ -50,7 +53,11 @@ def road(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     def choose_gpu(weight: Tensor, groups: int, with_skip: bool) -> str:
         return choose(weight, groups, with_skip or weight.dtype == torch.float64, 0)
 
+    def choose_forward(input: Tensor, weight: Tensor, geometry: Geometry, with_skip: bool) -> str:
+        return choose(weight, geometry.groups, with_skip, 0)
+
     monkeypatch.setattr(operator, "choose_road", choose)
+    monkeypatch.setattr(operator, "choose_forward_road", choose_forward)
     monkeypatch.setattr(operator, "choose_gpu_road", choose_gpu)
     return request.param
 

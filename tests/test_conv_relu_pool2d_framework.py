@@ -12,27 +12,30 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import fastseg
 from fastseg import _native, functional, reference
 from fastseg.ops import conv_relu_pool2d as operator
-from fastseg.ops.conv_relu_pool2d_geometry import flatten, resolve
+from fastseg.ops.conv_relu_pool2d_geometry import flatten, resolve, unflatten
+from fastseg.ops.conv_relu_pool2d_roads import choose_forward_road
 from fastseg.testing import assert_parity, make, values_and_gradients
 
 GEOMETRY = flatten(resolve((3, 3), 1, 1, 1, 1, 2, None, 0, False)[0])
-CHANNELS = {"direct": 3, "library": 66}  # input channels with which a 3x3 kernel takes each road
+# Images and input channels with which a 3x3 kernel takes each road forward.
+ROADS = {"winograd": (2, 3), "direct": (1, 3), "library": (1, 66)}
 
 
-def arguments(channels: int = 3, layout: str = "nchw", **options: object) -> list[Tensor]:
+def arguments(images: int = 2, channels: int = 3, layout: str = "nchw", **options: object) -> list[Tensor]:
     return [
-        make((2, channels, 10, 12), layout=layout, **options),
+        make((images, channels, 10, 12), layout=layout, **options),
         make((8, channels, 3, 3), seed=1, scale=0.2, **options),
         make((8,), seed=2, **options),
     ]
 
 
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
-@pytest.mark.parametrize("channels", CHANNELS.values(), ids=CHANNELS)
+@pytest.mark.parametrize("road", ROADS)
 @pytest.mark.parametrize("with_skip", [False, True], ids=["pooled", "with-skip"])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
-def test_opcheck(channels: int, with_skip: bool, layout: str) -> None:
-    input, weight, bias = arguments(channels, layout)
+def test_opcheck(road: str, with_skip: bool, layout: str) -> None:
+    input, weight, bias = arguments(*ROADS[road], layout)
+    assert choose_forward_road(input, weight, unflatten(tuple(GEOMETRY)), False) == road
     forward = torch.ops.fastseg.conv_relu_pool2d
     torch.library.opcheck(forward.default, (input, weight, bias, GEOMETRY, True, with_skip))
     torch.library.opcheck(forward.default, (input.transpose(2, 3), weight, None, GEOMETRY, False, with_skip))
@@ -135,9 +138,9 @@ def test_checkpoint(reentrant: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("channels", CHANNELS.values(), ids=CHANNELS)
-def test_autocast(dtype: torch.dtype, channels: int) -> None:
-    leaves = arguments(channels, requires_grad=True)
+@pytest.mark.parametrize("road", ROADS)
+def test_autocast(dtype: torch.dtype, road: str) -> None:
+    leaves = arguments(*ROADS[road], requires_grad=True)
 
     def under_autocast(function: object, enabled: bool = True) -> object:
         def call(*tensors: Tensor) -> Tensor:

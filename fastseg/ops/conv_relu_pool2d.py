@@ -1,8 +1,9 @@
 """conv_relu_pool2d's registration: schemas, fake, CPU, GPU and fallback implementations, and the gradient.
 
-Two roads lead through the operator. "direct": one fused kernel; the full-resolution map is never in memory. "library":
-torch's own convolution, then one kernel for (bias,) ReLU, pooling and positions. `choose_road` decides on a CPU,
-`choose_gpu_road` on a GPU.
+Three roads lead through the operator. "direct": one fused kernel; the full-resolution map is never in memory.
+"winograd": another one, on a CPU, for the forward of a 3x3 convolution under a 2x2 pool. "library": torch's own
+convolution, then one kernel for (bias,) ReLU, pooling and positions. `choose_forward_road` and `choose_road` decide on
+a CPU, `choose_gpu_road` on a GPU.
 """
 
 from __future__ import annotations
@@ -113,7 +114,7 @@ def _forward_cpu(
     geometry = unflatten(tuple(numbers))
     output, positions, skip = _allocate_outputs(input, weight, geometry, with_positions, False)
     outputs = (describe(output), describe(positions) if with_positions else None)
-    road = choose_forward_road(weight, geometry, with_skip)
+    road = choose_forward_road(input, weight, geometry, with_skip)
     if road != "library":
         winograd = road == "winograd"
         forward = kernels.conv_relu_pool2d_winograd_forward if winograd else kernels.conv_relu_pool2d_forward

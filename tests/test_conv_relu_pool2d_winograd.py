@@ -1,0 +1,199 @@
+"""conv_relu_pool2d's Winograd road: parity, ties, what its transforms can't carry, and which calls take it."""
+
+import pytest
+import torch
+from test_conv_relu_pool2d import DTYPES, check, tensors
+from torch import Tensor
+
+from fastseg import _native, functional, reference
+from fastseg.ops import conv_relu_pool2d as operator
+from fastseg.ops.conv_relu_pool2d_geometry import resolve
+from fastseg.ops.conv_relu_pool2d_roads import WINOGRAD_MIN_PIXELS, choose_forward_road
+from fastseg.testing import make
+
+pytestmark = pytest.mark.skipif(_native.INTERPRETED, reason="a road of the C++ kernels alone")
+
+# N, C, H, W, K. Up to 8 input channels vectors run along the windows, beyond along the channels.
+SHAPES = {
+    "rgb": (2, 3, 17, 19, 20),
+    "gray-two-steps": (1, 1, 8, 70, 3),  # more windows in a row than any vectors hold at a time
+    "one-window": (1, 2, 4, 4, 1),
+    "eight": (1, 8, 9, 23, 5),
+    "nine": (1, 9, 11, 13, 37),  # neither input nor output channels fill their vectors
+    "several-pieces": (2, 40, 21, 30, 24),  # more windows than are worked on together
+    "few-windows": (1, 33, 6, 5, 70),  # the output channels are divided among tasks
+}
+
+# What may cut windows, or lie outside the input.
+OPTIONS = {
+    "default": {},
+    "padded": {"padding": 1, "return_indices": True},
+    "ceil": {"padding": (0, 1), "ceil_mode": True, "return_indices": True},
+    "ceil-odd": {"padding": (1, 2), "ceil_mode": True},
+    "padded-far": {"padding": 5, "return_indices": True},  # windows that see padding alone
+}
+
+
+def force(monkeypatch: pytest.MonkeyPatch, road: str) -> None:
+    monkeypatch.setattr(operator, "choose_forward_road", lambda *arguments: road)
+
+
+@pytest.fixture(autouse=True)
+def winograd(monkeypatch: pytest.MonkeyPatch) -> None:
+    force(monkeypatch, "winograd")
+
+
+def arguments(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, layout: str = "nchw") -> list[Tensor]:
+    return tensors((*shape, 3, 3), dtype, layout)
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_parity(isa: str, options: dict, dtype: torch.dtype, layout: str, shape: tuple[int, ...]) -> None:
+    check(arguments(shape, dtype, layout), **options)
+
+
+@pytest.mark.parametrize("channels", [3, 12])
+def test_any_strides(isa: str, channels: int) -> None:
+    base, kernels = make((4, channels, 18, 22)), make((9, 2 * channels, 5, 3), seed=1, scale=0.2)
+    for input in (base[::2, :, :, 1:-3], base.transpose(2, 3), base[:1].expand(2, -1, -1, -1)):
+        for weight in (kernels[:, ::2, 1:-1], kernels[:, :channels, :3].contiguous(memory_format=torch.channels_last)):
+            check([input, weight, None], padding=1, return_indices=True)
+
+
+# A tile that is constant along an axis, or symmetric, has exact ties, as it has under plain convolution: what the
+# transforms give beside the terms that all of them share are exact zeros.
+TIES = {
+    "constant": (torch.full((8, 8), 0.3), 0),
+    "zeros": (torch.zeros(8, 8), 0),
+    "by-row": (torch.linspace(0.1, 1.7, 8)[:, None].expand(8, 8), None),
+}
+
+
+@pytest.mark.parametrize("channels", [3, 12])
+@pytest.mark.parametrize(("map", "first"), TIES.values(), ids=TIES)
+def test_ties_take_the_first_position(isa: str, map: Tensor, first: int | None, channels: int) -> None:
+    input = map.expand(1, channels, 8, 8) * make((channels, 1, 1), seed=3)
+    weight, bias = make((40, channels, 3, 3), seed=1), torch.ones(40)
+    columns = functional.conv_relu_pool2d(input, weight, bias, return_indices=True)[1] % 6
+    assert torch.equal(columns, torch.tensor([0, 2, 4]).expand_as(columns))
+    if first is not None:
+        rows = functional.conv_relu_pool2d(input, weight, bias, return_indices=True)[1] // 6
+        assert torch.equal(rows, torch.tensor([0, 2, 4])[:, None].expand_as(rows))
+
+
+@pytest.mark.parametrize("channels", [3, 12])
+def test_small_integers_are_exact(isa: str, channels: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    input = torch.randint(-4, 5, (2, channels, 15, 16), generator=generator).float()
+    weight = torch.randint(-4, 5, (20, channels, 3, 3), generator=generator).float()
+    results = [
+        f(input, weight, padding=1, return_indices=True)
+        for f in (functional.conv_relu_pool2d, reference.conv_relu_pool2d)
+    ]
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+NAN, INFINITY = float("nan"), float("inf")
+# The argument, and the value of one of its elements. 3e37 is finite, but not so much of it as a transform adds.
+OUT_OF_RANGE = [
+    (0, NAN),
+    (0, INFINITY),
+    (0, -INFINITY),
+    (0, 3e37),
+    (1, NAN),
+    (1, -INFINITY),
+    (1, 3e37),
+    (2, NAN),
+    (2, INFINITY),
+]
+
+
+@pytest.mark.parametrize("channels", [3, 12])
+@pytest.mark.parametrize(("argument", "value"), OUT_OF_RANGE)
+def test_what_transforms_cannot_carry_takes_the_direct_kernel(
+    isa: str, argument: int, value: float, channels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called = [t.detach() for t in arguments((2, channels, 40, 36, 20))]
+    called[argument].view(-1)[-7] = value
+    check(called)
+    results = [functional.conv_relu_pool2d(*called, return_indices=True)]
+    force(monkeypatch, "direct")
+    results.append(functional.conv_relu_pool2d(*called, return_indices=True))
+    torch.testing.assert_close(*results, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("channels", [3, 12])
+def test_other_numbers_take_winograd(isa: str, channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    called = arguments((2, channels, 40, 36, 20))
+    called[0].data.view(-1)[-7] = 1e30  # far from the others, but in range
+    results = [functional.conv_relu_pool2d(*called)]
+    force(monkeypatch, "direct")
+    results.append(functional.conv_relu_pool2d(*called))
+    assert not torch.equal(*results)  # rounded in other places
+
+
+@pytest.mark.parametrize("shape", [(3, 3, 33, 31, 19), (3, 20, 33, 31, 19), (1, 64, 6, 8, 96)], ids=str)
+def test_bitwise_equal_for_any_number_of_threads_and_in_poisoned_memory(shape: tuple[int, ...]) -> None:
+    called = arguments(shape)
+    before = torch.get_num_threads()
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills every torch.empty with NaN
+    try:
+        results = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(functional.conv_relu_pool2d(*called, padding=1, return_indices=True))
+    finally:
+        torch.set_num_threads(before)
+        torch.use_deterministic_algorithms(False)
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], rtol=0, atol=0)
+
+
+def test_a_window_does_not_depend_on_its_neighbours() -> None:
+    """Images are cut into tasks, and tasks into pieces: where, must not show."""
+    for channels in (3, 20):
+        input, weight, bias = arguments((1, channels, 40, 66, 24))
+        whole = functional.conv_relu_pool2d(input, weight, bias)
+        part = functional.conv_relu_pool2d(input[:, :, 10:30, 14:40], weight, bias)
+        torch.testing.assert_close(part, whole[:, :, 5:14, 7:19], rtol=0, atol=0)
+
+
+def test_no_images() -> None:
+    output = functional.conv_relu_pool2d(torch.empty(0, 3, 9, 9), torch.ones(4, 3, 3, 3))
+    assert output.shape == (0, 4, 3, 3)
+
+
+@pytest.mark.parametrize(
+    "options", [{"stride": 2}, {"dilation": 2}, {"pool_size": 3}, {"pool_stride": 1}, {"pool_padding": 1}], ids=str
+)
+def test_kernel_refuses_what_it_does_not_compute(options: dict) -> None:
+    with pytest.raises(ValueError, match="the Winograd kernel is for"):
+        functional.conv_relu_pool2d(*arguments(SHAPES["rgb"]), **options)
+
+
+# Input, weight, options, and the road.
+CHOICES = {
+    "first-layer": ((4, 3, 224, 224), (32, 3, 3, 3), {}, "winograd"),
+    "deep-layer": ((4, 128, 56, 56), (128, 128, 3, 3), {}, "winograd"),
+    "fewest-pixels": ((1, 64, 8, WINOGRAD_MIN_PIXELS // 8), (64, 64, 3, 3), {}, "winograd"),
+    "too-few-pixels": ((1, 64, 8, WINOGRAD_MIN_PIXELS // 8 - 1), (64, 64, 3, 3), {}, "library"),
+    "no-images": ((0, 3, 8, 8), (4, 3, 3, 3), {}, "direct"),
+    "stem": ((4, 3, 224, 224), (64, 3, 7, 7), {"stride": 2, "pool_size": 3, "pool_stride": 2}, "direct"),
+    "overlapping-pool": ((4, 3, 224, 224), (64, 3, 3, 3), {"pool_size": 3, "pool_stride": 2}, "direct"),
+    "groups": ((4, 64, 64, 64), (64, 32, 3, 3), {"groups": 2}, "library"),
+}
+
+
+@pytest.mark.parametrize(("input", "weight", "options", "road"), CHOICES.values(), ids=CHOICES)
+def test_choice(input: tuple[int, ...], weight: tuple[int, ...], options: dict, road: str) -> None:
+    numbers = {"stride": 1, "dilation": 1, "groups": 1, "pool_size": 2, "pool_stride": None} | options
+    geometry, _ = resolve(
+        weight[2:], numbers["stride"], 1, numbers["dilation"], numbers["groups"], numbers["pool_size"],
+        numbers["pool_stride"], 0, False,
+    )  # fmt: skip
+    tensors_of = [torch.empty(shape, device="meta") for shape in (input, weight)]
+    assert choose_forward_road(*tensors_of, geometry, False) == road
+    assert choose_forward_road(*tensors_of, geometry, True) == "library"  # a skip is the full-resolution map itself
