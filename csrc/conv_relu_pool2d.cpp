@@ -18,13 +18,13 @@ template <class T>
 struct Forward {
   const ConvReluPool2dForward& call;
   const ConvShape shape;
-  const int64_t width;         // the convolution's columns, rounded up to whole tiles
-  const int64_t packed_w;      // columns of a packed input row
-  const int64_t band;          // pooled rows to a task
-  const int64_t blocks;        // of channels
-  T* weights = nullptr;        // [blocks][taps][block]
-  T* bias = nullptr;           // [blocks][block]
-  int64_t* offsets = nullptr;  // [taps], from a patch's first element
+  const int64_t width;     // the convolution's columns, rounded up to whole tiles
+  const int64_t packed_w;  // columns of a packed input row
+  const int64_t band;      // pooled rows to a task
+  const int64_t blocks;    // of channels
+  T* weights = nullptr;    // [blocks][taps][block]
+  T* bias = nullptr;       // [blocks][block]
+  Terms terms;             // of a patch, from its first element
 
   explicit Forward(const ConvReluPool2dForward& c)
       : call(c),
@@ -32,7 +32,11 @@ struct Forward {
         width(round_up(shape.convolved_w, kWidestTile)),
         packed_w(packed_width(shape, c.geometry, width)),
         band(choose_band()),
-        blocks(ceil_div(shape.k, kBlock<T>)) {}
+        blocks(ceil_div(shape.k, kBlock<T>)),
+        terms{nullptr, shape.kernel_h * pieces_in_row(), shape.kernel_w / pieces_in_row() * shape.c} {}
+
+  // A kernel row's taps are neighbours in a packed row, unless it is dilated.
+  int64_t pieces_in_row() const { return call.geometry.dilation[1] == 1 ? 1 : shape.kernel_w; }
 
   int64_t band_rows(int64_t pooled_rows) const {
     const ConvPoolGeometry& g = call.geometry;
@@ -54,7 +58,7 @@ struct Forward {
   void pack_weights(void* workspace) {
     weights = static_cast<T*>(workspace);
     bias = weights + weight_elements();
-    offsets = reinterpret_cast<int64_t*>(bias + blocks * kBlock<T>);
+    int64_t* offsets = reinterpret_cast<int64_t*>(bias + blocks * kBlock<T>);
     memset(workspace, 0, static_cast<size_t>(weight_elements() + blocks * kBlock<T>) * sizeof(T));
     for (int64_t k = 0; k < shape.k; ++k) {
       const int64_t block = k / kBlock<T>, lane = k % kBlock<T>;
@@ -62,12 +66,13 @@ struct Forward {
       if (call.bias)
         pack(at(call.bias, k * call.bias.stride[0]), call.bias.dtype, 1, 1, 1, 1, bias + block * kBlock<T> + lane, 1);
     }
-    int64_t tap = 0;
-    for (int64_t row = 0; row < shape.kernel_h; ++row)
-      for (int64_t column = 0; column < shape.kernel_w; ++column)
-        for (int64_t c = 0; c < shape.c; ++c)
-          offsets[tap++] =
-              (row * call.geometry.dilation[0] * packed_w + column * call.geometry.dilation[1]) * shape.c + c;
+    for (int64_t piece = 0; piece < terms.count; ++piece) {
+      const int64_t columns = pieces_in_row();
+      offsets[piece] =
+          (piece / columns * call.geometry.dilation[0] * packed_w + piece % columns * call.geometry.dilation[1]) *
+          shape.c;
+    }
+    terms.pieces = offsets;
   }
 
   // One row of the convolution for one block of channels: [width][block].
@@ -77,9 +82,8 @@ struct Forward {
     Vec<T> start[Vectors];
     for (int v = 0; v < Vectors; ++v) start[v] = load(bias + block * kBlock<T> + v * kLanes<T>);
     for (int64_t x = 0; x < width; x += kPixels<Vectors>)
-      multiply_tile<T, Vectors>(
-          input + x * step, step, [&](int64_t tap) { return offsets[tap]; }, shape.taps(),
-          weights + block * shape.taps() * kBlock<T>, start, target + x * Vectors * kLanes<T>);
+      multiply_tile<T, Vectors>(input + x * step, step, terms, weights + block * shape.taps() * kBlock<T>, start,
+                                target + x * Vectors * kLanes<T>);
   }
 
   bool run(int64_t task) const {
@@ -126,7 +130,7 @@ void forward(const ConvReluPool2dForward& call) {
   Forward<T> kernel(call);
   if (kernel.shape.n * kernel.shape.k * kernel.shape.pooled_h * kernel.shape.pooled_w == 0) return;
   const int64_t elements = kernel.weight_elements() + kernel.blocks * kBlock<T>;
-  Workspace workspace(elements * int64_t{sizeof(T)} + kernel.shape.taps() * int64_t{sizeof(int64_t)});
+  Workspace workspace(elements * int64_t{sizeof(T)} + kernel.terms.count * int64_t{sizeof(int64_t)});
   kernel.pack_weights(workspace.data());
   for_each_task(kernel.shape.n * ceil_div(kernel.shape.pooled_h, kernel.band), call.threads,
                 [&](int64_t task) { return kernel.run(task); });

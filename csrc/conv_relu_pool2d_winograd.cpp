@@ -146,12 +146,13 @@ struct WinogradChannels {
   FASTSEG_NOINLINE void multiply(const T* patches, int64_t patch_plane, int64_t windows, int64_t block, T* products,
                                  int64_t product_plane) const {
     const Vec<T> zero[Vectors] = {};
+    const int64_t begin = 0;
+    const Terms terms = {&begin, 1, shape.c};
     for (int64_t product = 0; product < kProducts; ++product) {
       const T* columns = weights + block * block_elements() + product * shape.c * Vectors * kLanes<T>;
       for (int64_t window = 0; window < windows; window += kPixels<Vectors>)
-        multiply_tile<T, Vectors>(
-            patches + product * patch_plane + window * channels, channels, [](int64_t c) { return c; }, shape.c,
-            columns, zero, products + product * product_plane + window * Vectors * kLanes<T>);
+        multiply_tile<T, Vectors>(patches + product * patch_plane + window * channels, channels, terms, columns, zero,
+                                  products + product * product_plane + window * Vectors * kLanes<T>);
     }
   }
 

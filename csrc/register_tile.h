@@ -21,26 +21,38 @@ template <int Vectors>
 constexpr int kPixels = kAccumulators / Vectors;
 constexpr int kWidestTile = kPixels<1>;
 
-// kPixels rows x Vectors vectors of columns: target[p] = start + sum over i of rows[p * step + offset(i)] * columns[i].
-// Per term: one load per vector of columns, one broadcast per row, and their products.
-template <class T, int Vectors, class Offset>
-FASTSEG_INLINE void multiply_tile(const T* rows, int64_t step, Offset offset, int64_t terms, const T* columns,
+// Where the terms of a sum lie: pieces of `length` neighbours.
+struct Terms {
+  const int64_t* pieces;  // offsets
+  int64_t count, length;
+};
+
+// kPixels rows x Vectors vectors of columns: target[p] = start + sum over terms of rows[p * step + term] *
+// columns[term]. Per term: one load per vector of columns, one broadcast per row, and their products.
+template <class T, int Vectors>
+FASTSEG_INLINE void multiply_tile(const T* rows, int64_t step, const Terms& terms, const T* columns,
                                   const Vec<T> (&start)[Vectors], T* target) {
-  constexpr int kWidth = kPixels<Vectors>;
+  constexpr int kWidth = kPixels<Vectors>, kHalf = kWidth / 2;
   Vec<T> sum[kWidth][Vectors];
 #pragma GCC unroll 24
   for (int p = 0; p < kWidth; ++p)
 #pragma GCC unroll 2
     for (int v = 0; v < Vectors; ++v) sum[p][v] = start[v];
-  for (int64_t i = 0; i < terms; ++i) {
-    const T* row = rows + offset(i);
-    Vec<T> column[Vectors];
+  for (int64_t piece = 0; piece < terms.count; ++piece) {
+    // Two pointers: an address reaches three of the rows by adding a multiple of `step` that a register holds.
+    const T* low = rows + terms.pieces[piece];
+    const T* high = low + kHalf * step;
+    for (int64_t i = 0; i < terms.length; ++i, ++low, ++high, columns += Vectors * kLanes<T>) {
+      Vec<T> column[Vectors];
 #pragma GCC unroll 2
-    for (int v = 0; v < Vectors; ++v) column[v] = load(columns + (i * Vectors + v) * kLanes<T>);
+      for (int v = 0; v < Vectors; ++v) column[v] = load(columns + v * kLanes<T>);
 #pragma GCC unroll 24
-    for (int p = 0; p < kWidth; ++p)
+      for (int p = 0; p < kWidth; ++p) {
+        const Vec<T> row = broadcast(p < kHalf ? low[p * step] : high[(p - kHalf) * step]);
 #pragma GCC unroll 2
-      for (int v = 0; v < Vectors; ++v) sum[p][v] += broadcast(row[p * step]) * column[v];
+        for (int v = 0; v < Vectors; ++v) sum[p][v] += row * column[v];
+      }
+    }
   }
 #pragma GCC unroll 24
   for (int p = 0; p < kWidth; ++p)
