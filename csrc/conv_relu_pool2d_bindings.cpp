@@ -97,12 +97,12 @@ void conv_relu_pool2d_winograd_forward(const py::object& input, const py::object
                                        const py::sequence& geometry, int threads) {
   const ConvReluPool2dForward call = read_forward(input, weight, bias, output, positions, geometry, threads);
   const ConvPoolGeometry& g = call.geometry;
-  for (int axis = 0; axis < 2; ++axis) {
-    require(call.weight.size[2 + axis] == 3 && g.stride[axis] == 1 && g.dilation[axis] == 1,
-            "the Winograd kernel is for 3x3 convolutions of stride 1 and dilation 1");
-    require(g.pool_size[axis] == 2 && g.pool_stride[axis] == 2 && g.pool_padding[axis] == 0,
-            "the Winograd kernel is for pools of 2x2 of stride 2 without padding");
-  }
+  const auto is = [&](int axis, int64_t kernel, int64_t stride, int64_t pool, int64_t pool_padding) {
+    return call.weight.size[2 + axis] == kernel && g.stride[axis] == stride && g.dilation[axis] == 1 &&
+           g.pool_size[axis] == pool && g.pool_stride[axis] == 2 && g.pool_padding[axis] == pool_padding;
+  };
+  require((is(0, 3, 1, 2, 0) && is(1, 3, 1, 2, 0)) || (is(0, 7, 2, 3, 1) && is(1, 7, 2, 3, 1)),
+          "the Winograd kernels are for 3x3 under a 2x2 pool, and for 7x7 of stride 2 under a 3x3 pool of stride 2");
   py::gil_scoped_release unlocked;
   advise_huge_pages(call.output.data, byte_span(call.output));
   fastseg::conv_relu_pool2d_winograd_forward(call);

@@ -7,6 +7,7 @@
 #include "pool_tile.h"
 #include "register_tile.h"
 #include "winograd.h"
+#include "winograd_stem.h"
 #include "winograd_windows.h"
 
 namespace fastseg {
@@ -239,7 +240,7 @@ struct WinogradChannels {
     weights = static_cast<T*>(workspace);
     bias = weights + blocks * block_elements();
     for_each_task(blocks, call.threads, [&](int64_t block) { return transform_weights(block); });
-    largest_input = largest_safe_input(maxima(), 2 * blocks, shape.c);
+    largest_input = largest_safe_input(maxima(), 2 * blocks, kGrowth * shape.c);
   }
 
   int64_t tasks() const { return shape.n * bands * groups; }
@@ -260,6 +261,7 @@ bool forward(const ConvReluPool2dForward& call) {
 
 template <class T>
 bool forward_of(const ConvReluPool2dForward& call) {
+  if (call.weight.size[2] == kStemKernel) return forward<WinogradStem<T>>(call);
   return call.input.size[1] <= kFewChannels ? forward<WinogradWindows<T>>(call) : forward<WinogradChannels<T>>(call);
 }
 

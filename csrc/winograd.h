@@ -133,15 +133,15 @@ inline bool may_go_on(bool task_is_safe, bool* safe) {
 }
 
 // Up to which magnitude of the input nothing overflows; negative where weights or bias aren't finite. `parameters` are
-// the largest magnitudes of parts of them.
+// the largest magnitudes of parts of them, `growth` how much larger than |input| * |parameters| a sum may become.
 template <class T>
-T largest_safe_input(const T* parameters, int64_t parts, int64_t channels) {
+T largest_safe_input(const T* parameters, int64_t parts, int64_t growth) {
   T largest = 1;
   for (int64_t part = 0; part < parts; ++part) {
     if (parameters[part] != parameters[part]) return -1;
     largest = parameters[part] > largest ? parameters[part] : largest;
   }
-  return kLargestFinite<T> / kGrowth / static_cast<T>(channels) / largest;
+  return kLargestFinite<T> / static_cast<T>(growth) / largest;
 }
 
 }  // namespace

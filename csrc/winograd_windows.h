@@ -75,7 +75,7 @@ struct WinogradWindows {
     }
     maxima[0] = largest_magnitude(plain, tap_elements);
     maxima[1] = largest_magnitude(bias, bias_elements);
-    largest_input = largest_safe_input(maxima, 2, shape.c);
+    largest_input = largest_safe_input(maxima, 2, kGrowth * shape.c);
   }
 
   // Packs the input's rows as [rows][c][parity of the column][plane], with the padding's zeros written out.

@@ -37,18 +37,19 @@ def choose_road(weight: Tensor, groups: int, with_skip: bool, most_taps: int) ->
 # transform of the weights. Measured with AVX2 (AMD Zen 3, 2026-11-22): ahead of oneDNN at 196, behind at 64.
 WINOGRAD_MIN_PIXELS = 128
 
+# Kernel, stride, dilation and pool of what it serves: plain layers and the stem of a ResNet.
+WINOGRAD_GEOMETRIES = (
+    ((3, 3), (1, 1), (1, 1), ((2, 2), (2, 2), (0, 0))),
+    ((7, 7), (2, 2), (1, 1), ((3, 3), (2, 2), (1, 1))),
+)
+
 
 def choose_forward_road(
     input: Tensor, weight: Tensor, geometry: Geometry, with_skip: bool
 ) -> Literal["winograd", "direct", "library"]:
     """Which road serves a forward call on a CPU, from shapes alone."""
-    served = (
-        tuple(weight.shape[2:]) == (3, 3)
-        and geometry.stride == geometry.dilation == (1, 1)
-        and geometry.pool == ((2, 2), (2, 2), (0, 0))
-        and geometry.groups == 1
-        and not with_skip
-    )
+    numbers = (tuple(weight.shape[2:]), geometry.stride, geometry.dilation, geometry.pool)
+    served = numbers in WINOGRAD_GEOMETRIES and geometry.groups == 1 and not with_skip
     if served and input.numel() >= WINOGRAD_MIN_PIXELS * input.shape[1]:
         return "winograd"
     return choose_road(weight, geometry.groups, with_skip, DIRECT_FORWARD_MAX_TAPS)
