@@ -20,7 +20,6 @@ constexpr int64_t kBandBytes = 288 * 1024;
 constexpr int64_t kLeastWindows =
     24;  // in work together: as often is a block of weights used that was read from memory
 constexpr int64_t kMostWindows = 96;
-constexpr int64_t kTasksWanted = 8;  // where there are fewer bands, a band's channels are divided too
 
 // Some columns of [N, C, H, W]; a tensor that isn't there stays so.
 inline Tensor columns_of(const Tensor& tensor, Span columns) {

@@ -42,6 +42,7 @@ FASTSEG_INLINE void multiply_tile(const T* rows, int64_t step, const Terms& term
     // Two pointers: an address reaches three of the rows by adding a multiple of `step` that a register holds.
     const T* low = rows + terms.pieces[piece];
     const T* high = low + kHalf * step;
+#pragma GCC unroll 2
     for (int64_t i = 0; i < terms.length; ++i, ++low, ++high, columns += Vectors * kLanes<T>) {
       Vec<T> column[Vectors];
 #pragma GCC unroll 2

@@ -18,6 +18,8 @@ constexpr int kProducts = kSide * kSide;  // per window and channel
 constexpr int kKernelSide = 3, kKernelTaps = kKernelSide * kKernelSide;
 constexpr int kPoolSide = 2;
 
+constexpr int64_t kTasksWanted = 8;  // into which a call is divided at least, where that is cheap
+
 // How much larger than |patch| * |weight| a partial sum over one channel may become: |B^T patch B| <= 4 |patch|,
 // |G weight G^T| <= 9/4 |weight|, and a value of the window adds nine of their products.
 constexpr int kGrowth = 81;

@@ -31,8 +31,8 @@ FASTSEG_INLINE void transform_stem_line(V (&d)[kStemSide]) {
 
 template <class T>
 struct WinogradStem {
-  static constexpr int64_t kBand = 14;   // pooled rows to a task: one row of tiles in as many is computed twice
-  static constexpr int64_t kPiece = 36;  // tiles in work together, whose products fit the cache
+  static constexpr int64_t kLargestBand = 28;  // pooled rows to a task: one row of tiles in as many is computed twice
+  static constexpr int64_t kPiece = 24;        // tiles in work together, whose products fit the cache
 
   const ConvReluPool2dForward& call;
   const ConvShape shape;
@@ -40,6 +40,7 @@ struct WinogradStem {
   const int64_t channels;  // of all parities, rounded up to whole vectors
   const int64_t tiles;     // of a row
   const int64_t packed_w;  // pixels of one parity in a packed row
+  const int64_t band;      // pooled rows to a task
   const int64_t bands;     // of an image
   T* weights = nullptr;    // [blocks][products][terms][block]
   T* bias = nullptr;       // [blocks][block]
@@ -53,7 +54,8 @@ struct WinogradStem {
         channels(round_up(4 * shape.c, kLanes<T>)),
         tiles(ceil_div(shape.convolved_w, 2)),
         packed_w(2 * tiles + kStemTaps - 1),
-        bands(ceil_div(shape.pooled_h, kBand)) {}
+        band(least(ceil_div(shape.pooled_h * shape.n, kTasksWanted), kLargestBand)),
+        bands(ceil_div(shape.pooled_h, most(band, 1))) {}
 
   int64_t tasks() const { return shape.n * bands; }
 
@@ -71,64 +73,55 @@ struct WinogradStem {
 
   int64_t block_elements() const { return kStemProducts * 4 * shape.c * kBlock<T>; }
 
-  int64_t workspace_elements() const { return blocks * (block_elements() + kBlock<T>)+2; }
+  int64_t plain_elements() const { return round_up(shape.k * shape.taps(), kLanes<T>); }
 
-  // G g G^T of the taps of one parity of the kernel.
-  void transform_taps(int64_t k, int64_t c, int row_parity, int column_parity, double (&u)[kStemSide][kStemSide],
-                      T* largest) const {
+  int64_t workspace_elements() const { return blocks * (block_elements() + kBlock<T>)+plain_elements() + 2; }
+
+  void prepare(void* workspace) {
+    weights = static_cast<T*>(workspace);
+    bias = weights + blocks * block_elements();
+    T* plain = bias + blocks * kBlock<T>;  // [k][kernel row][kernel column][c]
+    T* maxima = plain + plain_elements();
+    memset(workspace, 0, static_cast<size_t>(workspace_elements()) * sizeof(T));
+    if (call.bias) pack(call.bias.data, call.bias.dtype, 1, shape.k, 0, call.bias.stride[0], bias, 0);
+    for (int64_t k = 0; k < shape.k; ++k) {
+      T* kernel = plain + k * shape.taps();
+      pack_kernel(call.weight, shape, k, kernel, 1);
+      for (int64_t c = 0; c < shape.c; ++c)
+        for (int parity = 0; parity < 4; ++parity) transform_kernel_of(kernel + c, k, c, parity);
+    }
+    maxima[0] = largest_magnitude(plain, plain_elements());
+    maxima[1] = largest_magnitude(bias, blocks * kBlock<T>);
+    largest_input = largest_safe_input(maxima, 2, 4 * shape.c * kStemGrowth);
+  }
+
+  // Writes G g G^T of the taps of one parity of rows and columns where the products' terms lie.
+  void transform_kernel_of(const T* kernel, int64_t k, int64_t c, int parity) const {
     constexpr double kG[kStemSide][kStemTaps] = {{1. / 2, 0, 0, 0},
                                                  {-1. / 2, -1. / 2, -1. / 2, -1. / 2},
                                                  {-1. / 6, 1. / 6, -1. / 6, 1. / 6},
                                                  {1. / 6, 2. / 6, 4. / 6, 8. / 6},
                                                  {0, 0, 0, 1}};
-    const Tensor& w = call.weight;
-    double rows[kStemTaps][kStemSide] = {};
-    memset(u, 0, sizeof u);
-    for (int y = 0; 2 * y + row_parity < kStemKernel; ++y) {
-      for (int x = 0; 2 * x + column_parity < kStemKernel; ++x) {
-        T tap;
-        pack(at(w, k * w.stride[0] + c * w.stride[1] + (2 * y + row_parity) * w.stride[2] +
-                       (2 * x + column_parity) * w.stride[3]),
-             w.dtype, 1, 1, 1, 1, &tap, 1);
-        const T magnitude = tap < 0 ? -tap : tap;
-        if (!(magnitude - magnitude == 0) || magnitude > *largest) *largest = magnitude;
-        for (int j = 0; j < kStemSide; ++j) rows[y][j] += kG[j][x] * static_cast<double>(tap);
+    const int row_parity = parity / 2, column_parity = parity % 2;
+    double rows[kStemTaps][kStemSide] = {};  // g G^T
+    for (int y = 0; 2 * y + row_parity < kStemKernel; ++y)
+      for (int x = 0; 2 * x + column_parity < kStemKernel; ++x)
+        for (int j = 0; j < kStemSide; ++j)
+          rows[y][j] += kG[j][x] * static_cast<double>(
+                                       kernel[((2 * y + row_parity) * kStemKernel + 2 * x + column_parity) * shape.c]);
+    const int64_t block = k / kBlock<T>, lanes = vectors(block) * kLanes<T>;
+    T* target = weights + block * block_elements() + k % kBlock<T>;
+    for (int i = 0; i < kStemSide; ++i) {
+      for (int j = 0; j < kStemSide; ++j) {
+        const Pieces pieces = pieces_of(i * kStemSide + j);
+        const int64_t term = (pieces.count == 2 ? row_parity : parity) * shape.c + c;
+        double u = 0;
+        for (int y = 0; y < kStemTaps; ++y) u += kG[i][y] * rows[y][j];
+        if ((i < kStemTaps || row_parity == 0) && (j < kStemTaps || column_parity == 0))
+          target[term * lanes] = static_cast<T>(u);
+        target += pieces.count * pieces.length * lanes;
       }
     }
-    for (int i = 0; i < kStemSide; ++i)
-      for (int y = 0; y < kStemTaps; ++y)
-        for (int j = 0; j < kStemSide; ++j) u[i][j] += kG[i][y] * rows[y][j];
-  }
-
-  void prepare(void* workspace) {
-    weights = static_cast<T*>(workspace);
-    bias = weights + blocks * block_elements();
-    T* maxima = bias + blocks * kBlock<T>;
-    memset(workspace, 0, static_cast<size_t>(workspace_elements()) * sizeof(T));
-    if (call.bias) pack(call.bias.data, call.bias.dtype, 1, shape.k, 0, call.bias.stride[0], bias, 0);
-    maxima[1] = largest_magnitude(bias, blocks * kBlock<T>);
-    for (int64_t k = 0; k < shape.k; ++k) {
-      const int64_t block = k / kBlock<T>, lanes = vectors(block) * kLanes<T>;
-      for (int parity = 0; parity < 4; ++parity) {
-        for (int64_t c = 0; c < shape.c; ++c) {
-          double u[kStemSide][kStemSide];
-          T largest = 0;
-          transform_taps(k, c, parity / 2, parity % 2, u, &largest);
-          if (!(largest <= maxima[0]) && maxima[0] == maxima[0])
-            maxima[0] = largest - largest == 0 ? largest : largest - largest;
-          T* target = weights + block * block_elements() + k % kBlock<T>;
-          for (int product = 0; product < kStemProducts; ++product) {
-            const Pieces pieces = pieces_of(product);
-            const bool counts = (product / kStemSide < kStemTaps || parity / 2 == 0) &&
-                                (product % kStemSide < kStemTaps || parity % 2 == 0);
-            const int64_t term = pieces.count == 2 ? parity / 2 * shape.c + c : parity * shape.c + c;
-            if (counts) target[term * lanes] = static_cast<T>(u[product / kStemSide][product % kStemSide]);
-            target += pieces.count * pieces.length * lanes;
-          }
-        }
-      }
-    }
-    largest_input = largest_safe_input(maxima, 2, 4 * shape.c * kStemGrowth);
   }
 
   // Packs the convolution's input rows from `first` as [rows of both parities][packed_w][channels].
@@ -214,7 +207,7 @@ struct WinogradStem {
 
   bool run(int64_t task) const {
     const ConvPoolGeometry& g = call.geometry;
-    const int64_t image = task / bands, top = task % bands * kBand, bottom = least(top + kBand, shape.pooled_h);
+    const int64_t image = task / bands, top = task % bands * band, bottom = least(top + band, shape.pooled_h);
     const int64_t first = most(top - 1, 0);  // row of tiles
     const int64_t packed_rows = 2 * (bottom - first) + kStemTaps - 1;
     const int64_t input_elements = packed_rows * packed_w * channels, row_elements = 2 * tiles * kBlock<T>;

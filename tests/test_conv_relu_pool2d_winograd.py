@@ -24,6 +24,19 @@ SHAPES = {
     "few-windows": (1, 33, 6, 5, 70),  # the output channels are divided among tasks
 }
 
+STEM = {"stride": 2, "padding": 3, "pool_size": 3, "pool_stride": 2, "pool_padding": 1}
+
+# How each of the road's kernels is reached: input channels, the kernel's side, and options.
+KERNELS = {"windows": (3, 3, {}), "channels": (12, 3, {}), "stem": (3, 7, STEM | {"padding": 0})}
+
+STEM_SHAPES = {
+    "rgb": (2, 3, 40, 46, 20),
+    "odd": (1, 1, 33, 27, 5),  # the convolution's last row and column end a tile early
+    "even-tiles": (1, 2, 30, 34, 9),
+    "bands": (1, 5, 70, 90, 40),  # several tasks, and several pieces of a row
+    "smallest": (1, 3, 2, 2, 1),
+}
+
 # What may cut windows, or lie outside the input.
 OPTIONS = {
     "default": {},
@@ -55,6 +68,18 @@ def test_parity(isa: str, options: dict, dtype: torch.dtype, layout: str, shape:
     check(arguments(shape, dtype, layout), **options)
 
 
+@pytest.mark.parametrize("shape", STEM_SHAPES.values(), ids=STEM_SHAPES)
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"return_indices": True}, {"padding": (4, 3), "ceil_mode": True}],
+    ids=["default", "indices", "ceil"],
+)
+def test_stem_parity(isa: str, changes: dict, dtype: torch.dtype, layout: str, shape: tuple[int, ...]) -> None:
+    check(tensors((*shape, 7, 7), dtype, layout), **(STEM | changes))
+
+
 @pytest.mark.parametrize("channels", [3, 12])
 def test_any_strides(isa: str, channels: int) -> None:
     base, kernels = make((4, channels, 18, 22)), make((9, 2 * channels, 5, 3), seed=1, scale=0.2)
@@ -66,22 +91,25 @@ def test_any_strides(isa: str, channels: int) -> None:
 # A tile that is constant along an axis, or symmetric, has exact ties, as it has under plain convolution: what the
 # transforms give beside the terms that all of them share are exact zeros.
 TIES = {
-    "constant": (torch.full((8, 8), 0.3), 0),
-    "zeros": (torch.zeros(8, 8), 0),
-    "by-row": (torch.linspace(0.1, 1.7, 8)[:, None].expand(8, 8), None),
+    "constant": (torch.full((24, 24), 0.3), True),
+    "zeros": (torch.zeros(24, 24), True),
+    "by-row": (torch.linspace(0.1, 1.7, 24)[:, None].expand(24, 24), False),
 }
 
 
-@pytest.mark.parametrize("channels", [3, 12])
-@pytest.mark.parametrize(("map", "first"), TIES.values(), ids=TIES)
-def test_ties_take_the_first_position(isa: str, map: Tensor, first: int | None, channels: int) -> None:
-    input = map.expand(1, channels, 8, 8) * make((channels, 1, 1), seed=3)
-    weight, bias = make((40, channels, 3, 3), seed=1), torch.ones(40)
-    columns = functional.conv_relu_pool2d(input, weight, bias, return_indices=True)[1] % 6
-    assert torch.equal(columns, torch.tensor([0, 2, 4]).expand_as(columns))
-    if first is not None:
-        rows = functional.conv_relu_pool2d(input, weight, bias, return_indices=True)[1] // 6
-        assert torch.equal(rows, torch.tensor([0, 2, 4])[:, None].expand_as(rows))
+@pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
+@pytest.mark.parametrize(("map", "first_row"), TIES.values(), ids=TIES)
+def test_ties_take_the_first_position(isa: str, map: Tensor, first_row: bool, kernel: tuple) -> None:
+    channels, side, options = kernel
+    input = map.expand(1, channels, 24, 24) * make((channels, 1, 1), seed=3)
+    weight, bias = make((40, channels, side, side), seed=1, scale=0.1), torch.ones(40)
+    options = {"pool_padding": 0} | options
+    _, indices = functional.conv_relu_pool2d(input, weight, bias, **options, return_indices=True)
+    width = (24 - side) // options.get("stride", 1) + 1
+    first = (torch.arange(indices.shape[-1]) * 2 - options["pool_padding"]).clamp(min=0)
+    torch.testing.assert_close(indices % width, first.expand_as(indices))
+    if first_row:
+        torch.testing.assert_close(indices // width, first[:, None].expand_as(indices))
 
 
 @pytest.mark.parametrize("channels", [3, 12])
@@ -99,52 +127,50 @@ def test_small_integers_are_exact(isa: str, channels: int) -> None:
 NAN, INFINITY = float("nan"), float("inf")
 # The argument, and the value of one of its elements. 3e37 is finite, but not so much of it as a transform adds.
 OUT_OF_RANGE = [
-    (0, NAN),
-    (0, INFINITY),
-    (0, -INFINITY),
-    (0, 3e37),
-    (1, NAN),
-    (1, -INFINITY),
-    (1, 3e37),
-    (2, NAN),
-    (2, INFINITY),
+    *((0, value) for value in (NAN, INFINITY, -INFINITY, 3e37)),
+    *((1, value) for value in (NAN, -INFINITY, 3e37)),
+    *((2, value) for value in (NAN, INFINITY)),
 ]
 
 
-@pytest.mark.parametrize("channels", [3, 12])
+@pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
 @pytest.mark.parametrize(("argument", "value"), OUT_OF_RANGE)
 def test_what_transforms_cannot_carry_takes_the_direct_kernel(
-    isa: str, argument: int, value: float, channels: int, monkeypatch: pytest.MonkeyPatch
+    isa: str, argument: int, value: float, kernel: tuple, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    called = [t.detach() for t in arguments((2, channels, 40, 36, 20))]
+    channels, side, options = kernel
+    called = [t.detach() for t in tensors((2, channels, 40, 36, 20, side, side), torch.float32)]
     called[argument].view(-1)[-7] = value
-    check(called)
-    results = [functional.conv_relu_pool2d(*called, return_indices=True)]
+    check(called, **options)
+    results = [functional.conv_relu_pool2d(*called, **options, return_indices=True)]
     force(monkeypatch, "direct")
-    results.append(functional.conv_relu_pool2d(*called, return_indices=True))
+    results.append(functional.conv_relu_pool2d(*called, **options, return_indices=True))
     torch.testing.assert_close(*results, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("channels", [3, 12])
-def test_other_numbers_take_winograd(isa: str, channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    called = arguments((2, channels, 40, 36, 20))
-    called[0].data.view(-1)[-7] = 1e30  # far from the others, but in range
-    results = [functional.conv_relu_pool2d(*called)]
+@pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
+def test_other_numbers_take_winograd(isa: str, kernel: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    channels, side, options = kernel
+    called = [t.detach() for t in tensors((2, channels, 40, 36, 20, side, side), torch.float32)]
+    called[0].view(-1)[-7] = 1e30  # far from the others, but in range
+    results = [functional.conv_relu_pool2d(*called, **options)]
     force(monkeypatch, "direct")
-    results.append(functional.conv_relu_pool2d(*called))
+    results.append(functional.conv_relu_pool2d(*called, **options))
     assert not torch.equal(*results)  # rounded in other places
 
 
-@pytest.mark.parametrize("shape", [(3, 3, 33, 31, 19), (3, 20, 33, 31, 19), (1, 64, 6, 8, 96)], ids=str)
-def test_bitwise_equal_for_any_number_of_threads_and_in_poisoned_memory(shape: tuple[int, ...]) -> None:
-    called = arguments(shape)
+@pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
+@pytest.mark.parametrize("size", [(3, 33, 31, 19), (1, 12, 14, 96)], ids=str)
+def test_bitwise_equal_for_any_number_of_threads_and_in_poisoned_memory(size: tuple, kernel: tuple) -> None:
+    channels, side, options = kernel
+    called = tensors((size[0], channels, *size[1:], side, side), torch.float32)
     before = torch.get_num_threads()
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills every torch.empty with NaN
     try:
         results = []
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            results.append(functional.conv_relu_pool2d(*called, padding=1, return_indices=True))
+            results.append(functional.conv_relu_pool2d(*called, **options, return_indices=True))
     finally:
         torch.set_num_threads(before)
         torch.use_deterministic_algorithms(False)
@@ -167,10 +193,12 @@ def test_no_images() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"stride": 2}, {"dilation": 2}, {"pool_size": 3}, {"pool_stride": 1}, {"pool_padding": 1}], ids=str
+    "options",
+    [{"stride": 2}, {"dilation": 2}, {"pool_size": 3, "pool_stride": 2}, {"pool_stride": 1}, {"pool_padding": 1}],
+    ids=str,
 )
 def test_kernel_refuses_what_it_does_not_compute(options: dict) -> None:
-    with pytest.raises(ValueError, match="the Winograd kernel is for"):
+    with pytest.raises(ValueError, match="the Winograd kernels are for"):
         functional.conv_relu_pool2d(*arguments(SHAPES["rgb"]), **options)
 
 
@@ -181,7 +209,8 @@ CHOICES = {
     "fewest-pixels": ((1, 64, 8, WINOGRAD_MIN_PIXELS // 8), (64, 64, 3, 3), {}, "winograd"),
     "too-few-pixels": ((1, 64, 8, WINOGRAD_MIN_PIXELS // 8 - 1), (64, 64, 3, 3), {}, "library"),
     "no-images": ((0, 3, 8, 8), (4, 3, 3, 3), {}, "direct"),
-    "stem": ((4, 3, 224, 224), (64, 3, 7, 7), {"stride": 2, "pool_size": 3, "pool_stride": 2}, "direct"),
+    "stem": ((4, 3, 224, 224), (64, 3, 7, 7), STEM, "winograd"),
+    "stem-without-pool-padding": ((4, 3, 224, 224), (64, 3, 7, 7), STEM | {"pool_padding": 0}, "direct"),
     "overlapping-pool": ((4, 3, 224, 224), (64, 3, 3, 3), {"pool_size": 3, "pool_stride": 2}, "direct"),
     "groups": ((4, 64, 64, 64), (64, 32, 3, 3), {"groups": 2}, "library"),
 }
@@ -189,11 +218,9 @@ CHOICES = {
 
 @pytest.mark.parametrize(("input", "weight", "options", "road"), CHOICES.values(), ids=CHOICES)
 def test_choice(input: tuple[int, ...], weight: tuple[int, ...], options: dict, road: str) -> None:
-    numbers = {"stride": 1, "dilation": 1, "groups": 1, "pool_size": 2, "pool_stride": None} | options
-    geometry, _ = resolve(
-        weight[2:], numbers["stride"], 1, numbers["dilation"], numbers["groups"], numbers["pool_size"],
-        numbers["pool_stride"], 0, False,
-    )  # fmt: skip
+    numbers = {"stride": 1, "padding": 1, "dilation": 1, "groups": 1, "pool_size": 2, "pool_stride": None}
+    numbers |= {"pool_padding": 0, "ceil_mode": False}  # in resolve's order
+    geometry, _ = resolve(weight[2:], *(numbers | options).values())
     tensors_of = [torch.empty(shape, device="meta") for shape in (input, weight)]
     assert choose_forward_road(*tensors_of, geometry, False) == road
     assert choose_forward_road(*tensors_of, geometry, True) == "library"  # a skip is the full-resolution map itself
