@@ -97,6 +97,8 @@ void conv_relu_pool2d_winograd_forward(const py::object& input, const py::object
                                        const py::sequence& geometry, int threads) {
   const ConvReluPool2dForward call = read_forward(input, weight, bias, output, positions, geometry, threads);
   const ConvPoolGeometry& g = call.geometry;
+  require(call.weight.size[1] > 0 && call.output.size[2] > 0 && call.output.size[3] > 0,
+          "the Winograd kernels are for at least one channel and one window");
   const auto is = [&](int axis, int64_t kernel, int64_t stride, int64_t pool, int64_t pool_padding) {
     return call.weight.size[2 + axis] == kernel && g.stride[axis] == stride && g.dilation[axis] == 1 &&
            g.pool_size[axis] == pool && g.pool_stride[axis] == 2 && g.pool_padding[axis] == pool_padding;

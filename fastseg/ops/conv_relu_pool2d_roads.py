@@ -50,7 +50,7 @@ def choose_forward_road(
     """Which road serves a forward call on a CPU, from shapes alone."""
     numbers = (tuple(weight.shape[2:]), geometry.stride, geometry.dilation, geometry.pool)
     served = numbers in WINOGRAD_GEOMETRIES and geometry.groups == 1 and not with_skip
-    if served and input.numel() >= WINOGRAD_MIN_PIXELS * input.shape[1]:
+    if served and 0 < WINOGRAD_MIN_PIXELS * input.shape[1] <= input.numel():
         return "winograd"
     return choose_road(weight, geometry.groups, with_skip, DIRECT_FORWARD_MAX_TAPS)
 
