@@ -39,7 +39,7 @@ struct WinogradChannels {
   const int64_t band;      // pooled rows to a task
   const int64_t bands;     // of an image
   const int64_t groups;    // tasks among which a band's blocks are divided
-  T* weights = nullptr;    // [blocks][products][c][block]
+  T* weights = nullptr;    // [blocks][products][c][block], a plane to a product
   T* bias = nullptr;       // [blocks][block]
   T largest_input = 0;     // up to which nothing overflows
   bool* safe = nullptr;    // shared by all tasks
@@ -62,7 +62,10 @@ struct WinogradChannels {
 
   int vectors(int64_t block) const { return shape.k - block * kBlock<T> > kLanes<T> ? 2 : 1; }
 
-  int64_t block_elements() const { return kProducts * shape.c * kBlock<T>; }
+  // One product's weights of a block of channels.
+  int64_t weight_plane() const { return shape.c * kBlock<T> + kRowPadding; }
+
+  int64_t block_elements() const { return kProducts * weight_plane(); }
 
   int64_t workspace_elements() const { return blocks * (block_elements() + kBlock<T> + 2); }
 
@@ -91,7 +94,7 @@ struct WinogradChannels {
       transform_kernel(g, u);
       T* target = weights + block * block_elements() + i;
       for (int product = 0; product < kProducts; ++product)
-        store<T>(target + product * shape.c * lanes, u[product / kSide][product % kSide]);
+        store<T>(target + product * weight_plane(), u[product / kSide][product % kSide]);
     }
     return true;
   }
@@ -149,7 +152,7 @@ struct WinogradChannels {
     const int64_t begin = 0;
     const Terms terms = {&begin, 1, shape.c};
     for (int64_t product = 0; product < kProducts; ++product) {
-      const T* columns = weights + block * block_elements() + product * shape.c * Vectors * kLanes<T>;
+      const T* columns = weights + block * block_elements() + product * weight_plane();
       for (int64_t window = 0; window < windows; window += kPixels<Vectors>)
         multiply_tile<T, Vectors>(patches + product * patch_plane + window * channels, channels, terms, columns, zero,
                                   products + product * product_plane + window * Vectors * kLanes<T>);
@@ -250,7 +253,9 @@ template <class Kernel>
 bool forward(const ConvReluPool2dForward& call) {
   Kernel kernel(call);
   if (kernel.tasks() == 0) return true;
-  Workspace workspace(kernel.workspace_elements() * int64_t{sizeof(*kernel.weights)});
+  const int64_t bytes = kernel.workspace_elements() * int64_t{sizeof(*kernel.weights)};
+  Workspace workspace(bytes);
+  advise_huge_pages(workspace.data(), bytes);  // 17 MB for 512 by 512 channels, fresh at every call
   kernel.prepare(workspace.data());
   bool safe = kernel.largest_input >= 0;
   kernel.safe = &safe;

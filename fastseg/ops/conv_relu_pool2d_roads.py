@@ -34,8 +34,8 @@ def choose_road(weight: Tensor, groups: int, with_skip: bool, most_taps: int) ->
 
 
 # Input pixels (of all images) from which a CPU takes Winograd's F(2x2, 3x3) where it can: fewer don't pay for the
-# transform of the weights. Measured with AVX2 (AMD Zen 3, 2026-11-22): ahead of oneDNN at 196, behind at 64.
-WINOGRAD_MIN_PIXELS = 128
+# transform of the weights. Measured with AVX2 (AMD Zen 3, 2026-11-22): a tenth ahead of oneDNN at 256, even at 196.
+WINOGRAD_MIN_PIXELS = 200
 
 # Kernel, stride, dilation and pool of what it serves: plain layers and the stem of a ResNet.
 WINOGRAD_GEOMETRIES = (
