@@ -17,9 +17,8 @@ namespace {
 // Of the second-level cache: windows in work with their transformed patches, and a band's packed input.
 constexpr int64_t kPatchBytes = 256 * 1024;
 constexpr int64_t kBandBytes = 288 * 1024;
-constexpr int64_t kLeastWindows =
-    24;  // in work together: as often is a block of weights used that was read from memory
-constexpr int64_t kMostWindows = 96;
+// Windows in work together: as often is a block of weights used that was read from memory.
+constexpr int64_t kLeastWindows = 24, kMostWindows = 96;
 
 // Some columns of [N, C, H, W]; a tensor that isn't there stays so.
 inline Tensor columns_of(const Tensor& tensor, Span columns) {

@@ -125,7 +125,7 @@ void store_totals(const CrossEntropyForward& call, const Partial* partials, int6
   if (call.reduction == Reduction::kNone) return;
   if (call.reduction == Reduction::kMean) {
     // Where no label has weight, the labels' own share is 0 / 0, whatever the smoothing's is.
-    loss = smoothed_labels && weight == 0 ? NAN : loss / weight;
+    loss = smoothed_labels && weight == 0 ? double{NAN} : loss / weight;
   }
   *static_cast<T*>(call.loss.data) = static_cast<T>(loss);
 }

@@ -1,6 +1,6 @@
-// upsample_cross_entropy's forward kernel. The input's logits are taken relative to their pixel's largest, which changes
-// no softmax: then no upsampled logit is positive, and one pass over the classes, without their maximum, sums the
-// exponentials. What leaves the cache are the two statistics of each pixel.
+// upsample_cross_entropy's forward kernel. The input's logits are taken relative to their pixel's largest, which
+// changes no softmax: then no upsampled logit is positive, and one pass over the classes, without their maximum, sums
+// the exponentials. What leaves the cache are the two statistics of each pixel.
 #include "upsample_cross_entropy.h"
 
 #include "upsample_cross_entropy_tiles.h"

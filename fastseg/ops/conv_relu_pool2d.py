@@ -1,9 +1,9 @@
 """conv_relu_pool2d's registration: schemas, fake, CPU, GPU and fallback implementations, and the gradient.
 
 Three roads lead through the operator. "direct": one fused kernel; the full-resolution map is never in memory.
-"winograd": another one, on a CPU, for the forward of a 3x3 convolution under a 2x2 pool. "library": torch's own
-convolution, then one kernel for (bias,) ReLU, pooling and positions. `choose_forward_road` and `choose_road` decide on
-a CPU, `choose_gpu_road` on a GPU.
+"winograd": another one, on a CPU, for the forward of a 3x3 convolution under a 2x2 pool and of a ResNet's stem.
+"library": torch's own convolution, then one kernel for (bias,) ReLU, pooling and positions. `choose_forward_road` and
+`choose_road` decide on a CPU, `choose_gpu_road` on a GPU.
 """
 
 from __future__ import annotations
