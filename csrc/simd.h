@@ -52,6 +52,9 @@ template <class T>
 constexpr int kLanes = FASTSEG_VECTOR_BYTES / sizeof(T);
 
 template <class T>
+constexpr T kLargestFinite = sizeof(T) == sizeof(float) ? static_cast<T>(__FLT_MAX__) : static_cast<T>(__DBL_MAX__);
+
+template <class T>
 FASTSEG_INLINE Vec<T> load(const T* source) {
   Vec<T> v;
   memcpy(&v, source, sizeof v);  // an unaligned vector load

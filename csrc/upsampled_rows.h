@@ -4,8 +4,6 @@
 // and the expansion itself is shared by all output rows between the same two input rows.
 #pragma once
 
-#include <limits>
-
 #include "integers.h"
 #include "pack.h"
 #include "parallel.h"
@@ -192,7 +190,7 @@ class ExpandedRows {
 
   // Whether any logit is NaN, infinite, or so large that a weighted sum might be.
   bool holds_extremes() const {
-    const Vec<T> bound = broadcast<T>(std::numeric_limits<T>::max() / 4);
+    const Vec<T> bound = broadcast<T>(kLargestFinite<T> / 4);
     IntVec<T> ordinary = bound == bound;
     for (int64_t c = 0; c < map_.classes; ++c)
       for (int64_t x = 0; x <= span_; x += kLanes<T>) {

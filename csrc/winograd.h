@@ -24,9 +24,6 @@ constexpr int64_t kTasksWanted = 8;  // into which a call is divided at least, w
 // |G weight G^T| <= 9/4 |weight|, and a value of the window adds nine of their products.
 constexpr int kGrowth = 81;
 
-template <class T>
-constexpr T kLargestFinite = sizeof(T) == sizeof(float) ? static_cast<T>(__FLT_MAX__) : static_cast<T>(__DBL_MAX__);
-
 // B^T d, for a line of four vectors.
 template <class V>
 FASTSEG_INLINE void transform_patch_line(V (&d)[kSide]) {
