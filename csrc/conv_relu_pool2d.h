@@ -26,6 +26,13 @@ struct ConvReluPool2dForward {
   int threads;
 };
 
+// The same by Winograd's algorithm, for 3x3 convolutions under a pool of 2x2 or of 1x1 (which is none), and for 7x7 of
+// stride 2 under a pool of 3x3.
+struct ConvReluPool2dWinogradForward : ConvReluPool2dForward {
+  Tensor skip;  // [N, K, convolved height, convolved width], optional under 2x2: relu(conv(input))
+  bool* done;   // false where its sums might overflow or anything isn't finite: then the outputs hold nothing of use
+};
+
 // The gradients that are given as tensors, from the sparse gradient of the pooled output.
 struct ConvReluPool2dBackward {
   Tensor grad_output, positions, input, weight;
@@ -53,7 +60,7 @@ struct ReluPool2dBackward {
 };
 
 FASTSEG_KERNEL(conv_relu_pool2d_forward, ConvReluPool2dForward)
-FASTSEG_KERNEL(conv_relu_pool2d_winograd_forward, ConvReluPool2dForward)  // 3x3 alone, under a pool of 2x2 alone
+FASTSEG_KERNEL(conv_relu_pool2d_winograd_forward, ConvReluPool2dWinogradForward)
 FASTSEG_KERNEL(conv_relu_pool2d_backward, ConvReluPool2dBackward)
 FASTSEG_KERNEL(relu_pool2d_forward, ReluPool2dForward)
 FASTSEG_KERNEL(relu_pool2d_backward, ReluPool2dBackward)

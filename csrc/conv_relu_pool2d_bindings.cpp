@@ -92,22 +92,37 @@ void conv_relu_pool2d_forward(const py::object& input, const py::object& weight,
   fastseg::conv_relu_pool2d_forward(call);
 }
 
-void conv_relu_pool2d_winograd_forward(const py::object& input, const py::object& weight, const py::object& bias,
-                                       const py::object& output, const py::object& positions,
+bool conv_relu_pool2d_winograd_forward(const py::object& input, const py::object& weight, const py::object& bias,
+                                       const py::object& output, const py::object& positions, const py::object& skip,
                                        const py::sequence& geometry, int threads) {
-  const ConvReluPool2dForward call = read_forward(input, weight, bias, output, positions, geometry, threads);
+  bool done = false;
+  ConvReluPool2dWinogradForward call;
+  static_cast<ConvReluPool2dForward&>(call) = read_forward(input, weight, bias, output, positions, geometry, threads);
+  call.skip = from_python(skip);
+  call.done = &done;
   const ConvPoolGeometry& g = call.geometry;
   require(call.weight.size[1] > 0 && call.output.size[2] > 0 && call.output.size[3] > 0,
           "the Winograd kernels are for at least one channel and one window");
-  const auto is = [&](int axis, int64_t kernel, int64_t stride, int64_t pool, int64_t pool_padding) {
-    return call.weight.size[2 + axis] == kernel && g.stride[axis] == stride && g.dilation[axis] == 1 &&
-           g.pool_size[axis] == pool && g.pool_stride[axis] == 2 && g.pool_padding[axis] == pool_padding;
+  const auto is = [&](int64_t kernel, int64_t stride, int64_t pool, int64_t pool_stride, int64_t pool_padding) {
+    bool same = true;
+    for (int axis = 0; axis < 2; ++axis)
+      same = same && call.weight.size[2 + axis] == kernel && g.stride[axis] == stride && g.dilation[axis] == 1 &&
+             g.pool_size[axis] == pool && g.pool_stride[axis] == pool_stride && g.pool_padding[axis] == pool_padding;
+    return same;
   };
-  require((is(0, 3, 1, 2, 0) && is(1, 3, 1, 2, 0)) || (is(0, 7, 2, 3, 1) && is(1, 7, 2, 3, 1)),
-          "the Winograd kernels are for 3x3 under a 2x2 pool, and for 7x7 of stride 2 under a 3x3 pool of stride 2");
+  require(is(3, 1, 2, 2, 0) || (!call.skip && (is(3, 1, 1, 1, 0) || is(7, 2, 3, 2, 1))),
+          "the Winograd kernels are for 3x3 under a 2x2 pool, with or without a skip, for 3x3 without a pool, and for "
+          "7x7 of stride 2 under a 3x3 pool of stride 2");
+  require(!call.skip || (call.skip.ndim == 4 && call.skip.dtype == call.output.dtype &&
+                         call.skip.size[0] == call.output.size[0] && call.skip.size[1] == call.output.size[1] &&
+                         call.skip.size[2] == call.input.size[2] + 2 * g.padding[0] - 2 &&
+                         call.skip.size[3] == call.input.size[3] + 2 * g.padding[1] - 2),
+          "skip is [N, K, convolved height, convolved width], of output's dtype");
   py::gil_scoped_release unlocked;
   advise_huge_pages(call.output.data, byte_span(call.output));
+  if (call.skip) advise_huge_pages(call.skip.data, byte_span(call.skip));
   fastseg::conv_relu_pool2d_winograd_forward(call);
+  return done;
 }
 
 void conv_relu_pool2d_backward(const py::object& grad_output, const py::object& positions, const py::object& input,

@@ -1,6 +1,7 @@
 // conv_relu_pool2d, forward, the Winograd road: 3x3 convolutions under 2x2 pools. A pooling window is one tile of
-// Winograd's output, so that it is pooled in registers and nothing of full resolution is stored. This file: many input
-// channels, whose products are matrix products, windows x channels by channels x output channels.
+// Winograd's output, so that it is pooled in registers and nothing of full resolution is stored that wasn't asked for.
+// This file: many input channels, whose products are matrix products, windows x channels by channels x output channels.
+// They also serve a skip beside the pool, and a pool of 1x1, which is none: then all of a window is stored.
 #include "conv_relu_pool2d.h"
 #include "conv_tile.h"
 #include "parallel.h"
@@ -30,12 +31,15 @@ inline Tensor columns_of(const Tensor& tensor, Span columns) {
 
 template <class T>
 struct WinogradChannels {
-  const ConvReluPool2dForward& call;
+  const ConvReluPool2dWinogradForward& call;
   const ConvShape shape;
+  const bool pools;    // the pool is 2x2, not 1x1
+  const Tensor& full;  // relu(conv(input)), optional: the skip, or where nothing is pooled the output
+  const int64_t windows_h, windows_w;
   const int64_t blocks;    // of output channels
   const int64_t channels;  // of the input, rounded up to whole vectors
   const int64_t packed_w;  // columns of a packed input row
-  const int64_t band;      // pooled rows to a task
+  const int64_t band;      // rows of windows to a task
   const int64_t bands;     // of an image
   const int64_t groups;    // tasks among which a band's blocks are divided
   T* weights = nullptr;    // [blocks][products][c][block], a plane to a product
@@ -43,20 +47,24 @@ struct WinogradChannels {
   T largest_input = 0;     // up to which nothing overflows
   bool* safe = nullptr;    // shared by all tasks
 
-  explicit WinogradChannels(const ConvReluPool2dForward& c)
+  explicit WinogradChannels(const ConvReluPool2dWinogradForward& c)
       : call(c),
         shape(c.input, c.weight, c.output, c.geometry),
+        pools(c.geometry.pool_size[0] == kPoolSide),
+        full(pools ? c.skip : c.output),
+        windows_h(full ? ceil_div(shape.convolved_h, kPoolSide) : shape.pooled_h),
+        windows_w(full ? ceil_div(shape.convolved_w, kPoolSide) : shape.pooled_w),
         blocks(ceil_div(shape.k, kBlock<T>)),
         channels(round_up(shape.c, kLanes<T>)),
-        packed_w(kPoolSide * shape.pooled_w + kSide - kPoolSide),
+        packed_w(kPoolSide * windows_w + kSide - kPoolSide),
         band(choose_band()),
-        bands(ceil_div(shape.pooled_h, band)),
+        bands(ceil_div(windows_h, band)),
         groups(least(blocks, ceil_div(kTasksWanted, most(shape.n * bands, 1)))) {}
 
   int64_t choose_band() const {
     const int64_t row_bytes = packed_w * shape.c * int64_t{sizeof(T)};
     const int64_t rows = (kBandBytes / row_bytes - (kSide - kPoolSide)) / kPoolSide;
-    return least(most(rows, ceil_div(kLeastWindows, shape.pooled_w)), shape.pooled_h);
+    return least(most(rows, ceil_div(kLeastWindows, windows_w)), windows_h);
   }
 
   int vectors(int64_t block) const { return shape.k - block * kBlock<T> > kLanes<T> ? 2 : 1; }
@@ -124,7 +132,7 @@ struct WinogradChannels {
   // target: [products][plane elements], each plane [windows][channels].
   void transform_patches(const T* input, int64_t first, int64_t count, int64_t plane, T* target) const {
     const int64_t pitch = packed_w * shape.c;
-    int64_t row = first / shape.pooled_w, column = first % shape.pooled_w;
+    int64_t row = first / windows_w, column = first % windows_w;
     for (int64_t window = 0; window < count; ++window, target += channels) {
       const T* patch = input + kPoolSide * (row * pitch + column * shape.c);
       for (int64_t c = 0; c < channels; c += kLanes<T>) {
@@ -139,7 +147,7 @@ struct WinogradChannels {
 #pragma GCC unroll 4
           for (int x = 0; x < kSide; ++x) store<T>(target + (y * kSide + x) * plane + c, d[y][x]);
       }
-      if (++column == shape.pooled_w) column = 0, ++row;
+      if (++column == windows_w) column = 0, ++row;
     }
   }
 
@@ -158,11 +166,18 @@ struct WinogradChannels {
     }
   }
 
-  // values, positions: [windows][block], of windows [first, first + count) of the band that begins at `top`.
-  void pool_products(const T* products, int64_t plane, int64_t block, int64_t top, int64_t first, int64_t count,
-                     T* values, Int<T>* positions) const {
+  // What leaves the registers, for the windows in work together.
+  struct Results {
+    int64_t columns;                    // of `full`: two for each window
+    T *pooled, *full;                   // [windows][block], [2][columns][block]
+    Int<T>*positions, *full_positions;  // the same
+  };
+
+  // Of windows [first, first + count) of the band that begins at `top`.
+  void finish_products(const T* products, int64_t plane, int64_t block, int64_t top, int64_t first, int64_t count,
+                       const Results& results) const {
     const int64_t lanes = vectors(block) * kLanes<T>;
-    int64_t row = first / shape.pooled_w, column = first % shape.pooled_w;
+    int64_t row = first / windows_w, column = first % windows_w;
     for (int64_t window = 0; window < count; ++window) {
       const bool cut_row = kPoolSide * (top + row + 1) > shape.convolved_h;
       const bool cut_column = kPoolSide * (column + 1) > shape.convolved_w;
@@ -179,19 +194,36 @@ struct WinogradChannels {
         column_of(1, m), sums.template add<1>(m);
         column_of(2, m), sums.template add<2>(m);
         column_of(3, m), sums.template add<3>(m);
-        pool_window(sums, load(bias + block * kBlock<T> + lane), clip, values + window * lanes + lane,
-                    positions + window * lanes + lane);
+        const Vec<T> shift = load(bias + block * kBlock<T> + lane);
+        if (pools)
+          pool_window(sums, shift, clip, results.pooled + window * lanes + lane,
+                      results.positions + window * lanes + lane);
+        if (full) store_window(sums, shift, results, window, lanes, lane);
       }
-      if (++column == shape.pooled_w) column = 0, ++row;
+      if (++column == windows_w) column = 0, ++row;
     }
+  }
+
+  // relu(window + bias), and its positions under a pool of 1x1.
+  void store_window(const Window<Vec<T>>& sums, Vec<T> shift, const Results& results, int64_t window, int64_t lanes,
+                    int64_t lane) const {
+    for (int y = 0; y < kPoolSide; ++y)
+      for (int x = 0; x < kPoolSide; ++x) {
+        const Vec<T> value = sums.values[y][x] + shift;
+        const IntVec<T> passes = value > Vec<T>{};
+        const int64_t at = (y * results.columns + kPoolSide * window + x) * lanes + lane;
+        store<T>(results.full + at, passes ? value : Vec<T>{});
+        const IntVec<T> where = ~passes & (kCut - IntVec<T>{});
+        memcpy(results.full_positions + at, &where, sizeof where);
+      }
   }
 
   bool run(int64_t task) const {
     const int64_t group = task % groups, image = task / groups / bands, top = task / groups % bands * band;
     const Span group_blocks = {group * blocks / groups, (group + 1) * blocks / groups};
-    const int64_t pooled_rows = least(band, shape.pooled_h - top), windows = pooled_rows * shape.pooled_w;
+    const int64_t window_rows = least(band, windows_h - top), windows = window_rows * windows_w;
     const Span rows = {kPoolSide * top - call.geometry.padding[0],
-                       kPoolSide * (top + pooled_rows - 1) - call.geometry.padding[0] + kSide};
+                       kPoolSide * (top + window_rows - 1) - call.geometry.padding[0] + kSide};
     const int64_t input_elements = round_up(rows.size() * packed_w * shape.c, kLanes<T>) + kLanes<T>;
 
     // As many windows at a time as fit the cache, evenly divided, in whole tiles of registers.
@@ -200,13 +232,15 @@ struct WinogradChannels {
     const int64_t piece = round_up(ceil_div(windows, pieces), kWidestTile);
     const int64_t patch_plane = piece * channels + kRowPadding, product_plane = piece * kBlock<T> + kRowPadding;
 
-    const int64_t elements = input_elements + kProducts * (patch_plane + product_plane) + 2 * piece * kBlock<T>;
+    const int64_t pooled = piece * kBlock<T>, whole = full ? kPoolSide * kPoolSide * pooled : 0;
+    const int64_t elements = input_elements + kProducts * (patch_plane + product_plane) + 2 * (pooled + whole);
     T* input = static_cast<T*>(scratch(elements * int64_t{sizeof(T)}));
     if (input == nullptr) return false;
     T* patches = input + input_elements;
     T* products = patches + kProducts * patch_plane;
     T* values = products + kProducts * product_plane;
-    Int<T>* positions = reinterpret_cast<Int<T>*>(values + piece * kBlock<T>);
+    Int<T>* positions = reinterpret_cast<Int<T>*>(values + pooled + whole);
+    const Results results = {kPoolSide * piece, values, values + pooled, positions, positions + pooled};
 
     memset(input + input_elements - 2 * kLanes<T>, 0, 2 * kLanes<T> * sizeof(T));
     pack_input(call.input, shape, call.geometry, image, rows, packed_w, input);
@@ -217,23 +251,31 @@ struct WinogradChannels {
       for (int64_t block = group_blocks.begin; block < group_blocks.end; ++block) {
         vectors(block) == 2 ? multiply<2>(patches, patch_plane, count, block, products, product_plane)
                             : multiply<1>(patches, patch_plane, count, block, products, product_plane);
-        pool_products(products, product_plane, block, top, first, count, values, positions);
-        write(values, positions, image, block, top, first, count);
+        finish_products(products, product_plane, block, top, first, count, results);
+        write(results, image, block, top, first, count);
       }
     }
     return true;
   }
 
-  void write(const T* values, const Int<T>* positions, int64_t image, int64_t block, int64_t top, int64_t first,
-             int64_t count) const {
-    const int64_t lanes = vectors(block) * kLanes<T>;
-    for (int64_t done = 0; done < count;) {
-      const int64_t row = (first + done) / shape.pooled_w, column = (first + done) % shape.pooled_w;
-      const Span columns = {column, least(column + count - done, shape.pooled_w)};
-      unpack_pooled(values + done * lanes, positions + done * lanes, lanes, image, block * kBlock<T>,
-                    least(lanes, shape.k - block * kBlock<T>), top + row, columns_of(call.output, columns),
-                    columns_of(call.positions, columns));
-      done += columns.size();
+  void write(const Results& results, int64_t image, int64_t block, int64_t top, int64_t first, int64_t count) const {
+    const int64_t lanes = vectors(block) * kLanes<T>, channel = block * kBlock<T>;
+    const int64_t channel_count = least(lanes, shape.k - channel);
+    for (int64_t done = 0, next; done < count; done = next) {
+      const int64_t row = top + (first + done) / windows_w, column = (first + done) % windows_w;
+      next = least(done + windows_w - column, count);
+      const Span columns = {column, least(column + next - done, shape.pooled_w)};
+      if (pools && row < shape.pooled_h && columns.size() > 0)
+        unpack_pooled(results.pooled + done * lanes, results.positions + done * lanes, lanes, image, channel,
+                      channel_count, row, columns_of(call.output, columns), columns_of(call.positions, columns));
+      if (!full) continue;
+      const Span whole = {kPoolSide * column, least(kPoolSide * (column + next - done), shape.convolved_w)};
+      for (int64_t y = 0; y < kPoolSide && kPoolSide * row + y < shape.convolved_h; ++y) {
+        const int64_t at = (y * results.columns + kPoolSide * done) * lanes;
+        unpack_pooled(results.full + at, results.full_positions + at, lanes, image, channel, channel_count,
+                      kPoolSide * row + y, columns_of(full, whole),
+                      columns_of(pools ? Tensor{} : call.positions, whole));
+      }
     }
   }
 
@@ -249,7 +291,7 @@ struct WinogradChannels {
 
 // Whether it did.
 template <class Kernel>
-bool forward(const ConvReluPool2dForward& call) {
+bool forward(const ConvReluPool2dWinogradForward& call) {
   Kernel kernel(call);
   if (kernel.tasks() == 0) return true;
   const int64_t bytes = kernel.workspace_elements() * int64_t{sizeof(*kernel.weights)};
@@ -263,16 +305,16 @@ bool forward(const ConvReluPool2dForward& call) {
 }
 
 template <class T>
-bool forward_of(const ConvReluPool2dForward& call) {
+bool forward_of(const ConvReluPool2dWinogradForward& call) {
   if (call.weight.size[2] == kStemKernel) return forward<WinogradStem<T>>(call);
-  return call.input.size[1] <= kFewChannels ? forward<WinogradWindows<T>>(call) : forward<WinogradChannels<T>>(call);
+  const bool all_channels = call.skip || call.geometry.pool_size[0] != kPoolSide || call.input.size[1] > kFewChannels;
+  return all_channels ? forward<WinogradChannels<T>>(call) : forward<WinogradWindows<T>>(call);
 }
 
 }  // namespace
 
-void conv_relu_pool2d_winograd_forward(const ConvReluPool2dForward& call) {
-  const bool done = call.input.dtype == DType::kFloat64 ? forward_of<double>(call) : forward_of<float>(call);
-  if (!done) FASTSEG_ISA::conv_relu_pool2d_forward(call);
+void conv_relu_pool2d_winograd_forward(const ConvReluPool2dWinogradForward& call) {
+  *call.done = call.input.dtype == DType::kFloat64 ? forward_of<double>(call) : forward_of<float>(call);
 }
 
 }  // namespace FASTSEG_ISA

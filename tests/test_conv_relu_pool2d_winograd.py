@@ -27,7 +27,12 @@ SHAPES = {
 STEM = {"stride": 2, "padding": 3, "pool_size": 3, "pool_stride": 2, "pool_padding": 1}
 
 # How each of the road's kernels is reached: input channels, the kernel's side, and options.
-KERNELS = {"windows": (3, 3, {}), "channels": (12, 3, {}), "stem": (3, 7, STEM | {"padding": 0})}
+KERNELS = {
+    "windows": (3, 3, {}),
+    "channels": (12, 3, {}),
+    "no-pool": (12, 3, {"pool_size": 1}),
+    "stem": (3, 7, STEM | {"padding": 0}),
+}
 
 STEM_SHAPES = {
     "rgb": (2, 3, 40, 46, 20),
@@ -44,6 +49,11 @@ OPTIONS = {
     "ceil": {"padding": (0, 1), "ceil_mode": True, "return_indices": True},
     "ceil-odd": {"padding": (1, 2), "ceil_mode": True},
     "padded-far": {"padding": 5, "return_indices": True},  # windows that see padding alone
+    "skip": {"return_skip": True},
+    "skip-ceil": {"padding": (0, 1), "ceil_mode": True, "return_indices": True, "return_skip": True},
+    "skip-odd": {"padding": (1, 0), "return_skip": True},  # a last row or column that no window holds
+    "no-pool": {"padding": 1, "pool_size": 1},
+    "no-pool-indices": {"padding": (1, 2), "pool_size": 1, "return_indices": True},
 }
 
 
@@ -97,7 +107,7 @@ TIES = {
 }
 
 
-@pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
+@pytest.mark.parametrize("kernel", [KERNELS[name] for name in ("windows", "channels", "stem")])
 @pytest.mark.parametrize(("map", "first_row"), TIES.values(), ids=TIES)
 def test_ties_take_the_first_position(isa: str, map: Tensor, first_row: bool, kernel: tuple) -> None:
     channels, side, options = kernel
@@ -146,6 +156,12 @@ def test_what_transforms_cannot_carry_takes_the_direct_kernel(
     force(monkeypatch, "direct")
     results.append(functional.conv_relu_pool2d(*called, **options, return_indices=True))
     torch.testing.assert_close(*results, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_skip_that_transforms_cannot_carry_takes_the_library(isa: str) -> None:
+    called = [t.detach() for t in tensors((2, 12, 20, 18, 20, 3, 3), torch.float32)]
+    called[0].view(-1)[-7] = NAN
+    check(called, return_skip=True, return_indices=True)
 
 
 @pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
@@ -202,25 +218,30 @@ def test_kernel_refuses_what_it_does_not_compute(options: dict) -> None:
         functional.conv_relu_pool2d(*arguments(SHAPES["rgb"]), **options)
 
 
-# Input, weight, options, and the road.
+# Input, weight, options, whether there is a skip, and the road.
 CHOICES = {
-    "first-layer": ((4, 3, 224, 224), (32, 3, 3, 3), {}, "winograd"),
-    "deep-layer": ((4, 128, 56, 56), (128, 128, 3, 3), {}, "winograd"),
-    "fewest-pixels": ((1, 64, 8, WINOGRAD_MIN_PIXELS // 8), (64, 64, 3, 3), {}, "winograd"),
-    "too-few-pixels": ((1, 64, 8, WINOGRAD_MIN_PIXELS // 8 - 1), (64, 64, 3, 3), {}, "library"),
-    "no-images": ((0, 3, 8, 8), (4, 3, 3, 3), {}, "direct"),
-    "stem": ((4, 3, 224, 224), (64, 3, 7, 7), STEM, "winograd"),
-    "stem-without-pool-padding": ((4, 3, 224, 224), (64, 3, 7, 7), STEM | {"pool_padding": 0}, "direct"),
-    "overlapping-pool": ((4, 3, 224, 224), (64, 3, 3, 3), {"pool_size": 3, "pool_stride": 2}, "direct"),
-    "groups": ((4, 64, 64, 64), (64, 32, 3, 3), {"groups": 2}, "library"),
+    "first-layer": ((4, 3, 224, 224), (32, 3, 3, 3), {}, False, "winograd"),
+    "deep-layer": ((4, 128, 56, 56), (128, 128, 3, 3), {}, False, "winograd"),
+    "fewest-pixels": ((1, 64, 8, WINOGRAD_MIN_PIXELS // 8), (64, 64, 3, 3), {}, False, "winograd"),
+    "too-few-pixels": ((1, 64, 8, WINOGRAD_MIN_PIXELS // 8 - 1), (64, 64, 3, 3), {}, False, "library"),
+    "no-images": ((0, 3, 8, 8), (4, 3, 3, 3), {}, False, "direct"),
+    "stem": ((4, 3, 224, 224), (64, 3, 7, 7), STEM, False, "winograd"),
+    "stem-with-skip": ((4, 3, 224, 224), (64, 3, 7, 7), STEM, True, "library"),
+    "stem-without-pool-padding": ((4, 3, 224, 224), (64, 3, 7, 7), STEM | {"pool_padding": 0}, False, "direct"),
+    "overlapping-pool": ((4, 3, 224, 224), (64, 3, 3, 3), {"pool_size": 3, "pool_stride": 2}, False, "direct"),
+    "groups": ((4, 64, 64, 64), (64, 32, 3, 3), {"groups": 2}, False, "library"),
+    "skip": ((4, 64, 56, 56), (64, 64, 3, 3), {}, True, "winograd"),
+    "skip-of-few-channels": ((4, 3, 224, 224), (32, 3, 3, 3), {}, True, "library"),
+    "no-pool": ((4, 64, 56, 56), (64, 64, 3, 3), {"pool_size": 1}, False, "winograd"),
+    "no-pool-of-few-channels": ((4, 3, 224, 224), (32, 3, 3, 3), {"pool_size": 1}, False, "direct"),
+    "no-pool-with-skip": ((4, 64, 56, 56), (64, 64, 3, 3), {"pool_size": 1}, True, "library"),
 }
 
 
-@pytest.mark.parametrize(("input", "weight", "options", "road"), CHOICES.values(), ids=CHOICES)
-def test_choice(input: tuple[int, ...], weight: tuple[int, ...], options: dict, road: str) -> None:
+@pytest.mark.parametrize(("input", "weight", "options", "with_skip", "road"), CHOICES.values(), ids=CHOICES)
+def test_choice(input: tuple[int, ...], weight: tuple[int, ...], options: dict, with_skip: bool, road: str) -> None:
     numbers = {"stride": 1, "padding": 1, "dilation": 1, "groups": 1, "pool_size": 2, "pool_stride": None}
     numbers |= {"pool_padding": 0, "ceil_mode": False}  # in resolve's order
     geometry, _ = resolve(weight[2:], *(numbers | options).values())
     tensors_of = [torch.empty(shape, device="meta") for shape in (input, weight)]
-    assert choose_forward_road(*tensors_of, geometry, False) == road
-    assert choose_forward_road(*tensors_of, geometry, True) == "library"  # a skip is the full-resolution map itself
+    assert choose_forward_road(*tensors_of, geometry, with_skip) == road

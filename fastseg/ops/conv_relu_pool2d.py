@@ -25,6 +25,7 @@ from fastseg.ops.conv_relu_pool2d_geometry import (
     unflatten,
 )
 from fastseg.ops.conv_relu_pool2d_roads import (
+    DIRECT_FORWARD_MAX_TAPS,
     choose_forward_road,
     choose_gpu_road,
     choose_road,
@@ -112,13 +113,21 @@ def _forward_cpu(
     if kernels is None:
         return forward_plain(input, weight, bias, numbers, with_positions, with_skip)
     geometry = unflatten(tuple(numbers))
-    output, positions, skip = _allocate_outputs(input, weight, geometry, with_positions, False)
-    outputs = (describe(output), describe(positions) if with_positions else None)
     road = choose_forward_road(input, weight, geometry, with_skip)
-    if road != "library":
-        winograd = road == "winograd"
-        forward = kernels.conv_relu_pool2d_winograd_forward if winograd else kernels.conv_relu_pool2d_forward
-        forward(describe(input), describe(weight), describe(bias), *outputs, numbers, torch.get_num_threads())
+    output, positions, skip = _allocate_outputs(
+        input, weight, geometry, with_positions, with_skip and road == "winograd"
+    )
+    tensors = (describe(input), describe(weight), describe(bias))
+    outputs = (describe(output), describe(positions) if with_positions else None)
+    threads = torch.get_num_threads()
+    if road == "winograd":
+        skipped = describe(skip) if with_skip else None
+        if kernels.conv_relu_pool2d_winograd_forward(*tensors, *outputs, skipped, numbers, threads):
+            return output, positions, skip
+        # Its sums might overflow, or something isn't finite.
+        road = choose_road(weight, geometry.groups, with_skip, DIRECT_FORWARD_MAX_TAPS)
+    if road == "direct":
+        kernels.conv_relu_pool2d_forward(*tensors, *outputs, numbers, threads)
         return output, positions, skip
 
     convolved = torch.conv2d(input, weight, bias, geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
@@ -126,7 +135,7 @@ def _forward_cpu(
     in_place = with_skip and not _windows_overlap(geometry)
     if with_skip and not in_place:
         convolved.relu_()
-    kernels.relu_pool2d_forward(describe(convolved), *outputs, numbers, in_place, torch.get_num_threads())
+    kernels.relu_pool2d_forward(describe(convolved), *outputs, numbers, in_place, threads)
     return output, positions, convolved.contiguous(memory_format=_output_format(input, weight)) if with_skip else skip
 
 

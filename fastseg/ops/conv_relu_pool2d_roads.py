@@ -37,11 +37,13 @@ def choose_road(weight: Tensor, groups: int, with_skip: bool, most_taps: int) ->
 # transform of the weights. Measured with AVX2 (AMD Zen 3, 2026-11-22): a tenth ahead of oneDNN at 256, even at 196.
 WINOGRAD_MIN_PIXELS = 200
 
-# Kernel, stride, dilation and pool of what it serves: plain layers and the stem of a ResNet.
-WINOGRAD_GEOMETRIES = (
-    ((3, 3), (1, 1), (1, 1), ((2, 2), (2, 2), (0, 0))),
-    ((7, 7), (2, 2), (1, 1), ((3, 3), (2, 2), (1, 1))),
-)
+# Input channels up to which it takes loops of its own, which know neither a skip nor how not to pool.
+WINOGRAD_FEW_CHANNELS = 4  # csrc/winograd_windows.h's kFewChannels
+
+# Kernel, stride, dilation and pool of what it serves: plain layers, with and without a pool, and the stem of a ResNet.
+WINOGRAD_POOLED = ((3, 3), (1, 1), (1, 1), ((2, 2), (2, 2), (0, 0)))
+WINOGRAD_UNPOOLED = ((3, 3), (1, 1), (1, 1), ((1, 1), (1, 1), (0, 0)))
+WINOGRAD_STEM = ((7, 7), (2, 2), (1, 1), ((3, 3), (2, 2), (1, 1)))
 
 
 def choose_forward_road(
@@ -49,8 +51,12 @@ def choose_forward_road(
 ) -> Literal["winograd", "direct", "library"]:
     """Which road serves a forward call on a CPU, from shapes alone."""
     numbers = (tuple(weight.shape[2:]), geometry.stride, geometry.dilation, geometry.pool)
-    served = numbers in WINOGRAD_GEOMETRIES and geometry.groups == 1 and not with_skip
-    if served and 0 < WINOGRAD_MIN_PIXELS * input.shape[1] <= input.numel():
+    if with_skip or numbers == WINOGRAD_UNPOOLED:
+        served = numbers in (WINOGRAD_POOLED, WINOGRAD_UNPOOLED) and input.shape[1] > WINOGRAD_FEW_CHANNELS
+        served = served and not (with_skip and numbers == WINOGRAD_UNPOOLED)
+    else:
+        served = numbers in (WINOGRAD_POOLED, WINOGRAD_STEM)
+    if served and geometry.groups == 1 and 0 < WINOGRAD_MIN_PIXELS * input.shape[1] <= input.numel():
         return "winograd"
     return choose_road(weight, geometry.groups, with_skip, DIRECT_FORWARD_MAX_TAPS)
 
