@@ -35,6 +35,9 @@ def conv_relu_pool2d(
     """``max_pool2d(relu(conv2d(input, weight, bias, ...)), pool_size, ...)``; see `fastseg.functional`."""
     # In place, as networks are written: this is the baseline of the benchmarks too, and it should be a strong one.
     skip = F.relu(F.conv2d(input, weight, bias, stride, padding, dilation, groups), inplace=True)
+    one = (1, (1, 1))
+    if pool_size in one and pool_stride in (None, *one) and not (return_indices or return_skip):
+        return skip  # a window of one position is that position
     output, indices = F.max_pool2d(skip, pool_size, pool_stride, pool_padding, ceil_mode=ceil_mode, return_indices=True)
     results = (output, *((indices,) if return_indices else ()), *((skip,) if return_skip else ()))
     return results if len(results) > 1 else output

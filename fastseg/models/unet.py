@@ -11,19 +11,10 @@ from torch import Tensor, nn
 from fastseg.models.base import PixelClassifier, SegmentationModel
 
 
-def _two_convolutions(before: int, after: int, kernel_size: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(before, after, kernel_size, padding="same"),
-        nn.ReLU(inplace=True),
-        nn.Conv2d(after, after, kernel_size, padding="same"),
-        nn.ReLU(inplace=True),
-    )
-
-
 class UNet(SegmentationModel):
     """A U-Net (Ronneberger, Fischer and Brox, 2015) with size-keeping convolutions.
 
-    Each encoder level is two convolutions with ReLU, the second fused with its 2x2 max pooling and keeping the
+    Each encoder level is two convolutions fused with their ReLU, the second with its 2x2 max pooling too, keeping the
     un-pooled value as the level's skip. Each decoder level reduces the channels (1x1), upsamples bilinearly to the
     skip's size, concatenates and convolves twice. Any input size will do.
 
@@ -49,23 +40,32 @@ class UNet(SegmentationModel):
         self.pool = nn.ModuleList()
         channels = in_channels
         for width in widths[:-1]:
-            self.expand.append(nn.Conv2d(channels, width, kernel_size, padding="same"))
+            self.expand.append(self._convolution(channels, width, kernel_size))
             self.pool.append(self.front_end(width, width, kernel_size, padding="same", return_skip=True))
             channels = width
-        self.bottom = _two_convolutions(channels, widths[-1], kernel_size)
+        self.bottom = self._two_convolutions(channels, widths[-1], kernel_size)
         self.reduce = nn.ModuleList()
         self.merge = nn.ModuleList()
         for below, width in zip(reversed(widths[1:]), reversed(widths[:-1]), strict=True):
             self.reduce.append(nn.Conv2d(below, width, 1))
-            self.merge.append(_two_convolutions(2 * width, width, kernel_size))
+            self.merge.append(self._two_convolutions(2 * width, width, kernel_size))
         self.classifier = PixelClassifier(widths[0], num_classes)
+
+    def _convolution(self, before: int, after: int, kernel_size: int) -> nn.Module:
+        """A convolution and ReLU: nothing is pooled."""
+        return self.front_end(before, after, kernel_size, padding="same", pool_size=1)
+
+    def _two_convolutions(self, before: int, after: int, kernel_size: int) -> nn.Sequential:
+        return nn.Sequential(
+            self._convolution(before, after, kernel_size), self._convolution(after, after, kernel_size)
+        )
 
     def logits(self, input: Tensor) -> Tensor:
         """Logits ``[N, num_classes, H, W]``: a U-Net works at full resolution."""
         features = input
         skips = []
         for expand, pool in zip(self.expand, self.pool, strict=True):
-            features, skip = pool(F.relu(expand(features)))
+            features, skip = pool(expand(features))
             skips.append(skip)
         features = self.bottom(features)
         for reduce, merge, skip in zip(self.reduce, self.merge, reversed(skips), strict=True):
