@@ -1,0 +1,80 @@
+"""What the drop-in losses share: the checks of their arguments, and the sums over a softmax in one pass."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fastseg._native import log_slow_road
+from fastseg.functional._checks import FLOATING_DTYPES, LABEL_DTYPES, pixels_of
+from fastseg.functional._cross_entropy_dice import _as_map as as_map
+from fastseg.ops import upsample_cross_entropy as operator
+from fastseg.ops.cross_entropy import accumulation_dtype
+
+# The ignore_index where no label is to be ignored: the operators' (csrc/upsample_confusion_matrix.h's kIgnoreNone).
+IGNORE_NONE = torch.iinfo(torch.int64).min
+
+
+def check_scores(name: str, scores: Tensor, min_dims: int) -> None:
+    """Refuses what isn't logits or probabilities ``[N, C, ...]`` with pixels."""
+    if scores.ndim < min_dims or 0 in scores.shape[1:]:
+        expected = "[N, C, d1, ...]" if min_dims > 2 else "[N, C] or [N, C, d1, ...]"
+        raise ValueError(f"{name}: expected {expected} with classes and pixels, got shape {tuple(scores.shape)}")
+    if scores.dtype not in FLOATING_DTYPES:
+        raise TypeError(f"{name}: expected float32, float64, bfloat16 or float16, got {scores.dtype}")
+
+
+def check_labels(name: str, target: Tensor, shape: tuple[int, ...], scores: Tensor) -> None:
+    """Refuses a target of another shape or on another device than the scores'."""
+    if target.shape != shape:
+        raise ValueError(f"{name}: expected labels of shape {shape}, got {tuple(target.shape)}")
+    if target.device != scores.device:
+        raise ValueError(f"{name}: expected the logits' device {scores.device}, got {target.device}")
+
+
+def as_labels(name: str, target: Tensor, scores: Tensor) -> Tensor:
+    """The labels ``[N, d1, ...]`` of scores ``[N, C, d1, ...]``; target may have a dimension of one channel more."""
+    shape = pixels_of(scores)
+    if target.shape[:1] == shape[:1] and target.numel() == math.prod(shape):
+        target = target.reshape(shape)
+    check_labels(name, target, shape, scores)
+    return as_integers(target)
+
+
+def as_integers(labels: Tensor) -> Tensor:
+    """Labels in a dtype that the operators read."""
+    return labels if labels.dtype in LABEL_DTYPES else labels.long()
+
+
+def one_hot(name: str, labels: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
+    """Labels ``[N, d1, ...]`` as ``[N, C, d1, ...]`` of zeros and ones.
+
+    Raises:
+        IndexError: On a CPU, a label isn't in [0, C).
+    """
+    labels = labels.long()
+    if labels.is_cpu and not torch.compiler.is_compiling():
+        outside = labels[(labels < 0) | (labels >= classes)]
+        if len(outside) > 0:
+            raise IndexError(f"{name}: expected classes in [0, {classes}), got {outside[0].item()}")
+    shape = (labels.shape[0], classes, *labels.shape[1:])
+    return torch.zeros(shape, dtype=dtype, device=labels.device).scatter_(1, labels.unsqueeze(1), 1)
+
+
+def softmax_sums(
+    input: Tensor, labels: Tensor, ignore_index: int = IGNORE_NONE, weight: Tensor | None = None,
+    reduction: str = "sum", label_smoothing: float = 0.0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The cross-entropy, and `fastseg.reference.overlap`'s ``[3, N, C]``, in the accumulation dtype."""
+    if weight is not None:
+        weight = weight.to(accumulation_dtype(input)).contiguous()
+    options = (ignore_index, reduction, label_smoothing, "nearest", False)
+    return operator.upsample_cross_entropy(as_map(input, 2), as_map(labels, 1), weight, options, with_overlap=True)
+
+
+def log_plain(loss: str, reason: str) -> None:
+    """Say once, on the logger `fastseg`, why plain PyTorch serves a loss whose softmax fastseg could have fused."""
+    if not torch.compiler.is_compiling():
+        log_slow_road(f"fastseg.losses.{loss}", reason)

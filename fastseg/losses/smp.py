@@ -1,0 +1,379 @@
+"""segmentation_models_pytorch's losses (0.6.0): the same arguments, values and gradients, on fastseg's operators.
+
+Their multiclass modes read the logits in fused passes and hold nothing of their size but the gradient; the binary and
+multilabel modes, and probabilities instead of logits, run as plain PyTorch. Labels may have any integer dtype.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastseg.functional._checks import pixels_of
+from fastseg.functional._cross_entropy import call_operator, in_dtype
+from fastseg.losses._focal import Focal, focal_sums
+from fastseg.losses._smp_terms import (
+    BINARY,
+    MULTICLASS,
+    MULTILABEL,
+    Sums,
+    as_weights,
+    check_mode,
+    check_weights,
+    result_dtype,
+    sum_pixels,
+    weighted_mean,
+)
+from fastseg.losses._sums import (
+    IGNORE_NONE,
+    as_integers,
+    as_labels,
+    check_labels,
+    check_scores,
+    log_plain,
+    one_hot,
+    softmax_sums,
+)
+from fastseg.ops.cross_entropy import accumulation_dtype
+from fastseg.reference import is_ignored
+
+# A class's sum of focal factors, by which "normalized" divides, is at least this.
+LEAST_FACTOR = 1e-6
+
+
+class DiceLoss(nn.Module):
+    """`segmentation_models_pytorch.losses.DiceLoss`.
+
+    Of class c, with sums over all pixels of the batch that aren't ignored, p the predicted probability and t the
+    target: ``Dice[c] = (I + smooth) / max((sum(p) + sum(t)) / 2 + smooth, eps)`` and ``I = sum(min(p, t))``, which is
+    sum(p * t) for targets of zeros and ones. The loss is the mean over classes of ``1 - Dice[c]``, or ``-log(max(
+    Dice[c], eps))``.
+
+    What may surprise: one Dice of each class over the whole batch, not of each image; a class without a labelled pixel
+    adds 0 to the mean, but counts in its divisor; ``smooth`` is added to halved sums, so that 1 counts like 2 in
+    `fastseg.functional.cross_entropy_dice`; ``class_weights`` give the loss of half-type logits in float32. Unlike the
+    original, a batch without images is served: its loss is 0.
+
+    Args:
+        mode: "binary", "multiclass" or "multilabel". In "multiclass" with logits the sums come from one fused pass.
+        classes: The classes whose losses count; None for all.
+        log_loss: Whether the loss is -log(Dice) instead of 1 - Dice.
+        from_logits: Whether the prediction is logits, not probabilities.
+        smooth: Added to Dice's numerator and denominator, in pixels.
+        ignore_index: A label that doesn't count; in "binary" and "multilabel" a target value.
+        eps: The least denominator, and the least Dice under the logarithm.
+        class_weights: ``[C]``, how much each class counts in the mean; not for "binary".
+
+    Raises:
+        ValueError: Arguments don't fit; the message names them.
+    """
+
+    def __init__(
+        self,
+        mode: str,
+        classes: list[int] | None = None,
+        log_loss: bool = False,
+        from_logits: bool = True,
+        smooth: float = 0.0,
+        ignore_index: int | None = None,
+        eps: float = 1e-7,
+        class_weights: list[float] | None = None,
+    ) -> None:
+        super().__init__()
+        check_mode(mode, class_weights)
+        if classes is not None and mode == BINARY:
+            raise ValueError('classes: mode "binary" has one class')
+        self.mode = mode
+        self.classes = None if classes is None else torch.as_tensor(classes, dtype=torch.long)
+        if self.classes is not None and self.classes.ndim != 1:
+            raise ValueError(f"classes: expected a list of class indices, got {classes}")
+        self.from_logits = from_logits
+        self.smooth = smooth
+        self.eps = eps
+        self.log_loss = log_loss
+        self.ignore_index = ignore_index
+        self.class_weights = as_weights(class_weights)
+
+    def forward(self, y_pred: Tensor, y_true: Tensor) -> Tensor:
+        """The loss.
+
+        Args:
+            y_pred: Logits or probabilities ``[N, C, d1, ...]``; float32, float64, bfloat16 or float16.
+            y_true: In "multiclass", labels ``[N, d1, ...]`` (or of as many elements) in [0, C); else a target of
+                y_pred's number of elements, ``[N, ...]``.
+
+        Returns:
+            One number in y_pred's dtype (float32 for half dtypes under autocast, or with ``class_weights``).
+
+        Raises:
+            IndexError: On a CPU, a label is neither in [0, C) nor ignored.
+            ValueError: Shapes don't fit; the message names the argument.
+        """
+        check_scores("y_pred", y_pred, 2)
+        check_weights(self.class_weights, y_pred.shape[1])
+        if self.mode != MULTICLASS:
+            sums = self._sum_maps(self._probabilities(y_pred), y_true)
+        elif self.from_logits:
+            labels = as_labels("y_true", y_true, y_pred)
+            ignore_index = IGNORE_NONE if self.ignore_index is None else self.ignore_index
+            sums = Sums(*softmax_sums(y_pred, labels, ignore_index)[1].sum(1))
+        else:
+            log_plain("smp.DiceLoss", "from_logits=False leaves no softmax to fuse")
+            sums = self._sum_labels(y_pred, as_labels("y_true", y_true, y_pred))
+        return in_dtype(self._combine(sums), result_dtype(y_pred, self.class_weights))
+
+    def _combine(self, sums: Sums) -> Tensor:
+        denominator = (sums.predicted + sums.labelled) / 2 + self.smooth
+        scores = (sums.intersection + self.smooth) / denominator.clamp_min(self.eps)
+        losses = -scores.clamp_min(self.eps).log() if self.log_loss else 1 - scores
+        losses = losses * (sums.labelled > 0)
+        weights = self.class_weights
+        if self.classes is not None:
+            losses = losses[self.classes.to(losses.device)]
+            weights = None if weights is None else weights[self.classes]
+        return weighted_mean(losses, weights)
+
+    def _probabilities(self, y_pred: Tensor) -> Tensor:
+        return F.logsigmoid(y_pred).exp() if self.from_logits else y_pred
+
+    def _sum_maps(self, probabilities: Tensor, y_true: Tensor) -> Sums:
+        """The sums of a target value for each probability."""
+        images, channels = probabilities.shape[:2]
+        if y_true.shape[:1] != (images,) or y_true.numel() != probabilities.numel():
+            raise ValueError(
+                f"y_true: expected as many targets as y_pred, {tuple(probabilities.shape)}, got {tuple(y_true.shape)}"
+            )
+        pixels = probabilities[0, 0].numel() if images else 0
+        if self.mode == BINARY:
+            channels, pixels = 1, channels * pixels
+        y_true = y_true.reshape(images, channels, pixels)
+        counted = None if self.ignore_index is None else y_true != self.ignore_index
+        return sum_pixels(probabilities.reshape(y_true.shape), y_true, counted)
+
+    def _sum_labels(self, probabilities: Tensor, labels: Tensor) -> Sums:
+        """The sums of class labels."""
+        labels = labels.flatten(1) if labels.ndim > 1 else labels.unsqueeze(1)
+        counted = None
+        if self.ignore_index is not None:
+            ignored = is_ignored(labels, self.ignore_index)
+            labels, counted = labels.masked_fill(ignored, 0), ~ignored.unsqueeze(1)
+        probabilities = probabilities.unsqueeze(-1).flatten(2)
+        return sum_pixels(
+            probabilities, one_hot("y_true", labels, probabilities.shape[1], probabilities.dtype), counted
+        )
+
+
+class FocalLoss(nn.Module):
+    """`segmentation_models_pytorch.losses.FocalLoss`.
+
+    A focal loss of sigmoids in every mode. With q the sigmoid of the logit where the target is 1, and of minus the
+    logit where it is 0, a value's loss is ``alpha_t * (1 - q)^gamma * -log(q)``, where alpha_t is alpha for a target of
+    1 and 1 - alpha for 0.
+
+    What may surprise: in "multiclass" each class is set against the rest, so that this is no softmax focal loss
+    (`fastseg.FocalLoss` is one), and a label that is no class counts as "none of them"; with ``from_logits=False`` the
+    sigmoid is then applied to the probabilities' logarithms. A mean over classes follows every reduction, so that only
+    "binary" has a loss for each value; and a reduction that isn't known is "none". Unlike the original, the gradient is
+    finite for gamma < 1 where q is 1.
+
+    Args:
+        mode: "binary", "multiclass" or "multilabel". "multiclass" reads the logits in blocks.
+        alpha: How much a target of 1 counts, in [0, 1]; None for all alike.
+        gamma: How much less well classified values count.
+        ignore_index: A label that doesn't count; in "binary" a target value. "multilabel" has none: the original fails.
+        from_logits: Whether the prediction is logits, not probabilities.
+        eps: Probabilities are clamped to [eps, 1 - eps].
+        reduction: Of a class's values: "mean", "sum", "batchwise_mean" (the sum over the first dimension, which is the
+            images, or with ignore_index all values) or "none".
+        normalized: Whether a class's losses are divided by its sum of ``(1 - q)^gamma``.
+        reduced_threshold: Where given, ``1 - q`` is divided by it, and a value whose q is less counts fully.
+        class_weights: ``[C]``, how much each class counts in the mean; not for "binary".
+
+    Raises:
+        ValueError: Arguments don't fit; the message names them.
+    """
+
+    def __init__(
+        self,
+        mode: str,
+        alpha: float | None = None,
+        gamma: float | None = 2.0,
+        ignore_index: int | None = None,
+        from_logits: bool = True,
+        eps: float = 1e-7,
+        reduction: str | None = "mean",
+        normalized: bool = False,
+        reduced_threshold: float | None = None,
+        class_weights: list[float] | None = None,
+    ) -> None:
+        super().__init__()
+        check_mode(mode, class_weights)
+        if gamma is None:
+            raise ValueError("gamma: expected a number, got None, which the original can't compute with either")
+        if mode == MULTILABEL and ignore_index is not None:
+            raise ValueError('ignore_index: mode "multilabel" has none, in the original neither; mask the loss instead')
+        reduces = reduction in ("mean", "sum") or (reduction == "batchwise_mean" and ignore_index is not None)
+        if class_weights is not None and not reduces:
+            raise ValueError(f"class_weights: reduction {reduction!r} leaves values, which they don't fit; reduce them")
+        self.mode = mode
+        self.alpha = alpha
+        self.gamma = gamma
+        self.ignore_index = ignore_index
+        self.from_logits = from_logits
+        self.eps = eps
+        self.reduction = reduction
+        self.normalized = normalized
+        self.reduced_threshold = reduced_threshold
+        self.class_weights = as_weights(class_weights)
+
+    def forward(self, y_pred: Tensor, y_true: Tensor) -> Tensor:
+        """The loss.
+
+        Args:
+            y_pred: Logits or probabilities ``[N, C, d1, ...]``, in "binary" of any shape; float32, float64, bfloat16 or
+                float16.
+            y_true: In "multiclass", labels ``[N, d1, ...]``; in "multilabel", a target of y_pred's shape; in "binary",
+                of its number of elements.
+
+        Returns:
+            One number in y_pred's dtype (float32 for half dtypes under autocast, or with ``class_weights``); in
+            "binary" with reduction "none" a loss for each value that isn't ignored, ``[values]``. NaN for the mean of
+            no value.
+
+        Raises:
+            ValueError: Shapes don't fit; the message names the argument.
+        """
+        check_scores("y_pred", y_pred, 1 if self.mode == BINARY else 2)
+        logits = y_pred if self.from_logits else self._logits(y_pred)
+        if self.mode == BINARY:
+            loss = self._binary(logits, y_true)
+        else:
+            check_weights(self.class_weights, y_pred.shape[1])
+            by_class = self._multiclass if self.mode == MULTICLASS else self._multilabel
+            loss = weighted_mean(by_class(logits, y_true), self.class_weights)
+        return in_dtype(loss, result_dtype(y_pred, self.class_weights))
+
+    @property
+    def _focal(self) -> Focal:
+        ignore_index = IGNORE_NONE if self.ignore_index is None else self.ignore_index
+        return Focal(self.gamma, self.reduced_threshold, first_class=0, ignore_index=ignore_index)
+
+    def _logits(self, probabilities: Tensor) -> Tensor:
+        probabilities = probabilities.to(accumulation_dtype(probabilities)).clamp(self.eps, 1 - self.eps)
+        return probabilities.log() if self.mode == MULTICLASS else probabilities.logit()
+
+    def _multiclass(self, logits: Tensor, y_true: Tensor) -> Tensor:
+        """The classes' losses, from labels."""
+        labels = as_labels("y_true", y_true, logits)
+        (own, others, factors), _ = focal_sums(logits, labels, self._focal)
+        losses = own + others if self.alpha is None else self.alpha * own + (1 - self.alpha) * others
+        if self.ignore_index is None:
+            return self._reduce(losses, factors, labels.numel(), images=labels.shape[0])
+        return self._reduce(losses, factors, (~is_ignored(labels, self.ignore_index)).sum(), images=1)
+
+    def _multilabel(self, logits: Tensor, y_true: Tensor) -> Tensor:
+        """The classes' losses, from a target for each value."""
+        if y_true.shape != logits.shape:
+            raise ValueError(f"y_true: expected y_pred's shape {tuple(logits.shape)}, got {tuple(y_true.shape)}")
+        dims = [dim for dim in range(logits.ndim) if dim != 1]
+        losses, factors = (terms.sum(dims) for terms in self._terms(logits, y_true))
+        return self._reduce(losses, factors, logits.numel() // logits.shape[1], images=logits.shape[0])
+
+    def _binary(self, logits: Tensor, y_true: Tensor) -> Tensor:
+        """The loss of all values, or each one's."""
+        if y_true.numel() != logits.numel():
+            raise ValueError(f"y_true: expected as many targets as y_pred, {logits.numel()}, got {y_true.numel()}")
+        y_true = y_true.reshape(-1)
+        losses, factors = self._terms(logits.reshape(-1), y_true)
+        counted = None if self.ignore_index is None else y_true != self.ignore_index
+        if counted is not None:
+            losses, factors = losses.masked_fill(~counted, 0), factors.masked_fill(~counted, 0)
+        if self.reduction in ("mean", "sum", "batchwise_mean"):
+            count = losses.numel() if counted is None else counted.sum()
+            return self._reduce(losses.sum(), factors.sum(), count, images=count)
+        losses = losses if counted is None else losses[counted]
+        return losses / factors.sum().clamp_min(LEAST_FACTOR) if self.normalized else losses
+
+    def _terms(self, logits: Tensor, y_true: Tensor) -> tuple[Tensor, Tensor]:
+        """Each value's loss and ``(1 - q)^gamma``; the target may lie between 0 and 1."""
+        logits = logits.to(accumulation_dtype(logits))
+        y_true = y_true.to(logits.dtype)
+        losses = F.binary_cross_entropy_with_logits(logits, y_true, reduction="none")
+        factors = self._focal.factor(losses, -torch.expm1(-losses))
+        losses = factors * losses
+        return losses if self.alpha is None else losses * (
+            self.alpha * y_true + (1 - self.alpha) * (1 - y_true)
+        ), factors
+
+    def _reduce(self, losses: Tensor, factors: Tensor, count: int | Tensor, images: int | Tensor) -> Tensor:
+        """The reduction of values, from the sums of theirs and of their factors."""
+        if self.normalized:
+            losses = losses / factors.clamp_min(LEAST_FACTOR)
+        if self.reduction == "sum":
+            return losses
+        if self.reduction == "batchwise_mean":
+            return losses * images / count
+        return losses / count
+
+
+class SoftCrossEntropyLoss(nn.Module):
+    """`segmentation_models_pytorch.losses.SoftCrossEntropyLoss`: cross-entropy with label smoothing.
+
+    What may surprise: the "mean" divides by all pixels, those that are ignored among them; with "none" and an
+    ``ignore_index`` the losses keep a dimension of size 1 at ``dim``; a reduction that isn't known is "none". Unlike
+    the original, whose default ``smooth_factor`` fails at the call, None is 0.
+
+    Args:
+        reduction: "mean", "sum" or "none".
+        smooth_factor: Share of the target, in [0, 1], that is spread evenly over all classes; None for 0.
+        ignore_index: A label that adds nothing to the loss; None for no such label.
+        dim: The dimension of the classes.
+
+    Raises:
+        ValueError: Arguments don't fit; the message names them.
+    """
+
+    def __init__(
+        self,
+        reduction: str = "mean",
+        smooth_factor: float | None = None,
+        ignore_index: int | None = -100,
+        dim: int = 1,
+    ) -> None:
+        super().__init__()
+        if smooth_factor is not None and not 0 <= smooth_factor <= 1:
+            raise ValueError(f"smooth_factor: expected a number in [0, 1], got {smooth_factor}")
+        self.smooth_factor = smooth_factor
+        self.ignore_index = ignore_index
+        self.reduction = reduction
+        self.dim = dim
+
+    def forward(self, y_pred: Tensor, y_true: Tensor) -> Tensor:
+        """The loss.
+
+        Args:
+            y_pred: Logits, for the default ``dim`` ``[N, C, d1, ...]``; float32, float64, bfloat16 or float16.
+            y_true: Labels in [0, C), of y_pred's shape without ``dim``, or with one element there.
+
+        Returns:
+            The loss in y_pred's dtype (float32 for half dtypes under autocast). NaN for the "mean" over no pixel.
+
+        Raises:
+            IndexError: On a CPU, a label is neither in [0, C) nor ignored.
+            ValueError: Shapes don't fit; the message names the argument.
+        """
+        if not -y_pred.ndim <= self.dim < y_pred.ndim:
+            raise ValueError(f"dim: expected a dimension of y_pred, which has {y_pred.ndim}, got {self.dim}")
+        logits = y_pred.movedim(self.dim, 1) if y_pred.ndim > 1 else y_pred
+        check_scores("y_pred", logits, 1)
+        labels = y_true.squeeze(self.dim) if y_true.ndim == y_pred.ndim else y_true
+        check_labels("y_true", labels, pixels_of(logits), logits)
+        ignore_index = IGNORE_NONE if self.ignore_index is None else self.ignore_index
+        reduction = "sum" if self.reduction in ("mean", "sum") else "none"
+        loss = call_operator(logits, as_integers(labels), None, ignore_index, reduction, self.smooth_factor or 0.0)
+        if self.reduction == "mean":
+            loss = loss / labels.numel()
+        elif reduction == "none" and self.ignore_index is not None:
+            loss = loss.unsqueeze(self.dim)
+        return in_dtype(loss, y_pred.dtype)
