@@ -102,7 +102,8 @@ class DiceTerm(ClassWeight):
         elif self.other_act is not None:
             input = self.other_act(input)
         if input.shape != target.shape:
-            raise ValueError(f"other_act: expected a result of target's shape {target.shape}, got {input.shape}")
+            expected, got = tuple(target.shape), tuple(input.shape)
+            raise ValueError(f"other_act: expected a result of target's shape {expected}, got {got}")
         input, target = input[:, first:], target[:, first:]
         dtype = torch.promote_types(input.dtype, target.dtype) if target.is_floating_point() else input.dtype
         terms = [input * target, input, target]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastseg._native import log_slow_road
-from fastseg.functional._checks import FLOATING_DTYPES, LABEL_DTYPES, pixels_of
+from fastseg.functional._checks import FLOATING_DTYPES, LABEL_DTYPES, check_class_weight, check_smoothing, pixels_of
 from fastseg.functional._cross_entropy_dice import _as_map as as_map
 from fastseg.ops import upsample_cross_entropy as operator
 from fastseg.ops.cross_entropy import accumulation_dtype
@@ -68,7 +68,11 @@ def softmax_sums(
     reduction: str = "sum", label_smoothing: float = 0.0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The cross-entropy, and `fastseg.reference.overlap`'s ``[3, N, C]``, in the accumulation dtype."""
+    check_class_weight(weight, input.shape[1], input)
+    check_smoothing(label_smoothing)
     if weight is not None:
+        if weight.requires_grad and torch.is_grad_enabled():
+            raise ValueError("weight: it has no gradient here, as in torch's cross-entropy of labels; detach it")
         weight = weight.to(accumulation_dtype(input)).contiguous()
     options = (ignore_index, reduction, label_smoothing, "nearest", False)
     return operator.upsample_cross_entropy(as_map(input, 2), as_map(labels, 1), weight, options, with_overlap=True)

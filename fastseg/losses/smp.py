@@ -269,8 +269,8 @@ class FocalLoss(nn.Module):
         (own, others, factors), _ = focal_sums(logits, labels, self._focal)
         losses = own + others if self.alpha is None else self.alpha * own + (1 - self.alpha) * others
         if self.ignore_index is None:
-            return self._reduce(losses, factors, labels.numel(), images=labels.shape[0])
-        return self._reduce(losses, factors, (~is_ignored(labels, self.ignore_index)).sum(), images=1)
+            return self._reduce(losses, factors, labels.numel(), labels.shape[1:].numel())
+        return self._reduce(losses, factors, (~is_ignored(labels, self.ignore_index)).sum())
 
     def _multilabel(self, logits: Tensor, y_true: Tensor) -> Tensor:
         """The classes' losses, from a target for each value."""
@@ -278,7 +278,7 @@ class FocalLoss(nn.Module):
             raise ValueError(f"y_true: expected y_pred's shape {tuple(logits.shape)}, got {tuple(y_true.shape)}")
         dims = [dim for dim in range(logits.ndim) if dim != 1]
         losses, factors = (terms.sum(dims) for terms in self._terms(logits, y_true))
-        return self._reduce(losses, factors, logits.numel() // logits.shape[1], images=logits.shape[0])
+        return self._reduce(losses, factors, logits[:, 0].numel(), logits.shape[2:].numel())
 
     def _binary(self, logits: Tensor, y_true: Tensor) -> Tensor:
         """The loss of all values, or each one's."""
@@ -291,7 +291,7 @@ class FocalLoss(nn.Module):
             losses, factors = losses.masked_fill(~counted, 0), factors.masked_fill(~counted, 0)
         if self.reduction in ("mean", "sum", "batchwise_mean"):
             count = losses.numel() if counted is None else counted.sum()
-            return self._reduce(losses.sum(), factors.sum(), count, images=count)
+            return self._reduce(losses.sum(), factors.sum(), count)
         losses = losses if counted is None else losses[counted]
         return losses / factors.sum().clamp_min(LEAST_FACTOR) if self.normalized else losses
 
@@ -306,14 +306,14 @@ class FocalLoss(nn.Module):
             self.alpha * y_true + (1 - self.alpha) * (1 - y_true)
         ), factors
 
-    def _reduce(self, losses: Tensor, factors: Tensor, count: int | Tensor, images: int | Tensor) -> Tensor:
-        """The reduction of values, from the sums of theirs and of their factors."""
+    def _reduce(self, losses: Tensor, factors: Tensor, count: int | Tensor, positions: int = 1) -> Tensor:
+        """The reduction of so many values, of so many positions in an image, from their and their factors' sums."""
         if self.normalized:
             losses = losses / factors.clamp_min(LEAST_FACTOR)
         if self.reduction == "sum":
             return losses
         if self.reduction == "batchwise_mean":
-            return losses * images / count
+            return losses / positions
         return losses / count
 
 
