@@ -1,6 +1,6 @@
 """fastseg: drop-in PyTorch layers for image segmentation on fused kernels."""
 
-from fastseg import functional, metrics, models, reference
+from fastseg import functional, losses, metrics, models, reference
 from fastseg._info import info
 from fastseg._version import __version__
 from fastseg.modules import (
@@ -26,6 +26,7 @@ __all__ = [
     "__version__",
     "functional",
     "info",
+    "losses",
     "metrics",
     "models",
     "reference",

@@ -97,7 +97,7 @@ def cross_entropy_dice(
     check_labels(target, pixels_of(input), input)
     combination = _Combination(ce_weight, dice_weight, smooth, batch_dice, include_background)
     return _loss(
-        _as_map(input, 2), _as_map(target, 1), weight, ignore_index, label_smoothing, "nearest", False, combination
+        as_map(input, 2), as_map(target, 1), weight, ignore_index, label_smoothing, "nearest", False, combination
     )
 
 
@@ -153,7 +153,7 @@ def upsample_cross_entropy_dice(
     return _loss(input, target, weight, ignore_index, label_smoothing, mode, align_corners, combination)
 
 
-def _as_map(tensor: Tensor, pixel_dim: int) -> Tensor:
+def as_map(tensor: Tensor, pixel_dim: int) -> Tensor:
     """The tensor with two dimensions of pixels, a view where its strides allow one."""
     if tensor.ndim == pixel_dim:
         return tensor[..., None, None]

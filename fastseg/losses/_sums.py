@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastseg._native import log_slow_road
 from fastseg.functional._checks import FLOATING_DTYPES, LABEL_DTYPES, check_class_weight, check_smoothing, pixels_of
-from fastseg.functional._cross_entropy_dice import _as_map as as_map
+from fastseg.functional._cross_entropy_dice import as_map
 from fastseg.ops import upsample_cross_entropy as operator
 from fastseg.ops.cross_entropy import accumulation_dtype
 
