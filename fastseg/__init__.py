@@ -3,6 +3,7 @@
 from fastseg import functional, losses, metrics, models, reference
 from fastseg._info import info
 from fastseg._version import __version__
+from fastseg.fusion import report
 from fastseg.modules import (
     ConvReLUPool2d,
     CrossEntropyDiceLoss,
@@ -30,4 +31,5 @@ __all__ = [
     "metrics",
     "models",
     "reference",
+    "report",
 ]

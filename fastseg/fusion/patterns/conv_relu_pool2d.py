@@ -1,0 +1,135 @@
+"""conv2d + [batch_norm in evaluation] + relu + max_pool2d becomes conv_relu_pool2d.
+
+The ReLU may come before the pool, and its result be used elsewhere (a U-Net's skip), or after it: they commute, in
+their gradients too. Batch normalisation by running statistics is folded into weight and bias each time the graph runs,
+so that gradients reach both.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fastseg.functional import conv_relu_pool2d
+from fastseg.fusion.calls import Call, recognise, tensor_of
+from fastseg.fusion.pattern import Match, Pattern, Unfit, demand, demand_free
+from fastseg.ops.conv_relu_pool2d_geometry import MAX_WINDOW
+
+_NUMBERS = ("stride", "padding", "dilation", "groups")
+_STATISTICS = ("running_mean", "running_var", "weight", "bias", "eps")
+
+
+def conv_batch_norm_relu_pool2d(
+    input: Tensor, weight: Tensor, bias: Tensor | None, batch_norm: dict[str, Any] | None, return_indices: bool,
+    return_skip: bool, **options: Any,
+) -> Any:  # fmt: skip
+    """What the graph calls: the pooled value (with its indices where asked, as max_pool2d), then the skip."""
+    if batch_norm is not None:
+        weight, bias = fold(weight, bias, **batch_norm)
+    results = conv_relu_pool2d(input, weight, bias, **options, return_indices=return_indices, return_skip=return_skip)
+    if return_indices and return_skip:
+        output, indices, skip = results
+        return (output, indices), skip
+    return results
+
+
+def fold(
+    conv_weight: Tensor, conv_bias: Tensor | None, running_mean: Tensor, running_var: Tensor, weight: Tensor | None,
+    bias: Tensor | None, eps: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Weight and bias of the convolution that does what ``batch_norm(conv2d(...))`` does in evaluation."""
+    accumulated = torch.promote_types(conv_weight.dtype, torch.float32)
+    scale = torch.rsqrt(running_var.to(accumulated) + eps)
+    if weight is not None:
+        scale = scale * weight
+    shift = -running_mean if conv_bias is None else conv_bias.to(accumulated) - running_mean
+    folded_bias = shift * scale
+    if bias is not None:
+        folded_bias = folded_bias + bias
+    return (conv_weight * scale.reshape(-1, 1, 1, 1)).to(conv_weight.dtype), folded_bias.to(conv_weight.dtype)
+
+
+def _match_relu_pool(pool: Call) -> Match | None:
+    relu = recognise(pool["input"])
+    if relu is None or relu.operation != "relu":
+        return None
+    chain = _convolution(relu["input"])
+    _demand_pool(pool, chain[0])
+    with_skip = len(relu.node.users) > 1
+    outputs: dict[fx.Node, int | None] = {relu.node: 1, pool.node: 0} if with_skip else {pool.node: None}
+    kept_by_norm = [chain[0].node] if len(chain) > 1 else []
+    not_kept = kept_by_norm + ([] if with_skip else [relu.node])
+    return _make(chain, relu, pool, outputs, bool(pool["return_indices"]), with_skip, not_kept)
+
+
+def _match_pool_relu(relu: Call) -> Match | None:
+    pool = recognise(relu["input"])
+    if pool is None or pool.operation != "max_pool2d":
+        return None
+    chain = _convolution(pool["input"])
+    demand(not pool["return_indices"], "return_indices: the positions are those before ReLU")
+    _demand_pool(pool, chain[0])
+    return _make(chain, pool, relu, {relu.node: None}, False, False, [call.node for call in chain])
+
+
+def _convolution(value: Any) -> list[Call]:
+    """The convolution that gives a value, and the batch normalisation after it."""
+    call = recognise(value)
+    if call is not None and call.operation == "conv2d":
+        return [call]
+    conv = recognise(call["input"]) if call is not None and call.operation == "batch_norm" else None
+    if call is None or conv is None or conv.operation != "conv2d":
+        raise Unfit("no conv2d before them: no operator serves relu + max_pool2d alone")
+    demand(not call["training"], "batch_norm in training needs statistics of the whole map before ReLU")
+    return [conv, call]
+
+
+def _demand_pool(pool: Call, conv: Call) -> None:
+    numbers = [conv[name] for name in _NUMBERS] + [pool[name] for name in ("kernel_size", "stride", "padding")]
+    found: list[fx.Node] = []
+    fx.map_arg(numbers, lambda node: found.append(node))
+    demand(not found, "sizes of the window or of the kernel are computed while the model runs")
+    demand(_pair(pool["dilation"]) == (1, 1), "max_pool2d with dilation")
+    height, width = _pair(pool["kernel_size"])
+    demand(height * width <= MAX_WINDOW, f"a pool window of more than {MAX_WINDOW} positions")
+    if pool["return_indices"]:
+        convolved = tensor_of(conv.node)
+        demand(convolved is not None, "return_indices: the dtype isn't known before the model runs")
+        wide = convolved is not None and convolved.dtype in (torch.float32, torch.float64)
+        demand(wide, "return_indices: in half types, values that round to one number have other positions")
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    pair = (value, value) if isinstance(value, int) else tuple(value)
+    return (pair[0], pair[-1])
+
+
+def _make(
+    chain: list[Call], second: Call, last: Call, outputs: dict[fx.Node, int | None], with_indices: bool,
+    with_skip: bool, not_kept: list[fx.Node],
+) -> Match:  # fmt: skip
+    conv, pool = chain[0], last if last.operation == "max_pool2d" else second
+    demand_free(*chain, second, last)
+    norm = {name: chain[1][name] for name in _STATISTICS} if len(chain) > 1 else None
+    if norm is not None and norm["running_mean"] is None:
+        raise Unfit("batch_norm without running statistics")
+    arguments = {name: conv[name] for name in ("input", "weight", "bias", *_NUMBERS)}
+    arguments |= {
+        "batch_norm": norm,
+        "pool_size": pool["kernel_size"],
+        "pool_stride": pool["stride"] or None,  # torch takes an empty list for None
+        "pool_padding": pool["padding"],
+        "ceil_mode": bool(pool["ceil_mode"]),
+        "return_indices": with_indices,
+        "return_skip": with_skip,
+    }
+    nodes = [call.node for call in (*chain, second, last)]
+    return Match(nodes, outputs, conv_batch_norm_relu_pool2d, arguments, not_kept)
+
+
+CONV_RELU_POOL = Pattern(
+    "conv2d + [batch_norm] + relu + max_pool2d", "max_pool2d", "conv_relu_pool2d", _match_relu_pool
+)
+CONV_POOL_RELU = Pattern("conv2d + [batch_norm] + max_pool2d + relu", "relu", "conv_relu_pool2d", _match_pool_relu)
