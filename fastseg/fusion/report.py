@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -108,14 +109,17 @@ def _readable(count: int) -> str:
 
 def merge(reports: Iterable[Report]) -> Report:
     """One report of several graphs: a place that several of them hold counts once, with its largest size."""
-    replaced: dict[tuple[str, Place], Replacement] = {}
+    replaced: dict[tuple[str, Place, int], Replacement] = {}
     left: dict[Leftover, None] = {}
     graphs = 0
     for report in reports:
         graphs += report.graphs
         left |= dict.fromkeys(report.left)
+        seen = Counter[tuple[str, Place]]()
         for replacement in report.replaced:
-            key = replacement.pattern, replacement.place
+            alike = replacement.pattern, replacement.place
+            seen[alike] += 1
+            key = *alike, seen[alike]  # one graph may hold several at one line
             known = replaced.get(key)
             if known is None or (replacement.saved_bytes or 0) > (known.saved_bytes or 0):
                 replaced[key] = replacement

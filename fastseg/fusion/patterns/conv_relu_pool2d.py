@@ -69,7 +69,6 @@ def _match_pool_relu(relu: Call) -> Match | None:
     if pool is None or pool.operation != "max_pool2d":
         return None
     chain = _convolution(pool["input"])
-    demand(not pool["return_indices"], "return_indices: the positions are those before ReLU")
     _demand_pool(pool, chain[0])
     return _make(chain, pool, relu, {relu.node: None}, False, False, [call.node for call in chain])
 

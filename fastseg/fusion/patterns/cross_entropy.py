@@ -28,16 +28,18 @@ def why_not(input: Tensor, target: Tensor, weight: Tensor | None) -> str | None:
         return "cross_entropy: no map of pixels, where torch's own is as fast"
     if input.dtype not in FLOATING_DTYPES:
         return f"cross_entropy: logits in {input.dtype}"
+    if weight is not None and weight.requires_grad:
+        return "cross_entropy: weight needs a gradient"
     if target.is_floating_point():
         return "cross_entropy: target needs a gradient" if target.requires_grad else None
-    return why_not_labels(target, weight)
+    return why_not_labels(target)
 
 
-def why_not_labels(target: Tensor, weight: Tensor | None) -> str | None:
-    """Why labels and class weights must go the plain way, or None."""
+def why_not_labels(target: Tensor) -> str | None:
+    """Why labels must go the plain way, or None."""
     if target.dtype != torch.int64:
         return f"cross_entropy: torch takes labels in int64, and has its own way with {target.dtype}"
-    return "cross_entropy: weight needs a gradient" if weight is not None and weight.requires_grad else None
+    return None
 
 
 def demand_options(loss: Call) -> None:

@@ -20,7 +20,7 @@ def interpolate_cross_entropy(
     input: Tensor, target: Tensor, weight: Tensor | None, interpolation: dict[str, Any], options: dict[str, Any]
 ) -> Tensor:
     """What the graph calls; where its maker knew no sizes, they are looked at here."""
-    reason = why_not(input, target, weight, interpolation)
+    reason = why_not(input, target, interpolation)
     if reason is None and not torch.compiler.is_compiling():  # compilers have compared the sizes
         size = _interpolation.output_size(input, interpolation["size"], interpolation["scale_factor"])
         reason = None if size == tuple(target.shape[1:]) else f"logits of size {size}, labels of {target.shape[1:]}"
@@ -34,11 +34,11 @@ def interpolate_cross_entropy(
     )  # fmt: skip
 
 
-def why_not(input: Tensor, target: Tensor, weight: Tensor | None, interpolation: dict[str, Any]) -> str | None:
+def why_not(input: Tensor, target: Tensor, interpolation: dict[str, Any]) -> str | None:
     """Why tensors must go the plain way, or None."""
     if target.is_floating_point():
         return "class probabilities hold the output's size for every class themselves"
-    reason = _interpolation.why_not(input) or why_not_labels(target, weight)
+    reason = _interpolation.why_not(input) or why_not_labels(target)
     if reason is not None:
         return reason
     factor = interpolation["scale_factor"]
@@ -58,7 +58,7 @@ def _match(loss: Call) -> Match | None:
     logits, target = tensor_of(interpolate["input"]), tensor_of(loss["target"])
     if logits is not None and target is not None:
         factor = number_of(interpolation["scale_factor"])
-        reason = why_not(logits, target, tensor_of(loss["weight"]), interpolation | {"scale_factor": factor})
+        reason = why_not(logits, target, interpolation | {"scale_factor": factor})
         if reason is not None:
             raise Unfit(reason)
     return Match(

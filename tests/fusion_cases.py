@@ -1,0 +1,240 @@
+"""Calls that the fusion pass finds, and calls that look like them and must stay: shared by its tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fastseg
+from fastseg.testing import make, make_labels
+
+CLASSES = 5
+
+
+def compiled(function: Callable[..., Any], **options: Any) -> Any:
+    """``function`` through the pass, then plain PyTorch: Inductor takes its time, and has tests of its own."""
+    torch._dynamo.reset()
+    return torch.compile(function, backend="fastseg", options={"inner": "eager"}, **options)
+
+
+def operators(report: fastseg.fusion.Report) -> list[str]:
+    """The operators that the pass put in."""
+    return sorted(replacement.operator for replacement in report.replaced)
+
+
+class Case(NamedTuple):
+    """A function of tensors, and the operators that it is to become."""
+
+    function: Callable[..., Any]
+    tensors: Callable[[torch.dtype, str], Sequence[Tensor | None]]
+    operators: tuple[str, ...]
+    terms: int = 1
+
+
+# ---- front end ----
+
+
+def images(dtype: torch.dtype, layout: str, *, groups: int = 1, kernel: int = 3) -> list[Tensor | None]:
+    """Images, a convolution's weight and bias."""
+    return [
+        make((2, 4, 13, 18), dtype, seed=1, layout=layout, requires_grad=True),
+        make((8, 4 // groups, kernel, kernel), dtype, seed=2, requires_grad=True),
+        make((8,), dtype, seed=3, requires_grad=True),
+    ]
+
+
+def normalised(dtype: torch.dtype, layout: str) -> list[Tensor | None]:
+    """The same, and what batch normalisation needs."""
+    return [
+        *images(dtype, layout),
+        make((8,), dtype, seed=4),
+        make((8,), dtype, seed=5).abs() + 0.5,
+        make((8,), dtype, seed=6, requires_grad=True),
+        make((8,), dtype, seed=7, requires_grad=True),
+    ]
+
+
+def conv_in_place(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.max_pool2d(F.relu(F.conv2d(x, weight, bias, padding=1), inplace=True), 2)
+
+
+def conv_methods(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return torch.max_pool2d(torch.conv2d(x, weight, bias).relu_(), 3, stride=2, padding=1, ceil_mode=True)
+
+
+def conv_pool_relu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return torch.relu(F.max_pool2d(F.conv2d(x, weight, bias, padding="same"), kernel_size=(2, 3)))
+
+
+def conv_indices(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    output, positions = F.max_pool2d(F.relu(F.conv2d(x, weight, None, 2, 1)), 3, 2, 1, return_indices=True)
+    return output * bias[:, None, None], positions
+
+
+def conv_skip_indices(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+    skip = F.relu(F.conv2d(x, weight, bias, padding=1))
+    output, positions = F.max_pool2d_with_indices(skip, 2)
+    return output, positions, skip
+
+
+def conv_skip_early(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """The skip is used before the pool."""
+    skip = F.relu(F.conv2d(x, weight, bias, padding=1))
+    other = skip.sin()
+    return F.max_pool2d(skip, 2), other
+
+
+def conv_two_pools(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """One of the pools is fused, the other reads the skip."""
+    skip = F.relu(F.conv2d(x, weight, bias, padding=1))
+    return F.max_pool2d(skip, 2), F.max_pool2d(skip, 3)
+
+
+def conv_grouped(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.max_pool2d(F.relu(F.conv2d(x, weight, bias, dilation=2, groups=2)), 2, dilation=1)
+
+
+def conv_unbatched(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.max_pool2d(F.relu(F.conv2d(x[0].contiguous(), weight, bias)), 2)
+
+
+def two_convs(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """What the first replacement gives is what the second takes."""
+    first = F.max_pool2d(F.relu(F.conv2d(x, weight, bias, padding=1)), 2)
+    return F.max_pool2d(F.relu(F.conv2d(first[:, :4] * 1.0, weight, bias, padding=1)), 2)
+
+
+def chained_convs(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    first = F.max_pool2d(F.relu(F.conv2d(x, weight, bias, padding=1)), 2)
+    return F.max_pool2d(F.relu(F.conv2d(first, weight.repeat(1, 2, 1, 1), bias, padding=1)), 2)
+
+
+def norm_relu_pool(x: Tensor, weight: Tensor, bias: Tensor, *norm: Tensor) -> Tensor:
+    return F.max_pool2d(F.relu(F.batch_norm(F.conv2d(x, weight, bias, padding=1), *norm), inplace=True), 2)
+
+
+def norm_pool_relu(x: Tensor, weight: Tensor, bias: Tensor, *norm: Tensor) -> Tensor:
+    return F.relu(F.max_pool2d(F.batch_norm(F.conv2d(x, weight, bias, padding=1), *norm, eps=1e-2), 2))
+
+
+def norm_skip(x: Tensor, weight: Tensor, bias: Tensor, *norm: Tensor) -> tuple[Tensor, Tensor]:
+    skip = F.relu(F.batch_norm(F.conv2d(x, weight, None, padding=1), *norm))
+    return F.max_pool2d(skip, 3, 2, 1) * bias[:, None, None], skip
+
+
+def norm_not_affine(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+    return F.max_pool2d(F.relu(F.batch_norm(F.conv2d(x, weight, bias, padding=1), mean, var)), 2)
+
+
+# ---- back end ----
+
+
+def logits(dtype: torch.dtype, layout: str) -> list[Tensor | None]:
+    """Small logits, labels of 24 x 32 pixels, class weights."""
+    return [
+        make((2, CLASSES, 6, 8), dtype, seed=1, layout=layout, scale=3.0, requires_grad=True),
+        make_labels((2, 24, 32), CLASSES, seed=2, ignore_index=255),
+        make((CLASSES,), dtype, seed=3).abs(),
+    ]
+
+
+def full_logits(dtype: torch.dtype, layout: str) -> list[Tensor | None]:
+    return [
+        make((2, CLASSES, 24, 32), dtype, seed=1, layout=layout, requires_grad=True),
+        *logits(dtype, layout)[1:],
+    ]
+
+
+def upsampled_loss(x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    up = F.interpolate(x, size=target.shape[-2:], mode="bilinear", align_corners=False)
+    return F.cross_entropy(up, target, weight, ignore_index=255, label_smoothing=0.1)
+
+
+def upsampled_loss_corners(x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    up = F.interpolate(x, scale_factor=(4, 4), mode="bilinear", align_corners=True)
+    return F.cross_entropy(up, target, ignore_index=255, reduction="none")
+
+
+def upsampled_loss_nearest(x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    return torch.nn.CrossEntropyLoss(ignore_index=255, reduction="sum")(F.interpolate(x, scale_factor=4.0), target)
+
+
+def upsampled_loss_recomputed(x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    up = F.interpolate(x, scale_factor=4.01, mode="bilinear", recompute_scale_factor=True)
+    return F.cross_entropy(up, target, ignore_index=255)
+
+
+def upsampled_loss_exact(x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """1.5 isn't whole, but the sizes that it gives are."""
+    up = F.interpolate(x, scale_factor=1.5, mode="bilinear")
+    return F.cross_entropy(up, target[:, :9, :12], ignore_index=255)
+
+
+def two_upsampled_losses(x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    up = F.interpolate(x, size=(24, 32), mode="bilinear")
+    return F.cross_entropy(up, target, ignore_index=255) + F.cross_entropy(up, target, weight, ignore_index=255)
+
+
+def loss_and_prediction(x: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Both read the same upsampled logits, which nothing else does."""
+    up = F.interpolate(x, size=(24, 32), mode="bilinear")
+    return F.cross_entropy(up, target, ignore_index=255), up.softmax(dim=1).argmax(dim=1)
+
+
+def prediction(x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    return torch.argmax(F.interpolate(x, scale_factor=2.5, mode="bilinear"), 1)
+
+
+def prediction_kept_dim(x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    return F.log_softmax(F.interpolate(x, size=13, mode="nearest"), dim=-3).argmax(-3, keepdim=True)
+
+
+def prediction_recomputed(x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    return F.interpolate(x, scale_factor=2.3, mode="bilinear", recompute_scale_factor=True).argmax(1)
+
+
+def loss(x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    return F.cross_entropy(x, target, weight, ignore_index=255)
+
+
+def loss_of_probabilities(x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    one_hot = F.one_hot(target.clamp(max=CLASSES - 1), CLASSES).permute(0, 3, 1, 2).to(x.dtype)
+    return F.cross_entropy(x, one_hot)
+
+
+PIXELS = 2 * 24 * 32
+TAPS = 4 * 3 * 3
+
+CASES = {
+    "conv, in place": Case(conv_in_place, images, ("conv_relu_pool2d",), PIXELS),
+    "conv, methods": Case(conv_methods, images, ("conv_relu_pool2d",), PIXELS),
+    "conv, pool before relu": Case(conv_pool_relu, images, ("conv_relu_pool2d",), PIXELS),
+    "conv, indices": Case(conv_indices, images, ("conv_relu_pool2d",), PIXELS),
+    "conv, skip and indices": Case(conv_skip_indices, images, ("conv_relu_pool2d",), PIXELS),
+    "conv, skip used first": Case(conv_skip_early, images, ("conv_relu_pool2d",), PIXELS),
+    "conv, two pools": Case(conv_two_pools, images, ("conv_relu_pool2d",), PIXELS),
+    "conv, groups": Case(conv_grouped, lambda d, f: images(d, f, groups=2), ("conv_relu_pool2d",), PIXELS),
+    "conv, no batch": Case(conv_unbatched, images, ("conv_relu_pool2d",), PIXELS),
+    "conv, two": Case(two_convs, images, ("conv_relu_pool2d",) * 2, PIXELS),
+    "conv, chained": Case(chained_convs, images, ("conv_relu_pool2d",) * 2, PIXELS),
+    "norm": Case(norm_relu_pool, normalised, ("conv_relu_pool2d",), PIXELS),
+    "norm, pool before relu": Case(norm_pool_relu, normalised, ("conv_relu_pool2d",), PIXELS),
+    "norm, skip": Case(norm_skip, normalised, ("conv_relu_pool2d",), PIXELS),
+    "norm, not affine": Case(norm_not_affine, lambda d, f: normalised(d, f)[:5], ("conv_relu_pool2d",), PIXELS),
+    "upsampled loss": Case(upsampled_loss, logits, ("upsample_cross_entropy",), PIXELS),
+    "upsampled loss, corners": Case(upsampled_loss_corners, logits, ("upsample_cross_entropy",), PIXELS),
+    "upsampled loss, nearest": Case(upsampled_loss_nearest, logits, ("upsample_cross_entropy",), PIXELS),
+    "upsampled loss, recomputed": Case(upsampled_loss_recomputed, logits, ("upsample_cross_entropy",), PIXELS),
+    "upsampled loss, 1.5": Case(upsampled_loss_exact, logits, ("upsample_cross_entropy",), PIXELS),
+    "upsampled losses": Case(two_upsampled_losses, logits, ("upsample_cross_entropy",) * 2, PIXELS),
+    "loss and prediction": Case(loss_and_prediction, logits, ("upsample_argmax", "upsample_cross_entropy"), PIXELS),
+    "prediction": Case(prediction, logits, ("upsample_argmax",)),
+    "prediction, kept dim": Case(prediction_kept_dim, logits, ("upsample_argmax",)),
+    "prediction, recomputed": Case(prediction_recomputed, logits, ("upsample_argmax",)),
+    "loss": Case(loss, full_logits, ("cross_entropy",), PIXELS),
+    "loss of probabilities": Case(loss_of_probabilities, full_logits, ("cross_entropy",), PIXELS),
+}

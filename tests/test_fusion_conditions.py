@@ -1,0 +1,275 @@
+"""Calls that look like a pattern and must stay as they are: each with its reason, and not a bit different."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fusion_cases import compiled, conv_in_place, full_logits, images, logits, normalised
+from torch import Tensor, nn
+
+import fastseg
+
+LEFT: dict[str, tuple[Callable[..., Any], Callable[..., Any], str]] = {}
+
+
+def left(tensors: Callable[..., Any], reason: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Registers a function whose calls stay, for this reason."""
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        LEFT[function.__name__] = (function, tensors, reason)
+        return function
+
+    return register
+
+
+# ---- front end ----
+
+
+@left(images, "dilation")
+def dilated_pool(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.max_pool2d(F.relu(F.conv2d(x, weight, bias)), 2, dilation=2)
+
+
+@left(images, "more than 255 positions")
+def large_window(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.max_pool2d(F.relu(F.conv2d(x, weight, bias, padding=8)), 16)
+
+
+@left(images, "conv2d (convolved) has another user")
+def convolution_used_elsewhere(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    convolved = F.conv2d(x, weight, bias)
+    return F.max_pool2d(F.relu(convolved), 2), convolved.sin()
+
+
+@left(images, "max_pool2d (pooled) has another user")
+def pool_used_before_relu(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    pooled = F.max_pool2d(F.conv2d(x, weight, bias), 2)
+    return F.relu(pooled), pooled.sin()
+
+
+@left(images, "no conv2d before them")
+def no_convolution(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.max_pool2d(F.relu(x.sin()), 2)
+
+
+@left(normalised, "batch_norm in training")
+def norm_in_training(x: Tensor, weight: Tensor, bias: Tensor, *norm: Tensor) -> Tensor:
+    copies = [tensor.clone() for tensor in norm]
+    return F.max_pool2d(F.relu(F.batch_norm(F.conv2d(x, weight, bias), *copies, training=True)), 2)
+
+
+@left(normalised, "batch_norm (normal) has another user")
+def norm_used_elsewhere(x: Tensor, weight: Tensor, bias: Tensor, *norm: Tensor) -> tuple[Tensor, Tensor]:
+    normal = F.batch_norm(F.conv2d(x, weight, bias), *norm)
+    return F.max_pool2d(F.relu(normal), 2), normal.sin()
+
+
+@left(images, "changes a value in place")
+def skip_changed_before_the_pool(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    with torch.no_grad():  # or else autograd itself refuses it
+        skip = F.relu(F.conv2d(x, weight, bias))
+        skip[:, 0].add_(1.0)
+        return F.max_pool2d(skip, 2)
+
+
+@left(images, "changes a value in place")
+def input_changed_on_the_way(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    with torch.no_grad():
+        shifted = x + 1
+    convolved = F.conv2d(shifted, weight.detach(), bias.detach())
+    shifted += 1
+    return F.max_pool2d(F.relu(convolved), 2) * bias[:, None, None], shifted * weight.sum() * x
+
+
+@left(images, "changes a value in place")
+def weight_changed_on_the_way(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    with torch.no_grad():
+        moving = weight.clone()
+        convolved = F.conv2d(x, moving, bias)
+        moving[0] = 0
+        return F.max_pool2d(F.relu(convolved), 2)
+
+
+@left(images, "autograd's or autocast's state")
+def convolution_without_gradient(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    with torch.no_grad():
+        convolved = F.conv2d(x, weight, bias)
+    return F.max_pool2d(F.relu(convolved), 2) * bias[:, None, None] * weight.sum() * x.sum()
+
+
+@left(images, "autograd's or autocast's state")
+def convolution_in_autocast(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        convolved = F.conv2d(x, weight, bias)
+    return F.max_pool2d(F.relu(convolved), 2)
+
+
+@left(lambda dtype, layout: images(torch.bfloat16, layout), "in half types")
+def indices_in_bfloat16(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    return F.max_pool2d(F.relu(F.conv2d(x, weight, bias)), 2, return_indices=True)
+
+
+@left(lambda dtype, layout: images(dtype, "channels_last"), "strides")
+def unbatched_channels_last(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.max_pool2d(F.relu(F.conv2d(x[0], weight, bias)), 2)
+
+
+@left(images, "torch.func")
+def mapped(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return torch.func.vmap(lambda image: conv_in_place(image[None], weight, bias))(x)
+
+
+# ---- back end ----
+
+
+@left(logits, "mode 'bicubic'")
+def bicubic(x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    return F.interpolate(x, (24, 32), mode="bicubic").argmax(1)
+
+
+@left(logits, "mode 'nearest-exact'")
+def nearest_exact(x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    return F.interpolate(x, (24, 32), mode="nearest-exact").argmax(1)
+
+
+@left(logits, "antialias")
+def antialiased(x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    return F.interpolate(x, (3, 4), mode="bilinear", antialias=True).argmax(1)
+
+
+@left(logits, "5 dimensions")
+def volumes(x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    return F.interpolate(x[..., None], scale_factor=2).argmax(1)
+
+
+@left(logits, "torch.uint8")
+def logits_in_uint8(x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    return F.interpolate(x.to(torch.uint8), (24, 32)).argmax(1)
+
+
+@left(logits, "another dimension")
+def argmax_of_rows(x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    return F.interpolate(x, (24, 32)).argmax(2)
+
+
+@left(logits, "another dimension")
+def argmax_of_everything(x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    return F.interpolate(x, (24, 32)).argmax()
+
+
+@left(logits, "another dimension")
+def softmax_of_rows(x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    return F.interpolate(x, (24, 32)).softmax(2).argmax(1)
+
+
+@left(logits, "softmax in another dtype")
+def softmax_in_half(x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    return F.interpolate(x, (24, 32)).softmax(1, dtype=torch.bfloat16).argmax(1)
+
+
+@left(logits, "softmax (probabilities) has another user")
+def probabilities_used_elsewhere(x: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    probabilities = F.interpolate(x, (24, 32)).softmax(1)
+    return probabilities.argmax(1), probabilities.amax(1)
+
+
+@left(logits, "changes a value in place")
+def logits_changed_on_the_way(x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    low = x * 1.0
+    up = F.interpolate(low, (24, 32))
+    low.mul_(2.0)
+    return up.argmax(1) + low.argmax()
+
+
+@left(full_logits, "no map of pixels")
+def rows_of_logits(x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    return F.cross_entropy(x.permute(0, 2, 3, 1).reshape(-1, 5), target.flatten(), ignore_index=255)
+
+
+@left(full_logits, "size_average")
+def old_arguments(x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    return F.cross_entropy(x, target, None, False, 255)
+
+
+@left(full_logits, "weight needs a gradient")
+def learnt_weights(x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    return F.cross_entropy(x, x.detach().softmax(1), weight * x.mean().exp())
+
+
+@left(full_logits, "target needs a gradient")
+def learnt_targets(x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    return F.cross_entropy(x, x.softmax(1))
+
+
+@pytest.mark.parametrize("name", LEFT)
+@pytest.mark.filterwarnings("ignore:size_average")
+def test_left_as_it_is(name: str) -> None:
+    function, tensors, reason = LEFT[name]
+    given = tensors(torch.float32, "nchw")
+    fused = compiled(function, fullgraph=True)
+    actual, plain = (outcome(f, given) for f in (fused, function))
+    report = fastseg.report(fused)
+    assert not report.replaced
+    assert any(reason in leftover.reason for leftover in report.left), report
+    assert "the model runs as it was" in report.summary()
+    for a, p in zip(actual, plain, strict=True):
+        torch.testing.assert_close(a, p, rtol=0, atol=0)
+
+
+def outcome(function: Callable[..., Any], tensors: list[Tensor]) -> list[Tensor]:
+    """Outputs and gradients."""
+    leaves = [t.detach().clone().requires_grad_(t.requires_grad) for t in tensors]
+    results = function(*leaves)
+    outputs = list(results) if isinstance(results, tuple) else [results]
+    total = sum((o.sum() for o in outputs if o.requires_grad), torch.zeros(()))
+    if total.requires_grad:
+        total.backward()
+    return [*(o.detach() for o in outputs), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+
+
+def test_logits_used_elsewhere_are_upsampled_but_the_loss_is_fused() -> None:
+    def function(x: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        up = F.interpolate(x, target.shape[-2:], mode="bilinear")
+        return F.cross_entropy(up, target, weight, ignore_index=255), up
+
+    fused = compiled(function, fullgraph=True)
+    fused(*logits(torch.float32, "nchw"))
+    report = fastseg.report(fused)
+    assert [r.operator for r in report.replaced] == ["cross_entropy"]
+    assert [leftover.reason for leftover in report.left] == ["interpolate (up) has another user: the graph's output"]
+
+
+def test_a_scale_factor_with_another_grid() -> None:
+    def function(x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+        up = F.interpolate(x, scale_factor=1.7, mode="bilinear")
+        return F.cross_entropy(up, target[:, :10, :13], ignore_index=255)
+
+    fused, given = compiled(function, fullgraph=True), logits(torch.float32, "nchw")
+    torch.testing.assert_close(fused(*given), function(*given))
+    report = fastseg.report(fused)
+    assert [r.operator for r in report.replaced] == ["cross_entropy"]
+    assert "isn't that of the size" in report.left[0].reason
+
+
+def test_probabilities_are_no_labels() -> None:
+    def function(x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+        return F.cross_entropy(F.interpolate(x, (12, 16)), F.interpolate(x.detach(), (12, 16)).softmax(1))
+
+    fused = compiled(function, fullgraph=True)
+    fused(*logits(torch.float32, "nchw"))
+    report = fastseg.report(fused)
+    assert [r.operator for r in report.replaced] == ["cross_entropy"]
+    assert "class probabilities" in report.left[0].reason
+
+
+def test_a_hook_sees_what_it_saw() -> None:
+    seen: list[Tensor] = []
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.MaxPool2d(2))
+    model[0].register_forward_hook(lambda module, args, output: seen.append(output))
+    fused, x = compiled(model), torch.randn(1, 3, 8, 8)
+    fused(x)
+    model(x)
+    torch.testing.assert_close(seen[0], seen[1], rtol=0, atol=0)
+    assert not fastseg.report(fused).replaced
