@@ -3,7 +3,7 @@
 from fastseg import functional, losses, metrics, models, reference
 from fastseg._info import info
 from fastseg._version import __version__
-from fastseg.fusion import report
+from fastseg.fusion import fuse, report, unfuse
 from fastseg.modules import (
     ConvReLUPool2d,
     CrossEntropyDiceLoss,
@@ -26,10 +26,12 @@ __all__ = [
     "UpsampleFocalLoss",
     "__version__",
     "functional",
+    "fuse",
     "info",
     "losses",
     "metrics",
     "models",
     "reference",
     "report",
+    "unfuse",
 ]

@@ -161,7 +161,7 @@ def upsampled_loss_corners(x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
 
 
 def upsampled_loss_nearest(x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-    return torch.nn.CrossEntropyLoss(ignore_index=255, reduction="sum")(F.interpolate(x, scale_factor=4.0), target)
+    return F.cross_entropy(F.interpolate(x, scale_factor=4.0), target, ignore_index=255, reduction="sum")
 
 
 def upsampled_loss_recomputed(x: Tensor, target: Tensor, weight: Tensor) -> Tensor:

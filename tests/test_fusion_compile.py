@@ -234,7 +234,7 @@ def test_nothing_matches() -> None:
 
 @pytest.mark.parametrize("model", [Net(), torch.compile(Net()), torch.compile(F.relu), 3])
 def test_no_report_of_other_things(model: Any) -> None:
-    with pytest.raises(TypeError, match=r"model: expected what torch.compile\(..., backend=\"fastseg\"\) "):
+    with pytest.raises(TypeError, match="model: expected what"):
         fastseg.report(model)
 
 

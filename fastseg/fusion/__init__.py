@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastseg.fusion import backend
+from fastseg.fusion import backend, tracing
 from fastseg.fusion.report import Leftover, Place, Replacement, Report
+from fastseg.fusion.tracing import fuse, unfuse
 
-__all__ = ["Leftover", "Place", "Replacement", "Report", "report"]
+__all__ = ["Leftover", "Place", "Replacement", "Report", "fuse", "report", "unfuse"]
 
 
 def report(model: Any) -> Report:
@@ -15,7 +16,7 @@ def report(model: Any) -> Report:
 
     Args:
         model: What ``torch.compile(..., backend="fastseg")`` gave, a model or a function, after its first call (each
-            call may add graphs).
+            call may add graphs); or what `fuse` gave.
 
     Returns:
         The report of all graphs so far; ``print`` it, or read its attributes.
@@ -23,7 +24,9 @@ def report(model: Any) -> Report:
     Raises:
         TypeError: The model has been through neither.
     """
-    found = backend.report_of(model)
+    found = tracing.report_of(model) or backend.report_of(model)
     if found is None:
-        raise TypeError(f'model: expected what torch.compile(..., backend="fastseg") gave, got {type(model)}')
+        raise TypeError(
+            f'model: expected what torch.compile(..., backend="fastseg") or fastseg.fuse gave, got {type(model)}'
+        )
     return found

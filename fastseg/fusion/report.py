@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -12,6 +13,8 @@ from torch import fx
 
 from fastseg.fusion.calls import tensor_of
 
+# Where code is that traces models, and isn't theirs.
+_TRACERS = (os.path.dirname(torch.__file__), os.path.dirname(__file__))
 KIBIBYTE, MEBIBYTE = 2**10, 2**20
 
 
@@ -134,7 +137,8 @@ def place_of(node: fx.Node) -> Place:
     modules = list(node.meta.get("nn_module_stack", {}).values())
     path = _path(modules[-1][0] if isinstance(modules[-1], tuple) else str(modules[-1])) if modules else ""
     lines = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
-    return Place(path, ":".join(lines[-1]) if lines else "")
+    own = [":".join(line) for line in lines if not line[0].startswith(_TRACERS)]
+    return Place(path, own[-1] if own else "")
 
 
 def _path(name: str) -> str:
