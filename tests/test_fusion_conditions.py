@@ -241,6 +241,26 @@ def test_logits_used_elsewhere_are_upsampled_but_the_loss_is_fused() -> None:
     assert [leftover.reason for leftover in report.left] == ["interpolate (up) has another user: the graph's output"]
 
 
+def test_changes_in_place_elsewhere_do_not_matter() -> None:
+    """Before, after, and between of values that the replaced calls don't read."""
+
+    def function(x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+        scaled = (x * 2).mul_(0.5)
+        counter = target.clone()
+        up = F.interpolate(scaled, (24, 32), mode="bilinear")
+        counter.add_(1)
+        other = F.dropout(F.relu(scaled.neg(), inplace=True), 0.0, True, True)
+        loss = F.cross_entropy(up, target, ignore_index=255)
+        loss += other.mean()
+        return loss + counter.sum()
+
+    fused, given = compiled(function, fullgraph=True), logits(torch.float32, "nchw")
+    torch.testing.assert_close(fused(*given), function(*given))
+    report = fastseg.report(fused)
+    assert [r.operator for r in report.replaced] == ["upsample_cross_entropy"]
+    assert not report.left
+
+
 def test_a_scale_factor_with_another_grid() -> None:
     def function(x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
         up = F.interpolate(x, scale_factor=1.7, mode="bilinear")

@@ -42,7 +42,7 @@ def has_transforms(graph: fx.Graph) -> bool:
 
 
 def _between(first: fx.Node, last: fx.Node) -> Iterator[fx.Node]:
-    node = first.next
+    node = first
     while node is not last:
         yield node
         node = node.next

@@ -98,7 +98,7 @@ class Report:
     def __str__(self) -> str:
         lines = [f"fastseg: {self.summary()}"]
         for replacement in self.replaced:
-            saved = "" if replacement.saved_bytes is None else f", {_readable(replacement.saved_bytes)} not kept"
+            saved = f", {_readable(replacement.saved_bytes)} not kept" if replacement.saved_bytes else ""
             lines.append(f"  replaced {replacement.pattern} -> {replacement.operator}{saved}")
             lines.append(f"    at {replacement.place}")
         for leftover in self.left:

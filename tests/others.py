@@ -1,0 +1,154 @@
+"""Models that others wrote, with random weights, small enough for the tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+CLASSES = 5
+
+# torchvision's wheels on the package index want CUDA's libraries; without them its operators are missing, which its
+# import needs declared. timm and segmentation_models_pytorch import torchvision.
+_torchvision = torch.library.Library("torchvision", "FRAGMENT")
+for _name in ("nms", "qnms"):
+    _torchvision.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+
+class Other(NamedTuple):
+    """A model of another library.
+
+    Attributes:
+        package: What it needs installed.
+        build: Makes it.
+        run: Loss and prediction of it for images and labels.
+        training: The operators that are put in where it trains.
+        evaluation: And in evaluation.
+        shape: An image.
+    """
+
+    package: str
+    build: Callable[[], nn.Module]
+    run: Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]]
+    training: list[str]
+    evaluation: list[str]
+    shape: tuple[int, int, int] = (3, 64, 64)
+
+
+def _loss_of_logits(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    logits = model(images)
+    return F.cross_entropy(logits, labels, ignore_index=255), logits.argmax(1)
+
+
+def _loss_with_auxiliary(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    logits = model(images)
+    losses = [F.cross_entropy(logits[name], labels, ignore_index=255) for name in ("out", "aux")]
+    return losses[0] + 0.5 * losses[1], logits["out"].argmax(1)
+
+
+def _loss_within(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """transformers' models know the loss themselves."""
+    outputs = model(pixel_values=images, labels=labels)
+    logits = outputs.logits
+    if logits.shape[-2:] != labels.shape[-2:]:
+        logits = F.interpolate(logits, labels.shape[-2:], mode="bilinear", align_corners=False)
+    return outputs.loss, logits.argmax(1)
+
+
+def _smp(architecture: str, encoder: str) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        import segmentation_models_pytorch
+
+        return getattr(segmentation_models_pytorch, architecture)(encoder, encoder_weights=None, classes=CLASSES)
+
+    return build
+
+
+def _torchvision_model(name: str) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        from torchvision.models import segmentation
+
+        return getattr(segmentation, name)(weights=None, weights_backbone=None, num_classes=CLASSES, aux_loss=True)
+
+    return build
+
+
+def _segformer() -> nn.Module:
+    from transformers import SegformerConfig, SegformerForSemanticSegmentation
+
+    return SegformerForSemanticSegmentation(SegformerConfig(num_labels=CLASSES, semantic_loss_ignore_index=255))
+
+
+def _upernet() -> nn.Module:
+    from transformers import ResNetConfig, UperNetConfig, UperNetForSemanticSegmentation
+
+    widths = [16, 32, 64, 64]
+    stages = [f"stage{i}" for i in range(1, 5)]
+    backbone = ResNetConfig(
+        embedding_size=16, hidden_sizes=widths, depths=[1] * 4, layer_type="basic", out_features=stages
+    )
+    return UperNetForSemanticSegmentation(
+        UperNetConfig(
+            backbone_config=backbone, hidden_size=32, num_labels=CLASSES, auxiliary_in_channels=widths[2],
+            auxiliary_channels=16, loss_ignore_index=255,
+        )
+    )  # fmt: skip
+
+
+def _basic_unet() -> nn.Module:
+    from monai.networks.nets import BasicUNet
+
+    return BasicUNet(spatial_dims=2, in_channels=1, out_channels=CLASSES, features=(8, 8, 16, 16, 16, 8))
+
+
+_CONV, _LOSS, _UP_LOSS, _ARGMAX = "conv_relu_pool2d", "cross_entropy", "upsample_cross_entropy", "upsample_argmax"
+_BACK = [_ARGMAX, _UP_LOSS]
+_SMP, _VISION = "segmentation_models_pytorch", "torchvision"
+
+OTHERS = {
+    "smp.Unet-resnet18": Other(_SMP, _smp("Unet", "resnet18"), _loss_of_logits, [_LOSS], [_CONV, _LOSS]),
+    "smp.Unet-vgg11": Other(_SMP, _smp("Unet", "vgg11"), _loss_of_logits, [*[_CONV] * 5, _LOSS], [*[_CONV] * 5, _LOSS]),
+    "smp.FPN-resnet18": Other(_SMP, _smp("FPN", "resnet18"), _loss_of_logits, _BACK, [_CONV, *_BACK]),
+    "smp.FPN-vgg11": Other(_SMP, _smp("FPN", "vgg11"), _loss_of_logits, [*[_CONV] * 5, *_BACK], [*[_CONV] * 5, *_BACK]),
+    # SMP has no DeepLabV3Plus on VGG.
+    "smp.DeepLabV3Plus-resnet18": Other(
+        _SMP, _smp("DeepLabV3Plus", "resnet18"), _loss_of_logits, _BACK, [_CONV, *_BACK]
+    ),
+    "torchvision.fcn_resnet50": Other(
+        _VISION, _torchvision_model("fcn_resnet50"), _loss_with_auxiliary, [*_BACK, _UP_LOSS],
+        [_CONV, *_BACK, _UP_LOSS], (3, 32, 32),
+    ),
+    "torchvision.deeplabv3_resnet50": Other(
+        _VISION, _torchvision_model("deeplabv3_resnet50"), _loss_with_auxiliary, [*_BACK, _UP_LOSS],
+        [_CONV, *_BACK, _UP_LOSS], (3, 32, 32),
+    ),
+    "transformers.Segformer-b0": Other("transformers", _segformer, _loss_within, _BACK, _BACK),
+    "transformers.UperNet": Other(
+        "transformers", _upernet, _loss_within, [*_BACK, _UP_LOSS], [_CONV, *_BACK, _UP_LOSS]
+    ),
+    "monai.BasicUNet": Other("monai", _basic_unet, _loss_of_logits, [_LOSS], [_LOSS], (1, 64, 64)),
+}  # fmt: skip
+
+
+def build(name: str) -> nn.Module:
+    """The model, always with the same weights; without dropout, whose random numbers differ between dtypes."""
+    torch.manual_seed(0)
+    model = OTHERS[name].build()
+    for module in model.modules():
+        for rate in ("p", "drop_prob"):
+            if isinstance(getattr(module, rate, None), float):
+                setattr(module, rate, 0.0)
+    return model
+
+
+def batch(name: str, seed: int) -> tuple[Tensor, Tensor]:
+    """Two images and their labels."""
+    generator = torch.Generator().manual_seed(seed)
+    channels, height, width = OTHERS[name].shape
+    images = torch.randn(2, channels, height, width, generator=generator)
+    labels = torch.randint(CLASSES, (2, height, width), generator=generator)
+    labels[:, :4] = 255
+    return images, labels

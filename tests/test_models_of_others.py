@@ -1,0 +1,99 @@
+"""torch.compile(..., backend="fastseg") on models that others wrote: the same training and the same predictions."""
+
+import copy
+import importlib.util
+import math
+
+import pytest
+import torch
+from fusion_cases import compiled, operators, trained
+from others import OTHERS, batch, build
+from torch import Tensor, nn
+
+import fastseg
+from fastseg.testing import ERROR_FACTOR, assert_parity
+
+pytestmark = [
+    pytest.mark.models,
+    # Their own use of what newer versions of other packages will do without.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning"),  # TorchDynamo's own, between graphs
+]
+
+PIXELS = 2 * 64 * 64
+
+
+@pytest.fixture(params=OTHERS)
+def name(request: pytest.FixtureRequest) -> str:
+    package = OTHERS[request.param].package
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"needs {package}: pip install '.[models]'")
+    return request.param
+
+
+class Step(nn.Module):
+    """A model's loss as a model."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name, self.model = name, build(name)
+
+    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
+        return OTHERS[self.name].run(self.model, images, labels)[0]
+
+
+def test_three_training_steps(name: str) -> None:
+    step, batches, made = Step(name).train(), [batch(name, seed) for seed in range(3)], []
+
+    def run(model: nn.Module) -> nn.Module:
+        made.append(compiled(model))
+        return made[-1]
+
+    def plain(model: nn.Module) -> nn.Module:
+        return model
+
+    runs = ((run, torch.float64), (plain, torch.float64), (plain, torch.float32))
+    assert_alike_in_float64(*(trained(step, batches, *how) for how in runs))
+    assert operators(fastseg.report(made[0])) == OTHERS[name].training
+
+
+def assert_alike_in_float64(actual: dict[str, Tensor], plain: dict[str, Tensor], single: dict[str, Tensor]) -> None:
+    """Losses, parameters and buffers differ by no more than roundings do.
+
+    In float32 one of millions of values often falls to the other side of a ReLU or a pool, in plain PyTorch as with
+    fastseg, and the gradient jumps; in float64 none does. Plain PyTorch's own error there is what float32 is off, scaled.
+    """
+    assert list(actual) == list(plain)
+    scale = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+    for key, expected in plain.items():
+        if not expected.is_floating_point():
+            assert torch.equal(actual[key], expected), key
+            continue
+        own = (single[key].double() - expected).abs().max() * scale
+        rounding = torch.finfo(torch.float64).eps * math.sqrt(PIXELS) * expected.abs().max()
+        error, bound = (actual[key] - expected).abs().max(), ERROR_FACTOR * own + rounding
+        assert error <= bound, f"{key}: error {error:.3g} exceeds {bound:.3g} (plain PyTorch's own: {own:.3g})"
+
+
+def test_predictions_and_losses(name: str) -> None:
+    model, run = build(name).eval(), OTHERS[name].run
+    fused, (images, labels) = compiled(run), batch(name, 0)
+    actual, plain = (call(model, images, labels) for call in (fused, run))
+    truth = run(copy.deepcopy(model).double(), images.double(), labels)
+    assert_parity(actual[0], plain[0], truth[0], terms=PIXELS)
+    different = (actual[1] != truth[1]).sum()
+    assert different <= ERROR_FACTOR * (plain[1] != truth[1]).sum() + 1  # of logits that are equal but for rounding
+    report = fastseg.report(fused)
+    assert operators(report) == OTHERS[name].evaluation
+    assert all(replacement.place.source for replacement in report.replaced), report
+
+
+def test_state_dicts_go_both_ways(name: str) -> None:
+    model = build(name)
+    fused = torch.compile(model, backend="fastseg")
+    state = {key.removeprefix("_orig_mod."): value for key, value in fused.state_dict().items()}
+    assert list(state) == list(model.state_dict())
+    build(name).load_state_dict(state)
+    fused.load_state_dict({f"_orig_mod.{key}": torch.zeros_like(value) for key, value in state.items()})
+    assert not any(parameter.any() for parameter in model.parameters())
