@@ -290,11 +290,11 @@ def batch(size: tuple[int, int] = (16, 24), seed: int = 0, images: int = 2) -> t
 
 def trained(
     model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]], run: Callable[[nn.Module], Any] = lambda model: model,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype = torch.float32, rate: float = 0.1,
 ) -> dict[str, Tensor]:  # fmt: skip
     """The losses of a copy of ``model``, trained for a step on each batch, and its state afterwards."""
     model = copy.deepcopy(model).to(dtype)
-    step, optimizer = run(model), torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    step, optimizer = run(model), torch.optim.SGD(model.parameters(), rate, momentum=0.9)
     losses = []
     for images, labels in batches:
         optimizer.zero_grad()
