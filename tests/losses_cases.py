@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import importlib
-import importlib.util
 import inspect
 import math
 from collections.abc import Callable
@@ -13,6 +12,7 @@ import cross_entropy_cases
 import pytest
 import torch
 from torch import Tensor, nn
+from torchvision_import import import_torchvision
 
 from fastseg.testing import assert_parity, make, make_labels, values_and_gradients
 
@@ -23,29 +23,11 @@ IGNORED = 255
 with contextlib.suppress(ModuleNotFoundError):  # benchmarks/ is part of a checkout alone
     importlib.import_module("benchmarks.memory")  # before the originals start threads, which it has to be
 
-_libraries = []  # what they define lasts as long as they do
-
 
 def original(name: str) -> Any:
     """A module of another library; a skip where that isn't installed."""
-    _import_torchvision()
+    import_torchvision()
     return pytest.importorskip(name, reason=f"{name.partition('.')[0]} isn't installed")
-
-
-def _import_torchvision() -> None:
-    """Imports torchvision, whose compiled operators don't load beside a torch for CPUs, which nothing here calls."""
-    if importlib.util.find_spec("torchvision") is None:
-        return
-    try:
-        importlib.import_module("torchvision")
-    except RuntimeError as error:
-        if "torchvision::nms" not in str(error):
-            raise
-        library = torch.library.Library("torchvision", "FRAGMENT")
-        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _libraries.append(library)
-        importlib.import_module("torchvision")
 
 
 def logits(shape: tuple[int, ...] = SHAPES["image"], dtype: torch.dtype = torch.float32, **options: Any) -> Tensor:

@@ -8,14 +8,11 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision_import import import_torchvision
 
 CLASSES = 5
 
-# torchvision's wheels on the package index want CUDA's libraries; without them its operators are missing, which its
-# import needs declared. timm and segmentation_models_pytorch import torchvision.
-_torchvision = torch.library.Library("torchvision", "FRAGMENT")
-for _name in ("nms", "qnms"):
-    _torchvision.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+import_torchvision()  # which timm and segmentation_models_pytorch import too
 
 
 class Other(NamedTuple):
