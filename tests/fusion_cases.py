@@ -208,7 +208,6 @@ def loss_of_probabilities(x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
 
 
 PIXELS = 2 * 24 * 32
-TAPS = 4 * 3 * 3
 
 CASES = {
     "conv, in place": Case(conv_in_place, images, ("conv_relu_pool2d",), PIXELS),

@@ -7,7 +7,7 @@ from fusion_cases import CASES, Case, compiled, operators
 import fastseg
 from fastseg.testing import assert_parity, values_and_gradients
 
-# The pass turns labels and pooled positions in half types down, or compares what torch rounds first.
+# In half types positions stay torch's, and labels are those of logits that torch would have rounded first.
 OF_UNROUNDED = ("indices", "prediction")
 
 

@@ -16,6 +16,9 @@ from fastseg.fusion.rewriting import rewrite
 INNER = ("inductor", "eager")
 _REPORTS = "fastseg_reports"  # the attribute of a torch.compile call's own object that holds the reports of its graphs
 
+# The attributes in which TorchDynamo's wrappers of a backend hold what they wrap: of torch 2.13, and of older versions.
+_WRAPPED = ("_torchdynamo_orig_backend", "_torchdynamo_orig_callable")
+
 
 def fastseg(
     graph_module: fx.GraphModule, example_inputs: list[Tensor], *, mode: str | None = None,
@@ -114,6 +117,6 @@ def _wrapper(compiled: Any) -> torch._TorchCompileWrapper | None:
         cells = compiled.get_compiler_config.__closure__ or ()
         context = next((cell.cell_contents for cell in cells), None)
     backend: Any = getattr(context, "callback", None)
-    while hasattr(backend, "_torchdynamo_orig_backend"):
-        backend = backend._torchdynamo_orig_backend
+    while inner := [getattr(backend, name) for name in _WRAPPED if hasattr(backend, name)]:
+        backend = inner[0]
     return backend if isinstance(backend, torch._TorchCompileWrapper) else None
