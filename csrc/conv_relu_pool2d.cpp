@@ -51,7 +51,7 @@ struct Forward {
     return rows;
   }
 
-  int vectors(int64_t block) const { return shape.k - block * kBlock<T> > kLanes<T> ? 2 : 1; }
+  int vectors(int64_t block) const { return vectors_of<T>(shape.k, block); }
 
   int64_t weight_elements() const { return blocks * shape.taps() * kBlock<T>; }
 

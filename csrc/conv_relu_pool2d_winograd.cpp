@@ -67,7 +67,7 @@ struct WinogradChannels {
     return least(most(rows, ceil_div(kLeastWindows, windows_w)), windows_h);
   }
 
-  int vectors(int64_t block) const { return shape.k - block * kBlock<T> > kLanes<T> ? 2 : 1; }
+  int vectors(int64_t block) const { return vectors_of<T>(shape.k, block); }
 
   // One product's weights of a block of channels.
   int64_t weight_plane() const { return shape.c * kBlock<T> + kRowPadding; }

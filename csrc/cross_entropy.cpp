@@ -114,7 +114,7 @@ bool backward_task(const CrossEntropyBackward& call, const Pixels& pixels, const
     const Rows<T> grad_logits = in_place ? rows_in_place<T>(call.grad_input, kGradInput, pixels, begin, count)
                                          : Rows<T>{tile.logits, tile.stride};
     const auto logits_at = [=](int64_t c, int64_t p) { return load(logits.data + c * logits.stride + p); };
-    differentiate<T, kKind>(tile, terms, probabilities_of(tile, logits_at), target, count, GradientsTo<T>{grad_logits});
+    differentiate<T, kKind>(tile, terms, probabilities_of(tile, logits_at), target, count, KeepInRows<T>{grad_logits});
     if (!in_place) unpack_tile(tile.logits, tile.stride, call.grad_input, kGradInput, pixels, begin, count);
     return true;
   });

@@ -72,6 +72,15 @@ FASTSEG_INLINE auto probabilities_of(const Tile<T>& tile, const Logits logits) {
   };
 }
 
+// Where exponentials and gradients go to that stay as they are.
+template <class T>
+struct KeepInRows {
+  Rows<T> rows;
+  FASTSEG_INLINE void operator()(int64_t c, int64_t p, Vec<T> value) const {
+    store(rows.data + c * rows.stride + p, value);
+  }
+};
+
 // Where the exponentials go to that nobody needs again.
 template <class T>
 struct KeepNothing {
@@ -164,15 +173,6 @@ void weigh_pixels(const Tile<T>& tile, const ClassTerms<T>& terms, Rows<const T>
   for (int64_t p = 0; p < count; ++p)
     tile.grad_of_label[p] = tile.labels[p] == kIgnored ? 0 : terms.scale[tile.labels[p]] * tile.grad[p];
 }
-
-// Where gradients go to that stay as they are.
-template <class T>
-struct GradientsTo {
-  Rows<T> rows;
-  FASTSEG_INLINE void operator()(int64_t c, int64_t p, Vec<T> gradient) const {
-    store(rows.data + c * rows.stride + p, gradient);
-  }
-};
 
 // The gradient (P * sum(q) - q) * grad of the logits, with P = probabilities(c, p), given to keep(c, p, gradient),
 // vector by vector. The label's share and the smoothing's are differences of their own, which vanish exactly where P

@@ -10,6 +10,10 @@ namespace {
 // Channels are worked on in blocks of two vectors; a rest of one vector or less in a block of one.
 template <class T>
 constexpr int kBlock = 2 * kLanes<T>;
+template <class T>
+int vectors_of(int64_t channels, int64_t block) {
+  return channels - block * kBlock<T> > kLanes<T> ? 2 : 1;
+}
 
 // Accumulators of the innermost loop. With the weights' two vectors and a broadcast they fill the register file.
 #if FASTSEG_VECTOR_BYTES == 64

@@ -25,16 +25,6 @@ int64_t block_stride(const UpsampledMap<T>& map) {
   return block_columns(map) + kRowPadding;
 }
 
-// Where exponentials go to that a gradient is made of.
-template <class T>
-struct KeepInTile {
-  T* exponentials;
-  int64_t stride;
-  FASTSEG_INLINE void operator()(int64_t c, int64_t p, Vec<T> exponential) const {
-    store(exponentials + c * stride + p, exponential);
-  }
-};
-
 // A sum of exponentials below this is made again, relative to the largest of them, so that none that counts underflows.
 template <class T>
 constexpr T kLeastSum = sizeof(T) == sizeof(float) ? T(1e-30) : T(1e-290);
@@ -127,7 +117,7 @@ class Blocks {
         overlap_(overlap) {}
 
   const Tile<T>& tile() const { return tile_; }
-  KeepInTile<T> keep_in_tile() const { return {tile_.logits, tile_.stride}; }
+  KeepInRows<T> keep_in_tile() const { return {{tile_.logits, tile_.stride}}; }
   const ClassTerms<T>& terms() const { return terms_; }
 
   // Columns [x, x + count) of a tile that begins at the output's column `begin`. False where a label is no class.
@@ -233,10 +223,10 @@ class GradientRows {
 
   bool row(const Place& place, int64_t y, const RowPair<T>& pair, const GradientsToRows<T>& keep) {
     const Tile<T>& tile = blocks_.tile();
-    const KeepInTile<T> kept = blocks_.keep_in_tile();
+    const KeepInRows<T> kept = blocks_.keep_in_tile();
     const T* const scale = tile.target_sum;
     const auto probabilities = [=](int64_t c, int64_t p) {
-      return load(kept.exponentials + c * kept.stride + p) * load(scale + p);
+      return load(kept.rows.data + c * kept.rows.stride + p) * load(scale + p);
     };
     for (int64_t x = 0; x < place.columns; x += block_) {
       const int64_t count = least(block_, place.columns - x);

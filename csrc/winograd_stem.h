@@ -59,7 +59,7 @@ struct WinogradStem {
 
   int64_t tasks() const { return shape.n * bands; }
 
-  int vectors(int64_t block) const { return shape.k - block * kBlock<T> > kLanes<T> ? 2 : 1; }
+  int vectors(int64_t block) const { return vectors_of<T>(shape.k, block); }
 
   // Channels are in the order (row parity, column parity, channel); odd parities have nothing at infinity.
   struct Pieces {

@@ -27,6 +27,17 @@ DEVICES = [
         marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")],
     ),
 ]
+# What every run's JSON says, whatever it measured.
+RUN = {
+    "machine_info": {
+        "machine": "x86_64", "system": "Linux", "python_version": "3.11", "cpu": {"brand_raw": "A CPU", "count": 2},
+        "fastseg": {"fastseg": "0.1", "torch": "2.13"},
+    },
+    "commit_info": {"id": "0123456789abcdef", "dirty": False},
+    "datetime": "2026-11-22T10:00:00+00:00",
+    "ceilings": {"bytes_per_second": 1e9, "operations_per_second": 2e9},
+    "seconds": 321.0,
+}  # fmt: skip
 ONE_ROUND = suite.Effort(seconds=0, least_rounds=1, most_rounds=1)
 
 

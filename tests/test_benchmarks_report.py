@@ -8,6 +8,8 @@ from typing import ClassVar
 import pytest
 
 pytest.importorskip("benchmarks", reason="benchmarks/ is part of a checkout, not of the installed package")
+from benchmark_cases import RUN
+
 from benchmarks import bench_models, report, roofline, suite
 from benchmarks.bench_conv_relu_pool2d import ConvReLUPool2dCase
 from benchmarks.bench_cross_entropy import CrossEntropyCase
@@ -111,15 +113,8 @@ def entry(kind: str, timing: str, seconds: list[float]) -> dict:
 def test_report(tmp_path: Path) -> None:
     missing = {"operator": "pool", "case": "2x2", "timing": "forward", "layout": "nchw"}
     run = {
-        "machine_info": {
-            "machine": "x86_64", "system": "Linux", "python_version": "3.11", "cpu": {"brand_raw": "A CPU", "count": 2},
-            "fastseg": {"fastseg": "0.1", "torch": "2.13"},
-        },
-        "commit_info": {"id": "0123456789abcdef", "dirty": False},
-        "datetime": "2026-11-22T10:00:00+00:00",
+        **RUN,
         "device": {"type": "cuda", "dtype": "bfloat16", "title": "A GPU, driver 1.2.3"},
-        "ceilings": {"bytes_per_second": 1e9, "operations_per_second": 2e9},
-        "seconds": 321.0,
         "compiling": {"compile": 12.3},
         "peers": {"OpenVINO": None},
         "absent": {"OpenVINO": "not installed (pip install openvino)", "peak memory": None},

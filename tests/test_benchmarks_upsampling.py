@@ -18,7 +18,7 @@ from torch import Tensor
 from fastseg import functional
 
 pytest.importorskip("benchmarks", reason="benchmarks/ is part of a checkout, not of the installed package")
-from benchmark_cases import DEVICES, HALF_CPU, ONE_ROUND, gradient_off_by, off_by
+from benchmark_cases import DEVICES, HALF_CPU, ONE_ROUND, RUN, gradient_off_by, off_by
 
 from benchmarks import __main__, conftest, memory, report, suite, sweep_report, upsampling
 from benchmarks.bench_upsample_argmax import UpsampleArgmaxCase
@@ -295,15 +295,9 @@ def test_report_of_a_sweep(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     large, small, side = Swept("classes", 50, 2_000_000), Swept("classes", 2, 80_000), Swept("output side", 9, 1000)
     missing = {"operator": "upsample", "case": "case output side 9", "timing": BOTH, "layout": "nchw", "swept": side}
     run = {
-        "machine_info": {
-            "machine": "x86_64", "system": "Linux", "python_version": "3.11", "cpu": {"brand_raw": "A CPU", "count": 2},
-            "fastseg": {"fastseg": "0.1", "torch": "2.13"},
-        },
-        "commit_info": {"id": "0123456789abcdef", "dirty": False},
-        "datetime": "2026-11-22T10:00:00+00:00",
+        **RUN,
         "device": {"type": "cpu", "dtype": "float32", "title": "portable kernels"},
-        "ceilings": {"bytes_per_second": 1e9, "operations_per_second": 2e9},
-        "seconds": 321.0, "compiling": {}, "log": [], "sweep": True, "peers": {},
+        "compiling": {}, "log": [], "sweep": True, "peers": {},
         "absent": {"peak memory": "this is no Linux"},
         "benchmarks": [
             point(large, FASTSEG, [0.002, 0.004, 0.006], 2 * MIB),

@@ -51,11 +51,11 @@ def choose_forward_road(
 ) -> Literal["winograd", "direct", "library"]:
     """Which road serves a forward call on a CPU, from shapes alone."""
     numbers = (tuple(weight.shape[2:]), geometry.stride, geometry.dilation, geometry.pool)
-    if with_skip or numbers == WINOGRAD_UNPOOLED:
-        served = numbers in (WINOGRAD_POOLED, WINOGRAD_UNPOOLED) and input.shape[1] > WINOGRAD_FEW_CHANNELS
-        served = served and not (with_skip and numbers == WINOGRAD_UNPOOLED)
+    many = input.shape[1] > WINOGRAD_FEW_CHANNELS
+    if with_skip:
+        served = many and numbers == WINOGRAD_POOLED
     else:
-        served = numbers in (WINOGRAD_POOLED, WINOGRAD_STEM)
+        served = numbers in (WINOGRAD_POOLED, WINOGRAD_STEM) or (many and numbers == WINOGRAD_UNPOOLED)
     if served and geometry.groups == 1 and 0 < WINOGRAD_MIN_PIXELS * input.shape[1] <= input.numel():
         return "winograd"
     return choose_road(weight, geometry.groups, with_skip, DIRECT_FORWARD_MAX_TAPS)
