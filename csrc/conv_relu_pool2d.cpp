@@ -101,7 +101,7 @@ struct Forward {
     T* values = ring + ring_elements;
     Int<T>* positions = reinterpret_cast<Int<T>*>(values + row_elements);
 
-    pack_input(call.input, shape, g, image, rows, packed_w, input);
+    pack_input(call.input, g.padding[1], image, rows, packed_w, input);
     for (int64_t block = 0; block < blocks; ++block) {
       const int64_t lanes = vectors(block) * kLanes<T>;
       int64_t next = 0;  // the first row of the convolution that isn't in the ring

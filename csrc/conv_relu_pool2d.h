@@ -29,8 +29,19 @@ struct ConvReluPool2dForward {
 // The same by Winograd's algorithm, for 3x3 convolutions under a pool of 2x2 or of 1x1 (which is none), and for 7x7 of
 // stride 2 under a pool of 3x3.
 struct ConvReluPool2dWinogradForward : ConvReluPool2dForward {
-  Tensor skip;  // [N, K, convolved height, convolved width], optional under 2x2: relu(conv(input))
-  bool* done;   // false where its sums might overflow or anything isn't finite: then the outputs hold nothing of use
+  Tensor skip;       // [N, K, convolved height, convolved width], optional under 2x2: relu(conv(input))
+  bool relu = true;  // false, without a pool: output = conv(input) + bias
+  bool* done;  // false where its sums might overflow or anything isn't finite: then the outputs hold nothing of use
+};
+
+// The gradients, of those that are given as tensors, of a 3x3 convolution (stride 1) by Winograd's algorithm.
+struct ConvReluPool2dWinogradBackward {
+  Tensor grad_convolved;                      // [N, K, convolved height, convolved width]
+  Tensor input, weight;                       // [N, C, H, W], [K, C, 3, 3]
+  Tensor grad_input, grad_weight, grad_bias;  // each optional
+  int64_t padding[2];                         // at most 2
+  int threads;
+  bool* done;  // as of the forward
 };
 
 // The gradients that are given as tensors, from the sparse gradient of the pooled output.
@@ -61,6 +72,7 @@ struct ReluPool2dBackward {
 
 FASTSEG_KERNEL(conv_relu_pool2d_forward, ConvReluPool2dForward)
 FASTSEG_KERNEL(conv_relu_pool2d_winograd_forward, ConvReluPool2dWinogradForward)
+FASTSEG_KERNEL(conv_relu_pool2d_winograd_backward, ConvReluPool2dWinogradBackward)
 FASTSEG_KERNEL(conv_relu_pool2d_backward, ConvReluPool2dBackward)
 FASTSEG_KERNEL(relu_pool2d_forward, ReluPool2dForward)
 FASTSEG_KERNEL(relu_pool2d_backward, ReluPool2dBackward)

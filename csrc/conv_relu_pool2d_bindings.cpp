@@ -64,6 +64,17 @@ void check_convolution(const Tensor& input, const Tensor& weight, const Tensor& 
   check_pool(pooled, convolved[0], convolved[1], g);
 }
 
+// Each is optional.
+void check_gradients(const Tensor& grad_input, const Tensor& grad_weight, const Tensor& grad_bias, const Tensor& input,
+                     const Tensor& weight) {
+  const auto like = [&](const Tensor& gradient, const Tensor& tensor) {
+    return !gradient || (same_shape(gradient, tensor) && gradient.dtype == input.dtype);
+  };
+  require(like(grad_input, input) && like(grad_weight, weight), "a gradient has its tensor's shape and dtype");
+  require(!grad_bias || (grad_bias.ndim == 1 && grad_bias.size[0] == weight.size[0] && grad_bias.dtype == input.dtype),
+          "grad_bias is [K], of input's dtype");
+}
+
 ConvReluPool2dForward read_forward(const py::object& input, const py::object& weight, const py::object& bias,
                                    const py::object& output, const py::object& positions, const py::sequence& geometry,
                                    int threads) {
@@ -125,6 +136,41 @@ bool conv_relu_pool2d_winograd_forward(const py::object& input, const py::object
   return done;
 }
 
+bool conv_relu_pool2d_winograd_backward(const py::object& grad_convolved, const py::object& input,
+                                        const py::object& weight, const py::object& grad_input,
+                                        const py::object& grad_weight, const py::object& grad_bias,
+                                        const py::sequence& padding, int threads) {
+  require(padding.size() == 2, "padding is two numbers");
+  bool done = false;
+  ConvReluPool2dWinogradBackward call;
+  call.grad_convolved = from_python(grad_convolved);
+  call.input = from_python(input);
+  call.weight = from_python(weight);
+  call.grad_input = from_python(grad_input);
+  call.grad_weight = from_python(grad_weight);
+  call.grad_bias = from_python(grad_bias);
+  call.threads = threads;
+  call.done = &done;
+  const Tensor &dense = call.grad_convolved, &x = call.input, &w = call.weight;
+  require(x.ndim == 4 && w.ndim == 4 && dense.ndim == 4 && is_floating(x), "all tensors have four dimensions");
+  require(w.dtype == x.dtype && dense.dtype == x.dtype, "input, weight and gradient have one dtype");
+  require(w.size[1] == x.size[1] && w.size[0] == dense.size[1] && x.size[0] == dense.size[0],
+          "input is [N, C, ...], weight [K, C, 3, 3], the gradient [N, K, ...]");
+  require(w.size[0] > 0 && w.size[1] > 0, "the Winograd kernels are for at least one channel");
+  for (int i = 0; i < 2; ++i) {
+    call.padding[i] = padding[static_cast<size_t>(i)].cast<int64_t>();
+    require(w.size[2 + i] == 3 && call.padding[i] >= 0 && call.padding[i] <= 2,
+            "the Winograd kernels' gradients are for 3x3 with a padding of at most 2");
+    require(dense.size[2 + i] > 0 && dense.size[2 + i] == x.size[2 + i] + 2 * call.padding[i] - 2,
+            "the gradient has the convolution's size");
+  }
+  check_gradients(call.grad_input, call.grad_weight, call.grad_bias, x, w);
+  py::gil_scoped_release unlocked;
+  if (call.grad_input) advise_huge_pages(call.grad_input.data, byte_span(call.grad_input));
+  fastseg::conv_relu_pool2d_winograd_backward(call);
+  return done;
+}
+
 void conv_relu_pool2d_backward(const py::object& grad_output, const py::object& positions, const py::object& input,
                                const py::object& weight, const py::object& grad_input, const py::object& grad_weight,
                                const py::object& grad_bias, const py::sequence& geometry, int threads) {
@@ -140,14 +186,7 @@ void conv_relu_pool2d_backward(const py::object& grad_output, const py::object& 
   call.threads = threads;
   check_pooled(call.grad_output, call.positions);
   check_convolution(call.input, call.weight, call.grad_output, call.geometry);
-  const auto like = [&](const Tensor& gradient, const Tensor& tensor) {
-    return !gradient || (same_shape(gradient, tensor) && gradient.dtype == call.input.dtype);
-  };
-  require(like(call.grad_input, call.input) && like(call.grad_weight, call.weight),
-          "a gradient has its tensor's shape and dtype");
-  require(!call.grad_bias || (call.grad_bias.ndim == 1 && call.grad_bias.size[0] == call.weight.size[0] &&
-                              call.grad_bias.dtype == call.input.dtype),
-          "grad_bias is [K], of input's dtype");
+  check_gradients(call.grad_input, call.grad_weight, call.grad_bias, call.input, call.weight);
   py::gil_scoped_release unlocked;
   fastseg::conv_relu_pool2d_backward(call);
 }
@@ -208,6 +247,7 @@ void relu_pool2d_backward(const py::object& grad_output, const py::object& posit
 void bind_conv_relu_pool2d(py::module_& m) {
   m.def("conv_relu_pool2d_forward", &conv_relu_pool2d_forward);
   m.def("conv_relu_pool2d_winograd_forward", &conv_relu_pool2d_winograd_forward);
+  m.def("conv_relu_pool2d_winograd_backward", &conv_relu_pool2d_winograd_backward);
   m.def("conv_relu_pool2d_backward", &conv_relu_pool2d_backward);
   m.def("relu_pool2d_forward", &relu_pool2d_forward);
   m.def("relu_pool2d_backward", &relu_pool2d_backward);

@@ -66,17 +66,16 @@ inline int64_t packed_width(const ConvShape& shape, const ConvPoolGeometry& g, i
 // Packs the input's rows as [rows][width][c] of T, with the padding's zeros written out, so that the loops over it know
 // neither borders nor memory formats nor half types.
 template <class T>
-void pack_input(const Tensor& input, const ConvShape& shape, const ConvPoolGeometry& g, int64_t image, Span rows,
-                int64_t width, T* target) {
-  const int64_t pitch = width * shape.c;
-  const int64_t left = least(g.padding[1], width), inside = most(least(shape.w, width - left), 0);
+void pack_input(const Tensor& input, int64_t left_padding, int64_t image, Span rows, int64_t width, T* target) {
+  const int64_t channels = input.size[1], pitch = width * channels;
+  const int64_t left = least(left_padding, width), inside = most(least(input.size[3], width - left), 0);
   for (int64_t row = rows.begin; row < rows.end; ++row, target += pitch) {
-    const bool exists = row >= 0 && row < shape.h;
-    memset(target, 0, static_cast<size_t>((exists ? left : width) * shape.c) * sizeof(T));
+    const bool exists = row >= 0 && row < input.size[2];
+    memset(target, 0, static_cast<size_t>((exists ? left : width) * channels) * sizeof(T));
     if (!exists) continue;
-    pack(at(input, image * input.stride[0] + row * input.stride[2]), input.dtype, inside, shape.c, input.stride[3],
-         input.stride[1], target + left * shape.c, shape.c);
-    memset(target + (left + inside) * shape.c, 0, static_cast<size_t>((width - left - inside) * shape.c) * sizeof(T));
+    pack(at(input, image * input.stride[0] + row * input.stride[2]), input.dtype, inside, channels, input.stride[3],
+         input.stride[1], target + left * channels, channels);
+    memset(target + (left + inside) * channels, 0, static_cast<size_t>((width - left - inside) * channels) * sizeof(T));
   }
 }
 

@@ -126,7 +126,76 @@ void scatter_row(const ReluPool2dBackward& call, int64_t window, Span rows, int6
   }
 }
 
-// A band of the dense gradient's rows.
+// A row of a channel's dense gradient, as it lies in NCHW. skip: a buffer.
+template <class T>
+void backward_row(const ReluPool2dBackward& call, int64_t image, int64_t channel, int64_t row, T* dense, T* skip,
+                  T* gradient) {
+  const ConvPoolGeometry& g = call.geometry;
+  const int64_t width = call.grad_input.size[3];
+  if (call.grad_skip) {
+    pack_row(call.grad_skip, image, channel, 1, row, 1, dense);
+    pack_row(call.skip, image, channel, 1, row, 1, skip);
+    for (int64_t i = 0; i < width; ++i) dense[i] = skip[i] <= 0 ? 0 : dense[i];
+  } else {
+    memset(dense, 0, static_cast<size_t>(width) * sizeof(T));
+  }
+  if (!call.grad_output) return;
+  const Span windows = windows_of(g, 0, {row, row + 1}, call.grad_output.size[2]);
+  for (int64_t window = windows.begin; window < windows.end; ++window) {
+    pack_row(call.grad_output, image, channel, 1, window, 1, gradient);
+    const uint8_t* positions =
+        static_cast<const uint8_t*>(call.positions.data) + row_offset(call.positions, image, channel, window);
+    const int64_t first = (row - window * g.pool_stride[0] + g.pool_padding[0]) * g.pool_size[1];
+    for (int64_t p = 0; p < call.grad_output.size[3]; ++p) {
+      // What isn't in this row adds zero to some column of it: arithmetic in place of a branch to mispredict.
+      const int64_t column = positions[p * call.positions.stride[3]] - first;
+      const bool here = column >= 0 && column < g.pool_size[1];
+      dense[most(p * g.pool_stride[1] - g.pool_padding[1] + (here ? column : 0), 0)] += here ? gradient[p] : 0;
+    }
+  }
+}
+
+// Some rows of the channels' dense gradients, counted through all channels and images.
+template <class T>
+bool backward_rows(const ReluPool2dBackward& call, Span rows) {
+  const Tensor& output = call.grad_input;
+  const int64_t channels = output.size[1], height = output.size[2], width = output.size[3];
+  const int64_t pooled_w = call.grad_output ? call.grad_output.size[3] : 0;
+  T* dense = static_cast<T*>(scratch((2 * width + pooled_w) * int64_t{sizeof(T)}));
+  if (dense == nullptr) return false;
+  for (int64_t row = rows.begin; row < rows.end; ++row) {
+    const int64_t plane = row / height;
+    backward_row(call, plane / channels, plane % channels, row % height, dense, dense + width, dense + 2 * width);
+    unpack_row(dense, 1, output, plane / channels, plane % channels, 1, row % height);
+  }
+  return true;
+}
+
+// Whether the dense gradient is the pooled one where that counts, element by element of the same memory.
+template <class T>
+bool is_elementwise(const ReluPool2dBackward& call) {
+  const ConvPoolGeometry& g = call.geometry;
+  const DType dtype = sizeof(T) == sizeof(double) ? DType::kFloat64 : DType::kFloat32;
+  bool same = call.grad_output && !call.grad_skip && call.grad_input.dtype == dtype;
+  for (int i = 0; i < 2; ++i) same = same && g.pool_size[i] == 1 && g.pool_stride[i] == 1 && g.pool_padding[i] == 0;
+  int64_t elements = 1, last = 0;
+  for (int i = 0; same && i < 4; ++i) {
+    const int64_t stride = call.grad_input.stride[i], size = call.grad_input.size[i];
+    same = size == 1 || (call.grad_output.stride[i] == stride && call.positions.stride[i] == stride);
+    elements *= size, last += (size - 1) * stride;
+  }
+  return same && last + 1 == elements;
+}
+
+template <class T>
+void backward_elements(const ReluPool2dBackward& call, Span elements) {
+  const T* gradient = static_cast<const T*>(call.grad_output.data);
+  const uint8_t* positions = static_cast<const uint8_t*>(call.positions.data);
+  T* dense = static_cast<T*>(call.grad_input.data);
+  for (int64_t i = elements.begin; i < elements.end; ++i) dense[i] = positions[i] == kCut ? 0 : gradient[i];
+}
+
+// A band of the dense gradient's rows, channels in lanes.
 template <class T>
 bool backward_task(const ReluPool2dBackward& call, int64_t band, int64_t task) {
   const Tensor& output = call.grad_input;
@@ -170,12 +239,27 @@ bool backward_task(const ReluPool2dBackward& call, int64_t band, int64_t task) {
 
 template <class T>
 void backward(const ReluPool2dBackward& call) {
-  if (!call.grad_input.data) return;
+  const Tensor& output = call.grad_input;
+  if (!output.data) return;
+  const int64_t all_rows = output.size[0] * output.size[1] * output.size[2];
+  if (is_elementwise<T>(call)) {
+    const int64_t all = all_rows * output.size[3], piece = kRowsBytes / int64_t{sizeof(T)};
+    return for_each_task(ceil_div(all, piece), call.threads, [&](int64_t task) {
+      backward_elements<T>(call, {task * piece, least((task + 1) * piece, all)});
+      return true;
+    });
+  }
+  if (output.stride[3] == 1 && output.size[3] > 1) {
+    const int64_t rows = most(kRowsBytes / (output.size[3] * int64_t{sizeof(T)}), 1);
+    return for_each_task(ceil_div(all_rows, rows), call.threads, [&](int64_t task) {
+      return backward_rows<T>(call, {task * rows, least((task + 1) * rows, all_rows)});
+    });
+  }
   const int64_t step = call.geometry.pool_stride[0];  // whole windows to a band, where they don't overlap
-  const int64_t widest = rows_are_dense<T>(call.grad_input) ? call.grad_input.size[1] : kBlock<T>;
-  const int64_t row_bytes = call.grad_input.size[3] * widest * int64_t{sizeof(T)};
+  const int64_t widest = rows_are_dense<T>(output) ? output.size[1] : kBlock<T>;
+  const int64_t row_bytes = output.size[3] * widest * int64_t{sizeof(T)};
   const int64_t band = round_up(most(kRowsBytes / row_bytes, 1), step);
-  for_each_task(call.grad_input.size[0] * ceil_div(call.grad_input.size[2], band), call.threads,
+  for_each_task(output.size[0] * ceil_div(output.size[2], band), call.threads,
                 [&](int64_t task) { return backward_task<T>(call, band, task); });
 }
 

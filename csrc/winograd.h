@@ -75,6 +75,35 @@ struct Window {
   }
 };
 
+// Columns of packed rows that hold the patches of `windows` neighbours.
+constexpr int64_t patches_width(int64_t windows) {
+  return kPoolSide * windows + kSide - kPoolSide;
+}
+
+// Transforms the patches of some of the windows of packed rows of `features` channels, which are counted row by row,
+// `windows_w` to a row. target: [products][plane], each plane [windows][features, rounded up to whole vectors].
+template <class T>
+void transform_patches(const T* rows, int64_t features, int64_t windows_w, Span windows, int64_t plane, T* target) {
+  const int64_t pitch = patches_width(windows_w) * features, step = round_up(features, kLanes<T>);
+  int64_t row = windows.begin / windows_w, column = windows.begin % windows_w;
+  for (int64_t window = windows.begin; window < windows.end; ++window, target += step) {
+    const T* patch = rows + kPoolSide * (row * pitch + column * features);
+    for (int64_t c = 0; c < step; c += kLanes<T>) {
+      Vec<T> d[kSide][kSide];
+#pragma GCC unroll 4
+      for (int y = 0; y < kSide; ++y)
+#pragma GCC unroll 4
+        for (int x = 0; x < kSide; ++x) d[y][x] = load(patch + y * pitch + x * features + c);
+      transform_patch(d);
+#pragma GCC unroll 4
+      for (int y = 0; y < kSide; ++y)
+#pragma GCC unroll 4
+        for (int x = 0; x < kSide; ++x) store<T>(target + (y * kSide + x) * plane + c, d[y][x]);
+    }
+    if (++column == windows_w) column = 0, ++row;
+  }
+}
+
 // Which windows reach over the convolution's last row or (by lane) last column.
 template <class T>
 struct Clip {

@@ -53,11 +53,12 @@ def road(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     def choose_gpu(weight: Tensor, groups: int, with_skip: bool) -> str:
         return choose(weight, groups, with_skip or weight.dtype == torch.float64, 0)
 
-    def choose_forward(input: Tensor, weight: Tensor, geometry: Geometry, with_skip: bool) -> str:
+    def choose_of_call(input: Tensor, weight: Tensor, geometry: Geometry, with_skip: bool) -> str:
         return choose(weight, geometry.groups, with_skip, 0)
 
     monkeypatch.setattr(operator, "choose_road", choose)
-    monkeypatch.setattr(operator, "choose_forward_road", choose_forward)
+    monkeypatch.setattr(operator, "choose_forward_road", choose_of_call)
+    monkeypatch.setattr(operator, "choose_backward_road", choose_of_call)
     monkeypatch.setattr(operator, "choose_gpu_road", choose_gpu)
     return request.param
 
@@ -122,7 +123,7 @@ PIECES = {
 def test_patches_cut_into_pieces(
     monkeypatch: pytest.MonkeyPatch, isa: str, shape: tuple[int, ...], options: dict, dtype: torch.dtype, layout: str
 ) -> None:
-    monkeypatch.setattr(operator, "choose_road", lambda *_: "direct")
+    monkeypatch.setattr(operator, "choose_backward_road", lambda *_: "direct")
     check(tensors(shape, dtype, layout), **options)
 
 

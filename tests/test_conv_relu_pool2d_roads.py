@@ -13,7 +13,6 @@ from fastseg.ops.conv_relu_pool2d_roads import (
     GPU_DIRECT_MAX_TAPS_WITHOUT_TENSOR_CORES,
     choose_gpu_road,
     choose_road,
-    most_backward_taps,
 )
 
 
@@ -57,10 +56,6 @@ def test_more_taps_go_directly_on_tensor_cores(allowed: bool, dtype: torch.dtype
 def test_taps_decide_on_a_cpu(most: int) -> None:
     assert choose_road(weight(most, torch.float32), 1, False, most) == "direct"
     assert choose_road(weight(most + 1, torch.float32), 1, False, most) == "library"
-
-
-def test_fewer_taps_where_no_gradient_is_sparse() -> None:
-    assert most_backward_taps((1, 1)) < most_backward_taps((1, 2)) == most_backward_taps((2, 2))
 
 
 def test_what_the_direct_kernels_do_not_serve_goes_by_the_library() -> None:

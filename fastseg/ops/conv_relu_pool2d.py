@@ -1,9 +1,9 @@
 """conv_relu_pool2d's registration: schemas, fake, CPU, GPU and fallback implementations, and the gradient.
 
 Three roads lead through the operator. "direct": one fused kernel; the full-resolution map is never in memory.
-"winograd": another one, on a CPU, for the forward of a 3x3 convolution under a 2x2 pool and of a ResNet's stem.
-"library": torch's own convolution, then one kernel for (bias,) ReLU, pooling and positions. `choose_forward_road` and
-`choose_road` decide on a CPU, `choose_gpu_road` on a GPU.
+"winograd": on a CPU, the forward of 3x3 convolutions and of a ResNet's stem, fused too, and the gradients of 3x3
+convolutions where they are dense. "library": torch's own convolution, then one kernel for (bias,) ReLU, pooling and
+positions. `choose_forward_road` and `choose_backward_road` decide on a CPU, `choose_gpu_road` on a GPU.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from fastseg.ops.conv_relu_pool2d_geometry import (
 )
 from fastseg.ops.conv_relu_pool2d_roads import (
     DIRECT_FORWARD_MAX_TAPS,
+    choose_backward_road,
     choose_forward_road,
     choose_gpu_road,
     choose_road,
-    most_backward_taps,
 )
 
 
@@ -147,13 +147,13 @@ def _backward_cpu(
     if kernels is None:
         return backward_plain(grad_output, grad_skip, input, weight, positions, skip, numbers, needs)
     geometry = unflatten(tuple(numbers))
-    road = choose_road(weight, geometry.groups, grad_skip is not None, most_backward_taps(geometry.pool_stride))
+    road = choose_backward_road(input, weight, geometry, grad_skip is not None)
+    threads = torch.get_num_threads()
     if grad_output is not None and road == "direct":
         gradients = _allocate_gradients(input, weight, needs)
         kernels.conv_relu_pool2d_backward(
             describe(grad_output), describe(positions), describe(input), describe(weight),
-            *(describe(gradient) if need else None for gradient, need in zip(gradients, needs, strict=True)),
-            numbers, torch.get_num_threads(),
+            *_describe_needed(gradients, needs), numbers, threads,
         )  # fmt: skip
         return gradients
 
@@ -162,9 +162,20 @@ def _backward_cpu(
     kernels.relu_pool2d_backward(
         describe(grad_output), describe(positions) if grad_output is not None else None,
         describe(skip) if grad_skip is not None else None, describe(grad_skip), describe(grad_convolved),
-        numbers, torch.get_num_threads(),
+        numbers, threads,
     )  # fmt: skip
+    if road == "winograd":
+        gradients = _allocate_gradients(input, weight, needs)
+        if kernels.conv_relu_pool2d_winograd_backward(
+            describe(grad_convolved), describe(input), describe(weight), *_describe_needed(gradients, needs),
+            geometry.padding, threads,
+        ):  # fmt: skip
+            return gradients
     return _convolution_backward(grad_convolved, input, weight, geometry, needs)
+
+
+def _describe_needed(gradients: tuple[Tensor, ...], needs: list[bool]) -> list[Any]:
+    return [describe(gradient) if need else None for gradient, need in zip(gradients, needs, strict=True)]
 
 
 def _windows_overlap(geometry: Geometry) -> bool:

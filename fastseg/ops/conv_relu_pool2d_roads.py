@@ -20,13 +20,8 @@ DIRECT_BACKWARD_MAX_TAPS = 9216
 DIRECT_DENSE_BACKWARD_MAX_TAPS = 288
 
 
-def most_backward_taps(pool_stride: tuple[int, int]) -> int:
-    """Up to how many taps the direct kernels serve the backward pass."""
-    return DIRECT_DENSE_BACKWARD_MAX_TAPS if pool_stride == (1, 1) else DIRECT_BACKWARD_MAX_TAPS
-
-
 def choose_road(weight: Tensor, groups: int, with_skip: bool, most_taps: int) -> Literal["direct", "library"]:
-    """Which road serves a call on a CPU, from shapes alone."""
+    """Which of these two roads serves a call on a CPU, from shapes alone."""
     if groups > 1 or with_skip:  # the direct kernel has no groups, and a skip is the full-resolution map itself
         return "library"
     _, channels, height, width = weight.shape
@@ -59,6 +54,32 @@ def choose_forward_road(
     if served and geometry.groups == 1 and 0 < WINOGRAD_MIN_PIXELS * input.shape[1] <= input.numel():
         return "winograd"
     return choose_road(weight, geometry.groups, with_skip, DIRECT_FORWARD_MAX_TAPS)
+
+
+def choose_backward_road(
+    input: Tensor, weight: Tensor, geometry: Geometry, with_skip: bool
+) -> Literal["winograd", "direct", "library"]:
+    """Which road serves a backward call on a CPU, from shapes alone; ``with_skip``: the skip carries gradient.
+
+    Where the gradient isn't sparse, Winograd's algorithm needs as little arithmetic as the direct kernels do where it
+    is. Measured with AVX2 (AMD Zen 3, 2026-11-22): 1.1 to 3.7 times as fast as oneDNN, from 225 pixels and 5 channels.
+    """
+    sparse = not with_skip and geometry.pool_stride != (1, 1)
+    if not sparse and _winograd_serves_gradients(input, weight, geometry):
+        return "winograd"
+    if not sparse and weight.shape[2:] == (1, 1):
+        return "library"  # a matrix product, twice as fast there
+    most_taps = DIRECT_BACKWARD_MAX_TAPS if sparse else DIRECT_DENSE_BACKWARD_MAX_TAPS
+    return choose_road(weight, geometry.groups, with_skip, most_taps)
+
+
+def _winograd_serves_gradients(input: Tensor, weight: Tensor, geometry: Geometry) -> bool:
+    numbers = (tuple(weight.shape[2:]), geometry.stride, geometry.dilation, geometry.groups)
+    return (
+        numbers == ((3, 3), (1, 1), (1, 1), 1)
+        and max(geometry.padding) <= 2  # beyond, the gradient's convolution would have a negative padding
+        and 0 < WINOGRAD_MIN_PIXELS * input.shape[1] <= input.numel()
+    )
 
 
 # The same limits for Triton's kernels. Estimated for an H200, not measured yet: with 144 taps (16 channels under 3x3)
