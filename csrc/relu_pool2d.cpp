@@ -126,7 +126,27 @@ void scatter_row(const ReluPool2dBackward& call, int64_t window, Span rows, int6
   }
 }
 
-// A row of a channel's dense gradient, as it lies in NCHW. skip: a buffer.
+// Adds a row of gradients to those of its windows' positions that lie in a row of the dense gradient. `first`: the
+// position of the row's first column in a window.
+template <class T>
+void scatter_to_row(const ConvPoolGeometry& g, const T* gradient, const uint8_t* positions, int64_t step,
+                    int64_t windows, int64_t first, T* dense) {
+  if (g.pool_size[1] == 2 && g.pool_stride[1] == 2 && g.pool_padding[1] == 0 && step == 1) {  // the usual pool
+    for (int64_t p = 0; p < windows; ++p) {
+      dense[2 * p] += positions[p] == first ? gradient[p] : 0;
+      dense[2 * p + 1] += positions[p] == first + 1 ? gradient[p] : 0;
+    }
+    return;
+  }
+  for (int64_t p = 0; p < windows; ++p) {
+    // What isn't in this row adds zero to some column of it: arithmetic in place of a branch to mispredict.
+    const int64_t column = positions[p * step] - first;
+    const bool here = column >= 0 && column < g.pool_size[1];
+    dense[most(p * g.pool_stride[1] - g.pool_padding[1] + (here ? column : 0), 0)] += here ? gradient[p] : 0;
+  }
+}
+
+// A row of a channel's dense gradient, as it lies in NCHW; a window that is cut reaches an element over its end.
 template <class T>
 void backward_row(const ReluPool2dBackward& call, int64_t image, int64_t channel, int64_t row, T* dense, T* skip,
                   T* gradient) {
@@ -146,12 +166,7 @@ void backward_row(const ReluPool2dBackward& call, int64_t image, int64_t channel
     const uint8_t* positions =
         static_cast<const uint8_t*>(call.positions.data) + row_offset(call.positions, image, channel, window);
     const int64_t first = (row - window * g.pool_stride[0] + g.pool_padding[0]) * g.pool_size[1];
-    for (int64_t p = 0; p < call.grad_output.size[3]; ++p) {
-      // What isn't in this row adds zero to some column of it: arithmetic in place of a branch to mispredict.
-      const int64_t column = positions[p * call.positions.stride[3]] - first;
-      const bool here = column >= 0 && column < g.pool_size[1];
-      dense[most(p * g.pool_stride[1] - g.pool_padding[1] + (here ? column : 0), 0)] += here ? gradient[p] : 0;
-    }
+    scatter_to_row(g, gradient, positions, call.positions.stride[3], call.grad_output.size[3], first, dense);
   }
 }
 
@@ -161,11 +176,12 @@ bool backward_rows(const ReluPool2dBackward& call, Span rows) {
   const Tensor& output = call.grad_input;
   const int64_t channels = output.size[1], height = output.size[2], width = output.size[3];
   const int64_t pooled_w = call.grad_output ? call.grad_output.size[3] : 0;
-  T* dense = static_cast<T*>(scratch((2 * width + pooled_w) * int64_t{sizeof(T)}));
+  T* dense = static_cast<T*>(scratch((2 * (width + 1) + pooled_w) * int64_t{sizeof(T)}));
   if (dense == nullptr) return false;
+  T *skip = dense + width + 1, *gradient = skip + width + 1;
   for (int64_t row = rows.begin; row < rows.end; ++row) {
     const int64_t plane = row / height;
-    backward_row(call, plane / channels, plane % channels, row % height, dense, dense + width, dense + 2 * width);
+    backward_row(call, plane / channels, plane % channels, row % height, dense, skip, gradient);
     unpack_row(dense, 1, output, plane / channels, plane % channels, 1, row % height);
   }
   return true;

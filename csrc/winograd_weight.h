@@ -177,14 +177,18 @@ struct WinogradWeight {
     memset(sums, 0, static_cast<size_t>(kProducts * plane()) * sizeof(T));
     memset(totals, 0, static_cast<size_t>(k_group) * sizeof(T));
 
-    const int64_t bands = ceil_div(tiles_h, band), all = n * bands;
-    for (int64_t b = part * all / parts; b < (part + 1) * all / parts; ++b) {
+    const int64_t bands = ceil_div(tiles_h, band), all = n * bands, begin = part * all / parts;
+    for (int64_t b = begin; b < (part + 1) * all / parts; ++b) {
       const int64_t image = b / bands, top = b % bands * band, rows = least(band, tiles_h - top);
       const int64_t first = kPoolSide * top - call.padding[0];
-      const T largest =
-          pack_band(input, call.padding[1], image, {first, first + kPoolSide * (rows - 1) + kSide}, input_pitch,
-                    packed_input) *
-          pack_band(gradient, 0, image, {kPoolSide * top, kPoolSide * (top + rows)}, gradient_pitch, packed_gradient);
+      const bool continues = b > begin && top > 0;  // the band above is packed: its last rows are this one's first
+      const int64_t kept = continues ? kSide - kPoolSide : 0;
+      memmove(packed_input, packed_input + kPoolSide * band * input_pitch,
+              static_cast<size_t>(kept * input_pitch) * sizeof(T));
+      const T largest = pack_band(input, call.padding[1], image, {first, first + kPoolSide * (rows - 1) + kSide}, kept,
+                                  input_pitch, packed_input) *
+                        pack_band(gradient, 0, image, {kPoolSide * top, kPoolSide * (top + rows)}, 0, gradient_pitch,
+                                  packed_gradient);
       if (!may_go_on(largest <= largest_safe_product(), safe)) return true;
       for (int64_t window = 0; window < rows * tiles_w; window += piece) {
         const Span windows = {window, least(window + piece, rows * tiles_w)};
@@ -199,12 +203,14 @@ struct WinogradWeight {
     return true;
   }
 
-  // Packs rows, and the zeros that are read past their end, and returns the largest magnitude.
-  static T pack_band(const Tensor& tensor, int64_t left_padding, int64_t image, Span rows, int64_t pitch, T* target) {
-    const int64_t elements = rows.size() * pitch;
+  // Packs rows but for the first ones that are `kept`, and the zeros that are read past their end, and returns the
+  // largest magnitude of all.
+  static T pack_band(const Tensor& tensor, int64_t left_padding, int64_t image, Span rows, int64_t kept, int64_t pitch,
+                     T* target) {
+    const int64_t elements = rows.size() * pitch, width = pitch / tensor.size[1];
     const int64_t whole = elements / kLanes<T> * kLanes<T>, end = round_up(elements, kLanes<T>) + kLanes<T>;
     memset(target + whole, 0, static_cast<size_t>(end - whole) * sizeof(T));
-    pack_input(tensor, left_padding, image, rows, pitch / tensor.size[1], target);
+    pack_input(tensor, left_padding, image, {rows.begin + kept, rows.end}, width, target + kept * pitch);
     return largest_magnitude(target, round_up(elements, kLanes<T>));
   }
 
