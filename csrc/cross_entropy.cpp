@@ -16,7 +16,18 @@ Kind kind_of(const CrossEntropy& call) {
   return call.label_smoothing > 0 ? Kind::kSmoothedLabels : Kind::kLabels;
 }
 
+// Whether a pixel's classes are neighbours in memory, at least a vector of them, of type T: channels_last, or [N, C].
+template <class T>
+bool classes_are_dense(const Tensor& tensor) {
+  const DType dtype = sizeof(T) == sizeof(double) ? DType::kFloat64 : DType::kFloat32;
+  return tensor.dtype == dtype && tensor.stride[1] == 1 && tensor.size[1] >= kLanes<T>;
+}
+
 // ---- forward ----
+
+// Vectors of classes from which the forward's loops along dense classes pay for adding up a vector's lanes for each
+// pixel (AVX2, AMD Zen 3, 2026-11-22).
+constexpr int64_t kLeastClassVectors = 8;
 
 template <class T, Kind kKind>
 bool forward_task(const CrossEntropyForward& call, const Pixels& pixels, const Plan& plan, int64_t task,
@@ -26,12 +37,23 @@ bool forward_task(const CrossEntropyForward& call, const Pixels& pixels, const P
   if (memory == nullptr) return false;
   const Tile<T> tile(plan.classes, plan.tile_stride, kProbabilities, memory);
   const ClassTerms<T> terms(call, memory + Tile<T>::elements(plan.classes, plan.tile_stride, kProbabilities));
+  const bool dense_classes =
+      !kProbabilities && classes_are_dense<T>(call.input) && plan.classes >= kLeastClassVectors * kLanes<T>;
   T* const statistics = static_cast<T*>(call.statistics.data);
   for_each_tile(plan, pixels, task, [&](int64_t begin, int64_t count) {
     if (!kProbabilities && !read_labels(call, pixels, begin, count, tile.labels, &partial->invalid)) return false;
-    pack_tile(call.input, kInput, pixels, begin, count, tile.logits, tile.stride);
-    if (kProbabilities) pack_tile(call.target, kTarget, pixels, begin, count, tile.probabilities, tile.stride);
-    reduce_classes<T, kKind>(tile, terms, count, LogitsInPlace<T>{tile}, KeepNothing<T>{});
+    if (dense_classes) {
+      for_each_run(pixels, begin, count, [&](const Run& run) {
+        reduce_pixels<T, kKind>(tile, terms, run.first, run.length,
+                                static_cast<const T*>(call.input.data) + run.offset[kInput],
+                                pixels.inner_stride(kInput));
+      });
+      finish_reduced_pixels<T, kKind>(tile, terms, count);
+    } else {
+      pack_tile(call.input, kInput, pixels, begin, count, tile.logits, tile.stride);
+      if (kProbabilities) pack_tile(call.target, kTarget, pixels, begin, count, tile.probabilities, tile.stride);
+      reduce_classes<T, kKind>(tile, terms, count, LogitsInPlace<T>{tile}, KeepNothing<T>{});
+    }
     finish_pixels<T, kKind>(tile, terms, count);
     memcpy(statistics + begin, tile.largest, count * sizeof(T));
     memcpy(statistics + pixels.count + begin, tile.log_sum, count * sizeof(T));
@@ -100,15 +122,28 @@ bool backward_task(const CrossEntropyBackward& call, const Pixels& pixels, const
   const Tile<T> tile(plan.classes, plan.tile_stride, kProbabilities, memory);
   const ClassTerms<T> terms(call, memory + Tile<T>::elements(plan.classes, plan.tile_stride, kProbabilities));
 
+  const bool dense_classes =
+      !kProbabilities && classes_are_dense<T>(call.input) && classes_are_dense<T>(call.grad_input);
+
   const T* const statistics = static_cast<const T*>(call.statistics.data);
   for_each_tile(plan, pixels, task, [&](int64_t begin, int64_t count) {
     if (!kProbabilities && !read_labels(call, pixels, begin, count, tile.labels, invalid)) return false;
-    const Rows<const T> logits = rows_of(call.input, kInput, pixels, begin, count, tile.logits, tile.stride);
-    Rows<const T> target = {nullptr, 0};
-    if (kProbabilities) target = rows_of(call.target, kTarget, pixels, begin, count, tile.probabilities, tile.stride);
     memcpy(tile.largest, statistics + begin, count * sizeof(T));
     memcpy(tile.log_sum, statistics + pixels.count + begin, count * sizeof(T));
     read_grad(call, pixels, begin, count, tile.grad);
+    if (dense_classes) {
+      weigh_pixels<T, kKind>(tile, terms, {}, count);
+      for_each_run(pixels, begin, count, [&](const Run& run) {
+        differentiate_pixels<T, kKind>(
+            tile, terms, run.first, run.length, static_cast<const T*>(call.input.data) + run.offset[kInput],
+            pixels.inner_stride(kInput), static_cast<T*>(call.grad_input.data) + run.offset[kGradInput],
+            pixels.inner_stride(kGradInput));
+      });
+      return true;
+    }
+    const Rows<const T> logits = rows_of(call.input, kInput, pixels, begin, count, tile.logits, tile.stride);
+    Rows<const T> target = {nullptr, 0};
+    if (kProbabilities) target = rows_of(call.target, kTarget, pixels, begin, count, tile.probabilities, tile.stride);
     weigh_pixels<T, kKind>(tile, terms, target, count);
     const bool in_place = is_row_major<T>(call.grad_input, kGradInput, pixels, begin, count);
     const Rows<T> grad_logits = in_place ? rows_in_place<T>(call.grad_input, kGradInput, pixels, begin, count)

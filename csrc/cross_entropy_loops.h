@@ -132,6 +132,54 @@ FASTSEG_NOINLINE void reduce_classes(const Tile<T>& tile, const ClassTerms<T>& t
   }
 }
 
+// The result of `add`ing a vector's lanes to each other, half to half.
+template <class T, class Add>
+FASTSEG_INLINE T fold_lanes(Vec<T> v, Add add) {
+  T lanes[kLanes<T>];
+  memcpy(lanes, &v, sizeof v);
+  for (int half = kLanes<T> / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] = add(lanes[i], lanes[i + half]);
+  return lanes[0];
+}
+
+// reduce_classes where a pixel's classes are neighbours in memory and the target is a label, for `count` pixels of the
+// tile from `first` on: vectors run along the classes, of which there is at least one vector, and nothing is
+// transposed. In log_sum it leaves the sum, in spread sum(shift * (x - m)): finish_reduced_pixels does the rest.
+template <class T, Kind kKind>
+void reduce_pixels(const Tile<T>& tile, const ClassTerms<T>& terms, int64_t first, int64_t count, const T* logits,
+                   int64_t step) {
+  const int64_t last = tile.classes - kLanes<T>, whole = tile.classes / kLanes<T> * kLanes<T>;
+  IntVec<T> rest;  // of the last vector, the lanes that no vector before has
+  for (int lane = 0; lane < kLanes<T>; ++lane) rest[lane] = last + lane < whole ? 0 : -1;
+  for (int64_t p = first; p < first + count; ++p, logits += step) {
+    Vec<T> largest = load(logits + last), sum = {}, spread = {};
+    for (int64_t c = 0; c < whole; c += kLanes<T>) largest = maximum<T>(largest, load(logits + c));
+    const T most = fold_lanes<T>(largest, [](T a, T b) { return a > b ? a : b; });
+    const auto add = [&](int64_t c, IntVec<T> counted) {
+      const Vec<T> difference = load(logits + c) - most;
+      sum += select_or_zero<T>(counted, exp_of_nonpositive<T>(difference));
+      if (kKind == Kind::kSmoothedLabels) spread += select_or_zero<T>(counted, difference * load(terms.shift + c));
+    };
+    for (int64_t c = 0; c < whole; c += kLanes<T>) add(c, ~IntVec<T>{});
+    if (whole < tile.classes) add(last, rest);
+    const Int<T> label = tile.labels[p];
+    tile.loss[p] = logits[label == kIgnored ? 0 : label];
+    tile.largest[p] = most;
+    const auto plus = [](T a, T b) { return a + b; };
+    tile.log_sum[p] = fold_lanes<T>(sum, plus);
+    if (kKind == Kind::kSmoothedLabels) tile.spread[p] = fold_lanes<T>(spread, plus);
+  }
+}
+
+template <class T, Kind kKind>
+void finish_reduced_pixels(const Tile<T>& tile, const ClassTerms<T>& terms, int64_t count) {
+  for (int64_t p = 0; p < count; p += kLanes<T>) {
+    const Vec<T> log_sum = log_of_positive<T>(load(tile.log_sum + p));
+    store(tile.log_sum + p, log_sum);
+    if (kKind == Kind::kSmoothedLabels) store(tile.spread + p, load(tile.spread + p) - log_sum * terms.shift_sum);
+  }
+}
+
 // loss and weight of each pixel, from reduce_classes' results and the labels.
 template <class T, Kind kKind>
 void finish_pixels(const Tile<T>& tile, const ClassTerms<T>& terms, int64_t count) {
@@ -174,9 +222,17 @@ void weigh_pixels(const Tile<T>& tile, const ClassTerms<T>& terms, Rows<const T>
     tile.grad_of_label[p] = tile.labels[p] == kIgnored ? 0 : terms.scale[tile.labels[p]] * tile.grad[p];
 }
 
-// The gradient (P * sum(q) - q) * grad of the logits, with P = probabilities(c, p), given to keep(c, p, gradient),
-// vector by vector. The label's share and the smoothing's are differences of their own, which vanish exactly where P
-// is 1.
+// The gradient (P * sum(q) - q) * grad of a vector of logits where the target is a label. The label's share and the
+// smoothing's are differences of their own, which vanish exactly where P is 1.
+template <class T, Kind kKind>
+FASTSEG_INLINE Vec<T> gradient_of_labels(Vec<T> probability, IntVec<T> is_label, Vec<T> grad_of_label, Vec<T> grad,
+                                         Vec<T> shift_sum, Vec<T> shift) {
+  const Vec<T> one_hot = select_or_zero<T>(is_label, broadcast<T>(1));
+  const Vec<T> gradient = (probability - one_hot) * grad_of_label;
+  return kKind == Kind::kSmoothedLabels ? gradient + (probability * shift_sum - shift) * grad : gradient;
+}
+
+// The gradient of the logits, with P = probabilities(c, p), given to keep(c, p, gradient), vector by vector.
 template <class T, Kind kKind, class Probabilities, class Keep>
 FASTSEG_NOINLINE void differentiate(const Tile<T>& tile, const ClassTerms<T>& terms, const Probabilities probabilities,
                                     Rows<const T> target, int64_t count, const Keep keep) {
@@ -195,10 +251,31 @@ FASTSEG_NOINLINE void differentiate(const Tile<T>& tile, const ClassTerms<T>& te
         keep(c, p, (probability * load(target_sum + p) - share) * load(grad + p));
         continue;
       }
-      const Vec<T> one_hot = select_or_zero<T>(load_labels<T>(labels + p) == label, broadcast<T>(1));
-      Vec<T> gradient = (probability - one_hot) * load(grad_of_label + p);
-      if (kKind == Kind::kSmoothedLabels) gradient += (probability * shift_sum - shift) * load(grad + p);
-      keep(c, p, gradient);
+      keep(c, p,
+           gradient_of_labels<T, kKind>(probability, load_labels<T>(labels + p) == label, load(grad_of_label + p),
+                                        load(grad + p), shift_sum, shift));
+    }
+  }
+}
+
+// The same where a pixel's classes are neighbours in memory, for `count` pixels of the tile from `first` on: vectors
+// run along the classes, of which there is at least one vector, and nothing is transposed.
+template <class T, Kind kKind>
+void differentiate_pixels(const Tile<T>& tile, const ClassTerms<T>& terms, int64_t first, int64_t count,
+                          const T* logits, int64_t logits_step, T* gradient, int64_t gradient_step) {
+  IntVec<T> lanes;
+  for (int lane = 0; lane < kLanes<T>; ++lane) lanes[lane] = lane;
+  const int64_t last = tile.classes - kLanes<T>;
+  const Vec<T> shift_sum = broadcast<T>(terms.shift_sum);
+  for (int64_t p = first; p < first + count; ++p, logits += logits_step, gradient += gradient_step) {
+    const Vec<T> largest = broadcast(tile.largest[p]), log_sum = broadcast(tile.log_sum[p]);
+    const Vec<T> grad = broadcast(tile.grad[p]), grad_of_label = broadcast(tile.grad_of_label[p]);
+    const IntVec<T> label = tile.labels[p] - lanes;
+    for (int64_t i = 0; i < tile.classes; i += kLanes<T>) {
+      const int64_t c = i < last ? i : last;  // the last vector may overlap the one before
+      const Vec<T> probability = exp_of_nonpositive<T>((load(logits + c) - largest) - log_sum);
+      store(gradient + c, gradient_of_labels<T, kKind>(probability, label == static_cast<Int<T>>(c) - IntVec<T>{},
+                                                       grad_of_label, grad, shift_sum, load(terms.shift + c)));
     }
   }
 }

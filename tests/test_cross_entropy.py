@@ -257,6 +257,41 @@ def test_hard_rows(
     check(input, probabilities_for(input), weight, **options)
 
 
+# Where many classes are neighbours in memory, vectors run along them. 75 + 64 classes fill no vector's last lanes.
+@pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_hard_rows_of_many_classes(implementation: str, smoothing: float, row: list[float]) -> None:
+    input = torch.randn(6, 139)
+    input[1:-1, 71:75] = torch.tensor(row)
+    input[3, 128:132] = input[3, 71:75]
+    input.requires_grad_()
+    check(
+        input, torch.tensor([0, 71, 72, 138, -100, 1]), make((139,)).abs(), reduction="none", label_smoothing=smoothing
+    )
+
+
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("weighted", [False, True], ids=["unweighted", "weighted"])
+def test_views_of_many_classes(
+    implementation: str, weighted: bool, dtype: torch.dtype, view: Callable[[Tensor], Tensor]
+) -> None:
+    input = view(logits((2, 139, 6, 139), dtype, layout="channels_last").detach()).requires_grad_()
+    weight = make((input.shape[1],), dtype).abs() if weighted else None
+    check(input, labels_for(input, ignore_index=3), weight, ignore_index=3, label_smoothing=0.2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_gradient_does_not_depend_on_the_layout(isa: str, dtype: torch.dtype) -> None:
+    input = logits((2, 13, 7, 9), dtype)  # so few that the forward pass is the same
+    gradients = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        leaf = input.detach().to(memory_format=layout).requires_grad_()
+        loss = functional.cross_entropy(leaf, labels_for(input), label_smoothing=0.1)
+        gradients.extend(torch.autograd.grad(loss, leaf))
+    torch.testing.assert_close(*gradients, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_probability_near_one(dtype: torch.dtype) -> None:
     margins = torch.linspace(4, 40, 73, dtype=torch.float64)
