@@ -43,6 +43,23 @@ def conv_relu_pool2d(
     return results if len(results) > 1 else output
 
 
+def relu_pool2d(
+    input: Tensor,
+    pool_size: IntOrPair = 2,
+    pool_stride: IntOrPair | None = None,
+    pool_padding: IntOrPair = 0,
+    ceil_mode: bool = False,
+    *,
+    return_indices: bool = False,
+    return_skip: bool = False,
+) -> Tensor | tuple[Tensor, ...]:
+    """``max_pool2d(relu(input), pool_size, ...)``; see `fastseg.functional`."""
+    skip = F.relu(input)
+    output, indices = F.max_pool2d(skip, pool_size, pool_stride, pool_padding, ceil_mode=ceil_mode, return_indices=True)
+    results = (output, *((indices,) if return_indices else ()), *((skip,) if return_skip else ()))
+    return results if len(results) > 1 else output
+
+
 def cross_entropy(
     input: Tensor,
     target: Tensor,

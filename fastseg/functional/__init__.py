@@ -4,6 +4,7 @@ from fastseg.functional._conv_relu_pool2d import conv_relu_pool2d
 from fastseg.functional._cross_entropy import cross_entropy
 from fastseg.functional._cross_entropy_dice import cross_entropy_dice, upsample_cross_entropy_dice
 from fastseg.functional._focal_loss import focal_loss, upsample_focal_loss
+from fastseg.functional._relu_pool2d import relu_pool2d
 from fastseg.functional._upsample_argmax import upsample_argmax
 from fastseg.functional._upsample_confusion_matrix import upsample_confusion_matrix
 from fastseg.functional._upsample_cross_entropy import upsample_cross_entropy
@@ -13,6 +14,7 @@ __all__ = [
     "cross_entropy",
     "cross_entropy_dice",
     "focal_loss",
+    "relu_pool2d",
     "upsample_argmax",
     "upsample_confusion_matrix",
     "upsample_cross_entropy",

@@ -31,24 +31,13 @@ from fastseg.ops.conv_relu_pool2d_roads import (
     choose_gpu_road,
     choose_road,
 )
-
-
-def _is_channels_last(tensor: Tensor) -> bool:
-    strides, channels = tensor.stride(), tensor.shape[1]
-    return strides[1] == 1 and channels > 1 and strides[3] >= channels
-
-
-def _memory_format(tensor: Tensor) -> torch.memory_format:
-    return torch.channels_last if _is_channels_last(tensor) else torch.contiguous_format
+from fastseg.ops.layouts import empty as _empty
+from fastseg.ops.layouts import memory_format_of as _memory_format
 
 
 def _output_format(input: Tensor, weight: Tensor) -> torch.memory_format:
     """Layout of the outputs: channels_last where input or weight is, as torch's convolution on a CPU."""
     return _memory_format(weight if _memory_format(input) == torch.contiguous_format else input)
-
-
-def _empty(like: Tensor, shape: tuple[int, ...], layout: torch.memory_format) -> Tensor:
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
 
 
 # ---- schemas ----

@@ -1,0 +1,24 @@
+"""Drop-in layers: torch.nn's constructors and state_dict, fastseg's operators."""
+
+from fastseg.modules._losses import (
+    CrossEntropyDiceLoss,
+    CrossEntropyLoss,
+    FocalLoss,
+    UpsampleArgmax,
+    UpsampleCrossEntropyDiceLoss,
+    UpsampleCrossEntropyLoss,
+    UpsampleFocalLoss,
+)
+from fastseg.modules._pooling import ConvReLUPool2d, ReLUPool2d
+
+__all__ = [
+    "ConvReLUPool2d",
+    "CrossEntropyDiceLoss",
+    "CrossEntropyLoss",
+    "FocalLoss",
+    "ReLUPool2d",
+    "UpsampleArgmax",
+    "UpsampleCrossEntropyDiceLoss",
+    "UpsampleCrossEntropyLoss",
+    "UpsampleFocalLoss",
+]

@@ -1,0 +1,211 @@
+"""relu_pool2d against plain PyTorch: values, gradients, memory, errors; torch's machinery in *_framework.py."""
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastseg
+from fastseg import _native, functional, reference
+from fastseg.testing import assert_parity, make, values_and_gradients
+
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# Arguments, and why they are here.
+OPTIONS = {
+    "default": {},
+    "stem": {"pool_size": 3, "pool_stride": 2, "pool_padding": 1},  # overlapping windows that start in the padding
+    "indices-skip": {"return_indices": True, "return_skip": True},
+    "overlap-skip": {"pool_size": 3, "pool_stride": 1, "pool_padding": 1, "return_skip": True},
+    "ceil": {"pool_size": 3, "pool_stride": 2, "ceil_mode": True, "return_indices": True},  # a cut last window
+    "gaps": {"pool_size": 2, "pool_stride": 3, "return_skip": True},  # rows and columns that no window holds
+    "oblong": {"pool_size": (1, 3), "pool_stride": (2, 2), "pool_padding": (0, 1)},
+    "one-position": {"pool_size": 1},
+}
+
+# Odd sizes; channels that fill no vector, a whole block, and more than one.
+SHAPES = {"few": (2, 5, 13, 18), "one": (1, 1, 12, 33), "blocks": (1, 37, 11, 9), "whole": (2, 16, 8, 7)}
+
+
+def check(input: Tensor, **options: object) -> list[Tensor]:
+    actual, plain = (values_and_gradients(module.relu_pool2d, [input], **options) for module in (functional, reference))
+    truth = values_and_gradients(reference.relu_pool2d, [input], torch.float64, **options)
+    assert_parity(actual, plain, truth)
+    for mine, theirs in zip(actual[:-1], plain[:-1], strict=True):  # all but the gradient, which may be a sum
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=0, equal_nan=True)
+    return actual
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_parity(isa: str, options: dict, dtype: torch.dtype, layout: str, shape: tuple[int, ...]) -> None:
+    results = check(make(shape, dtype, layout=layout, requires_grad=True), **options)
+    memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+    kept = results[0], *([results[-2]] if options.get("return_skip") else []), results[-1]
+    assert all(tensor.is_contiguous(memory_format=memory_format) for tensor in kept)
+
+
+@pytest.mark.parametrize("name", ["default", "gaps", "one-position"])
+def test_gradients_are_exact_where_windows_do_not_overlap(name: str) -> None:
+    results = (values_and_gradients(m.relu_pool2d, [make(SHAPES["few"], requires_grad=True)], **OPTIONS[name])
+               for m in (functional, reference))  # fmt: skip
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+VIEWS = {
+    "sliced-batch": lambda t: t[::2],
+    "strided": lambda t: t[:, :, ::2, ::2],
+    "flipped-axes": lambda t: t.transpose(2, 3),
+    "expanded": lambda t: t[:1].expand(3, -1, -1, -1),
+    "permuted": lambda t: t.permute(0, 3, 1, 2)[:, :3],
+    "unbatched": lambda t: t[0],
+}
+
+
+@pytest.mark.parametrize("skip", [False, True], ids=["pooled", "with-skip"])
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
+def test_strided_input(view: object, skip: bool) -> None:
+    base = make((4, 3, 18, 22), requires_grad=True)
+    results = [
+        values_and_gradients(
+            lambda t, m=module: m.relu_pool2d(view(t), 3, 2, 1, return_indices=True, return_skip=skip), [base], dtype
+        )
+        for module, dtype in ((functional, None), (reference, None), (reference, torch.float64))
+    ]
+    assert_parity(*results)
+
+
+@pytest.mark.parametrize("which", [(0,), (1,), (0, 1)], ids=["pooled", "skip", "both"])
+@pytest.mark.parametrize("expanded", [False, True])
+def test_incoming_gradients(which: tuple[int, ...], expanded: bool) -> None:
+    """Of one output alone, or of both; as sum() makes them, and with other strides than the outputs."""
+    gradients = []
+    for module in (functional, reference):
+        leaf = make(SHAPES["few"], torch.float64, requires_grad=True)
+        outputs = [module.relu_pool2d(leaf, return_skip=True)[at] for at in which]
+        if expanded:
+            given = [torch.ones((), dtype=torch.float64).expand_as(output) for output in outputs]
+        else:
+            given = [make(o.shape, torch.float64).transpose(1, 3).contiguous().transpose(1, 3) for o in outputs]
+        gradients.append(torch.autograd.grad(outputs, leaf, given)[0])
+    torch.testing.assert_close(*gradients)
+
+
+def test_no_images() -> None:
+    leaf = torch.randn(0, 3, 9, 9, requires_grad=True)
+    output = functional.relu_pool2d(leaf)
+    assert output.shape == (0, 3, 4, 4)
+    assert torch.autograd.grad(output.sum(), leaf)[0].shape == leaf.shape
+
+
+NAN, INF = float("nan"), float("inf")
+MAPS = {
+    "ties": torch.ones(6, 6),
+    "cut-by-relu": -torch.ones(6, 6),
+    "zeros": torch.zeros(6, 6),
+    "one-nan": torch.ones(6, 6).index_put((torch.tensor(2), torch.tensor(3)), torch.tensor(NAN)),
+    "nan-after-larger": torch.arange(36.0).flip(0).view(6, 6).index_fill(1, torch.tensor([3]), NAN),
+    "nan-among-negatives": -torch.arange(36.0).view(6, 6).index_fill(1, torch.tensor([2]), NAN),
+    "infinities": torch.tensor([INF, -INF, 1.0]).repeat(12).view(6, 6),
+    "all-negative-infinity": torch.full((6, 6), -INF),
+}
+
+
+@pytest.mark.parametrize("skip", [False, True], ids=["pooled", "with-skip"])
+@pytest.mark.parametrize("window", [(2, 2, 0), (3, 2, 1), (2, 1, 1)], ids=["2x2", "3x3-stride-2", "2x2-stride-1"])
+@pytest.mark.parametrize("map", MAPS.values(), ids=MAPS)
+def test_window_maximum(isa: str, map: Tensor, window: tuple[int, int, int], skip: bool) -> None:
+    leaf = map[None, None].clone().requires_grad_()
+    check(leaf, pool_size=window[0], pool_stride=window[1], pool_padding=window[2], return_indices=True,
+          return_skip=skip)  # fmt: skip
+
+
+def test_large_window_takes_plain_pytorch_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    _native.log_slow_road.cache_clear()
+    check(make((1, 2, 33, 40), requires_grad=True), pool_size=16, return_indices=True, return_skip=True)
+    assert "relu_pool2d runs as plain PyTorch: a pool window of more than 255 positions" in caplog.text
+
+
+# ---- memory, determinism, graphs ----
+
+
+def test_one_byte_is_saved_for_each_pooled_value() -> None:
+    saved: list[Tensor] = []
+    input = make((2, 8, 16, 16), requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        output = functional.relu_pool2d(input * 2)  # whose own factor is a number
+    assert sum(tensor.nbytes for tensor in saved) == output.numel()
+
+
+def test_arguments_are_left_alone_and_graph_can_be_retained() -> None:
+    input = make(SHAPES["few"], requires_grad=True)
+    before = input.detach().clone()
+    outputs = functional.relu_pool2d(input, return_skip=True)
+    loss = sum(output.sum() for output in outputs)
+    first = torch.autograd.grad(loss, input, retain_graph=True)
+    torch.testing.assert_close(first, torch.autograd.grad(loss, input), rtol=0, atol=0)
+    assert torch.equal(input, before)
+
+
+def test_bitwise_equal_for_any_number_of_threads(threads: object) -> None:
+    results = []
+    for count in (1, 2, 3):
+        threads(count)
+        results.append(values_and_gradients(functional.relu_pool2d, [make((3, 19, 33, 31), requires_grad=True)],
+                                            pool_size=3, pool_stride=2))  # fmt: skip
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=0, atol=0)
+
+
+def test_fresh_memory_filled_with_nan_changes_nothing() -> None:
+    input = make(SHAPES["blocks"], requires_grad=True)
+    options = {"pool_size": 3, "pool_stride": 2, "pool_padding": 1, "return_skip": True}
+    expected = values_and_gradients(functional.relu_pool2d, [input], **options)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills every torch.empty with NaN
+    try:
+        poisoned = values_and_gradients(functional.relu_pool2d, [input], **options)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    torch.testing.assert_close(poisoned, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("options", [{}, {"pool_size": 3, "pool_stride": 2, "pool_padding": 1, "return_skip": True}],
+                         ids=["plain", "overlap-skip"])  # fmt: skip
+def test_gradcheck_first_and_second_order(options: dict) -> None:
+    input = make((2, 3, 6, 7), torch.float64, requires_grad=True)
+
+    def function(input: Tensor) -> object:
+        return functional.relu_pool2d(input, **options)
+
+    assert torch.autograd.gradcheck(function, [input])
+    assert torch.autograd.gradgradcheck(function, [input])
+
+
+# ---- layer and errors ----
+
+
+def test_layer() -> None:
+    input, pool = make(SHAPES["few"]), torch.nn.MaxPool2d(3, 2, 1, ceil_mode=True)
+    layer = fastseg.ReLUPool2d(3, 2, 1, True, return_skip=True)
+    output, skip = layer(input)
+    torch.testing.assert_close(output, pool(input.relu()), rtol=0, atol=0)
+    assert torch.equal(skip, input.relu())
+    assert repr(layer) == "ReLUPool2d(pool_size=3, pool_stride=2, pool_padding=1, ceil_mode=True, return_skip=True)"
+
+
+BAD = {
+    "rank": ({"input": torch.ones(3, 3)}, ValueError, "input: expected"),
+    "no-channels": ({"input": torch.ones(2, 0, 8, 8)}, ValueError, "input: expected channels"),
+    "integers": ({"input": torch.ones(1, 3, 8, 8, dtype=torch.int32)}, TypeError, "input: expected float32"),
+    "pool-size": ({"pool_size": 0}, ValueError, "pool_size: expected"),
+    "pool-stride": ({"pool_stride": (1, 1, 1)}, ValueError, "pool_stride: expected"),
+    "pool-too-large": ({"pool_size": 9}, ValueError, "leaves no output"),
+    "pool-padding": ({"pool_padding": 2}, ValueError, "at most half"),
+}
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), BAD.values(), ids=BAD)
+def test_errors_name_the_argument(changes: dict, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        functional.relu_pool2d(**{"input": torch.ones(1, 3, 8, 8)} | changes)
