@@ -131,6 +131,67 @@ def norm_not_affine(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: 
     return F.max_pool2d(F.relu(F.batch_norm(F.conv2d(x, weight, bias, padding=1), mean, var)), 2)
 
 
+def norm_in_training(x: Tensor, weight: Tensor, bias: Tensor, *norm: Tensor) -> Tensor:
+    """The stem of a ResNet: no convolution can take in batch normalisation that needs the whole map."""
+    normal = F.batch_norm(F.conv2d(x, weight, padding=1), None, None, *norm[2:], training=True)
+    return F.max_pool2d(F.relu(normal, inplace=True), 3, 2, 1) * bias[:, None, None]
+
+
+def norm_in_training_skip(x: Tensor, weight: Tensor, bias: Tensor, *norm: Tensor) -> tuple[Tensor, Tensor]:
+    normal = F.batch_norm(F.conv2d(x, weight, padding=1), None, None, *norm[2:], training=True)
+    skip = F.relu(normal)
+    other = skip.sin()
+    return F.max_pool2d(skip, 2) * bias[:, None, None], other
+
+
+def pool_relu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.max_pool2d(torch.tanh(x), 3, 2, ceil_mode=True).relu_() * weight.sum() * bias.sum()
+
+
+def relu_pool_indices(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+    skip = F.relu(x)  # an input, which isn't written to
+    output, positions = F.max_pool2d(skip, 2, return_indices=True)
+    return output * weight.sum() * bias.sum(), positions, skip
+
+
+def conv_used_before_relu(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    convolved = F.conv2d(x, weight, bias, padding=1)
+    return F.max_pool2d(F.relu(convolved), 2), convolved.sin()
+
+
+def wide_images(dtype: torch.dtype, layout: str) -> list[Tensor | None]:
+    """As `images`, with so many channels that Winograd's algorithm serves the convolution without a pool, too."""
+    return [
+        make((2, 6, 13, 18), dtype, seed=1, layout=layout, requires_grad=True),
+        make((8, 6, 3, 3), dtype, seed=2, requires_grad=True),
+        make((8,), dtype, seed=3, requires_grad=True),
+    ]
+
+
+def wide_normalised(dtype: torch.dtype, layout: str) -> list[Tensor | None]:
+    return [*wide_images(dtype, layout), *normalised(dtype, layout)[3:]]
+
+
+def conv_relu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.relu(F.conv2d(x, weight, bias, padding="same"), inplace=True)
+
+
+def norm_relu(x: Tensor, weight: Tensor, bias: Tensor, *norm: Tensor) -> Tensor:
+    return torch.relu(F.batch_norm(F.conv2d(x, weight, bias, padding=(1, 2)), *norm))
+
+
+def conv_relu_dilated_pool(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """A pool that no operator serves, and another user of what is before it."""
+    activated = F.relu(F.conv2d(x, weight, bias))
+    return F.max_pool2d(activated, 2, dilation=2), activated
+
+
+def wide_conv_skip(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """The pool's pattern takes the convolution, and gives the un-pooled value as well."""
+    activated = F.relu(F.conv2d(x, weight, bias))
+    return F.max_pool2d(activated, 2), activated.sin()
+
+
 # ---- back end ----
 
 
@@ -225,6 +286,15 @@ CASES = {
     "norm, pool before relu": Case(norm_pool_relu, normalised, ("conv_relu_pool2d",), PIXELS),
     "norm, skip": Case(norm_skip, normalised, ("conv_relu_pool2d",), PIXELS),
     "norm, not affine": Case(norm_not_affine, lambda d, f: normalised(d, f)[:5], ("conv_relu_pool2d",), PIXELS),
+    "conv, used before relu": Case(conv_used_before_relu, images, ("relu_pool2d",), PIXELS),
+    "norm in training": Case(norm_in_training, normalised, ("relu_pool2d",), PIXELS),
+    "norm in training, skip used first": Case(norm_in_training_skip, normalised, ("relu_pool2d",), PIXELS),
+    "pool before relu": Case(pool_relu, images, ("relu_pool2d",), PIXELS),
+    "relu, pool with indices": Case(relu_pool_indices, images, ("relu_pool2d",), PIXELS),
+    "no pool": Case(conv_relu, wide_images, ("conv_relu_pool2d",), PIXELS),
+    "no pool, norm": Case(norm_relu, wide_normalised, ("conv_relu_pool2d",), PIXELS),
+    "no pool that is served": Case(conv_relu_dilated_pool, wide_images, ("conv_relu_pool2d",), PIXELS),
+    "conv, wide, skip": Case(wide_conv_skip, wide_images, ("conv_relu_pool2d",), PIXELS),
     "upsampled loss": Case(upsampled_loss, logits, ("upsample_cross_entropy",), PIXELS),
     "upsampled loss, corners": Case(upsampled_loss_corners, logits, ("upsample_cross_entropy",), PIXELS),
     "upsampled loss, nearest": Case(upsampled_loss_nearest, logits, ("upsample_cross_entropy",), PIXELS),

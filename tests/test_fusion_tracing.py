@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from torch.fx.proxy import TraceError
 
 import fastseg
-from fastseg.testing import assert_parity, values_and_gradients
+from fastseg.functional import conv_relu_pool2d
+from fastseg.fusion.patterns import conv_relu
+from fastseg.testing import assert_parity, make, values_and_gradients
 
 LOSSES = ["upsample_cross_entropy", "upsample_cross_entropy"]
 # What only a graph with sizes and dtypes can tell.
-UNTOLD = ("indices", "no batch", "kept dim", "skip used first")
+UNTOLD = ("indices", "no batch", "kept dim", "skip used first", "no pool")
 
 
 class Calls(nn.Module):
@@ -77,7 +79,8 @@ def test_training_steps(net: Net, training: bool) -> None:
 
     assert_trains_alike(net, run, [batch(seed=seed) for seed in range(3)])
     # Both graphs of the forward without labels are in the report, and the one with them.
-    assert operators(fastseg.report(made[0])) == ["conv_relu_pool2d"] * 2 + ["upsample_argmax", *LOSSES]
+    pools = ["conv_relu_pool2d", "conv_relu_pool2d", *(["relu_pool2d"] if training else [])]
+    assert operators(fastseg.report(made[0])) == [*pools, "upsample_argmax", *LOSSES]
 
 
 def test_a_copy_or_in_place(net: Net) -> None:
@@ -170,6 +173,7 @@ def test_the_report(net: Net, caplog: pytest.LogCaptureFixture) -> None:
         report = fastseg.report(fastseg.fuse(net))
     assert {(r.operator, r.place.module) for r in report.replaced} == {
         ("conv_relu_pool2d", "level.conv"),
+        ("relu_pool2d", "level.relu"),  # in training
         ("conv_relu_pool2d", "features.0"),
         ("upsample_argmax", ""),
     }
@@ -177,8 +181,24 @@ def test_the_report(net: Net, caplog: pytest.LogCaptureFixture) -> None:
     file, _, line = argmax.place.source.rpartition(":")
     with open(file) as lines:
         assert "F.interpolate(low" in lines.readlines()[int(line) - 1]
-    assert all(r.saved_bytes is None for r in report.replaced)  # sizes aren't known
+    assert not any(r.saved_bytes for r in report.replaced)  # sizes aren't known
     assert str(report) in caplog.text
+
+
+def test_a_convolution_without_a_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weight tells a part of whether Winograd's algorithm serves it, the call the rest."""
+    served = []
+    monkeypatch.setattr(conv_relu, "conv_relu_pool2d", lambda *a, **k: served.append(a) or conv_relu_pool2d(*a, **k))
+    model = nn.Sequential(nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, 2)).eval()
+    fused = fastseg.fuse(model)
+    assert [(r.pattern, r.place.module) for r in fastseg.report(fused).replaced] == [
+        ("conv2d + [batch_norm] + relu", "0")
+    ]
+    for shape, serves in (((2, 8, 16, 16), True), ((1, 8, 9, 9), False), ((8, 16, 16), False)):
+        x = make(shape)
+        torch.testing.assert_close(fused(x), model(x))
+        assert bool(served) == serves
+        served.clear()
 
 
 class Forward(nn.Module):

@@ -176,6 +176,13 @@ def has_hooks(module: nn.Module) -> bool:
 # ---- what is known of a value ----
 
 
+def has_nodes(arguments: Any) -> bool:
+    """Whether the graph computes any of the arguments."""
+    found: list[fx.Node] = []
+    fx.map_arg(arguments, lambda node: found.append(node))
+    return bool(found)
+
+
 def value_of(node: Any) -> Any:
     """The fake tensor (or number) that the graph's maker has computed for a node, or None."""
     return node.meta.get("example_value", node.meta.get("val")) if isinstance(node, fx.Node) else None
@@ -185,6 +192,12 @@ def tensor_of(node: Any) -> Tensor | None:
     """The fake tensor of a node, or None where it isn't known."""
     value = value_of(node)
     return value if isinstance(value, Tensor) else None
+
+
+def sizes_of(tensor: Tensor) -> tuple[int, ...] | None:
+    """The sizes that the graph was captured with, whatever they may be later; None where one isn't known."""
+    sizes = tuple(size.node.hint if isinstance(size, torch.SymInt) else size for size in tensor.shape)
+    return None if None in sizes else sizes
 
 
 def number_of(argument: Any) -> Any:

@@ -119,6 +119,21 @@ def _nodes(values: Any) -> list[fx.Node]:
 # ---- aliases ----
 
 
+def use_of_overwritten(value: Any, by: fx.Node) -> str | None:
+    """Who sees that ``by`` overwrites a value beside ``by``'s own users, or None: then it may as well not do so."""
+    if not isinstance(value, fx.Node) or value.op in ("placeholder", "get_attr", "output"):
+        return "it changes what isn't the graph's own"
+    if len(value.users) > 1:
+        return f"{value} is used elsewhere"
+    if has_transforms(by.graph):
+        return "torch.func's transforms hide what shares its memory"
+    if tensor_of(value) is None:
+        return None if _origin(value) is value else f"{value} may be part of another value"
+    if any(node is not value and _may_share_memory(node, value) for node in _between(next(iter(by.graph.nodes)), by)):
+        return f"{value} is part of another value"
+    return None
+
+
 def _may_share_memory(first: fx.Node, second: fx.Node) -> bool:
     tensors = tensor_of(first), tensor_of(second)
     if tensors[0] is not None and tensors[1] is not None:

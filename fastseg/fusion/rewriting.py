@@ -74,7 +74,9 @@ def _find(graph: fx.Graph, patterns: Sequence[Pattern]) -> tuple[dict[fx.Node, l
             try:
                 match = _match(pattern, call, transformed)
             except Unfit as unfit:
-                left.append(Leftover(pattern.name, str(unfit), place_of(node)))
+                reason, place = str(unfit), place_of(node)
+                if not any((leftover.reason, leftover.place) == (reason, place) for leftover in left):
+                    left.append(Leftover(pattern.name, reason, place))  # said once, of the more valuable pattern
                 continue
             if match is not None:
                 candidates.setdefault(node, []).append(_Candidate(pattern, match, node))

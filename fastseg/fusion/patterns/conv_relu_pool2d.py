@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, fx
 
 from fastseg.functional import conv_relu_pool2d
-from fastseg.fusion.calls import Call, recognise, tensor_of
+from fastseg.fusion.calls import Call, has_nodes, recognise, tensor_of
 from fastseg.fusion.pattern import Match, Pattern, Unfit, demand, demand_free
 from fastseg.ops.conv_relu_pool2d_geometry import MAX_WINDOW
 
-_NUMBERS = ("stride", "padding", "dilation", "groups")
+NUMBERS = ("stride", "padding", "dilation", "groups")  # of a convolution
 _STATISTICS = ("running_mean", "running_var", "weight", "bias", "eps")
 
 
@@ -55,7 +55,9 @@ def _match_relu_pool(pool: Call) -> Match | None:
     relu = recognise(pool["input"])
     if relu is None or relu.operation != "relu":
         return None
-    chain = _convolution(relu["input"])
+    chain = convolution(relu["input"])
+    if not chain:
+        return None
     _demand_pool(pool, chain[0])
     with_skip = len(relu.node.users) > 1
     outputs: dict[fx.Node, int | None] = {relu.node: 1, pool.node: 0} if with_skip else {pool.node: None}
@@ -68,31 +70,52 @@ def _match_pool_relu(relu: Call) -> Match | None:
     pool = recognise(relu["input"])
     if pool is None or pool.operation != "max_pool2d":
         return None
-    chain = _convolution(pool["input"])
+    chain = convolution(pool["input"])
+    if not chain:
+        return None
     _demand_pool(pool, chain[0])
     return _make(chain, pool, relu, {relu.node: None}, False, False, [call.node for call in chain])
 
 
-def _convolution(value: Any) -> list[Call]:
-    """The convolution that gives a value, and the batch normalisation after it."""
+def convolution(value: Any) -> list[Call]:
+    """The convolution that gives a value, and the batch normalisation by running statistics after it; or nothing."""
     call = recognise(value)
     if call is not None and call.operation == "conv2d":
         return [call]
-    conv = recognise(call["input"]) if call is not None and call.operation == "batch_norm" else None
-    if call is None or conv is None or conv.operation != "conv2d":
-        raise Unfit("no conv2d before them: no operator serves relu + max_pool2d alone")
-    demand(not call["training"], "batch_norm in training needs statistics of the whole map before ReLU")
-    return [conv, call]
+    if call is None or call.operation != "batch_norm" or call["training"]:
+        return []  # in training it needs statistics of the whole map before ReLU
+    conv = recognise(call["input"])
+    return [conv, call] if conv is not None and conv.operation == "conv2d" else []
+
+
+def normalisation(chain: list[Call]) -> dict[str, Any] | None:
+    """What `fold` takes of the batch normalisation in what `convolution` gives, if it is there."""
+    norm = {name: chain[1][name] for name in _STATISTICS} if len(chain) > 1 else None
+    if norm is not None and norm["running_mean"] is None:
+        raise Unfit("batch_norm without running statistics")
+    return norm
+
+
+def why_not_pool(pool: Call) -> str | None:
+    """Why no operator serves a max_pool2d, whatever is before it, or None."""
+    if has_nodes([pool[name] for name in ("kernel_size", "stride", "padding")]):
+        return "sizes of the window are computed while the model runs"
+    if _pair(pool["dilation"]) != (1, 1):
+        return "max_pool2d with dilation"
+    height, width = _pair(pool["kernel_size"])
+    return f"a pool window of more than {MAX_WINDOW} positions" if height * width > MAX_WINDOW else None
+
+
+def is_pool_served(call: Call | None) -> bool:
+    """Whether a call is a max_pool2d that an operator serves."""
+    return call is not None and call.operation == "max_pool2d" and why_not_pool(call) is None
 
 
 def _demand_pool(pool: Call, conv: Call) -> None:
-    numbers = [conv[name] for name in _NUMBERS] + [pool[name] for name in ("kernel_size", "stride", "padding")]
-    found: list[fx.Node] = []
-    fx.map_arg(numbers, lambda node: found.append(node))
-    demand(not found, "sizes of the window or of the kernel are computed while the model runs")
-    demand(_pair(pool["dilation"]) == (1, 1), "max_pool2d with dilation")
-    height, width = _pair(pool["kernel_size"])
-    demand(height * width <= MAX_WINDOW, f"a pool window of more than {MAX_WINDOW} positions")
+    reason = why_not_pool(pool)
+    if reason is not None:
+        raise Unfit(reason)
+    demand(not has_nodes([conv[name] for name in NUMBERS]), "sizes of the kernel are computed while the model runs")
     if pool["return_indices"]:
         convolved = tensor_of(conv.node)
         demand(convolved is not None, "return_indices: the dtype isn't known before the model runs")
@@ -111,12 +134,9 @@ def _make(
 ) -> Match:  # fmt: skip
     conv, pool = chain[0], last if last.operation == "max_pool2d" else second
     demand_free(*chain, second, last)
-    norm = {name: chain[1][name] for name in _STATISTICS} if len(chain) > 1 else None
-    if norm is not None and norm["running_mean"] is None:
-        raise Unfit("batch_norm without running statistics")
-    arguments = {name: conv[name] for name in ("input", "weight", "bias", *_NUMBERS)}
+    arguments = {name: conv[name] for name in ("input", "weight", "bias", *NUMBERS)}
     arguments |= {
-        "batch_norm": norm,
+        "batch_norm": normalisation(chain),
         "pool_size": pool["kernel_size"],
         "pool_stride": pool["stride"] or None,  # torch takes an empty list for None
         "pool_padding": pool["padding"],
