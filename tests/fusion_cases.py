@@ -247,6 +247,23 @@ def loss_and_prediction(x: Tensor, target: Tensor, weight: Tensor) -> tuple[Tens
     return F.cross_entropy(up, target, ignore_index=255), up.softmax(dim=1).argmax(dim=1)
 
 
+def upsampled_nll_loss(x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    up = F.interpolate(x, size=target.shape[-2:], mode="bilinear")
+    return F.nll_loss(F.log_softmax(up, dim=1), target, weight, ignore_index=255)
+
+
+def nll_loss(x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    return F.nll_loss(x.log_softmax(1), target, weight, ignore_index=255, reduction="none")
+
+
+def prediction_by_max(x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    return torch.max(F.interpolate(x, scale_factor=2, mode="bilinear"), 1)[1]
+
+
+def prediction_by_max_indices(x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    return F.interpolate(x, size=(13, 17)).softmax(1).max(dim=1, keepdim=True).indices
+
+
 def prediction(x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     return torch.argmax(F.interpolate(x, scale_factor=2.5, mode="bilinear"), 1)
 
@@ -304,6 +321,10 @@ CASES = {
     "loss and prediction": Case(loss_and_prediction, logits, ("upsample_argmax", "upsample_cross_entropy"), PIXELS),
     "prediction": Case(prediction, logits, ("upsample_argmax",)),
     "prediction, kept dim": Case(prediction_kept_dim, logits, ("upsample_argmax",)),
+    "prediction, max": Case(prediction_by_max, logits, ("upsample_argmax",)),
+    "prediction, max, kept dim": Case(prediction_by_max_indices, logits, ("upsample_argmax",)),
+    "upsampled loss, nll": Case(upsampled_nll_loss, logits, ("upsample_cross_entropy",), PIXELS),
+    "loss, nll": Case(nll_loss, full_logits, ("cross_entropy",), PIXELS),
     "prediction, recomputed": Case(prediction_recomputed, logits, ("upsample_argmax",)),
     "loss": Case(loss, full_logits, ("cross_entropy",), PIXELS),
     "loss of probabilities": Case(loss_of_probabilities, full_logits, ("cross_entropy",), PIXELS),

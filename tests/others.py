@@ -102,30 +102,39 @@ def _basic_unet() -> nn.Module:
     return BasicUNet(spatial_dims=2, in_channels=1, out_channels=CLASSES, features=(8, 8, 16, 16, 16, 8))
 
 
-_CONV, _LOSS, _UP_LOSS, _ARGMAX = "conv_relu_pool2d", "cross_entropy", "upsample_cross_entropy", "upsample_argmax"
+_CONV, _POOL = "conv_relu_pool2d", "relu_pool2d"
+_LOSS, _UP_LOSS, _ARGMAX = "cross_entropy", "upsample_cross_entropy", "upsample_argmax"
 _BACK = [_ARGMAX, _UP_LOSS]
 _SMP, _VISION = "segmentation_models_pytorch", "torchvision"
 
+# Convolutions without a pool are taken where there are pixels enough, at these small sizes in a few levels.
 OTHERS = {
-    "smp.Unet-resnet18": Other(_SMP, _smp("Unet", "resnet18"), _loss_of_logits, [_LOSS], [_CONV, _LOSS]),
-    "smp.Unet-vgg11": Other(_SMP, _smp("Unet", "vgg11"), _loss_of_logits, [*[_CONV] * 5, _LOSS], [*[_CONV] * 5, _LOSS]),
-    "smp.FPN-resnet18": Other(_SMP, _smp("FPN", "resnet18"), _loss_of_logits, _BACK, [_CONV, *_BACK]),
-    "smp.FPN-vgg11": Other(_SMP, _smp("FPN", "vgg11"), _loss_of_logits, [*[_CONV] * 5, *_BACK], [*[_CONV] * 5, *_BACK]),
+    "smp.Unet-resnet18": Other(
+        _SMP, _smp("Unet", "resnet18"), _loss_of_logits, [_LOSS, _POOL], [*[_CONV] * 9, _LOSS]
+    ),
+    "smp.Unet-vgg11": Other(
+        _SMP, _smp("Unet", "vgg11"), _loss_of_logits, [*[_CONV] * 6, _LOSS], [*[_CONV] * 12, _LOSS]
+    ),
+    "smp.FPN-resnet18": Other(
+        _SMP, _smp("FPN", "resnet18"), _loss_of_logits, [_POOL, *_BACK], [*[_CONV] * 3, *_BACK]
+    ),
+    "smp.FPN-vgg11": Other(_SMP, _smp("FPN", "vgg11"), _loss_of_logits, [*[_CONV] * 6, *_BACK], [*[_CONV] * 6, *_BACK]),
     # SMP has no DeepLabV3Plus on VGG.
     "smp.DeepLabV3Plus-resnet18": Other(
-        _SMP, _smp("DeepLabV3Plus", "resnet18"), _loss_of_logits, _BACK, [_CONV, *_BACK], (4, 3, 64, 64)
+        _SMP, _smp("DeepLabV3Plus", "resnet18"), _loss_of_logits, [_POOL, *_BACK], [*[_CONV] * 4, *_BACK],
+        (4, 3, 64, 64),
     ),
     "torchvision.fcn_resnet50": Other(
-        _VISION, _torchvision_model("fcn_resnet50"), _loss_with_auxiliary, [*_BACK, _UP_LOSS],
-        [_CONV, *_BACK, _UP_LOSS], (4, 3, 32, 32),
+        _VISION, _torchvision_model("fcn_resnet50"), _loss_with_auxiliary, [_POOL, *_BACK, _UP_LOSS],
+        [*[_CONV] * 4, *_BACK, _UP_LOSS], (4, 3, 32, 32),
     ),
     "torchvision.deeplabv3_resnet50": Other(
-        _VISION, _torchvision_model("deeplabv3_resnet50"), _loss_with_auxiliary, [*_BACK, _UP_LOSS],
-        [_CONV, *_BACK, _UP_LOSS], (4, 3, 32, 32),
+        _VISION, _torchvision_model("deeplabv3_resnet50"), _loss_with_auxiliary, [_POOL, *_BACK, _UP_LOSS],
+        [*[_CONV] * 4, *_BACK, _UP_LOSS], (4, 3, 32, 32),
     ),
     "transformers.Segformer-b0": Other("transformers", _segformer, _loss_within, _BACK, _BACK),
     "transformers.UperNet": Other(
-        "transformers", _upernet, _loss_within, [*_BACK, _UP_LOSS], [_CONV, *_BACK, _UP_LOSS]
+        "transformers", _upernet, _loss_within, [_POOL, *_BACK, _UP_LOSS], [*[_CONV] * 4, *_BACK, _UP_LOSS]
     ),
     "monai.BasicUNet": Other("monai", _basic_unet, _loss_of_logits, [_LOSS], [_LOSS], (2, 1, 64, 64)),
 }  # fmt: skip

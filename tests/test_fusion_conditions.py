@@ -212,6 +212,33 @@ def rows_of_logits(x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     return F.cross_entropy(x.permute(0, 2, 3, 1).reshape(-1, 5), target.flatten(), ignore_index=255)
 
 
+@left(full_logits, "log_softmax over another dimension")
+def nll_of_rows(x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    return F.nll_loss(F.log_softmax(x, 2), target, ignore_index=255)
+
+
+@left(full_logits, "log_softmax in another dtype")
+def nll_in_double(x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    return F.nll_loss(F.log_softmax(x, 1, dtype=torch.float64), target, ignore_index=255)
+
+
+@left(full_logits, "log_softmax (scores) has another user")
+def scores_used_elsewhere(x: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    scores = F.log_softmax(x, 1)
+    return F.nll_loss(scores, target, ignore_index=255), scores.exp()
+
+
+@left(logits, "has another user: getitem")
+def largest_logit_used(x: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    values, classes = F.interpolate(x, (24, 32)).max(1)
+    return classes, values
+
+
+@left(logits, "another dimension")
+def max_of_rows(x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    return F.interpolate(x, (24, 32)).max(2)[1]
+
+
 @left(full_logits, "size_average")
 def old_arguments(x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     return F.cross_entropy(x, target, None, False, 255)

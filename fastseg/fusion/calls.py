@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,30 +24,36 @@ _SIGNATURES: dict[str, Callable[..., None]] = {
     recompute_scale_factor=None, antialias=False: None,
     "cross_entropy": lambda input, target, weight=None, size_average=None, ignore_index=-100, reduce=None,
     reduction="mean", label_smoothing=0.0: None,
+    "nll_loss": lambda input, target, weight=None, size_average=None, ignore_index=-100, reduce=None,
+    reduction="mean": None,
     "softmax": lambda input, dim=None, _stacklevel=3, dtype=None: None,
     "torch.softmax": lambda input, dim, dtype=None: None,
+    "log_softmax": lambda input, dim=None, _stacklevel=3, dtype=None: None,
+    "torch.log_softmax": lambda input, dim, dtype=None: None,
     "argmax": lambda input, dim=None, keepdim=False: None,
+    "max": lambda input, dim, keepdim=False: None,
 }  # fmt: skip
 
 # Spellings that aren't the operation's name in torch.nn.functional: which signature they have, and what they set.
 _FUNCTIONS: dict[Any, tuple[str, dict[str, Any]]] = {
     **{getattr(F, name): (name, {}) for name in ("conv2d", "batch_norm", "relu", "max_pool2d", "interpolate")},
-    **{getattr(F, name): (name, {}) for name in ("cross_entropy", "softmax")},
-    F.log_softmax: ("softmax", {}),
+    **{getattr(F, name): (name, {}) for name in ("cross_entropy", "nll_loss", "softmax", "log_softmax")},
     F.relu_: ("relu", {"inplace": True}),
     F.max_pool2d_with_indices: ("max_pool2d", {"return_indices": True}),
     torch.relu: ("relu", {}),
     torch.max_pool2d: ("max_pool2d", {}),
     torch.softmax: ("torch.softmax", {}),
-    torch.log_softmax: ("torch.softmax", {}),
+    torch.log_softmax: ("torch.log_softmax", {}),
     torch.argmax: ("argmax", {}),
+    torch.max: ("max", {}),
 }
 _METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "relu": ("relu", {}),
     "relu_": ("relu", {"inplace": True}),
     "softmax": ("torch.softmax", {}),
-    "log_softmax": ("torch.softmax", {}),
+    "log_softmax": ("torch.log_softmax", {}),
     "argmax": ("argmax", {}),
+    "max": ("max", {}),
 }
 
 
@@ -56,7 +63,7 @@ class Call:
 
     Attributes:
         node: The node.
-        operation: The operation's name in torch.nn.functional (log_softmax counts as softmax).
+        operation: The operation's name in torch.nn.functional or torch.
         arguments: All of its arguments by name, defaults included; values of the graph are nodes. A module's
             parameters are `Attribute`.
         obstacle: Why the call must stay as it is, whatever the pattern, or None.
@@ -87,6 +94,8 @@ def recognise(node: Any) -> Call | None:
     table: Mapping[Any, tuple[str, dict[str, Any]]] = {"call_function": _FUNCTIONS, "call_method": _METHODS}.get(
         node.op, {}
     )
+    if node.target in (operator.getitem, getattr):
+        return _part_of(node)
     try:
         found = table.get(node.target)
     except TypeError:  # a target without a hash
@@ -101,6 +110,15 @@ def _bind(node: fx.Node, signature: str, fixed: Mapping[str, Any], obstacle: str
         return None
     bound.apply_defaults()
     return Call(node, signature.removeprefix("torch."), bound.arguments, obstacle)
+
+
+def _part_of(node: fx.Node) -> Call | None:
+    """A part of what a call of torch.max along a dimension gives."""
+    whole, part = node.args
+    call = recognise(whole) if part in (1, -1, "indices") else None
+    if call is None or call.operation != "max" or not isinstance(call["dim"], int):
+        return None
+    return Call(node, "indices of max", {"input": whole})
 
 
 # ---- modules: what a graph of torch.fx holds, where TorchDynamo has looked through them ----
@@ -141,6 +159,11 @@ def _cross_entropy(module: nn.CrossEntropyLoss, name: str) -> tuple[str, dict[st
     return "cross_entropy", {key: getattr(module, key) for key in names} | _tensors(module, name, "weight"), None
 
 
+def _nll_loss(module: nn.NLLLoss, name: str) -> tuple[str, dict[str, Any], str | None]:
+    numbers = {key: getattr(module, key) for key in ("ignore_index", "reduction")}
+    return "nll_loss", numbers | _tensors(module, name, "weight"), None
+
+
 _MODULES: dict[type, Callable[[Any, str], tuple[str, dict[str, Any], str | None]]] = {
     nn.Conv2d: _convolution,
     nn.BatchNorm2d: _batch_norm,
@@ -150,8 +173,9 @@ _MODULES: dict[type, Callable[[Any, str], tuple[str, dict[str, Any], str | None]
     nn.UpsamplingBilinear2d: _upsample,
     nn.UpsamplingNearest2d: _upsample,
     nn.CrossEntropyLoss: _cross_entropy,
+    nn.NLLLoss: _nll_loss,
     nn.Softmax: lambda module, name: ("softmax", {"dim": module.dim}, None),
-    nn.LogSoftmax: lambda module, name: ("softmax", {"dim": module.dim}, None),
+    nn.LogSoftmax: lambda module, name: ("log_softmax", {"dim": module.dim}, None),
 }
 
 

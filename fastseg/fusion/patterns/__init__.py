@@ -3,10 +3,10 @@
 from fastseg.fusion.pattern import Pattern
 from fastseg.fusion.patterns.conv_relu import CONV_RELU
 from fastseg.fusion.patterns.conv_relu_pool2d import CONV_POOL_RELU, CONV_RELU_POOL
-from fastseg.fusion.patterns.cross_entropy import CROSS_ENTROPY
+from fastseg.fusion.patterns.cross_entropy import CROSS_ENTROPY, NLL_LOSS
 from fastseg.fusion.patterns.relu_pool2d import POOL_RELU, RELU_POOL
-from fastseg.fusion.patterns.upsample_argmax import UPSAMPLE_ARGMAX
-from fastseg.fusion.patterns.upsample_cross_entropy import UPSAMPLE_CROSS_ENTROPY
+from fastseg.fusion.patterns.upsample_argmax import UPSAMPLE_ARGMAX, UPSAMPLE_MAX
+from fastseg.fusion.patterns.upsample_cross_entropy import UPSAMPLE_CROSS_ENTROPY, UPSAMPLE_NLL_LOSS
 
 PATTERNS: tuple[Pattern, ...] = (
     CONV_RELU_POOL,
@@ -15,8 +15,11 @@ PATTERNS: tuple[Pattern, ...] = (
     RELU_POOL,
     POOL_RELU,
     UPSAMPLE_CROSS_ENTROPY,
+    UPSAMPLE_NLL_LOSS,
     UPSAMPLE_ARGMAX,
+    UPSAMPLE_MAX,
     CROSS_ENTROPY,
+    NLL_LOSS,
 )
 
 __all__ = ["PATTERNS"]

@@ -1,5 +1,7 @@
 """interpolate + [softmax or log_softmax] + argmax over the classes becomes upsample_argmax.
 
+The indices that torch.max gives along the classes' dimension are argmax, where nothing uses its values.
+
 Softmax keeps the order of finite logits; fastseg compares them before it would round them to equal probabilities. In
 half types the upsampled logits aren't rounded before they are compared, either. (A pixel with a NaN or an infinity has
 NaN's for probabilities: through softmax, torch's argmax then is class 0; here it is that logit's class, as without
@@ -41,9 +43,13 @@ def interpolate_argmax(
 
 
 def _match(argmax: Call) -> Match | None:
-    calls = [argmax]
+    calls, last = [argmax], argmax.node
+    if argmax.operation == "indices of max":
+        found = recognise(argmax["input"])
+        assert found is not None
+        argmax, calls = found, [found]
     call = recognise(argmax["input"])
-    if call is not None and call.operation == "softmax":
+    if call is not None and call.operation in ("softmax", "log_softmax"):
         calls.insert(0, call)
         call = recognise(call["input"])
     if call is None or call.operation != "interpolate":
@@ -59,9 +65,10 @@ def _match(argmax: Call) -> Match | None:
         raise Unfit(reason)
     if len(calls) == 3:
         demand(calls[1]["dtype"] is None, "softmax in another dtype")
+    nodes = [*(c.node for c in calls), *([last] if last is not argmax.node else [])]
     return Match(
-        nodes=[c.node for c in calls],
-        outputs={argmax.node: None},
+        nodes=nodes,
+        outputs={last: None},
         function=interpolate_argmax,
         arguments={
             "input": call["input"],
@@ -69,8 +76,9 @@ def _match(argmax: Call) -> Match | None:
             **{name: call[name] for name in _interpolation.ARGUMENTS},
         },
         not_kept=[c.node for c in calls[:-1]],
-        shared=[c.node for c in calls[:-1]],
+        shared=nodes[:-1],
     )
 
 
 UPSAMPLE_ARGMAX = Pattern("interpolate + [softmax] + argmax", "argmax", "upsample_argmax", _match)
+UPSAMPLE_MAX = Pattern("interpolate + [softmax] + max", "indices of max", "upsample_argmax", _match)

@@ -1,4 +1,7 @@
-"""interpolate + cross_entropy becomes upsample_cross_entropy: the upsampled logits and their softmax are never made."""
+"""interpolate + cross_entropy becomes upsample_cross_entropy: the upsampled logits and their softmax are never made.
+
+As `fastseg.fusion.patterns.cross_entropy`, also of log_softmax + nll_loss.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from fastseg._native import log_slow_road
 from fastseg.fusion.calls import Call, number_of, recognise, tensor_of
 from fastseg.fusion.pattern import Match, Pattern, Unfit
 from fastseg.fusion.patterns import _interpolation
-from fastseg.fusion.patterns.cross_entropy import OPTIONS, demand_options, why_not_labels
+from fastseg.fusion.patterns.cross_entropy import calls_of, demand_options, options_of, plain_loss, why_not_labels
 
 
 def interpolate_cross_entropy(
@@ -27,7 +30,7 @@ def interpolate_cross_entropy(
     if reason is not None:
         if not torch.compiler.is_compiling():
             log_slow_road("interpolate + cross_entropy", reason)
-        return F.cross_entropy(F.interpolate(input, **interpolation), target, weight, **options)
+        return plain_loss(F.interpolate(input, **interpolation), target, weight, **options)
     return functional.upsample_cross_entropy(
         input, target, weight, **options,
         mode=interpolation["mode"], align_corners=bool(interpolation["align_corners"]),
@@ -49,11 +52,12 @@ def why_not(input: Tensor, target: Tensor, interpolation: dict[str, Any]) -> str
 
 
 def _match(loss: Call) -> Match | None:
-    interpolate = recognise(loss["input"])
-    if interpolate is None or interpolate.operation != "interpolate":
+    calls = calls_of(loss)
+    interpolate = None if calls is None else recognise(calls[0]["input"])
+    if calls is None or interpolate is None or interpolate.operation != "interpolate":
         return None
     _interpolation.demand_grid(interpolate)
-    demand_options(loss)
+    demand_options(calls)
     interpolation = {name: interpolate[name] for name in _interpolation.ARGUMENTS}
     logits, target = tensor_of(interpolate["input"]), tensor_of(loss["target"])
     if logits is not None and target is not None:
@@ -62,7 +66,7 @@ def _match(loss: Call) -> Match | None:
         if reason is not None:
             raise Unfit(reason)
     return Match(
-        nodes=[interpolate.node, loss.node],
+        nodes=[interpolate.node, *(call.node for call in calls)],
         outputs={loss.node: None},
         function=interpolate_cross_entropy,
         arguments={
@@ -70,7 +74,7 @@ def _match(loss: Call) -> Match | None:
             "target": loss["target"],
             "weight": loss["weight"],
             "interpolation": interpolation,
-            "options": {name: loss[name] for name in OPTIONS},
+            "options": options_of(loss),
         },
         not_kept=[interpolate.node, interpolate.node],  # the logits, and their logarithmic softmax
         shared=[interpolate.node],
@@ -78,3 +82,4 @@ def _match(loss: Call) -> Match | None:
 
 
 UPSAMPLE_CROSS_ENTROPY = Pattern("interpolate + cross_entropy", "cross_entropy", "upsample_cross_entropy", _match)
+UPSAMPLE_NLL_LOSS = Pattern("interpolate + log_softmax + nll_loss", "nll_loss", "upsample_cross_entropy", _match)
