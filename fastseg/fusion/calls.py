@@ -32,6 +32,7 @@ _SIGNATURES: dict[str, Callable[..., None]] = {
     "torch.log_softmax": lambda input, dim, dtype=None: None,
     "argmax": lambda input, dim=None, keepdim=False: None,
     "max": lambda input, dim, keepdim=False: None,
+    "vector_norm": lambda input, ord=2, dim=None, keepdim=False, *, dtype=None, out=None: None,
 }  # fmt: skip
 
 # Spellings that aren't the operation's name in torch.nn.functional: which signature they have, and what they set.
@@ -46,6 +47,7 @@ _FUNCTIONS: dict[Any, tuple[str, dict[str, Any]]] = {
     torch.log_softmax: ("torch.log_softmax", {}),
     torch.argmax: ("argmax", {}),
     torch.max: ("max", {}),
+    torch.linalg.vector_norm: ("vector_norm", {}),
 }
 _METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "relu": ("relu", {}),
