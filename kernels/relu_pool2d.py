@@ -1,8 +1,8 @@
 """conv_relu_pool2d's Triton kernels behind a library's convolution: bias, ReLU, max pooling and positions in one pass.
 
-Forward reads the convolution's output once. Backward writes the gradient of it from the pooled one, reading that and
-the positions alone. A tile is [BLOCK_P pixels, BLOCK_O channels]; whichever of the two lies side by side in memory is
-read by neighbouring threads.
+They are relu_pool2d's own, too, whose map anything may have made. Forward reads the map once. Backward writes the
+gradient of it from the pooled one, reading that and the positions alone. A tile is [BLOCK_P pixels, BLOCK_O channels];
+whichever of the two lies side by side in memory is read by neighbouring threads.
 """
 
 from __future__ import annotations

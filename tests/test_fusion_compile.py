@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from fusion_cases import Net, assert_trains_alike, batch, compiled, operators
+from fusion_cases import compiled, operators
+from fusion_networks import Net, assert_trains_alike, batch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 

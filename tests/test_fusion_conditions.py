@@ -357,6 +357,14 @@ def test_convolutions_without_a_pool_stay_unless_winograd_serves_them(name: str)
     assert bool(fastseg.report(fused).replaced) == (name == "few-pixels")  # which only the call knows
 
 
+def test_a_convolution_without_a_pool_stays_on_other_devices() -> None:
+    model = nn.Sequential(nn.Conv2d(8, 6, 3), nn.ReLU()).to("meta")
+    fused = compiled(model)
+    fused(torch.empty(2, 8, 32, 32, device="meta"))
+    report = fastseg.report(fused)
+    assert (report.graphs, report.replaced, report.left) == (1, (), ())
+
+
 def test_a_convolution_with_a_hook_stays() -> None:
     model = nn.Sequential(nn.Conv2d(8, 6, 3), nn.ReLU())
     model[0].register_forward_hook(lambda module, args, output: None)

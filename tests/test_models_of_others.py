@@ -6,7 +6,8 @@ import math
 
 import pytest
 import torch
-from fusion_cases import compiled, operators, trained
+from fusion_cases import compiled, operators
+from fusion_networks import trained
 from others import OTHERS, batch, build
 from torch import Tensor, nn
 
