@@ -38,9 +38,9 @@ def conv_relu_pool2d(
     gradient, NaN propagates, and a window whose maximum ReLU cut passes no gradient. Where a fused kernel serves the
     call, the full-resolution map is never in memory. Differentiable to any order; second derivatives run as plain
     PyTorch. In half types the maximum is found before the values are rounded, so that among values that round to one
-    the indices may differ from torch's. On a CPU, 3x3 convolutions and the stem of a ResNet run Winograd's algorithm
-    (Lavin and Gray, 2015), whose rounding errors are relative to the largest value of a patch of the input that is a
-    pixel or two wider than the kernel's own.
+    the indices may differ from torch's. On a CPU, 3x3 convolutions (and, where a skip or no pool makes them dense,
+    their gradients) and the stem of a ResNet run Winograd's algorithm (Lavin and Gray, 2015), whose rounding errors are
+    relative to the largest value of a patch that is a pixel or two wider than the kernel's own.
 
     Args:
         input: Images ``[N, C, H, W]`` or ``[C, H, W]``; float32, float64, bfloat16 or float16. Read by its strides;
