@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from fusion_cases import compiled, operators
+from fusion_cases import CLASSES, compiled, operators
 from fusion_networks import Net, assert_trains_alike, batch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -241,6 +241,43 @@ def test_the_report_says_what_was_left() -> None:
     assert (left.place.module, left.reason) == ("2", "max_pool2d with dilation")
     expected = f"  left conv2d + [batch_norm] + relu + max_pool2d: max_pool2d with dilation\n    at {left.place}"
     assert str(fastseg.report(fused)).endswith(expected)
+
+
+@pytest.mark.parametrize("reset", [False, True])
+def test_equal_calls_of_torch_compile_share_graphs_and_report(net: Net, reset: bool) -> None:
+    """TorchDynamo runs the graphs of the first for the second, whose backend it doesn't ask."""
+    first, given = compiled(net), batch()
+    first(*given)
+    if reset:
+        torch._dynamo.reset()
+    for model in (net, copy.deepcopy(net)):
+        second = torch.compile(model, backend="fastseg", options={"inner": "eager"})
+        second(*given)
+        assert fastseg.report(second).replaced == fastseg.report(first).replaced
+
+
+def test_reports_are_not_shared_by_others(net: Net) -> None:
+    """Neither by a model with other layers, nor for another method, nor after a reset."""
+    compiled(net)(*batch())
+    wider = Net()
+    wider.skip = nn.Conv2d(8, CLASSES, 1, bias=False)
+    options = {"inner": "eager"}
+    for other in (wider, net.logits, torch.nn.functional.relu):
+        assert fastseg.report(torch.compile(other, backend="fastseg", options=options)).graphs == 0
+    torch._dynamo.reset()
+    assert fastseg.report(torch.compile(net, backend="fastseg", options=options)).graphs == 0
+
+
+def test_equal_calls_of_a_function_share_graphs_and_report() -> None:
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(x, y)
+
+    x, y = torch.randn(2, CLASSES, 4, 4), torch.zeros(2, 4, 4, dtype=torch.int64)
+    first = compiled(loss)
+    second = torch.compile(loss, backend="fastseg", options={"inner": "eager"})
+    for fused in (first, second):
+        fused(x, y)
+        assert operators(fastseg.report(fused)) == ["cross_entropy"]
 
 
 def test_nothing_matches() -> None:
