@@ -165,6 +165,11 @@ class Case(ABC):
         return TIMINGS
 
     @property
+    def fullgraph(self) -> bool:
+        """Whether torch.compile has to capture the call as one graph."""
+        return True
+
+    @property
     def led(self) -> bool:
         """Whether other work goes before each call that is timed, so that its launch doesn't count."""
         return self.device.asynchronous and not self.launch_bound
@@ -217,7 +222,7 @@ class Contestant(NamedTuple):
             return job._replace(function=openvino_peer.deploy(job.function, job.arguments, self.layout))
         job = case.job(self.kind == FASTSEG, self.layout, training)
         if self.kind in MODES:
-            compiled = torch.compile(job.function, fullgraph=True, dynamic=False, mode=MODES[self.kind])
+            compiled = torch.compile(job.function, fullgraph=case.fullgraph, dynamic=False, mode=MODES[self.kind])
             job = job._replace(function=compiled)
         return job
 

@@ -12,7 +12,6 @@ import cross_entropy_cases
 import pytest
 import torch
 from torch import Tensor, nn
-from torchvision_import import import_torchvision
 
 from fastseg.testing import assert_parity, make, make_labels, values_and_gradients
 
@@ -26,7 +25,8 @@ with contextlib.suppress(ModuleNotFoundError):  # benchmarks/ is part of a check
 
 def original(name: str) -> Any:
     """A module of another library; a skip where that isn't installed."""
-    import_torchvision()
+    benchmarks = pytest.importorskip("benchmarks.torchvision_import", reason="benchmarks/ is part of a checkout alone")
+    benchmarks.import_torchvision()
     return pytest.importorskip(name, reason=f"{name.partition('.')[0]} isn't installed")
 
 

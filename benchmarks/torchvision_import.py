@@ -1,4 +1,4 @@
-"""torchvision for tests of libraries that import it."""
+"""torchvision for what imports libraries that import it."""
 
 import importlib
 import importlib.util

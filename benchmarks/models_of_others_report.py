@@ -1,0 +1,131 @@
+"""From what `models_of_others` measured to tables, in a file of their own and in the README."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks.report import MIB, NOTHING, factor, format_table, quartiles, significant
+from benchmarks.suite import COMPILE, EAGER, FASTSEG
+
+STEP, PREDICTION = TIMINGS = ("step", "prediction")
+KINDS = {EAGER: "eager", COMPILE: "torch.compile", FASTSEG: "fastseg"}
+
+BEGIN = "<!-- models of others: from here on written by python -m benchmarks.models_of_others -->"
+END = "<!-- models of others: up to here -->"
+
+READING = """\
+A step is the loss and the gradients of all parameters, a prediction goes from images to class numbers. Every result was
+verified against a float64 truth before it was timed. Milliseconds and MiB, for eager PyTorch, `torch.compile` and
+`torch.compile(..., backend="fastseg")`: medians of interleaved rounds; peak memory is the growth of the process's
+resident set during a step, gradients included. In bold: fastseg is slower, or needs more, than the better of the two.
+The largest difference of the loss and of the gradients is to eager PyTorch's, over the largest of eager's.
+"""
+
+
+def insert(text: str, table: str) -> str:
+    """``text`` with ``table`` between the two marks.
+
+    Raises:
+        ValueError: The marks aren't there, each once and in order.
+    """
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(f"expected the lines {BEGIN!r} and {END!r}, each once and in this order")
+    return text[: text.index(BEGIN) + len(BEGIN)] + f"\n\n{table}\n" + text[text.index(END) :]
+
+
+def write(run: dict[str, Any], path: Path) -> None:
+    """Write all tables to ``path``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parts = ["# Models that others wrote\n", machine(run), summary(run), details(run), missing(run)]
+    path.write_text("\n".join(filter(None, parts)))
+
+
+def machine(run: dict[str, Any]) -> str:
+    """What was measured, where and when."""
+    info, commit, device = run["machine_info"], run["commit_info"], run["device"]
+    own, cpu = info["fastseg"], info["cpu"]
+    changed = " with local changes" if commit.get("dirty") else ""
+    peers = "".join(f", {name} {version}" for name, version in run["peers"].items())
+    seconds = sum(result["seconds"] for result in run["models"])
+    spent = {kind: sum(result["compiling"][kind] for result in run["models"]) for kind in (COMPILE, FASTSEG)}
+    compiling = "".join(f", {seconds:.0f} s to compile and verify {KINDS[kind]}" for kind, seconds in spent.items())
+    return (
+        f"* {device['title']}\n"
+        f"* {cpu.get('brand_raw', info['machine'])}, {cpu['count']} cores, {info['system']}\n"
+        f"* fastseg {own['fastseg']} (commit {str(commit.get('id'))[:10]}{changed})\n"
+        f"* torch {own['torch']}{peers}, Python {info['python_version']}\n"
+        f"* {device['dtype']}, {run['datetime'][:10]}, {seconds:.0f} s in all{compiling}\n"
+    )
+
+
+def summary(run: dict[str, Any]) -> str:
+    """How to read it, and a line for each model."""
+    names = list(KINDS.values())
+    head = ["model", "images", "classes", "replaced: step", "prediction", "difference: loss", "gradients"]
+    for what in ("step ms", "prediction ms", "peak MiB"):
+        head += [f"{what}: {names[0]}", *names[1:]]
+    lines = [head]
+    for result in run["models"]:
+        line = [result["name"], "x".join(map(str, result["images"])), str(result["classes"])]
+        line += [str(sum(result["replaced"][timing].values())) for timing in TIMINGS]
+        line += [scientific(result["difference"].get(name)) for name in ("loss", "gradients")]
+        for timing in TIMINGS:
+            line += compared({kind: 1e3 * median(of["rounds"]) for kind, of in result["timings"][timing].items()})
+        peaks = {kind: of["peak"] for kind, of in result["timings"][STEP].items()}
+        line += compared({kind: peak / MIB for kind, peak in peaks.items() if peak is not None})
+        lines.append(line)
+    return READING + "\n" + format_table(lines)
+
+
+def compared(values: dict[str, float]) -> list[str]:
+    """A cell for each of `KINDS`; fastseg's bold where another's is lower."""
+    cells = [significant(values[kind]) if kind in values else NOTHING for kind in KINDS]
+    if FASTSEG in values and values[FASTSEG] > min(values.values()):
+        cells[-1] = f"**{cells[-1]}**"
+    return cells
+
+
+def details(run: dict[str, Any]) -> str:
+    """The spread of the times, fastseg's factors within each round, and what was replaced by what."""
+    lines = [["model", "timing", *KINDS.values(), "x eager", "x torch.compile", "replaced by"]]
+    for result in run["models"]:
+        for timing in TIMINGS:
+            rounds = {kind: of["rounds"] for kind, of in result["timings"][timing].items()}
+            line = [result["name"], timing, *(spread(rounds.get(kind)) for kind in KINDS)]
+            line += [factor(speedups(rounds, kind)) for kind in (EAGER, COMPILE)]
+            counts = result["replaced"][timing].items()
+            lines.append([*line, ", ".join(f"{count} {operator}" for operator, count in counts) or "nothing"])
+    return (
+        "## Times\n\nMilliseconds with the first and the third quartile; how many times faster fastseg is, within each "
+        f"round\n\n{format_table(lines)}"
+    )
+
+
+def speedups(rounds: dict[str, list[float]], kind: str) -> list[float]:
+    """How many times faster fastseg is in each round."""
+    return [theirs / ours for theirs, ours in zip(rounds.get(kind, ()), rounds.get(FASTSEG, ()), strict=False)]
+
+
+def spread(rounds: list[float] | None) -> str:
+    """The median and the quartiles in milliseconds."""
+    if rounds is None:
+        return NOTHING
+    first, middle, third = (significant(1e3 * value) for value in quartiles(rounds))
+    return f"{middle} ({first} - {third})"
+
+
+def scientific(value: float | None) -> str:
+    """A number that is next to nothing."""
+    return NOTHING if value is None else f"{value:.1e}"
+
+
+def missing(run: dict[str, Any]) -> str:
+    """Who failed or was left out, and why."""
+    lines = [f"* {name}: {why}\n" for name, why in run["absent"].items()]
+    for result in run["models"]:
+        for entry in result["missing"]:
+            reason = " ".join(entry["reason"].splitlines()[:2])
+            lines.append(f"* {result['name']}, {entry['timing']}, {KINDS[entry['kind']]}: `{reason}`\n")
+    return "".join(["## Not measured\n\n", *lines]) if lines else ""
