@@ -20,7 +20,7 @@ A step is the loss and the gradients of all parameters, a prediction goes from i
 verified against a float64 truth before it was timed. Milliseconds and MiB, for eager PyTorch, `torch.compile` and
 `torch.compile(..., backend="fastseg")`: medians of interleaved rounds; peak memory is the growth of the process's
 resident set during a step, gradients included. In bold: fastseg is slower, or needs more, than the better of the two.
-The largest difference of the loss and of the gradients is to eager PyTorch's, over the largest of eager's.
+The largest differences are the backend's to eager PyTorch in float64, over the largest value of eager's.
 """
 
 

@@ -140,7 +140,7 @@ def test_a_model_is_verified_and_measured() -> None:
         assert set(result["timings"][timing]) == {FASTSEG, EAGER, COMPILE}
         assert all(len(of["rounds"]) == 1 and min(of["rounds"]) > 0 for of in result["timings"][timing].values())
     assert set(result["difference"]) == {"loss", "gradients"}
-    assert all(0 <= value < 1e-3 for value in result["difference"].values())
+    assert all(0 <= value < 1e-12 for value in result["difference"].values())
 
 
 def test_a_wrong_gradient_is_not_measured() -> None:
