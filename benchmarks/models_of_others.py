@@ -121,8 +121,12 @@ class OtherCase(ModelCase):
         """The loss with its gradients, or the prediction."""
         if fused and dtype is None:
             return self.fused_step if training else self.fused_prediction
-        model = Called(self.made(dtype), self.use).train(training)
+        model = Called(self.made(dtype), self.use)
         images = self.device.make(self.images, dtype)
+        # transformers' models prepare themselves in their first call, in a way that breaks TorchDynamo's graphs.
+        with torch.no_grad():
+            model.eval()(images)
+        model.train(training)
         if not training:
             return Job(model, (images,))
         labels = self.device.make_labels(self.labels, self.classes, seed=1)
