@@ -19,8 +19,7 @@ Kind kind_of(const CrossEntropy& call) {
 // Whether a pixel's classes are neighbours in memory, at least a vector of them, of type T: channels_last, or [N, C].
 template <class T>
 bool classes_are_dense(const Tensor& tensor) {
-  const DType dtype = sizeof(T) == sizeof(double) ? DType::kFloat64 : DType::kFloat32;
-  return tensor.dtype == dtype && tensor.stride[1] == 1 && tensor.size[1] >= kLanes<T>;
+  return tensor.dtype == kDType<T> && tensor.stride[1] == 1 && tensor.size[1] >= kLanes<T>;
 }
 
 // ---- forward ----

@@ -142,9 +142,8 @@ void unpack_tile(const T* rows, int64_t stride, const Tensor& tensor, Role role,
 // Whether a tile's rows lie in the tensor's memory as in scratch: dense along the pixels, of type T, in whole vectors.
 template <class T>
 bool is_row_major(const Tensor& tensor, Role role, const Pixels& pixels, int64_t begin, int64_t count) {
-  const DType dtype = sizeof(T) == sizeof(double) ? DType::kFloat64 : DType::kFloat32;
   const int64_t inner = pixels.size[pixels.ndim - 1];
-  return tensor.dtype == dtype && pixels.inner_stride(role) == 1 && count % kLanes<T> == 0 &&
+  return tensor.dtype == kDType<T> && pixels.inner_stride(role) == 1 && count % kLanes<T> == 0 &&
          begin / inner == (begin + count - 1) / inner;
 }
 

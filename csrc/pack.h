@@ -219,6 +219,10 @@ void unpack_to(const T* source, int64_t source_stride, int64_t rows, int64_t col
       narrow(source[r * source_stride + c], &target[r * row_stride + c * column_stride]);
 }
 
+// The dtype of a tensor that holds T itself.
+template <class T>
+constexpr DType kDType = sizeof(T) == sizeof(double) ? DType::kFloat64 : DType::kFloat32;
+
 // The dtype's C++ type, chosen at run time. float64 tensors go with T = double, all others with T = float.
 inline void pack(const void* source, DType dtype, int64_t rows, int64_t columns, int64_t row_stride,
                  int64_t column_stride, float* target, int64_t target_stride) {

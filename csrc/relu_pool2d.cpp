@@ -33,8 +33,10 @@ void unpack_row(const T* source, int64_t block, const Tensor& tensor, int64_t im
 // target = where passed > 0 (or NaN): value, else 0
 template <class T>
 void relu_mask(const T* passed, const T* value, int64_t elements, T* target) {
-  for (int64_t i = 0; i < elements; i += kLanes<T>)
+  int64_t i = 0;
+  for (; i + kLanes<T> <= elements; i += kLanes<T>)
     store<T>(target + i, load(passed + i) <= Vec<T>{} ? Vec<T>{} : load(value + i));
+  for (; i < elements; ++i) target[i] = passed[i] <= 0 ? 0 : value[i];
 }
 
 // Rows of the convolution's output that pooled row `window` is responsible for: they divide all rows among them.
@@ -47,8 +49,7 @@ Span own_rows(const ReluPool2dForward& call, int64_t window) {
 // Whether a row of the tensor is [W][K] of T as it lies (channels_last), so that loops may work on it in place.
 template <class T>
 bool rows_are_dense(const Tensor& tensor) {
-  const DType dtype = sizeof(T) == sizeof(double) ? DType::kFloat64 : DType::kFloat32;
-  return tensor.dtype == dtype && tensor.stride[1] == 1 && tensor.stride[3] == tensor.size[1] &&
+  return tensor.dtype == kDType<T> && tensor.stride[1] == 1 && tensor.stride[3] == tensor.size[1] &&
          tensor.size[1] % kLanes<T> == 0;
 }
 
@@ -126,64 +127,69 @@ void scatter_row(const ReluPool2dBackward& call, int64_t window, Span rows, int6
   }
 }
 
-// Adds a row of gradients to those of its windows' positions that lie in a row of the dense gradient. `first`: the
-// position of the row's first column in a window.
+// Where in a plane of [H, W] the positions of a window lie, from its first row and column on.
 template <class T>
-void scatter_to_row(const ConvPoolGeometry& g, const T* gradient, const uint8_t* positions, int64_t step,
-                    int64_t windows, int64_t first, T* dense) {
-  if (g.pool_size[1] == 2 && g.pool_stride[1] == 2 && g.pool_padding[1] == 0 && step == 1) {  // the usual pool
-    for (int64_t p = 0; p < windows; ++p) {
-      dense[2 * p] += positions[p] == first ? gradient[p] : 0;
-      dense[2 * p + 1] += positions[p] == first + 1 ? gradient[p] : 0;
+struct PlaneOffsets {
+  int64_t offset[kCut + 1] = {};
+  Int<T> counts[kCut + 1] = {};  // all bits set but for kCut: a mask in place of a branch to mispredict
+
+  PlaneOffsets(const ConvPoolGeometry& g, int64_t width) {
+    for (int64_t i = 0; i < g.pool_size[0] * g.pool_size[1]; ++i) {
+      offset[i] = i / g.pool_size[1] * width + i % g.pool_size[1];
+      counts[i] = -1;
     }
-    return;
   }
-  for (int64_t p = 0; p < windows; ++p) {
-    // What isn't in this row adds zero to some column of it: arithmetic in place of a branch to mispredict.
-    const int64_t column = positions[p * step] - first;
-    const bool here = column >= 0 && column < g.pool_size[1];
-    dense[most(p * g.pool_stride[1] - g.pool_padding[1] + (here ? column : 0), 0)] += here ? gradient[p] : 0;
-  }
-}
+};
 
-// A row of a channel's dense gradient, as it lies in NCHW; a window that is cut reaches an element over its end.
+// Adds a row of windows' gradients to a plane, each at its position.
 template <class T>
-void backward_row(const ReluPool2dBackward& call, int64_t image, int64_t channel, int64_t row, T* dense, T* skip,
-                  T* gradient) {
+void scatter_windows(const ReluPool2dBackward& call, const PlaneOffsets<T>& offsets, int64_t window_row,
+                     const T* gradient, const uint8_t* positions, T* plane) {
   const ConvPoolGeometry& g = call.geometry;
-  const int64_t width = call.grad_input.size[3];
-  if (call.grad_skip) {
-    pack_row(call.grad_skip, image, channel, 1, row, 1, dense);
-    pack_row(call.skip, image, channel, 1, row, 1, skip);
-    for (int64_t i = 0; i < width; ++i) dense[i] = skip[i] <= 0 ? 0 : dense[i];
-  } else {
-    memset(dense, 0, static_cast<size_t>(width) * sizeof(T));
-  }
-  if (!call.grad_output) return;
-  const Span windows = windows_of(g, 0, {row, row + 1}, call.grad_output.size[2]);
-  for (int64_t window = windows.begin; window < windows.end; ++window) {
-    pack_row(call.grad_output, image, channel, 1, window, 1, gradient);
-    const uint8_t* positions =
-        static_cast<const uint8_t*>(call.positions.data) + row_offset(call.positions, image, channel, window);
-    const int64_t first = (row - window * g.pool_stride[0] + g.pool_padding[0]) * g.pool_size[1];
-    scatter_to_row(g, gradient, positions, call.positions.stride[3], call.grad_output.size[3], first, dense);
+  const int64_t step = call.positions.stride[3], stride = g.pool_stride[1];
+  int64_t corner = (window_row * g.pool_stride[0] - g.pool_padding[0]) * call.grad_input.size[3] - g.pool_padding[1];
+  for (int64_t p = 0; p < call.grad_output.size[3]; ++p, corner += stride, positions += step) {
+    Int<T> bits;
+    memcpy(&bits, gradient + p, sizeof bits);
+    bits &= offsets.counts[*positions];
+    T value;
+    memcpy(&value, &bits, sizeof value);
+    plane[most(corner + offsets.offset[*positions], 0)] += value;  // a window that was cut may begin in the padding
   }
 }
 
-// Some rows of the channels' dense gradients, counted through all channels and images.
+// A channel's row of [N, K, H, W], where it lies, or else packed into the buffer.
 template <class T>
-bool backward_rows(const ReluPool2dBackward& call, Span rows) {
+const T* dense_row(const Tensor& tensor, int64_t image, int64_t channel, int64_t row, T* buffer) {
+  if (tensor.dtype == kDType<T> && tensor.stride[3] == 1)
+    return static_cast<const T*>(at(tensor, row_offset(tensor, image, channel, row)));
+  pack_row(tensor, image, channel, 1, row, 1, buffer);
+  return buffer;
+}
+
+// The dense gradient of a channel of an image, in NCHW.
+template <class T>
+bool backward_plane(const ReluPool2dBackward& call, const PlaneOffsets<T>& offsets, int64_t image, int64_t channel) {
   const Tensor& output = call.grad_input;
-  const int64_t channels = output.size[1], height = output.size[2], width = output.size[3];
-  const int64_t pooled_w = call.grad_output ? call.grad_output.size[3] : 0;
-  T* dense = static_cast<T*>(scratch((2 * (width + 1) + pooled_w) * int64_t{sizeof(T)}));
-  if (dense == nullptr) return false;
-  T *skip = dense + width + 1, *gradient = skip + width + 1;
-  for (int64_t row = rows.begin; row < rows.end; ++row) {
-    const int64_t plane = row / height;
-    backward_row(call, plane / channels, plane % channels, row % height, dense, skip, gradient);
-    unpack_row(dense, 1, output, plane / channels, plane % channels, 1, row % height);
-  }
+  const int64_t height = output.size[2], width = output.size[3];
+  const int64_t pooled_h = call.grad_output ? call.grad_output.size[2] : 0,
+                pooled_w = call.grad_output ? call.grad_output.size[3] : 0;
+  const bool in_place = output.dtype == kDType<T> && output.stride[2] == width;
+  T* skip = static_cast<T*>(scratch((2 * width + pooled_w + (in_place ? 0 : height * width)) * int64_t{sizeof(T)}));
+  if (skip == nullptr) return false;
+  T *grad_skip = skip + width, *gradient = grad_skip + width;
+  T* plane =
+      in_place ? static_cast<T*>(at_mutable(output, row_offset(output, image, channel, 0))) : gradient + pooled_w;
+  if (!call.grad_skip) memset(plane, 0, static_cast<size_t>(height * width) * sizeof(T));
+  for (int64_t row = 0; call.grad_skip && row < height; ++row)
+    relu_mask(dense_row(call.skip, image, channel, row, skip),
+              dense_row(call.grad_skip, image, channel, row, grad_skip), width, plane + row * width);
+  for (int64_t row = 0; row < pooled_h; ++row)
+    scatter_windows(call, offsets, row, dense_row(call.grad_output, image, channel, row, gradient),
+                    static_cast<const uint8_t*>(call.positions.data) + row_offset(call.positions, image, channel, row),
+                    plane);
+  for (int64_t row = 0; !in_place && row < height; ++row)
+    unpack_row(plane + row * width, 1, output, image, channel, 1, row);
   return true;
 }
 
@@ -191,8 +197,7 @@ bool backward_rows(const ReluPool2dBackward& call, Span rows) {
 template <class T>
 bool is_elementwise(const ReluPool2dBackward& call) {
   const ConvPoolGeometry& g = call.geometry;
-  const DType dtype = sizeof(T) == sizeof(double) ? DType::kFloat64 : DType::kFloat32;
-  bool same = call.grad_output && !call.grad_skip && call.grad_input.dtype == dtype;
+  bool same = call.grad_output && !call.grad_skip && call.grad_input.dtype == kDType<T>;
   for (int i = 0; i < 2; ++i) same = same && g.pool_size[i] == 1 && g.pool_stride[i] == 1 && g.pool_padding[i] == 0;
   int64_t elements = 1, last = 0;
   for (int i = 0; same && i < 4; ++i) {
@@ -266,9 +271,9 @@ void backward(const ReluPool2dBackward& call) {
     });
   }
   if (output.stride[3] == 1 && output.size[3] > 1) {
-    const int64_t rows = most(kRowsBytes / (output.size[3] * int64_t{sizeof(T)}), 1);
-    return for_each_task(ceil_div(all_rows, rows), call.threads, [&](int64_t task) {
-      return backward_rows<T>(call, {task * rows, least((task + 1) * rows, all_rows)});
+    const PlaneOffsets<T> offsets(call.geometry, output.size[3]);
+    return for_each_task(output.size[0] * output.size[1], call.threads, [&](int64_t plane) {
+      return backward_plane<T>(call, offsets, plane / output.size[1], plane % output.size[1]);
     });
   }
   const int64_t step = call.geometry.pool_stride[0];  // whole windows to a band, where they don't overlap
