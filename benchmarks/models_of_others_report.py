@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.report import MIB, NOTHING, factor, format_table, quartiles, significant
+from benchmarks.report import MIB, NOTHING, environment, factor, format_table, significant, spread
 from benchmarks.suite import COMPILE, EAGER, FASTSEG
 
 STEP, PREDICTION = TIMINGS = ("step", "prediction")
@@ -44,20 +44,10 @@ def write(run: dict[str, Any], path: Path) -> None:
 
 def machine(run: dict[str, Any]) -> str:
     """What was measured, where and when."""
-    info, commit, device = run["machine_info"], run["commit_info"], run["device"]
-    own, cpu = info["fastseg"], info["cpu"]
-    changed = " with local changes" if commit.get("dirty") else ""
-    peers = "".join(f", {name} {version}" for name, version in run["peers"].items())
     seconds = sum(result["seconds"] for result in run["models"])
     spent = {kind: sum(result["compiling"][kind] for result in run["models"]) for kind in (COMPILE, FASTSEG)}
     compiling = "".join(f", {seconds:.0f} s to compile and verify {KINDS[kind]}" for kind, seconds in spent.items())
-    return (
-        f"* {device['title']}\n"
-        f"* {cpu.get('brand_raw', info['machine'])}, {cpu['count']} cores, {info['system']}\n"
-        f"* fastseg {own['fastseg']} (commit {str(commit.get('id'))[:10]}{changed})\n"
-        f"* torch {own['torch']}{peers}, Python {info['python_version']}\n"
-        f"* {device['dtype']}, {run['datetime'][:10]}, {seconds:.0f} s in all{compiling}\n"
-    )
+    return environment(run, seconds, compiling)
 
 
 def summary(run: dict[str, Any]) -> str:
@@ -93,7 +83,7 @@ def details(run: dict[str, Any]) -> str:
     for result in run["models"]:
         for timing in TIMINGS:
             rounds = {kind: of["rounds"] for kind, of in result["timings"][timing].items()}
-            line = [result["name"], timing, *(spread(rounds.get(kind)) for kind in KINDS)]
+            line = [result["name"], timing, *(spread(rounds[kind]) if kind in rounds else NOTHING for kind in KINDS)]
             line += [factor(speedups(rounds, kind)) for kind in (EAGER, COMPILE)]
             counts = result["replaced"][timing].items()
             lines.append([*line, ", ".join(f"{count} {operator}" for operator, count in counts) or "nothing"])
@@ -106,14 +96,6 @@ def details(run: dict[str, Any]) -> str:
 def speedups(rounds: dict[str, list[float]], kind: str) -> list[float]:
     """How many times faster fastseg is in each round."""
     return [theirs / ours for theirs, ours in zip(rounds.get(kind, ()), rounds.get(FASTSEG, ()), strict=False)]
-
-
-def spread(rounds: list[float] | None) -> str:
-    """The median and the quartiles in milliseconds."""
-    if rounds is None:
-        return NOTHING
-    first, middle, third = (significant(1e3 * value) for value in quartiles(rounds))
-    return f"{middle} ({first} - {third})"
 
 
 def scientific(value: float | None) -> str:

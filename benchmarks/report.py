@@ -152,23 +152,30 @@ def write(run: dict[str, Any], path: Path) -> None:
 
 
 def machine(run: dict[str, Any]) -> str:
-    """What was measured, where and when."""
+    """What was measured, where and when, and the peaks of the machine."""
+    ceilings = Ceilings(**run["ceilings"])
+    compiling = "".join(f", {seconds:.0f} s for {kind}" for kind, seconds in run["compiling"].items())
+    return environment(run, run["seconds"], compiling) + (
+        f"* peaks: {significant(ceilings.bytes_per_second / 1e9)} GB/s read and written, "
+        f"{significant(ceilings.operations_per_second / 1e9)} GFLOP/s of a {run['device']['dtype']} matrix product\n"
+    )
+
+
+def environment(run: dict[str, Any], seconds: float, compiling: str) -> str:
+    """What was measured, where and when: in so many seconds, of which those named in ``compiling`` were for that."""
     info, commit, device = run["machine_info"], run["commit_info"], run["device"]
-    fastseg, cpu, ceilings = info["fastseg"], info["cpu"], Ceilings(**run["ceilings"])
+    fastseg, cpu = info["fastseg"], info["cpu"]
     name = cpu.get("brand_raw", info["machine"])
     changed = " with local changes" if commit.get("dirty") else ""
     known = commit.get("id") not in (None, "unversioned", "unknown")  # as pytest-benchmark has it
     version = f"commit {commit['id'][:10]}{changed}" if known else "commit unknown"
     peers = "".join(f", {name} {version}" for name, version in run["peers"].items() if version)
-    compiling = "".join(f", {seconds:.0f} s for {kind}" for kind, seconds in run["compiling"].items())
     return (
         f"* {device['title']}\n"
         f"* {name}, {cpu['count']} cores, {info['system']}\n"
         f"* fastseg {fastseg['fastseg']} ({version})\n"
         f"* torch {fastseg['torch']}{peers}, Python {info['python_version']}\n"
-        f"* {device['dtype']}, {run['datetime'][:10]}, {run['seconds']:.0f} s in all{compiling}\n"
-        f"* peaks: {significant(ceilings.bytes_per_second / 1e9)} GB/s read and written, "
-        f"{significant(ceilings.operations_per_second / 1e9)} GFLOP/s of a {device['dtype']} matrix product\n"
+        f"* {device['dtype']}, {run['datetime'][:10]}, {seconds:.0f} s in all{compiling}\n"
     )
 
 
@@ -276,7 +283,12 @@ def milliseconds(row: Row, contestant: Contestant | None) -> str:
         return row.missing[contestant][0]
     if contestant not in row.rounds:
         return NOTHING
-    first, middle, third = (significant(1e3 * value) for value in quartiles(row.rounds[contestant]))
+    return spread(row.rounds[contestant])
+
+
+def spread(rounds: Sequence[float]) -> str:
+    """The median and the quartiles of seconds, in milliseconds."""
+    first, middle, third = (significant(1e3 * value) for value in quartiles(rounds))
     return f"{middle} ({first} - {third})"
 
 

@@ -34,22 +34,24 @@ struct ConvReluPool2dWinogradForward : ConvReluPool2dForward {
   bool* done;  // false where its sums might overflow or anything isn't finite: then the outputs hold nothing of use
 };
 
-// The gradients, of those that are given as tensors, of a 3x3 convolution (stride 1) by Winograd's algorithm.
-struct ConvReluPool2dWinogradBackward {
-  Tensor grad_convolved;                      // [N, K, convolved height, convolved width]
-  Tensor input, weight;                       // [N, C, H, W], [K, C, 3, 3]
+// The gradients of a convolution, those that are given as tensors.
+struct ConvGradients {
+  Tensor input, weight;                       // [N, C, H, W], [K, C, kernel height, kernel width]
   Tensor grad_input, grad_weight, grad_bias;  // each optional
-  int64_t padding[2];                         // at most 2
   int threads;
-  bool* done;  // as of the forward
 };
 
-// The gradients that are given as tensors, from the sparse gradient of the pooled output.
-struct ConvReluPool2dBackward {
-  Tensor grad_output, positions, input, weight;
-  Tensor grad_input, grad_weight, grad_bias;  // each optional
+// From the sparse gradient of the pooled output.
+struct ConvReluPool2dBackward : ConvGradients {
+  Tensor grad_output, positions;
   ConvPoolGeometry geometry;
-  int threads;
+};
+
+// From the dense gradient of the convolution's output, for 3x3 of stride 1, by Winograd's algorithm.
+struct ConvReluPool2dWinogradBackward : ConvGradients {
+  Tensor grad_convolved;  // [N, K, convolved height, convolved width]
+  int64_t padding[2];     // at most 2
+  bool* done;             // as of the forward
 };
 
 // What follows a library's convolution: output, positions = max_pool(relu(input)).

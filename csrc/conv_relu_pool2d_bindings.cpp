@@ -64,14 +64,21 @@ void check_convolution(const Tensor& input, const Tensor& weight, const Tensor& 
   check_pool(pooled, convolved[0], convolved[1], g);
 }
 
-// Each is optional.
-void check_gradients(const Tensor& grad_input, const Tensor& grad_weight, const Tensor& grad_bias, const Tensor& input,
-                     const Tensor& weight) {
+void read_gradients(const py::object& input, const py::object& weight, const py::object& grad_input,
+                    const py::object& grad_weight, const py::object& grad_bias, int threads, ConvGradients* call) {
+  call->input = from_python(input);
+  call->weight = from_python(weight);
+  call->grad_input = from_python(grad_input);
+  call->grad_weight = from_python(grad_weight);
+  call->grad_bias = from_python(grad_bias);
+  call->threads = threads;
   const auto like = [&](const Tensor& gradient, const Tensor& tensor) {
-    return !gradient || (same_shape(gradient, tensor) && gradient.dtype == input.dtype);
+    return !gradient || (same_shape(gradient, tensor) && gradient.dtype == call->input.dtype);
   };
-  require(like(grad_input, input) && like(grad_weight, weight), "a gradient has its tensor's shape and dtype");
-  require(!grad_bias || (grad_bias.ndim == 1 && grad_bias.size[0] == weight.size[0] && grad_bias.dtype == input.dtype),
+  require(like(call->grad_input, call->input) && like(call->grad_weight, call->weight),
+          "a gradient has its tensor's shape and dtype");
+  require(!call->grad_bias || (call->grad_bias.ndim == 1 && call->grad_bias.size[0] == call->weight.size[0] &&
+                               call->grad_bias.dtype == call->input.dtype),
           "grad_bias is [K], of input's dtype");
 }
 
@@ -143,13 +150,8 @@ bool conv_relu_pool2d_winograd_backward(const py::object& grad_convolved, const 
   require(padding.size() == 2, "padding is two numbers");
   bool done = false;
   ConvReluPool2dWinogradBackward call;
+  read_gradients(input, weight, grad_input, grad_weight, grad_bias, threads, &call);
   call.grad_convolved = from_python(grad_convolved);
-  call.input = from_python(input);
-  call.weight = from_python(weight);
-  call.grad_input = from_python(grad_input);
-  call.grad_weight = from_python(grad_weight);
-  call.grad_bias = from_python(grad_bias);
-  call.threads = threads;
   call.done = &done;
   const Tensor &dense = call.grad_convolved, &x = call.input, &w = call.weight;
   require(x.ndim == 4 && w.ndim == 4 && dense.ndim == 4 && is_floating(x), "all tensors have four dimensions");
@@ -164,7 +166,6 @@ bool conv_relu_pool2d_winograd_backward(const py::object& grad_convolved, const 
     require(dense.size[2 + i] > 0 && dense.size[2 + i] == x.size[2 + i] + 2 * call.padding[i] - 2,
             "the gradient has the convolution's size");
   }
-  check_gradients(call.grad_input, call.grad_weight, call.grad_bias, x, w);
   py::gil_scoped_release unlocked;
   if (call.grad_input) advise_huge_pages(call.grad_input.data, byte_span(call.grad_input));
   fastseg::conv_relu_pool2d_winograd_backward(call);
@@ -175,18 +176,12 @@ void conv_relu_pool2d_backward(const py::object& grad_output, const py::object& 
                                const py::object& weight, const py::object& grad_input, const py::object& grad_weight,
                                const py::object& grad_bias, const py::sequence& geometry, int threads) {
   ConvReluPool2dBackward call;
+  read_gradients(input, weight, grad_input, grad_weight, grad_bias, threads, &call);
   call.grad_output = from_python(grad_output);
   call.positions = from_python(positions);
-  call.input = from_python(input);
-  call.weight = from_python(weight);
-  call.grad_input = from_python(grad_input);
-  call.grad_weight = from_python(grad_weight);
-  call.grad_bias = from_python(grad_bias);
   call.geometry = read_geometry(geometry);
-  call.threads = threads;
   check_pooled(call.grad_output, call.positions);
   check_convolution(call.input, call.weight, call.grad_output, call.geometry);
-  check_gradients(call.grad_input, call.grad_weight, call.grad_bias, call.input, call.weight);
   py::gil_scoped_release unlocked;
   fastseg::conv_relu_pool2d_backward(call);
 }

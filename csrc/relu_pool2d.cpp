@@ -262,9 +262,9 @@ template <class T>
 void backward(const ReluPool2dBackward& call) {
   const Tensor& output = call.grad_input;
   if (!output.data) return;
-  const int64_t all_rows = output.size[0] * output.size[1] * output.size[2];
   if (is_elementwise<T>(call)) {
-    const int64_t all = all_rows * output.size[3], piece = kRowsBytes / int64_t{sizeof(T)};
+    const int64_t all = output.size[0] * output.size[1] * output.size[2] * output.size[3];
+    const int64_t piece = kRowsBytes / int64_t{sizeof(T)};
     return for_each_task(ceil_div(all, piece), call.threads, [&](int64_t task) {
       backward_elements<T>(call, {task * piece, least((task + 1) * piece, all)});
       return true;

@@ -18,6 +18,12 @@ constexpr int kProducts = kSide * kSide;  // per window and channel
 constexpr int kKernelSide = 3, kKernelTaps = kKernelSide * kKernelSide;
 constexpr int kPoolSide = 2;
 
+// For matrix products, of the second-level cache: windows in work with their transformed patches, and what is packed.
+constexpr int64_t kPatchBytes = 256 * 1024;
+constexpr int64_t kBandBytes = 288 * 1024;
+// Windows in work together: as often is a block of weights, or of sums, used that was read from memory.
+constexpr int64_t kLeastWindows = 24, kMostWindows = 96;
+
 constexpr int64_t kTasksWanted = 8;  // into which a call is divided at least, where that is cheap
 
 // How much larger than |patch| * |weight| a partial sum over one channel may become: |B^T patch B| <= 4 |patch|,
@@ -74,6 +80,14 @@ struct Window {
     }
   }
 };
+
+// Some channels (axis 1) or columns (axis 3) of [N, C, H, W]; a tensor that isn't there stays so.
+inline Tensor part_of(const Tensor& tensor, int axis, Span span) {
+  Tensor part = tensor;
+  if (tensor) part.data = at_mutable(tensor, span.begin * tensor.stride[axis]);
+  part.size[axis] = span.size();
+  return part;
+}
 
 // Columns of packed rows that hold the patches of `windows` neighbours.
 constexpr int64_t patches_width(int64_t windows) {

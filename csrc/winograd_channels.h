@@ -13,20 +13,6 @@ namespace fastseg {
 namespace FASTSEG_ISA {
 namespace {
 
-// Of the second-level cache: windows in work with their transformed patches, and a band's packed input.
-constexpr int64_t kPatchBytes = 256 * 1024;
-constexpr int64_t kBandBytes = 288 * 1024;
-// Windows in work together: as often is a block of weights used that was read from memory.
-constexpr int64_t kLeastWindows = 24, kMostWindows = 96;
-
-// Some columns of [N, C, H, W]; a tensor that isn't there stays so.
-inline Tensor columns_of(const Tensor& tensor, Span columns) {
-  Tensor part = tensor;
-  if (tensor) part.data = at_mutable(tensor, columns.begin * tensor.stride[3]);
-  part.size[3] = columns.size();
-  return part;
-}
-
 template <class T>
 struct WinogradChannels {
   const ConvReluPool2dWinogradForward& call;
@@ -246,14 +232,14 @@ struct WinogradChannels {
       const Span columns = {column, least(column + next - done, shape.pooled_w)};
       if (pools && row < shape.pooled_h && columns.size() > 0)
         unpack_pooled(results.pooled + done * lanes, results.positions + done * lanes, lanes, image, channel,
-                      channel_count, row, columns_of(call.output, columns), columns_of(call.positions, columns));
+                      channel_count, row, part_of(call.output, 3, columns), part_of(call.positions, 3, columns));
       if (!full) continue;
       const Span whole = {kPoolSide * column, least(kPoolSide * (column + next - done), shape.convolved_w)};
       for (int64_t y = 0; y < kPoolSide && kPoolSide * row + y < shape.convolved_h; ++y) {
         const int64_t at = (y * results.columns + kPoolSide * done) * lanes;
         unpack_pooled(results.full + at, results.full_positions + at, lanes, image, channel, channel_count,
-                      kPoolSide * row + y, columns_of(full, whole),
-                      columns_of(pools ? Tensor{} : call.positions, whole));
+                      kPoolSide * row + y, part_of(full, 3, whole),
+                      part_of(pools ? Tensor{} : call.positions, 3, whole));
       }
     }
   }

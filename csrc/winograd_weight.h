@@ -100,14 +100,6 @@ void add_products(int64_t rows, const Factors<T>& factors, T* sums, int64_t sum_
   if constexpr (Rows > 1) add_products<T, Vectors, Rows - 1>(rows, factors, sums, sum_step);
 }
 
-// Some channels of [N, C, H, W].
-inline Tensor channels_of(const Tensor& tensor, Span channels) {
-  Tensor part = tensor;
-  part.data = at_mutable(tensor, channels.begin * tensor.stride[1]);
-  part.size[1] = channels.size();
-  return part;
-}
-
 template <class T>
 struct WinogradWeight {
   const ConvReluPool2dWinogradBackward& call;
@@ -155,7 +147,7 @@ struct WinogradWeight {
 
   // The share of a part in the sums of a pair of groups, and in the totals of the gradients of the k group.
   bool run(int64_t part, Span k_span, Span c_span, T* sums, T* totals, bool* safe) const {
-    const Tensor gradient = channels_of(call.grad_convolved, k_span), input = channels_of(call.input, c_span);
+    const Tensor gradient = part_of(call.grad_convolved, 1, k_span), input = part_of(call.input, 1, c_span);
     const int64_t k_step = round_up(k_span.size(), kLanes<T>), c_step = round_up(c_span.size(), kLanes<T>);
 
     // As many windows at a time as fit the cache, evenly divided.

@@ -4,6 +4,7 @@ every instruction set. The Winograd road: test_conv_relu_pool2d_winograd.py.
 
 import pytest
 import torch
+from poison import fresh_memory_of_nan
 from torch import Tensor
 
 import fastseg
@@ -294,11 +295,8 @@ def test_bitwise_equal_for_any_number_of_threads(road: str) -> None:
 def test_fresh_memory_filled_with_nan_changes_nothing(road: str) -> None:
     arguments = tensors(SHAPES["blocks"], torch.float32)
     expected = values_and_gradients(functional.conv_relu_pool2d, arguments, **STEM)
-    torch.use_deterministic_algorithms(True, warn_only=True)  # fills every torch.empty with NaN
-    try:
+    with fresh_memory_of_nan():
         poisoned = values_and_gradients(functional.conv_relu_pool2d, arguments, **STEM)
-    finally:
-        torch.use_deterministic_algorithms(False)
     torch.testing.assert_close(poisoned, expected, rtol=0, atol=0)
 
 

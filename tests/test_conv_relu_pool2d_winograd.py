@@ -1,7 +1,10 @@
 """conv_relu_pool2d's Winograd road: parity, ties, what its transforms can't carry, and which calls take it."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from poison import fresh_memory_of_nan
 from test_conv_relu_pool2d import DTYPES, check, tensors
 from torch import Tensor
 
@@ -177,19 +180,16 @@ def test_other_numbers_take_winograd(isa: str, kernel: tuple, monkeypatch: pytes
 
 @pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
 @pytest.mark.parametrize("size", [(3, 33, 31, 19), (1, 12, 14, 96)], ids=str)
-def test_bitwise_equal_for_any_number_of_threads_and_in_poisoned_memory(size: tuple, kernel: tuple) -> None:
+def test_bitwise_equal_for_any_number_of_threads_and_in_poisoned_memory(
+    size: tuple, kernel: tuple, threads: Callable[[int], None]
+) -> None:
     channels, side, options = kernel
     called = tensors((size[0], channels, *size[1:], side, side), torch.float32)
-    before = torch.get_num_threads()
-    torch.use_deterministic_algorithms(True, warn_only=True)  # fills every torch.empty with NaN
-    try:
-        results = []
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
+    results = []
+    with fresh_memory_of_nan():
+        for count in (1, 2, 3):
+            threads(count)
             results.append(functional.conv_relu_pool2d(*called, **options, return_indices=True))
-    finally:
-        torch.set_num_threads(before)
-        torch.use_deterministic_algorithms(False)
     for result in results[1:]:
         torch.testing.assert_close(result, results[0], rtol=0, atol=0)
 
@@ -238,10 +238,15 @@ CHOICES = {
 }
 
 
-@pytest.mark.parametrize(("input", "weight", "options", "with_skip", "road"), CHOICES.values(), ids=CHOICES)
-def test_choice(input: tuple[int, ...], weight: tuple[int, ...], options: dict, with_skip: bool, road: str) -> None:
+def chosen_road(
+    choose: Callable[..., str], input: tuple[int, ...], weight: tuple[int, ...], options: dict, with_skip: bool
+) -> str:
     numbers = {"stride": 1, "padding": 1, "dilation": 1, "groups": 1, "pool_size": 2, "pool_stride": None}
     numbers |= {"pool_padding": 0, "ceil_mode": False}  # in resolve's order
     geometry, _ = resolve(weight[2:], *(numbers | options).values())
-    tensors_of = [torch.empty(shape, device="meta") for shape in (input, weight)]
-    assert choose_forward_road(*tensors_of, geometry, with_skip) == road
+    return choose(*(torch.empty(shape, device="meta") for shape in (input, weight)), geometry, with_skip)
+
+
+@pytest.mark.parametrize(("input", "weight", "options", "with_skip", "road"), CHOICES.values(), ids=CHOICES)
+def test_choice(input: tuple[int, ...], weight: tuple[int, ...], options: dict, with_skip: bool, road: str) -> None:
+    assert chosen_road(choose_forward_road, input, weight, options, with_skip) == road

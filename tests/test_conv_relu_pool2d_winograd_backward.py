@@ -1,13 +1,16 @@
 """conv_relu_pool2d's Winograd road backward: parity, what its transforms can't carry, and which calls take it."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from poison import fresh_memory_of_nan
 from test_conv_relu_pool2d import DTYPES, check, tensors
+from test_conv_relu_pool2d_winograd import arguments, chosen_road
 from torch import Tensor
 
 from fastseg import _native, functional, reference
 from fastseg.ops import conv_relu_pool2d as operator
-from fastseg.ops.conv_relu_pool2d_geometry import resolve
 from fastseg.ops.conv_relu_pool2d_roads import WINOGRAD_MIN_PIXELS, choose_backward_road
 from fastseg.testing import make
 
@@ -38,10 +41,6 @@ NO_POOL = OPTIONS["no-pool-padded"]
 @pytest.fixture(autouse=True)
 def winograd(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(operator, "choose_backward_road", lambda *arguments: "winograd")
-
-
-def arguments(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, layout: str = "nchw") -> list[Tensor]:
-    return tensors((*shape, 3, 3), dtype, layout)
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
@@ -77,12 +76,10 @@ def test_small_integers_are_exact(isa: str) -> None:
 
     called = [t.requires_grad_() for t in (integers(2, 12, 15, 16), integers(20, 12, 3, 3), integers(20))]
     incoming = integers(2, 20, 15, 18)
-    results = [gradients(f, called, incoming, **NO_POOL) for f in (functional.conv_relu_pool2d, plain)]
+    results = [
+        gradients(f, called, incoming, **NO_POOL) for f in (functional.conv_relu_pool2d, reference.conv_relu_pool2d)
+    ]
     torch.testing.assert_close(*results, rtol=0, atol=0)
-
-
-def plain(*called: Tensor, **options: object) -> Tensor:
-    return reference.conv_relu_pool2d(*called, **options)
 
 
 NAN, INFINITY = float("nan"), float("inf")
@@ -121,21 +118,18 @@ def test_other_numbers_take_winograd(isa: str, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("shape", [SHAPES["parts"], SHAPES["groups"]], ids=str)
 @pytest.mark.parametrize("options", [NO_POOL, OPTIONS["skip"]], ids=["no-pool", "skip"])
-def test_bitwise_equal_for_any_number_of_threads_and_in_poisoned_memory(shape: tuple, options: dict) -> None:
+def test_bitwise_equal_for_any_number_of_threads_and_in_poisoned_memory(
+    shape: tuple, options: dict, threads: Callable[[int], None]
+) -> None:
     called = arguments(shape)
-    before = torch.get_num_threads()
-    torch.use_deterministic_algorithms(True, warn_only=True)  # fills every torch.empty with NaN
-    try:
-        results = []
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
+    results = []
+    with fresh_memory_of_nan():
+        for count in (1, 2, 3):
+            threads(count)
             outputs = functional.conv_relu_pool2d(*called, **options)
             outputs = outputs if isinstance(outputs, tuple) else (outputs,)
             incoming = [make(tuple(output.shape), seed=i) for i, output in enumerate(outputs)]
             results.append(torch.autograd.grad(outputs, called, incoming))
-    finally:
-        torch.set_num_threads(before)
-        torch.use_deterministic_algorithms(False)
     for result in results[1:]:
         torch.testing.assert_close(result, results[0], rtol=0, atol=0)
 
@@ -182,8 +176,4 @@ CHOICES = {
 
 @pytest.mark.parametrize(("input", "weight", "options", "with_skip", "road"), CHOICES.values(), ids=CHOICES)
 def test_choice(input: tuple[int, ...], weight: tuple[int, ...], options: dict, with_skip: bool, road: str) -> None:
-    numbers = {"stride": 1, "padding": 1, "dilation": 1, "groups": 1, "pool_size": 2, "pool_stride": None}
-    numbers |= {"pool_padding": 0, "ceil_mode": False}  # in resolve's order
-    geometry, _ = resolve(weight[2:], *(numbers | options).values())
-    tensors_of = [torch.empty(shape, device="meta") for shape in (input, weight)]
-    assert choose_backward_road(*tensors_of, geometry, with_skip) == road
+    assert chosen_road(choose_backward_road, input, weight, options, with_skip) == road

@@ -13,6 +13,7 @@ from cross_entropy_cases import (
     logits,
     probabilities_for,
 )
+from poison import fresh_memory_of_nan
 from torch import Tensor
 
 from fastseg import _native, functional, reference
@@ -140,11 +141,8 @@ def test_fresh_memory_filled_with_nan_changes_nothing(implementation: str, reduc
     input = logits((2, 5, 13, 17), layout=layout)
     target = labels_for(input, ignore_index=-100)
     expected = values_and_gradients(functional.cross_entropy, [input, target], reduction=reduction)
-    torch.use_deterministic_algorithms(True, warn_only=True)  # fills every torch.empty with NaN
-    try:
+    with fresh_memory_of_nan():
         poisoned = values_and_gradients(functional.cross_entropy, [input, target], reduction=reduction)
-    finally:
-        torch.use_deterministic_algorithms(False)
     torch.testing.assert_close(poisoned, expected, rtol=0, atol=0)
 
 

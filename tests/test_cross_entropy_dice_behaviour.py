@@ -8,6 +8,7 @@ import torch
 import upsample_cases
 from cross_entropy_cases import DTYPES, logits
 from dice_cases import COMBINATIONS
+from poison import fresh_memory_of_nan
 from torch import Tensor
 from upsample_cases import MODES, Size, labels_for, slow_under_the_interpreter
 
@@ -95,11 +96,8 @@ def test_fresh_memory_filled_with_nan_changes_nothing(implementation: str, combi
     arguments = [input, labels_for(input, (13, 17), ignore_index=-100)]
     options = COMBINATIONS[combination]
     expected = values_and_gradients(functional.upsample_cross_entropy_dice, arguments, **options)
-    torch.use_deterministic_algorithms(True, warn_only=True)  # fills every torch.empty with NaN
-    try:
+    with fresh_memory_of_nan():
         poisoned = values_and_gradients(functional.upsample_cross_entropy_dice, arguments, **options)
-    finally:
-        torch.use_deterministic_algorithms(False)
     torch.testing.assert_close(poisoned, expected, rtol=0, atol=0)
 
 

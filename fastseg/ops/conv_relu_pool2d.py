@@ -31,13 +31,12 @@ from fastseg.ops.conv_relu_pool2d_roads import (
     choose_gpu_road,
     choose_road,
 )
-from fastseg.ops.layouts import empty as _empty
-from fastseg.ops.layouts import memory_format_of as _memory_format
+from fastseg.ops.layouts import empty, memory_format_of
 
 
 def _output_format(input: Tensor, weight: Tensor) -> torch.memory_format:
     """Layout of the outputs: channels_last where input or weight is, as torch's convolution on a CPU."""
-    return _memory_format(weight if _memory_format(input) == torch.contiguous_format else input)
+    return memory_format_of(weight if memory_format_of(input) == torch.contiguous_format else input)
 
 
 # ---- schemas ----
@@ -67,11 +66,11 @@ def _allocate_outputs(
     """Output, positions and skip; those that weren't asked for have no elements."""
     pooled, convolved = output_shapes(input.shape, weight.shape, geometry)
     layout = _output_format(input, weight)
-    output = _empty(input, pooled, layout)
+    output = empty(input, pooled, layout)
     return (
         output,
         torch.empty_like(output, dtype=torch.uint8) if with_positions else input.new_empty(0, dtype=torch.uint8),
-        _empty(input, convolved, layout) if with_skip else input.new_empty(0),
+        empty(input, convolved, layout) if with_skip else input.new_empty(0),
     )
 
 
@@ -86,8 +85,8 @@ def _backward_fake(
 def _allocate_gradients(input: Tensor, weight: Tensor, needs: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of input, weight and bias; those that aren't needed have no elements."""
     return (
-        _empty(input, input.shape, _memory_format(input)) if needs[0] else input.new_empty(0),
-        _empty(weight, weight.shape, _memory_format(weight)) if needs[1] else weight.new_empty(0),
+        empty(input, input.shape, memory_format_of(input)) if needs[0] else input.new_empty(0),
+        empty(weight, weight.shape, memory_format_of(weight)) if needs[1] else weight.new_empty(0),
         weight.new_empty(weight.shape[0] if needs[2] else 0),
     )
 
@@ -147,7 +146,7 @@ def _backward_cpu(
         return gradients
 
     _, convolved = output_shapes(input.shape, weight.shape, geometry)
-    grad_convolved = _empty(input, convolved, _output_format(input, weight))
+    grad_convolved = empty(input, convolved, _output_format(input, weight))
     kernels.relu_pool2d_backward(
         describe(grad_output), describe(positions) if grad_output is not None else None,
         describe(skip) if grad_skip is not None else None, describe(grad_skip), describe(grad_convolved),
@@ -192,7 +191,7 @@ def _forward_triton(
         # The map is overwritten by the skip, unless overlapping windows read it twice, or it lies another way.
         layout = _output_format(input, weight)
         in_place = not _windows_overlap(geometry) and convolved.is_contiguous(memory_format=layout)
-        skip = convolved if in_place else _empty(convolved, tuple(convolved.shape), layout)
+        skip = convolved if in_place else empty(convolved, tuple(convolved.shape), layout)
     kernels.forward(convolved, bias, output, kept_positions, skip if with_skip else None, geometry)
     return output, positions, skip
 
@@ -220,7 +219,7 @@ def _backward_triton(
         if needs[0]:
             kernels.backward_input(grad_output, positions, weight, gradients[0], convolved[2:], geometry)
         return gradients
-    grad_convolved = _empty(input, convolved, _output_format(input, weight))
+    grad_convolved = empty(input, convolved, _output_format(input, weight))
     grad_bias = kernels.backward(
         grad_output, positions, skip if grad_skip is not None else None, grad_skip, grad_convolved, needs[2], geometry
     )
@@ -239,8 +238,8 @@ def _convolution_backward(
         False, [0, 0], geometry.groups, needs,
     )  # fmt: skip
     return (
-        grad_input.contiguous(memory_format=_memory_format(input)) if needs[0] else input.new_empty(0),
-        grad_weight.contiguous(memory_format=_memory_format(weight)) if needs[1] else weight.new_empty(0),
+        grad_input.contiguous(memory_format=memory_format_of(input)) if needs[0] else input.new_empty(0),
+        grad_weight.contiguous(memory_format=memory_format_of(weight)) if needs[1] else weight.new_empty(0),
         grad_bias if needs[2] else weight.new_empty(0),
     )
 

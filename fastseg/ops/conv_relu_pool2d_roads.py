@@ -51,7 +51,7 @@ def choose_forward_road(
         served = many and numbers == WINOGRAD_POOLED
     else:
         served = numbers in (WINOGRAD_POOLED, WINOGRAD_STEM) or (many and numbers == WINOGRAD_UNPOOLED)
-    if served and geometry.groups == 1 and 0 < WINOGRAD_MIN_PIXELS * input.shape[1] <= input.numel():
+    if served and geometry.groups == 1 and _pays_for_winograd(input):
         return "winograd"
     return choose_road(weight, geometry.groups, with_skip, DIRECT_FORWARD_MAX_TAPS)
 
@@ -78,8 +78,12 @@ def _winograd_serves_gradients(input: Tensor, weight: Tensor, geometry: Geometry
     return (
         numbers == ((3, 3), (1, 1), (1, 1), 1)
         and max(geometry.padding) <= 2  # beyond, the gradient's convolution would have a negative padding
-        and 0 < WINOGRAD_MIN_PIXELS * input.shape[1] <= input.numel()
+        and _pays_for_winograd(input)
     )
+
+
+def _pays_for_winograd(input: Tensor) -> bool:
+    return 0 < WINOGRAD_MIN_PIXELS * input.shape[1] <= input.numel()
 
 
 # The same limits for Triton's kernels. Estimated for an H200, not measured yet: with 144 taps (16 channels under 3x3)
