@@ -30,7 +30,7 @@ struct ConvReluPool2dForward {
 // stride 2 under a pool of 3x3.
 struct ConvReluPool2dWinogradForward : ConvReluPool2dForward {
   Tensor skip;       // [N, K, convolved height, convolved width], optional under 2x2: relu(conv(input))
-  bool relu = true;  // false, without a pool: output = conv(input) + bias
+  bool relu = true;  // false, without a pool: output = conv(input) + bias, which is conv2d
   bool* done;  // false where its sums might overflow or anything isn't finite: then the outputs hold nothing of use
 };
 
@@ -47,11 +47,11 @@ struct ConvReluPool2dBackward : ConvGradients {
   ConvPoolGeometry geometry;
 };
 
-// From the dense gradient of the convolution's output, for 3x3 of stride 1, by Winograd's algorithm.
-struct ConvReluPool2dWinogradBackward : ConvGradients {
-  Tensor grad_convolved;  // [N, K, convolved height, convolved width]
-  int64_t padding[2];     // at most 2
-  bool* done;             // as of the forward
+// conv2d's gradients, from the dense gradient of its output, for 3x3 of stride 1, by Winograd's algorithm.
+struct Conv2dWinogradBackward : ConvGradients {
+  Tensor grad_output;  // [N, K, convolved height, convolved width]
+  int64_t padding[2];  // at most 2
+  bool* done;          // as of the forward
 };
 
 // What follows a library's convolution: output, positions = max_pool(relu(input)).
@@ -74,7 +74,7 @@ struct ReluPool2dBackward {
 
 FASTSEG_KERNEL(conv_relu_pool2d_forward, ConvReluPool2dForward)
 FASTSEG_KERNEL(conv_relu_pool2d_winograd_forward, ConvReluPool2dWinogradForward)
-FASTSEG_KERNEL(conv_relu_pool2d_winograd_backward, ConvReluPool2dWinogradBackward)
+FASTSEG_KERNEL(conv2d_winograd_backward, Conv2dWinogradBackward)
 FASTSEG_KERNEL(conv_relu_pool2d_backward, ConvReluPool2dBackward)
 FASTSEG_KERNEL(relu_pool2d_forward, ReluPool2dForward)
 FASTSEG_KERNEL(relu_pool2d_backward, ReluPool2dBackward)

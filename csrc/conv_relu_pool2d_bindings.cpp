@@ -1,4 +1,4 @@
-// conv_relu_pool2d for Python, and relu_pool2d, which serves it behind a library's convolution.
+// conv_relu_pool2d for Python; conv2d and relu_pool2d, which share its kernels, too.
 #include "bindings.h"
 #include "conv_relu_pool2d.h"
 #include "parallel.h"
@@ -83,15 +83,15 @@ void read_gradients(const py::object& input, const py::object& weight, const py:
 }
 
 ConvReluPool2dForward read_forward(const py::object& input, const py::object& weight, const py::object& bias,
-                                   const py::object& output, const py::object& positions, const py::sequence& geometry,
-                                   int threads) {
+                                   const py::object& output, const py::object& positions,
+                                   const ConvPoolGeometry& geometry, int threads) {
   ConvReluPool2dForward call;
   call.input = from_python(input);
   call.weight = from_python(weight);
   call.bias = from_python(bias);
   call.output = from_python(output);
   call.positions = from_python(positions);
-  call.geometry = read_geometry(geometry);
+  call.geometry = geometry;
   call.threads = threads;
   check_pooled(call.output, call.positions);
   check_convolution(call.input, call.weight, call.output, call.geometry);
@@ -104,7 +104,8 @@ ConvReluPool2dForward read_forward(const py::object& input, const py::object& we
 void conv_relu_pool2d_forward(const py::object& input, const py::object& weight, const py::object& bias,
                               const py::object& output, const py::object& positions, const py::sequence& geometry,
                               int threads) {
-  const ConvReluPool2dForward call = read_forward(input, weight, bias, output, positions, geometry, threads);
+  const ConvReluPool2dForward call =
+      read_forward(input, weight, bias, output, positions, read_geometry(geometry), threads);
   py::gil_scoped_release unlocked;
   advise_huge_pages(call.output.data, byte_span(call.output));
   fastseg::conv_relu_pool2d_forward(call);
@@ -115,7 +116,8 @@ bool conv_relu_pool2d_winograd_forward(const py::object& input, const py::object
                                        const py::sequence& geometry, int threads) {
   bool done = false;
   ConvReluPool2dWinogradForward call;
-  static_cast<ConvReluPool2dForward&>(call) = read_forward(input, weight, bias, output, positions, geometry, threads);
+  static_cast<ConvReluPool2dForward&>(call) =
+      read_forward(input, weight, bias, output, positions, read_geometry(geometry), threads);
   call.skip = from_python(skip);
   call.done = &done;
   const ConvPoolGeometry& g = call.geometry;
@@ -143,32 +145,58 @@ bool conv_relu_pool2d_winograd_forward(const py::object& input, const py::object
   return done;
 }
 
-bool conv_relu_pool2d_winograd_backward(const py::object& grad_convolved, const py::object& input,
-                                        const py::object& weight, const py::object& grad_input,
-                                        const py::object& grad_weight, const py::object& grad_bias,
-                                        const py::sequence& padding, int threads) {
-  require(padding.size() == 2, "padding is two numbers");
+void read_padding(const py::sequence& numbers, int64_t padding[2]) {
+  require(numbers.size() == 2, "padding is two numbers");
+  for (size_t i = 0; i < 2; ++i) {
+    padding[i] = numbers[i].cast<int64_t>();
+    require(padding[i] >= 0, "padding is not negative");
+  }
+}
+
+bool conv2d_winograd_forward(const py::object& input, const py::object& weight, const py::object& bias,
+                             const py::object& output, const py::sequence& padding, int threads) {
   bool done = false;
-  ConvReluPool2dWinogradBackward call;
-  read_gradients(input, weight, grad_input, grad_weight, grad_bias, threads, &call);
-  call.grad_convolved = from_python(grad_convolved);
+  ConvReluPool2dWinogradForward call;
+  ConvPoolGeometry g = {{1, 1}, {}, {1, 1}, {1, 1}, {1, 1}, {}};
+  read_padding(padding, g.padding);
+  static_cast<ConvReluPool2dForward&>(call) = read_forward(input, weight, bias, output, py::none(), g, threads);
+  call.relu = false;
   call.done = &done;
-  const Tensor &dense = call.grad_convolved, &x = call.input, &w = call.weight;
+  const Tensor &x = call.input, &w = call.weight, &y = call.output;
+  require(w.size[0] > 0 && w.size[1] > 0, "the Winograd kernels are for at least one channel");
+  for (int i = 0; i < 2; ++i)
+    require(w.size[2 + i] == 3 && y.size[2 + i] == x.size[2 + i] + 2 * g.padding[i] - 2,
+            "the Winograd kernels are for 3x3, and output has the convolution's size");
+  py::gil_scoped_release unlocked;
+  advise_huge_pages(y.data, byte_span(y));
+  fastseg::conv_relu_pool2d_winograd_forward(call);
+  return done;
+}
+
+bool conv2d_winograd_backward(const py::object& grad_output, const py::object& input, const py::object& weight,
+                              const py::object& grad_input, const py::object& grad_weight, const py::object& grad_bias,
+                              const py::sequence& padding, int threads) {
+  bool done = false;
+  Conv2dWinogradBackward call;
+  read_gradients(input, weight, grad_input, grad_weight, grad_bias, threads, &call);
+  read_padding(padding, call.padding);
+  call.grad_output = from_python(grad_output);
+  call.done = &done;
+  const Tensor &dense = call.grad_output, &x = call.input, &w = call.weight;
   require(x.ndim == 4 && w.ndim == 4 && dense.ndim == 4 && is_floating(x), "all tensors have four dimensions");
   require(w.dtype == x.dtype && dense.dtype == x.dtype, "input, weight and gradient have one dtype");
   require(w.size[1] == x.size[1] && w.size[0] == dense.size[1] && x.size[0] == dense.size[0],
           "input is [N, C, ...], weight [K, C, 3, 3], the gradient [N, K, ...]");
   require(w.size[0] > 0 && w.size[1] > 0, "the Winograd kernels are for at least one channel");
   for (int i = 0; i < 2; ++i) {
-    call.padding[i] = padding[static_cast<size_t>(i)].cast<int64_t>();
-    require(w.size[2 + i] == 3 && call.padding[i] >= 0 && call.padding[i] <= 2,
+    require(w.size[2 + i] == 3 && call.padding[i] <= 2,
             "the Winograd kernels' gradients are for 3x3 with a padding of at most 2");
     require(dense.size[2 + i] > 0 && dense.size[2 + i] == x.size[2 + i] + 2 * call.padding[i] - 2,
             "the gradient has the convolution's size");
   }
   py::gil_scoped_release unlocked;
   if (call.grad_input) advise_huge_pages(call.grad_input.data, byte_span(call.grad_input));
-  fastseg::conv_relu_pool2d_winograd_backward(call);
+  fastseg::conv2d_winograd_backward(call);
   return done;
 }
 
@@ -242,7 +270,8 @@ void relu_pool2d_backward(const py::object& grad_output, const py::object& posit
 void bind_conv_relu_pool2d(py::module_& m) {
   m.def("conv_relu_pool2d_forward", &conv_relu_pool2d_forward);
   m.def("conv_relu_pool2d_winograd_forward", &conv_relu_pool2d_winograd_forward);
-  m.def("conv_relu_pool2d_winograd_backward", &conv_relu_pool2d_winograd_backward);
+  m.def("conv2d_winograd_forward", &conv2d_winograd_forward);
+  m.def("conv2d_winograd_backward", &conv2d_winograd_backward);
   m.def("conv_relu_pool2d_backward", &conv_relu_pool2d_backward);
   m.def("relu_pool2d_forward", &relu_pool2d_forward);
   m.def("relu_pool2d_backward", &relu_pool2d_backward);

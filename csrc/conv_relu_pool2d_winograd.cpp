@@ -1,6 +1,7 @@
 // conv_relu_pool2d, the Winograd road: 3x3 convolutions under 2x2 pools. A pooling window is one tile of Winograd's
-// output, so that it is pooled in registers and nothing of full resolution is stored that wasn't asked for. Backward it
-// serves the dense gradients, of a skip or where nothing is pooled.
+// output, so that it is pooled in registers and nothing of full resolution is stored that wasn't asked for. Also serves
+// conv2d alone, without ReLU and pool; its gradients are those of conv_relu_pool2d where they are dense (of a skip, or
+// where nothing is pooled).
 #include "conv_relu_pool2d.h"
 #include "winograd_channels.h"
 #include "winograd_stem.h"
@@ -33,11 +34,11 @@ bool forward_of(const ConvReluPool2dWinogradForward& call) {
   return all_channels ? forward<WinogradChannels<T>>(call) : forward<WinogradWindows<T>>(call);
 }
 
-// The gradient of the input is a convolution too: of grad_convolved, by the kernels turned by 180 degrees, with output
+// The gradient of the input is a convolution too: of grad_output, by the kernels turned by 180 degrees, with output
 // channels for input channels.
-ConvReluPool2dWinogradForward input_gradient(const ConvReluPool2dWinogradBackward& call) {
+ConvReluPool2dWinogradForward input_gradient(const Conv2dWinogradBackward& call) {
   ConvReluPool2dWinogradForward result = {};
-  result.input = call.grad_convolved;
+  result.input = call.grad_output;
   result.weight = call.weight;
   result.weight.size[0] = call.weight.size[1], result.weight.size[1] = call.weight.size[0];
   result.weight.stride[0] = call.weight.stride[1], result.weight.stride[1] = call.weight.stride[0];
@@ -56,7 +57,7 @@ ConvReluPool2dWinogradForward input_gradient(const ConvReluPool2dWinogradBackwar
 }
 
 template <class T>
-bool backward_of(const ConvReluPool2dWinogradBackward& call) {
+bool backward_of(const Conv2dWinogradBackward& call) {
   if (call.grad_input && !forward<WinogradChannels<T>>(input_gradient(call))) return false;
   return !(call.grad_weight || call.grad_bias) || WinogradWeight<T>(call).run_all();
 }
@@ -67,7 +68,7 @@ void conv_relu_pool2d_winograd_forward(const ConvReluPool2dWinogradForward& call
   *call.done = call.input.dtype == DType::kFloat64 ? forward_of<double>(call) : forward_of<float>(call);
 }
 
-void conv_relu_pool2d_winograd_backward(const ConvReluPool2dWinogradBackward& call) {
+void conv2d_winograd_backward(const Conv2dWinogradBackward& call) {
   *call.done = call.input.dtype == DType::kFloat64 ? backward_of<double>(call) : backward_of<float>(call);
 }
 

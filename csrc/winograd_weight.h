@@ -102,7 +102,7 @@ void add_products(int64_t rows, const Factors<T>& factors, T* sums, int64_t sum_
 
 template <class T>
 struct WinogradWeight {
-  const ConvReluPool2dWinogradBackward& call;
+  const Conv2dWinogradBackward& call;
   const int64_t n, c, k;
   const int64_t tiles_h, tiles_w;
   const int64_t c_group, k_group;  // channels that a task works on
@@ -110,13 +110,13 @@ struct WinogradWeight {
   const int64_t band;  // rows of tiles that are packed together
   const int64_t parts;
 
-  explicit WinogradWeight(const ConvReluPool2dWinogradBackward& b)
+  explicit WinogradWeight(const Conv2dWinogradBackward& b)
       : call(b),
         n(b.input.size[0]),
         c(b.input.size[1]),
         k(b.weight.size[0]),
-        tiles_h(ceil_div(b.grad_convolved.size[2], kPoolSide)),
-        tiles_w(ceil_div(b.grad_convolved.size[3], kPoolSide)),
+        tiles_h(ceil_div(b.grad_output.size[2], kPoolSide)),
+        tiles_w(ceil_div(b.grad_output.size[3], kPoolSide)),
         c_group(choose_group(c)),
         k_group(choose_group(k)),
         c_groups(ceil_div(c, c_group)),
@@ -147,7 +147,7 @@ struct WinogradWeight {
 
   // The share of a part in the sums of a pair of groups, and in the totals of the gradients of the k group.
   bool run(int64_t part, Span k_span, Span c_span, T* sums, T* totals, bool* safe) const {
-    const Tensor gradient = part_of(call.grad_convolved, 1, k_span), input = part_of(call.input, 1, c_span);
+    const Tensor gradient = part_of(call.grad_output, 1, k_span), input = part_of(call.input, 1, c_span);
     const int64_t k_step = round_up(k_span.size(), kLanes<T>), c_step = round_up(c_span.size(), kLanes<T>);
 
     // As many windows at a time as fit the cache, evenly divided.

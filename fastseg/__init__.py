@@ -5,6 +5,7 @@ from fastseg._info import info
 from fastseg._version import __version__
 from fastseg.fusion import fuse, report, unfuse
 from fastseg.modules import (
+    Conv2d,
     ConvReLUPool2d,
     CrossEntropyDiceLoss,
     CrossEntropyLoss,
@@ -17,6 +18,7 @@ from fastseg.modules import (
 )
 
 __all__ = [
+    "Conv2d",
     "ConvReLUPool2d",
     "CrossEntropyDiceLoss",
     "CrossEntropyLoss",

@@ -16,6 +16,19 @@ FloatOrPair = float | tuple[float, ...]
 LEAST_DENOMINATOR = 1e-8
 
 
+def conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: IntOrPair = 1,
+    padding: str | IntOrPair = 0,
+    dilation: IntOrPair = 1,
+    groups: int = 1,
+) -> Tensor:
+    """`torch.nn.functional.conv2d` itself; see `fastseg.functional`."""
+    return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+
+
 def conv_relu_pool2d(
     input: Tensor,
     weight: Tensor,

@@ -1,5 +1,6 @@
 """The stateless operators: what they mean, what they accept, and the checks of their arguments."""
 
+from fastseg.functional._conv2d import conv2d
 from fastseg.functional._conv_relu_pool2d import conv_relu_pool2d
 from fastseg.functional._cross_entropy import cross_entropy
 from fastseg.functional._cross_entropy_dice import cross_entropy_dice, upsample_cross_entropy_dice
@@ -10,6 +11,7 @@ from fastseg.functional._upsample_confusion_matrix import upsample_confusion_mat
 from fastseg.functional._upsample_cross_entropy import upsample_cross_entropy
 
 __all__ = [
+    "conv2d",
     "conv_relu_pool2d",
     "cross_entropy",
     "cross_entropy_dice",

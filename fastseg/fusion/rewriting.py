@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,7 +35,7 @@ def rewrite(module: fx.GraphModule, patterns: Sequence[Pattern] = PATTERNS) -> R
     """
     bodies = [rewrite(body, patterns) for body in _checkpointed(module)]
     candidates, left = _find(module.graph, patterns)
-    chosen, spilled = _choose(candidates)
+    chosen, spilled = _choose(candidates, patterns)
     left += spilled
     replaced = [
         Replacement(c.pattern.name, c.pattern.becomes, place_of(c.match.nodes[0]), bytes_of(c.match.not_kept))
@@ -95,37 +96,48 @@ def _match(pattern: Pattern, call: Call, transformed: bool) -> Match | None:
     return match
 
 
-# ---- choosing: a value that a match doesn't give must have no user but what is replaced, too ----
+# ---- choosing: no call twice, and no value that is needed elsewhere, too, and that its match doesn't give ----
 
 
-def _choose(candidates: dict[fx.Node, list[_Candidate]]) -> tuple[list[_Candidate], list[Leftover]]:
+def _choose(
+    candidates: dict[fx.Node, list[_Candidate]], patterns: Sequence[Pattern]
+) -> tuple[list[_Candidate], list[Leftover]]:
+    """One of the candidates at each anchor, or none; what looks like a pattern, but has a value that must stay."""
     remaining = {anchor: list(alternatives) for anchor, alternatives in candidates.items()}
     left: list[Leftover] = []
     while True:
         chosen = [alternatives[0] for alternatives in remaining.values() if alternatives]
-        for candidate in chosen:
-            reason = _conflict(candidate, chosen)
-            if reason is not None:
-                left.append(Leftover(candidate.pattern.name, reason, place_of(candidate.anchor)))
-                remaining[candidate.anchor].pop(0)
-                break  # what the others may do depends on it
-        else:
+        dropped, reason = _escaping(chosen)
+        if dropped is not None:
+            left.append(Leftover(dropped.pattern.name, reason, place_of(dropped.anchor)))
+        else:  # of those that could be, the more valuable
+            dropped = max(_overlapping(chosen), key=lambda candidate: patterns.index(candidate.pattern), default=None)
+        if dropped is None:
             return chosen, left
+        remaining[dropped.anchor].pop(0)  # and what the others may do depends on it
 
 
-def _conflict(candidate: _Candidate, chosen: list[_Candidate]) -> str | None:
-    match = candidate.match
-    others = [other.match for other in chosen if other is not candidate]
-    for node in match.nodes:
-        if node not in match.shared and any(node in other.nodes for other in others):
-            return f"{_name(node)} is part of another replacement"
-        if node in match.outputs:
-            continue
-        for user in node.users:
-            shared = node in match.shared and any(user in other.nodes and node in other.nodes for other in others)
-            if user not in match.nodes and not shared:
-                return f"{_name(node)} has another user: {_name(user)}"
-    return None
+def _escaping(chosen: list[_Candidate]) -> tuple[_Candidate | None, str]:
+    """The first candidate that hides a value from another user, and why it can't."""
+    for candidate in chosen:
+        match = candidate.match
+        others = [other.match for other in chosen if other is not candidate]
+        for node in match.nodes:
+            for user in node.users if node not in match.outputs else ():
+                shared = node in match.shared and any(user in other.nodes and node in other.nodes for other in others)
+                if user not in match.nodes and not shared:
+                    return candidate, f"{_name(node)} has another user: {_name(user)}"
+    return None, ""
+
+
+def _overlapping(chosen: list[_Candidate]) -> list[_Candidate]:
+    """The candidates that would replace calls that another one replaces."""
+    claims = Counter(node for c in chosen for node in c.match.nodes if node not in c.match.shared)
+    return [
+        candidate
+        for candidate in chosen
+        if any(claims[node] > (node not in candidate.match.shared) for node in candidate.match.nodes)
+    ]
 
 
 def _name(node: fx.Node) -> str:

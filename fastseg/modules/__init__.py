@@ -9,9 +9,10 @@ from fastseg.modules._losses import (
     UpsampleCrossEntropyLoss,
     UpsampleFocalLoss,
 )
-from fastseg.modules._pooling import ConvReLUPool2d, ReLUPool2d
+from fastseg.modules._pooling import Conv2d, ConvReLUPool2d, ReLUPool2d
 
 __all__ = [
+    "Conv2d",
     "ConvReLUPool2d",
     "CrossEntropyDiceLoss",
     "CrossEntropyLoss",

@@ -1,4 +1,4 @@
-"""Layers that pool: torch.nn.Conv2d's constructor and state_dict, fastseg's operators."""
+"""Layers that convolve and pool: torch.nn.Conv2d's constructor and state_dict, fastseg's operators."""
 
 from __future__ import annotations
 
@@ -17,6 +17,43 @@ def _convolution_arguments(conv: nn.Conv2d) -> dict[str, Any]:
     """The constructor's arguments of ``conv``, for a twin without memory that is to share its parameters."""
     names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
     return {name: getattr(conv, name) for name in names} | {"bias": conv.bias is not None, "device": "meta"}
+
+
+def _padded(conv: nn.Conv2d, input: Tensor) -> tuple[Tensor, Any]:
+    """The input and the padding of ``conv``'s convolution: an input that is padded first needs none of zeros."""
+    if conv.padding_mode == "zeros":
+        return input, conv.padding
+    return F.pad(input, conv._reversed_padding_repeated_twice, mode=conv.padding_mode), 0
+
+
+class Conv2d(nn.Conv2d):
+    """`torch.nn.Conv2d` on `fastseg.functional.conv2d`, which see for the calls that its kernels serve.
+
+    Arguments, parameters and state_dict are those of `torch.nn.Conv2d`.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The convolution's output."""
+        input, padding = _padded(self, input)
+        return functional.conv2d(input, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
+
+    @classmethod
+    def from_torch(cls, conv: nn.Conv2d) -> Conv2d:
+        """The layer that does what ``conv`` does, sharing its parameters."""
+        layer = cls(**_convolution_arguments(conv))
+        layer.weight, layer.bias = conv.weight, conv.bias
+        return layer.train(conv.training)
+
+    def to_torch(self) -> nn.Conv2d:
+        """The `torch.nn.Conv2d` that does what this layer does, sharing its parameters."""
+        return _plain(self)
+
+
+def _plain(layer: nn.Conv2d) -> nn.Conv2d:
+    """A layer's convolution alone, in plain PyTorch, sharing its parameters."""
+    conv = nn.Conv2d(**_convolution_arguments(layer))
+    conv.weight, conv.bias = layer.weight, layer.bias
+    return conv.train(layer.training)
 
 
 class ConvReLUPool2d(nn.Conv2d):
@@ -81,10 +118,7 @@ class ConvReLUPool2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Any:
         """The pooled output; with it, where asked in the constructor, the indices and the skip."""
-        padding: Any = self.padding
-        if self.padding_mode != "zeros":
-            input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
-            padding = 0
+        input, padding = _padded(self, input)
         return self.operator(
             input,
             self.weight,
@@ -130,13 +164,11 @@ class ConvReLUPool2d(nn.Conv2d):
         """
         if self.return_skip:
             raise ValueError("return_skip: a Sequential has one output; build the layer without it first")
-        conv = nn.Conv2d(**_convolution_arguments(self))
-        conv.weight, conv.bias = self.weight, self.bias
         pool = nn.MaxPool2d(
             self.pool_size, self.pool_stride, self.pool_padding,
             return_indices=self.return_indices, ceil_mode=self.ceil_mode,
         )  # fmt: skip
-        return nn.Sequential(conv, nn.ReLU(), pool).train(self.training)
+        return nn.Sequential(_plain(self), nn.ReLU(), pool).train(self.training)
 
     def extra_repr(self) -> str:
         """The arguments that differ from the defaults, for ``repr(layer)``."""

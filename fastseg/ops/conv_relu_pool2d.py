@@ -15,6 +15,13 @@ from torch import Tensor
 
 from fastseg import _triton, reference
 from fastseg._native import describe, log_missing_kernel, native
+from fastseg.ops.conv2d import (
+    allocate_gradients,
+    describe_needed,
+    library_backward,
+    output_format,
+    winograd_backward,
+)
 from fastseg.ops.conv_relu_pool2d_geometry import (
     CUT,
     Geometry,
@@ -31,13 +38,7 @@ from fastseg.ops.conv_relu_pool2d_roads import (
     choose_gpu_road,
     choose_road,
 )
-from fastseg.ops.layouts import empty, memory_format_of
-
-
-def _output_format(input: Tensor, weight: Tensor) -> torch.memory_format:
-    """Layout of the outputs: channels_last where input or weight is, as torch's convolution on a CPU."""
-    return memory_format_of(weight if memory_format_of(input) == torch.contiguous_format else input)
-
+from fastseg.ops.layouts import ANY_LAYOUT, empty
 
 # ---- schemas ----
 
@@ -45,11 +46,13 @@ def _output_format(input: Tensor, weight: Tensor) -> torch.memory_format:
 _library = torch.library.Library("fastseg", "FRAGMENT")
 _library.define(
     "conv_relu_pool2d(Tensor input, Tensor weight, Tensor? bias, int[] geometry, bool with_positions, bool with_skip)"
-    " -> (Tensor output, Tensor positions, Tensor skip)"
+    " -> (Tensor output, Tensor positions, Tensor skip)",
+    tags=ANY_LAYOUT,
 )
 _library.define(
     "conv_relu_pool2d_backward(Tensor? grad_output, Tensor? grad_skip, Tensor input, Tensor weight, Tensor positions, "
-    "Tensor? skip, int[] geometry, bool[3] needs) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)"
+    "Tensor? skip, int[] geometry, bool[3] needs) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)",
+    tags=ANY_LAYOUT,
 )
 
 
@@ -65,7 +68,7 @@ def _allocate_outputs(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, positions and skip; those that weren't asked for have no elements."""
     pooled, convolved = output_shapes(input.shape, weight.shape, geometry)
-    layout = _output_format(input, weight)
+    layout = output_format(input, weight)
     output = empty(input, pooled, layout)
     return (
         output,
@@ -79,16 +82,7 @@ def _backward_fake(
     grad_output: Tensor | None, grad_skip: Tensor | None, input: Tensor, weight: Tensor, positions: Tensor,
     skip: Tensor | None, geometry: list[int], needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return _allocate_gradients(input, weight, needs)
-
-
-def _allocate_gradients(input: Tensor, weight: Tensor, needs: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of input, weight and bias; those that aren't needed have no elements."""
-    return (
-        empty(input, input.shape, memory_format_of(input)) if needs[0] else input.new_empty(0),
-        empty(weight, weight.shape, memory_format_of(weight)) if needs[1] else weight.new_empty(0),
-        weight.new_empty(weight.shape[0] if needs[2] else 0),
-    )
+    return allocate_gradients(input, weight, needs)
 
 
 # ---- implementations ----
@@ -124,7 +118,7 @@ def _forward_cpu(
     if with_skip and not in_place:
         convolved.relu_()
     kernels.relu_pool2d_forward(describe(convolved), *outputs, numbers, in_place, threads)
-    return output, positions, convolved.contiguous(memory_format=_output_format(input, weight)) if with_skip else skip
+    return output, positions, convolved.contiguous(memory_format=output_format(input, weight)) if with_skip else skip
 
 
 def _backward_cpu(
@@ -138,32 +132,25 @@ def _backward_cpu(
     road = choose_backward_road(input, weight, geometry, grad_skip is not None)
     threads = torch.get_num_threads()
     if grad_output is not None and road == "direct":
-        gradients = _allocate_gradients(input, weight, needs)
+        gradients = allocate_gradients(input, weight, needs)
         kernels.conv_relu_pool2d_backward(
             describe(grad_output), describe(positions), describe(input), describe(weight),
-            *_describe_needed(gradients, needs), numbers, threads,
+            *describe_needed(gradients, needs), numbers, threads,
         )  # fmt: skip
         return gradients
 
     _, convolved = output_shapes(input.shape, weight.shape, geometry)
-    grad_convolved = empty(input, convolved, _output_format(input, weight))
+    grad_convolved = empty(input, convolved, output_format(input, weight))
     kernels.relu_pool2d_backward(
         describe(grad_output), describe(positions) if grad_output is not None else None,
         describe(skip) if grad_skip is not None else None, describe(grad_skip), describe(grad_convolved),
         numbers, threads,
     )  # fmt: skip
     if road == "winograd":
-        gradients = _allocate_gradients(input, weight, needs)
-        if kernels.conv_relu_pool2d_winograd_backward(
-            describe(grad_convolved), describe(input), describe(weight), *_describe_needed(gradients, needs),
-            geometry.padding, threads,
-        ):  # fmt: skip
-            return gradients
-    return _convolution_backward(grad_convolved, input, weight, geometry, needs)
-
-
-def _describe_needed(gradients: tuple[Tensor, ...], needs: list[bool]) -> list[Any]:
-    return [describe(gradient) if need else None for gradient, need in zip(gradients, needs, strict=True)]
+        found = winograd_backward(kernels, grad_convolved, input, weight, geometry.padding, needs)
+        if found is not None:
+            return found
+    return library_backward(grad_convolved, input, weight, *geometry[:4], needs)
 
 
 def _windows_overlap(geometry: Geometry) -> bool:
@@ -189,7 +176,7 @@ def _forward_triton(
     convolved = torch.conv2d(input, weight, None, geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
     if with_skip:
         # The map is overwritten by the skip, unless overlapping windows read it twice, or it lies another way.
-        layout = _output_format(input, weight)
+        layout = output_format(input, weight)
         in_place = not _windows_overlap(geometry) and convolved.is_contiguous(memory_format=layout)
         skip = convolved if in_place else empty(convolved, tuple(convolved.shape), layout)
     kernels.forward(convolved, bias, output, kept_positions, skip if with_skip else None, geometry)
@@ -207,7 +194,7 @@ def _backward_triton(
     if kernels is None:
         return backward_plain(grad_output, grad_skip, input, weight, positions, skip, numbers, needs)
     if direct:
-        gradients = _allocate_gradients(input, weight, needs)
+        gradients = allocate_gradients(input, weight, needs)
         if needs[1] or needs[2]:
             grad_weight, grad_bias = kernels.backward_weight(
                 grad_output, positions, input, weight, convolved[2:], needs[1], geometry
@@ -219,29 +206,14 @@ def _backward_triton(
         if needs[0]:
             kernels.backward_input(grad_output, positions, weight, gradients[0], convolved[2:], geometry)
         return gradients
-    grad_convolved = empty(input, convolved, _output_format(input, weight))
+    grad_convolved = empty(input, convolved, output_format(input, weight))
     grad_bias = kernels.backward(
         grad_output, positions, skip if grad_skip is not None else None, grad_skip, grad_convolved, needs[2], geometry
     )
-    grad_input, grad_weight, nothing = _convolution_backward(
-        grad_convolved, input, weight, geometry, [*needs[:2], False]
+    grad_input, grad_weight, nothing = library_backward(
+        grad_convolved, input, weight, *geometry[:4], [*needs[:2], False]
     )
     return grad_input, grad_weight, grad_bias.to(weight.dtype) if needs[2] else nothing
-
-
-def _convolution_backward(
-    grad_convolved: Tensor, input: Tensor, weight: Tensor, geometry: Geometry, needs: list[bool]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """PyTorch's own gradients of the convolution, in the layouts that the fake promises."""
-    grad_input, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
-        grad_convolved, input, weight, list(weight.shape[:1]), geometry.stride, geometry.padding, geometry.dilation,
-        False, [0, 0], geometry.groups, needs,
-    )  # fmt: skip
-    return (
-        grad_input.contiguous(memory_format=memory_format_of(input)) if needs[0] else input.new_empty(0),
-        grad_weight.contiguous(memory_format=memory_format_of(weight)) if needs[1] else weight.new_empty(0),
-        grad_bias if needs[2] else weight.new_empty(0),
-    )
 
 
 def _plain(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> tuple[Tensor, Tensor, Tensor]:
@@ -257,7 +229,7 @@ def forward_plain(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The operator for devices without a kernel, from torch's own operators."""
     log_missing_kernel("conv_relu_pool2d", input)
-    geometry, layout = unflatten(tuple(numbers)), _output_format(input, weight)
+    geometry, layout = unflatten(tuple(numbers)), output_format(input, weight)
     output, indices, skip = _plain(input, weight, bias, geometry)
     positions = local_positions(indices, output, skip.shape[-1], geometry) if with_positions else None
     return (
@@ -281,7 +253,7 @@ def backward_plain(
         grad_convolved.flatten(2).scatter_add_(2, indices, passed)
     if grad_skip is not None and skip is not None:
         grad_convolved += grad_skip.masked_fill(skip <= 0, 0)
-    return _convolution_backward(grad_convolved, input, weight, geometry, needs)
+    return library_backward(grad_convolved, input, weight, *geometry[:4], needs)
 
 
 def cast_for_autocast(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

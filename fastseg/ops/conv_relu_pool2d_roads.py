@@ -51,7 +51,7 @@ def choose_forward_road(
         served = many and numbers == WINOGRAD_POOLED
     else:
         served = numbers in (WINOGRAD_POOLED, WINOGRAD_STEM) or (many and numbers == WINOGRAD_UNPOOLED)
-    if served and geometry.groups == 1 and _pays_for_winograd(input):
+    if served and geometry.groups == 1 and pays_for_winograd(input):
         return "winograd"
     return choose_road(weight, geometry.groups, with_skip, DIRECT_FORWARD_MAX_TAPS)
 
@@ -65,7 +65,7 @@ def choose_backward_road(
     is. Measured with AVX2 (AMD Zen 3, 2026-11-22): 1.1 to 3.7 times as fast as oneDNN, from 225 pixels and 5 channels.
     """
     sparse = not with_skip and geometry.pool_stride != (1, 1)
-    if not sparse and _winograd_serves_gradients(input, weight, geometry):
+    if not sparse and winograd_serves(weight, geometry) and pays_for_winograd(input):
         return "winograd"
     if not sparse and weight.shape[2:] == (1, 1):
         return "library"  # a matrix product, twice as fast there
@@ -73,16 +73,15 @@ def choose_backward_road(
     return choose_road(weight, geometry.groups, with_skip, most_taps)
 
 
-def _winograd_serves_gradients(input: Tensor, weight: Tensor, geometry: Geometry) -> bool:
+def winograd_serves(weight: Tensor, geometry: Geometry) -> bool:
+    """Whether Winograd's algorithm has kernels for a convolution's dense gradients, and so for all of conv2d."""
     numbers = (tuple(weight.shape[2:]), geometry.stride, geometry.dilation, geometry.groups)
-    return (
-        numbers == ((3, 3), (1, 1), (1, 1), 1)
-        and max(geometry.padding) <= 2  # beyond, the gradient's convolution would have a negative padding
-        and _pays_for_winograd(input)
-    )
+    # Beyond a padding of 2, the input gradient's convolution would have a negative one.
+    return numbers == ((3, 3), (1, 1), (1, 1), 1) and max(geometry.padding) <= 2
 
 
-def _pays_for_winograd(input: Tensor) -> bool:
+def pays_for_winograd(input: Tensor) -> bool:
+    """Whether it is worth its transform of the weights on a CPU."""
     return 0 < WINOGRAD_MIN_PIXELS * input.shape[1] <= input.numel()
 
 

@@ -5,6 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# For operators whose kernels read by strides: Inductor may give them tensors that lie otherwise than eager PyTorch's,
+# and needn't copy what its own layouts (channels_last around convolutions) made.
+ANY_LAYOUT = (torch.Tag.flexible_layout,)
+
 
 def is_channels_last(tensor: Tensor) -> bool:
     """Whether a pixel's channels are neighbours; where nothing tells, they aren't."""

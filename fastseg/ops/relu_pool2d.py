@@ -23,7 +23,7 @@ from fastseg.ops.conv_relu_pool2d_geometry import (
     unflatten,
 )
 from fastseg.ops.conv_relu_pool2d_geometry import resolve as resolve_convolution
-from fastseg.ops.layouts import empty, memory_format_of
+from fastseg.ops.layouts import ANY_LAYOUT, empty, memory_format_of
 
 
 def resolve(input: tuple[int, ...], pool_size: Any, pool_stride: Any, pool_padding: Any, ceil_mode: bool) -> Geometry:
@@ -43,11 +43,13 @@ def resolve(input: tuple[int, ...], pool_size: Any, pool_stride: Any, pool_paddi
 _library = torch.library.Library("fastseg", "FRAGMENT")
 _library.define(
     "relu_pool2d(Tensor input, int[] geometry, bool with_positions, bool with_skip)"
-    " -> (Tensor output, Tensor positions, Tensor skip)"
+    " -> (Tensor output, Tensor positions, Tensor skip)",
+    tags=ANY_LAYOUT,
 )
 _library.define(
     "relu_pool2d_backward(Tensor? grad_output, Tensor? grad_skip, Tensor positions, Tensor? skip, SymInt[2] size, "
-    "int[] geometry) -> Tensor grad_input"
+    "int[] geometry) -> Tensor grad_input",
+    tags=ANY_LAYOUT,
 )
 
 

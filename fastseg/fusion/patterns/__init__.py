@@ -1,6 +1,7 @@
-"""The patterns that the pass looks for, the more valuable before the less where they share an anchor."""
+"""The patterns that the pass looks for, the more valuable before the less where they share a call."""
 
 from fastseg.fusion.pattern import Pattern
+from fastseg.fusion.patterns.conv2d import CONV, CONV_NORM
 from fastseg.fusion.patterns.conv_relu import CONV_RELU
 from fastseg.fusion.patterns.conv_relu_pool2d import CONV_POOL_RELU, CONV_RELU_POOL
 from fastseg.fusion.patterns.cross_entropy import CROSS_ENTROPY, NLL_LOSS
@@ -22,6 +23,8 @@ PATTERNS: tuple[Pattern, ...] = (
     CROSS_ENTROPY,
     NLL_LOSS,
     SOFT_DICE,
+    CONV_NORM,
+    CONV,
 )
 
 __all__ = ["PATTERNS"]

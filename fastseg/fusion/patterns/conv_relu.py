@@ -45,7 +45,7 @@ def _is_served(input: Tensor, weight: Tensor, stride: Any, padding: Any, dilatio
 
 def _match(relu: Call) -> Match | None:
     chain = convolution(relu["input"])
-    if not chain or not _looks_served(chain[0]) or any(is_pool_served(recognise(user)) for user in relu.node.users):
+    if not chain or not looks_served(chain[0]) or any(is_pool_served(recognise(user)) for user in relu.node.users):
         return None
     demand_free(*chain, relu)
     arguments = {name: chain[0][name] for name in ("input", "weight", "bias", *NUMBERS)}
@@ -58,7 +58,7 @@ def _match(relu: Call) -> Match | None:
     )
 
 
-def _looks_served(conv: Call) -> bool:
+def looks_served(conv: Call) -> bool:
     """The same of a call in a graph, with the sizes that it was captured with."""
     numbers = {name: conv[name] for name in NUMBERS}
     weight, input = _tensor(conv["weight"], conv.node), tensor_of(conv["input"])

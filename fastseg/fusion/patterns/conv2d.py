@@ -1,0 +1,53 @@
+"""conv2d, or conv2d + batch_norm in evaluation, becomes fastseg's conv2d where no other pattern takes it in.
+
+Such are the convolutions before batch normalisation in training. Only on a CPU, and only where Winograd's algorithm
+serves them: elsewhere PyTorch's own is at least as good, and such places, which are everywhere, are no news for the
+report.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastseg.functional import conv2d
+from fastseg.fusion.calls import Call, tensor_of
+from fastseg.fusion.pattern import Match, Pattern, demand_free
+from fastseg.fusion.patterns.conv_relu import looks_served
+from fastseg.fusion.patterns.conv_relu_pool2d import NUMBERS, convolution, fold, normalisation
+
+
+def conv_batch_norm(
+    input: Tensor, weight: Tensor, bias: Tensor | None, batch_norm: dict[str, Any] | None, **numbers: Any
+) -> Tensor:
+    """What the graph calls."""
+    if batch_norm is not None:
+        weight, bias = fold(weight, bias, **batch_norm)
+    return conv2d(input, weight, bias, **numbers)
+
+
+def _match(last: Call) -> Match | None:
+    chain = convolution(last.node)
+    if not chain or not looks_served(chain[0]) or not _is_wide(chain[0]):
+        return None
+    demand_free(*chain)
+    arguments = {name: chain[0][name] for name in ("input", "weight", "bias", *NUMBERS)}
+    return Match(
+        nodes=[call.node for call in chain],
+        outputs={last.node: None},
+        function=conv_batch_norm,
+        arguments=arguments | {"batch_norm": normalisation(chain)},
+        not_kept=[call.node for call in chain[:-1]],
+    )
+
+
+def _is_wide(conv: Call) -> bool:
+    """Whether a convolution is in a dtype that the kernels take, as far as the graph's maker knew."""
+    convolved = tensor_of(conv.node)
+    return convolved is None or convolved.dtype in (torch.float32, torch.float64)
+
+
+CONV_NORM = Pattern("conv2d + batch_norm", "batch_norm", "conv2d", _match)
+CONV = Pattern("conv2d", "conv2d", "conv2d", _match)
