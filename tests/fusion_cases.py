@@ -191,6 +191,34 @@ def wide_conv_skip(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Ten
     return F.max_pool2d(activated, 2), activated.sin()
 
 
+def conv_alone(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return torch.conv2d(x, weight, bias, padding=1).sin()
+
+
+def norm_alone(x: Tensor, weight: Tensor, bias: Tensor, *norm: Tensor) -> Tensor:
+    return F.batch_norm(F.conv2d(x, weight, bias, padding=1), *norm).sin()
+
+
+def conv_norm_in_training(x: Tensor, weight: Tensor, bias: Tensor, *norm: Tensor) -> Tensor:
+    return F.relu(F.batch_norm(F.conv2d(x, weight, bias, padding=1), None, None, *norm[2:], training=True))
+
+
+def residual(x: Tensor, weight: Tensor, bias: Tensor, *norm: Tensor) -> Tensor:
+    """The second half of a ResNet's block."""
+    return F.relu(x.sum(1, keepdim=True) + F.batch_norm(F.conv2d(x, weight, bias, padding=1), *norm), inplace=True)
+
+
+def wide_conv_used_before_relu(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """No ReLU or pool can be taken in; the convolution itself is replaced, and so is what follows."""
+    convolved = F.conv2d(x, weight, bias)
+    return F.max_pool2d(F.relu(convolved), 2), convolved.sin()
+
+
+def wide_norm_used_before_relu(x: Tensor, weight: Tensor, bias: Tensor, *norm: Tensor) -> tuple[Tensor, Tensor]:
+    normal = F.batch_norm(F.conv2d(x, weight, bias), *norm)
+    return F.relu(normal), normal.sin()
+
+
 # ---- back end ----
 
 
@@ -311,6 +339,12 @@ CASES = {
     "no pool, norm": Case(norm_relu, wide_normalised, ("conv_relu_pool2d",), PIXELS),
     "no pool that is served": Case(conv_relu_dilated_pool, wide_images, ("conv_relu_pool2d",), PIXELS),
     "conv, wide, skip": Case(wide_conv_skip, wide_images, ("conv_relu_pool2d",), PIXELS),
+    "conv alone": Case(conv_alone, wide_images, ("conv2d",), PIXELS),
+    "norm alone": Case(norm_alone, wide_normalised, ("conv2d",), PIXELS),
+    "norm alone, in training": Case(conv_norm_in_training, wide_normalised, ("conv2d",), PIXELS),
+    "norm and sum": Case(residual, wide_normalised, ("conv2d",), PIXELS),
+    "conv, wide, used before relu": Case(wide_conv_used_before_relu, wide_images, ("conv2d", "relu_pool2d"), PIXELS),
+    "norm, wide, used before relu": Case(wide_norm_used_before_relu, wide_normalised, ("conv2d",), PIXELS),
     "upsampled loss": Case(upsampled_loss, logits, ("upsample_cross_entropy",), PIXELS),
     "upsampled loss, corners": Case(upsampled_loss_corners, logits, ("upsample_cross_entropy",), PIXELS),
     "upsampled loss, nearest": Case(upsampled_loss_nearest, logits, ("upsample_cross_entropy",), PIXELS),

@@ -58,41 +58,49 @@ def _loss_within(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tens
 
 
 _UPERNET, _BASIC_UNET = upernet((16, 32, 64, 64), 1, 32), basic_unet((8, 8, 16, 16, 16, 8))
-_CONV, _POOL = "conv_relu_pool2d", "relu_pool2d"
+_PLAIN, _CONV, _POOL = "conv2d", "conv_relu_pool2d", "relu_pool2d"
 _LOSS, _UP_LOSS, _ARGMAX = "cross_entropy", "upsample_cross_entropy", "upsample_argmax"
-_BACK = [_ARGMAX, _UP_LOSS]
+_BACK, _BACK_AUXILIARY = [_ARGMAX, _UP_LOSS], [_ARGMAX, _UP_LOSS, _UP_LOSS]
 _SMP, _VISION = "segmentation_models_pytorch", "torchvision"
 
 # Convolutions without a pool are taken where there are pixels enough, at these small sizes in a few levels.
 OTHERS = {
     "smp.Unet-resnet18": Other(
-        _SMP, smp("Unet", "resnet18"), _loss_of_logits, [_LOSS, _POOL], [*[_CONV] * 9, _LOSS]
+        _SMP, smp("Unet", "resnet18"), _loss_of_logits, [*[_PLAIN] * 11, _LOSS, _POOL],
+        [*[_PLAIN] * 3, *[_CONV] * 9, _LOSS],
     ),
     "smp.Unet-vgg11": Other(
-        _SMP, smp("Unet", "vgg11"), _loss_of_logits, [*[_CONV] * 6, _LOSS], [*[_CONV] * 12, _LOSS]
+        _SMP, smp("Unet", "vgg11"), _loss_of_logits, [*[_PLAIN] * 7, *[_CONV] * 6, _LOSS],
+        [_PLAIN, *[_CONV] * 12, _LOSS],
     ),
     "smp.FPN-resnet18": Other(
-        _SMP, smp("FPN", "resnet18"), _loss_of_logits, [_POOL, *_BACK], [*[_CONV] * 3, *_BACK]
+        _SMP, smp("FPN", "resnet18"), _loss_of_logits, [*[_PLAIN] * 5, _POOL, *_BACK],
+        [*[_PLAIN] * 3, *[_CONV] * 3, *_BACK],
     ),
-    "smp.FPN-vgg11": Other(_SMP, smp("FPN", "vgg11"), _loss_of_logits, [*[_CONV] * 6, *_BACK], [*[_CONV] * 6, *_BACK]),
+    "smp.FPN-vgg11": Other(
+        _SMP, smp("FPN", "vgg11"), _loss_of_logits, [_PLAIN, *[_CONV] * 6, *_BACK], [_PLAIN, *[_CONV] * 6, *_BACK]
+    ),
     # SMP has no DeepLabV3Plus on VGG.
     "smp.DeepLabV3Plus-resnet18": Other(
-        _SMP, smp("DeepLabV3Plus", "resnet18"), _loss_of_logits, [_POOL, *_BACK], [*[_CONV] * 4, *_BACK],
-        (4, 3, 64, 64),
+        _SMP, smp("DeepLabV3Plus", "resnet18"), _loss_of_logits, [*[_PLAIN] * 7, _POOL, *_BACK],
+        [*[_PLAIN] * 4, *[_CONV] * 4, *_BACK], (4, 3, 64, 64),
     ),
     "torchvision.fcn_resnet50": Other(
-        _VISION, torchvision("fcn_resnet50"), _loss_with_auxiliary, [_POOL, *_BACK, _UP_LOSS],
-        [*[_CONV] * 4, *_BACK, _UP_LOSS], (4, 3, 32, 32),
+        _VISION, torchvision("fcn_resnet50"), _loss_with_auxiliary, [*[_PLAIN] * 3, _POOL, *_BACK_AUXILIARY],
+        [*[_CONV] * 4, *_BACK_AUXILIARY], (4, 3, 32, 32),
     ),
     "torchvision.deeplabv3_resnet50": Other(
-        _VISION, torchvision("deeplabv3_resnet50"), _loss_with_auxiliary, [_POOL, *_BACK, _UP_LOSS],
-        [*[_CONV] * 4, *_BACK, _UP_LOSS], (4, 3, 32, 32),
+        _VISION, torchvision("deeplabv3_resnet50"), _loss_with_auxiliary, [*[_PLAIN] * 3, _POOL, *_BACK_AUXILIARY],
+        [*[_CONV] * 4, *_BACK_AUXILIARY], (4, 3, 32, 32),
     ),
     "transformers.Segformer-b0": Other("transformers", segformer, _loss_within, _BACK, _BACK),
     "transformers.UperNet": Other(
-        "transformers", _UPERNET, _loss_within, [_POOL, *_BACK, _UP_LOSS], [*[_CONV] * 4, *_BACK, _UP_LOSS]
+        "transformers", _UPERNET, _loss_within, [*[_PLAIN] * 4, _POOL, *_BACK_AUXILIARY],
+        [_PLAIN, *[_CONV] * 4, *_BACK_AUXILIARY],
     ),
-    "monai.BasicUNet": Other("monai", _BASIC_UNET, _loss_of_logits, [_LOSS], [_LOSS], (2, 1, 64, 64)),
+    "monai.BasicUNet": Other(
+        "monai", _BASIC_UNET, _loss_of_logits, [*[_PLAIN] * 7, _LOSS], [*[_PLAIN] * 7, _LOSS], (2, 1, 64, 64)
+    ),
 }  # fmt: skip
 
 

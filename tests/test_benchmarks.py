@@ -18,6 +18,7 @@ from benchmark_cases import DEVICES, HALF_CPU, ONE_ROUND, gradient_off_by, off_b
 
 from benchmarks import (
     __main__,
+    bench_conv2d,
     bench_conv_relu_pool2d,
     bench_cross_entropy,
     bench_models,
@@ -59,6 +60,7 @@ CASES = [
     ModelCase("UNet", (1, 3, 24, 24)),
 ]
 MODULES = (
+    bench_conv2d,
     bench_conv_relu_pool2d,
     bench_cross_entropy,
     bench_models,

@@ -67,7 +67,7 @@ def test_the_loss_curve_is_plain_pytorchs(example: ModuleType, batches: Callable
     assert_alike_in_float64(nn.Module(), *curves)
     losses = curves[0]["losses"]
     assert losses[-1] < losses[0]
-    assert operators(fastseg.report(made[0])) == ["conv_relu_pool2d"] * 6
+    assert operators(fastseg.report(made[0])) == ["conv2d"] * 7 + ["conv_relu_pool2d"] * 6
 
 
 def test_the_script_prints_losses(

@@ -29,7 +29,8 @@ def check(case: Case, dtype: torch.dtype, layout: str) -> None:
     actual = values_and_gradients(fused, tensors)
     plain = values_and_gradients(case.function, tensors)
     truth = values_and_gradients(case.function, tensors, torch.float64)
-    assert operators(fastseg.report(fused)) == list(case.operators)
+    served = [operator for operator in case.operators if operator != "conv2d" or dtype != torch.bfloat16]
+    assert operators(fastseg.report(fused)) == served
     assert_parity(actual, plain, truth, terms=case.terms)
 
 

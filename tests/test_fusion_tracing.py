@@ -22,7 +22,7 @@ from fastseg.testing import assert_parity, make, values_and_gradients
 
 LOSSES = ["upsample_cross_entropy", "upsample_cross_entropy"]
 # What only a graph with sizes and dtypes can tell.
-UNTOLD = ("indices", "no batch", "kept dim", "skip used first", "no pool")
+UNTOLD = ("indices", "no batch", "kept dim", "skip used first", "no pool", "alone", "norm and sum", "wide, used")
 
 
 class Calls(nn.Module):

@@ -24,6 +24,10 @@ pytestmark = [
 
 PIXELS = 4 * 64 * 64
 
+# At a rate of 0.01, batch normalisation of sixteen values and three steps blow an error up by five orders of magnitude:
+# float32's doesn't grow as far as it would, and says nothing of float64's.
+RATE = 0.001
+
 
 @pytest.fixture(params=OTHERS)
 def name(request: pytest.FixtureRequest) -> str:
@@ -65,7 +69,7 @@ def train(name: str, step: nn.Module, expected: list[str]) -> None:
         return model
 
     runs = ((run, torch.float64), (plain, torch.float64), (plain, torch.float32))
-    assert_alike_in_float64(step, *(trained(step, batches, *how, rate=0.01) for how in runs))
+    assert_alike_in_float64(step, *(trained(step, batches, *how, RATE) for how in runs))
     assert operators(fastseg.report(made[0])) == expected
 
 
