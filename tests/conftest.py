@@ -9,6 +9,7 @@ import torch
 from fastseg import _native
 from fastseg.ops import (
     cross_entropy,
+    relu_pool2d,
     upsample_argmax,
     upsample_confusion_matrix,
     upsample_cross_entropy,
@@ -103,6 +104,12 @@ def implementation(isa: str, monkeypatch: pytest.MonkeyPatch) -> str:
 def kernels_for_small_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leads cross_entropy's small logits, too, to the kernels, where torch's own operator would serve them."""
     monkeypatch.setattr(cross_entropy, "PLAIN_MAX_LOGITS", 0)
+
+
+@pytest.fixture
+def kernels_for_small_maps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leads relu_pool2d's small maps, too, to the kernels."""
+    monkeypatch.setattr(relu_pool2d, "PLAIN_MAX_VALUES", 0)
 
 
 @pytest.fixture

@@ -6,7 +6,10 @@ from torch import Tensor
 
 import fastseg
 from fastseg import _native, functional, reference
+from fastseg.ops import relu_pool2d as operator
 from fastseg.testing import assert_parity, make, values_and_gradients
+
+pytestmark = pytest.mark.usefixtures("kernels_for_small_maps")
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -125,6 +128,15 @@ def test_large_window_takes_plain_pytorch_and_says_so(caplog: pytest.LogCaptureF
     _native.log_slow_road.cache_clear()
     check(make((1, 2, 33, 40), requires_grad=True), pool_size=16, return_indices=True, return_skip=True)
     assert "relu_pool2d runs as plain PyTorch: a pool window of more than 255 positions" in caplog.text
+
+
+@pytest.mark.skipif(_native.INTERPRETED, reason="the Triton kernels run here, whatever the size")
+@pytest.mark.parametrize(("rows", "plain"), [(32, True), (33, False)])
+def test_small_maps_are_torchs_own(rows: int, plain: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operator, "PLAIN_MAX_VALUES", 16 * 32 * 32)
+    output = functional.relu_pool2d(make((1, 16, rows, 32), requires_grad=True))
+    assert ("MaxPool2D" in type(output.grad_fn).__name__) == plain
+    check(make((1, 16, rows, 32), requires_grad=True), return_skip=True, return_indices=True)
 
 
 # ---- memory, determinism, graphs ----

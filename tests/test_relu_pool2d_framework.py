@@ -10,6 +10,8 @@ from fastseg.ops import relu_pool2d as operator
 from fastseg.ops.conv_relu_pool2d_geometry import flatten
 from fastseg.testing import assert_parity, make, values_and_gradients
 
+pytestmark = pytest.mark.usefixtures("kernels_for_small_maps")
+
 WINDOW = flatten(operator.resolve((2, 3, 10, 12), 3, 2, 1, False))
 
 

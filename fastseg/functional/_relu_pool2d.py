@@ -29,7 +29,8 @@ def relu_pool2d(
     For maps that something else than a convolution makes, such as batch normalisation in training; where a convolution
     does, `conv_relu_pool2d` takes it in. Values, gradients and indices are those of the two torch functions, bit for
     bit where windows don't overlap. For the backward pass one byte is kept for each pooled value, where the two
-    functions keep the un-pooled map and eight bytes. Differentiable to any order. Autocast changes nothing.
+    functions keep the un-pooled map and eight bytes. A small map on a CPU is left to the two functions. Differentiable
+    to any order. Autocast changes nothing.
 
     Args:
         input: A map ``[N, C, H, W]`` or ``[C, H, W]``; float32, float64, bfloat16 or float16. Read by its strides, and
@@ -58,9 +59,10 @@ def relu_pool2d(
         return tuple(r.squeeze(0) for r in results) if isinstance(results, tuple) else results.squeeze(0)
 
     geometry = operator.resolve(input.shape, pool_size, pool_stride, pool_padding, ceil_mode)
-    if geometry.pool_size[0] * geometry.pool_size[1] > MAX_WINDOW:
-        if not torch.compiler.is_compiling():
-            log_slow_road("relu_pool2d", f"a pool window of more than {MAX_WINDOW} positions")
+    large = geometry.pool_size[0] * geometry.pool_size[1] > MAX_WINDOW
+    if large and not torch.compiler.is_compiling():
+        log_slow_road("relu_pool2d", f"a pool window of more than {MAX_WINDOW} positions")
+    if large or operator.choose_road(input) == "plain":
         return reference.relu_pool2d(
             input, *geometry.pool, ceil_mode, return_indices=return_indices, return_skip=return_skip
         )
