@@ -207,7 +207,10 @@ def measure(case: OtherCase, effort: Effort = EFFORT) -> dict[str, Any]:
     timings: dict[str, dict[str, Any]] = {timing: {} for timing in TIMINGS}
     replaced: dict[str, Counter[str]] = {}
     for timing in TIMINGS:
-        with torch._inductor.config.patch(dict(case.inductor)), torch._dynamo.config.patch(recompile_limit=ENOUGH_GRAPHS):
+        with (
+            torch._inductor.config.patch(dict(case.inductor)),
+            torch._dynamo.config.patch(recompile_limit=ENOUGH_GRAPHS),
+        ):
             outcomes = verify_and_time(case, timing == STEP, effort)
         for contestant, outcome in outcomes.items():
             if isinstance(outcome, Measured):

@@ -25,7 +25,6 @@ from fastseg.ops.conv_relu_pool2d_geometry import (
 from fastseg.ops.conv_relu_pool2d_geometry import resolve as resolve_convolution
 from fastseg.ops.layouts import ANY_LAYOUT, empty, memory_format_of
 
-
 # Values of a map up to which torch's own operators are ahead on a CPU: they spare the way through Python (about 0.1 ms
 # forward and backward). Measured on 2 cores with AVX2, 2026-11-23.
 PLAIN_MAX_VALUES = 32768
