@@ -8,6 +8,7 @@ import torch
 
 from fastseg import _native
 from fastseg.ops import (
+    conv_relu_pool2d_roads,
     cross_entropy,
     relu_pool2d,
     upsample_argmax,
@@ -110,6 +111,13 @@ def kernels_for_small_logits(monkeypatch: pytest.MonkeyPatch) -> None:
 def kernels_for_small_maps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leads relu_pool2d's small maps, too, to the kernels."""
     monkeypatch.setattr(relu_pool2d, "PLAIN_MAX_VALUES", 0)
+    monkeypatch.setattr(relu_pool2d, "PLAIN_MAX_VALUES_CHANNELS_LAST", 0)
+
+
+@pytest.fixture(autouse=True)
+def kernels_for_small_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leads conv2d's small calls, too, to the kernels: in all tests, whose networks are small."""
+    monkeypatch.setattr(conv_relu_pool2d_roads, "CONV2D_MIN_PRODUCTS", 0)
 
 
 @pytest.fixture

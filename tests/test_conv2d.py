@@ -13,6 +13,7 @@ from torch import Tensor
 import fastseg
 from fastseg import functional, reference
 from fastseg.ops import conv2d as operator
+from fastseg.ops import conv_relu_pool2d_roads
 from fastseg.testing import assert_parity, make, values_and_gradients
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
@@ -143,6 +144,13 @@ def test_other_calls_are_torchs_own(
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         results = [module.conv2d(*called, **options) for module in (functional, reference)]
     torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("least", "own"), [(16 * 15 * 8 * 9 * 12, False), (16 * 15 * 8 * 9 * 12 + 1, True)])
+def test_few_products_are_torchs_own(least: int, own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conv_relu_pool2d_roads, "CONV2D_MIN_PRODUCTS", least)
+    output = functional.conv2d(*arguments((1, 8, 16, 15, 12)))
+    assert ("_Conv2d" in type(output.grad_fn).__name__) != own
 
 
 def test_few_pixels_are_torchs_own() -> None:

@@ -10,6 +10,7 @@ from fusion_cases import compiled, conv_in_place, full_logits, images, logits, n
 from torch import Tensor, nn
 
 import fastseg
+from fastseg.ops import conv_relu_pool2d_roads
 from fastseg.testing import make
 
 # A function whose calls stay, its tensors, the reason, and the operators that take a part of them all the same.
@@ -363,6 +364,18 @@ def test_a_convolution_without_a_pool_stays_on_other_devices() -> None:
     fused(torch.empty(2, 8, 32, 32, device="meta"))
     report = fastseg.report(fused)
     assert (report.graphs, report.replaced, report.left) == (1, (), ())
+
+
+def test_a_small_convolution_alone_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    def convolve(x: Tensor, weight: Tensor) -> Tensor:
+        return F.conv2d(x, weight).sin()
+
+    called = make((1, 8, 16, 17)), make((4, 8, 3, 3))
+    for least, expected in ((16 * 17 * 8 * 4 * 9, ["conv2d"]), (16 * 17 * 8 * 4 * 9 + 1, [])):
+        monkeypatch.setattr(conv_relu_pool2d_roads, "CONV2D_MIN_PRODUCTS", least)
+        fused = compiled(convolve)
+        fused(*called)
+        assert operators(fastseg.report(fused)) == expected
 
 
 def test_a_convolution_with_a_hook_stays() -> None:

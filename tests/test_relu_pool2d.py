@@ -131,10 +131,13 @@ def test_large_window_takes_plain_pytorch_and_says_so(caplog: pytest.LogCaptureF
 
 
 @pytest.mark.skipif(_native.INTERPRETED, reason="the Triton kernels run here, whatever the size")
-@pytest.mark.parametrize(("rows", "plain"), [(32, True), (33, False)])
-def test_small_maps_are_torchs_own(rows: int, plain: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("rows", "layout", "plain"), [
+    (32, "nchw", True), (33, "nchw", False), (40, "channels_last", True), (41, "channels_last", False),
+])  # fmt: skip
+def test_small_maps_are_torchs_own(rows: int, layout: str, plain: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(operator, "PLAIN_MAX_VALUES", 16 * 32 * 32)
-    output = functional.relu_pool2d(make((1, 16, rows, 32), requires_grad=True))
+    monkeypatch.setattr(operator, "PLAIN_MAX_VALUES_CHANNELS_LAST", 16 * 40 * 32)
+    output = functional.relu_pool2d(make((1, 16, rows, 32), layout=layout, requires_grad=True))
     assert ("MaxPool2D" in type(output.grad_fn).__name__) == plain
     check(make((1, 16, rows, 32), requires_grad=True), return_skip=True, return_indices=True)
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastseg.ops import conv2d as operator
 from fastseg.ops.conv_relu_pool2d_geometry import resolve
-from fastseg.ops.conv_relu_pool2d_roads import WINOGRAD_FEW_CHANNELS, winograd_serves
+from fastseg.ops.conv_relu_pool2d_roads import WINOGRAD_FEW_CHANNELS, is_worth_conv2d, winograd_serves
 
 IntOrPair = int | tuple[int, ...]
 
@@ -28,8 +28,9 @@ def conv2d(
     one does, `conv_relu_pool2d` takes it in. Winograd's algorithm (F(2x2, 3x3); Lavin and Gray, 2015) needs 4/9 of the
     multiplications, and F(3x3, 2x2) does for the weight's gradient. Its rounding errors are relative to the largest
     value of a patch of 4x4 pixels. It serves float32 and float64, one group, no dilation, at most 2 pixels of padding
-    and more than 4 input channels, outside autocast. Every other call is torch's own, and so is one whose values
-    aren't finite or might overflow in its sums. Differentiable to any order; second derivatives run as plain PyTorch.
+    and more than 4 input channels, from ten million products on, outside autocast. Every other call is torch's own, and
+    so is one whose values aren't finite or might overflow in its sums. Differentiable to any order; second derivatives
+    run as plain PyTorch.
 
     Args:
         input: Images ``[N, C, H, W]`` or ``[C, H, W]``. Read by its strides; channels_last in gives channels_last out.
@@ -50,7 +51,7 @@ def conv2d(
     """
     if _are_served(input, weight, bias):
         geometry, _ = resolve((3, 3), stride, padding, dilation, groups, 1, None, 0, False)
-        if winograd_serves(weight, geometry):
+        if winograd_serves(weight, geometry) and is_worth_conv2d(input, weight):
             return operator.conv2d(input, weight, bias, geometry.padding)
     return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
 

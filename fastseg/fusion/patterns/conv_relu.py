@@ -61,7 +61,7 @@ def _match(relu: Call) -> Match | None:
 def looks_served(conv: Call) -> bool:
     """The same of a call in a graph, with the sizes that it was captured with."""
     numbers = {name: conv[name] for name in NUMBERS}
-    weight, input = _tensor(conv["weight"], conv.node), tensor_of(conv["input"])
+    weight, input = held_tensor(conv["weight"], conv.node), tensor_of(conv["input"])
     if weight is None or has_nodes(numbers):
         return False
     if input is not None:
@@ -74,7 +74,7 @@ def looks_served(conv: Call) -> bool:
     return _is_served(torch.empty(sizes, device="meta"), weight, **numbers)
 
 
-def _tensor(value: Any, node: fx.Node) -> Tensor | None:
+def held_tensor(value: Any, node: fx.Node) -> Tensor | None:
     """A tensor that the graph's maker has computed, or that its modules hold."""
     name = value.name if isinstance(value, Attribute) else getattr(value, "target", None)
     if isinstance(value, Attribute) or (isinstance(value, fx.Node) and value.op == "get_attr"):
