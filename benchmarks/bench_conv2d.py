@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from benchmarks.devices import CUDA
 from benchmarks.roofline import Work
 from benchmarks.suite import BACKWARD, FORWARD, Case, Job
 from fastseg import functional, reference
@@ -72,6 +73,8 @@ CASES = [
     Conv2dCase((2, 128, 128, 128), 32),  # decoders
     Conv2dCase((2, 16, 256, 256), 16),
     Conv2dCase((1, 16, 32, 32), 16, quick=True),
+    Conv2dCase((32, 64, 128, 128), 64, device=CUDA),  # PyTorch's own there: what the layer costs
+    Conv2dCase((1, 16, 32, 32), 16, device=CUDA, quick=True, launch_bound=True),
 ]
 
 

@@ -92,8 +92,9 @@ CONV2D_MIN_PRODUCTS = 10_000_000
 
 
 def is_worth_conv2d(input: Tensor, weight: Tensor) -> bool:
-    """Whether a convolution alone has products enough."""
-    return input.numel() * weight.shape[0] * 9 >= CONV2D_MIN_PRODUCTS
+    """Whether a convolution alone has products enough; in a graph for any size it may have."""
+    products = input.numel() * weight.shape[0] * 9
+    return isinstance(products, torch.SymInt) or products >= CONV2D_MIN_PRODUCTS
 
 
 # The same limits for Triton's kernels. Estimated for an H200, not measured yet: with 144 taps (16 channels under 3x3)

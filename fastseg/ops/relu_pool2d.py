@@ -32,9 +32,13 @@ PLAIN_MAX_VALUES_CHANNELS_LAST = 2**17
 
 
 def choose_road(input: Tensor) -> Literal["kernel", "plain"]:
-    """Which road serves a call on a CPU, from shape and dtype alone: "plain" is torch's own operators."""
+    """Which road serves a call on a CPU, from shape and dtype alone: "plain" is torch's own operators.
+
+    A graph for any size takes the kernels: it is compiled once.
+    """
     most = PLAIN_MAX_VALUES_CHANNELS_LAST if is_channels_last(input) else PLAIN_MAX_VALUES
-    small = 0 < input.numel() <= most and input.is_cpu and not INTERPRETED
+    values = input.numel()
+    small = not isinstance(values, torch.SymInt) and 0 < values <= most and input.is_cpu and not INTERPRETED
     return "plain" if small and input.dtype == torch.float32 else "kernel"
 
 
