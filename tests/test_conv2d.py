@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from poison import fresh_memory_of_nan
-from test_conv_relu_pool2d import tensors
+from test_conv_relu_pool2d_winograd import arguments
 from torch import Tensor
 
 import fastseg
@@ -48,10 +48,6 @@ def check(called: list[Tensor | None], **options: object) -> list[Tensor]:
     input, weight = called[0], called[1]
     assert_parity(*results, terms=max(input[:, 0].numel(), max(weight.shape[:2]) * 9))
     return results[0]
-
-
-def arguments(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, layout: str = "nchw") -> list[Tensor]:
-    return tensors((*shape, 3, 3), dtype, layout)
 
 
 @pytest.mark.usefixtures("by_winograd")

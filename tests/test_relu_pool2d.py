@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from poison import fresh_memory_of_nan
 from torch import Tensor
 
 import fastseg
@@ -177,11 +178,8 @@ def test_fresh_memory_filled_with_nan_changes_nothing() -> None:
     input = make(SHAPES["blocks"], requires_grad=True)
     options = {"pool_size": 3, "pool_stride": 2, "pool_padding": 1, "return_skip": True}
     expected = values_and_gradients(functional.relu_pool2d, [input], **options)
-    torch.use_deterministic_algorithms(True, warn_only=True)  # fills every torch.empty with NaN
-    try:
+    with fresh_memory_of_nan():
         poisoned = values_and_gradients(functional.relu_pool2d, [input], **options)
-    finally:
-        torch.use_deterministic_algorithms(False)
     torch.testing.assert_close(poisoned, expected, rtol=0, atol=0)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from cross_entropy_cases import DTYPES, INFINITY, LABEL_DTYPES, NAN, VIEWS
+from poison import fresh_memory_of_nan
 from torch import Tensor
 from upsample_cases import (
     GRIDS,
@@ -223,11 +224,8 @@ def test_equal_for_any_number_of_threads_and_twice(isa: str, threads: Callable[[
 def test_fresh_memory_filled_with_nan_changes_nothing(implementation: str) -> None:
     input = make((2, 5, 6, 7))
     expected = functional.upsample_argmax(input, (13, 15), return_confidence=True)
-    torch.use_deterministic_algorithms(True, warn_only=True)  # fills every torch.empty with NaN
-    try:
+    with fresh_memory_of_nan():
         poisoned = functional.upsample_argmax(input, (13, 15), return_confidence=True)
-    finally:
-        torch.use_deterministic_algorithms(False)
     torch.testing.assert_close(poisoned, expected, rtol=0, atol=0)
 
 

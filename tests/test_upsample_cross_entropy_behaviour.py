@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from cross_entropy_cases import REDUCTIONS, WEIGHTS, logits
+from poison import fresh_memory_of_nan
 from torch import Tensor
 from upsample_cases import MODES, labels_for, peak_growth, slow_under_the_interpreter
 
@@ -132,13 +133,10 @@ def test_fresh_memory_filled_with_nan_changes_nothing(
     target = labels_for(input, after, ignore_index=-100)
     for reduction in REDUCTIONS:
         expected = values_and_gradients(functional.upsample_cross_entropy, [input, target], reduction=reduction, **mode)
-        torch.use_deterministic_algorithms(True, warn_only=True)  # fills every torch.empty with NaN
-        try:
+        with fresh_memory_of_nan():
             poisoned = values_and_gradients(
                 functional.upsample_cross_entropy, [input, target], reduction=reduction, **mode
             )
-        finally:
-            torch.use_deterministic_algorithms(False)
         torch.testing.assert_close(poisoned, expected, rtol=0, atol=0)
 
 

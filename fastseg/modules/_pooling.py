@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,12 +11,19 @@ from torch import Tensor, nn
 from fastseg import functional
 
 IntOrPair = int | tuple[int, int]
+Layer = TypeVar("Layer", bound=nn.Conv2d)
 
 
 def _convolution_arguments(conv: nn.Conv2d) -> dict[str, Any]:
     """The constructor's arguments of ``conv``, for a twin without memory that is to share its parameters."""
     names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
     return {name: getattr(conv, name) for name in names} | {"bias": conv.bias is not None, "device": "meta"}
+
+
+def _sharing(conv: nn.Conv2d, twin: Layer) -> Layer:
+    """The twin, with ``conv``'s parameters and mode."""
+    twin.weight, twin.bias = conv.weight, conv.bias
+    return twin.train(conv.training)
 
 
 def _padded(conv: nn.Conv2d, input: Tensor) -> tuple[Tensor, Any]:
@@ -40,9 +47,7 @@ class Conv2d(nn.Conv2d):
     @classmethod
     def from_torch(cls, conv: nn.Conv2d) -> Conv2d:
         """The layer that does what ``conv`` does, sharing its parameters."""
-        layer = cls(**_convolution_arguments(conv))
-        layer.weight, layer.bias = conv.weight, conv.bias
-        return layer.train(conv.training)
+        return _sharing(conv, cls(**_convolution_arguments(conv)))
 
     def to_torch(self) -> nn.Conv2d:
         """The `torch.nn.Conv2d` that does what this layer does, sharing its parameters."""
@@ -51,9 +56,7 @@ class Conv2d(nn.Conv2d):
 
 def _plain(layer: nn.Conv2d) -> nn.Conv2d:
     """A layer's convolution alone, in plain PyTorch, sharing its parameters."""
-    conv = nn.Conv2d(**_convolution_arguments(layer))
-    conv.weight, conv.bias = layer.weight, layer.bias
-    return conv.train(layer.training)
+    return _sharing(layer, nn.Conv2d(**_convolution_arguments(layer)))
 
 
 class ConvReLUPool2d(nn.Conv2d):
@@ -153,8 +156,7 @@ class ConvReLUPool2d(nn.Conv2d):
             return_indices=pool.return_indices,
             return_skip=return_skip,
         )
-        layer.weight, layer.bias = conv.weight, conv.bias
-        return layer.train(conv.training)
+        return _sharing(conv, layer)
 
     def to_torch(self) -> nn.Sequential:
         """``Sequential(Conv2d, ReLU, MaxPool2d)`` that does what this layer does, sharing its parameters.

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from fastseg.functional import conv2d
-from fastseg.fusion.calls import Call, sizes_of, tensor_of
+from fastseg.fusion.calls import Call, tensor_of
 from fastseg.fusion.pattern import Match, Pattern, demand_free
-from fastseg.fusion.patterns.conv_relu import held_tensor, looks_served
-from fastseg.fusion.patterns.conv_relu_pool2d import NUMBERS, convolution, fold, normalisation
+from fastseg.fusion.patterns.conv_relu import is_served, looks_served
+from fastseg.fusion.patterns.conv_relu_pool2d import arguments_of, convolution, fold
 from fastseg.ops.conv_relu_pool2d_roads import is_worth_conv2d
 
 
@@ -31,30 +31,27 @@ def conv_batch_norm(
 
 def _match(last: Call) -> Match | None:
     chain = convolution(last.node)
-    if not chain or not looks_served(chain[0]) or not _is_wide(chain[0]) or not _is_worth(chain[0]):
+    if not chain or not looks_served(chain[0], _is_served) or not _is_wide(chain[0]):
         return None
     demand_free(*chain)
-    arguments = {name: chain[0][name] for name in ("input", "weight", "bias", *NUMBERS)}
     return Match(
         nodes=[call.node for call in chain],
         outputs={last.node: None},
         function=conv_batch_norm,
-        arguments=arguments | {"batch_norm": normalisation(chain)},
+        arguments=arguments_of(chain),
         not_kept=[call.node for call in chain[:-1]],
     )
+
+
+def _is_served(input: Tensor, weight: Tensor, **numbers: Any) -> bool:
+    """Whether Winograd's algorithm serves the convolution, and is worth the way there without a ReLU."""
+    return is_served(input, weight, **numbers) and is_worth_conv2d(input, weight)
 
 
 def _is_wide(conv: Call) -> bool:
     """Whether a convolution is in a dtype that the kernels take, as far as the graph's maker knew."""
     convolved = tensor_of(conv.node)
     return convolved is None or convolved.dtype in (torch.float32, torch.float64)
-
-
-def _is_worth(conv: Call) -> bool:
-    """Whether a convolution that looks served is large enough, with the sizes that the graph was captured with."""
-    input, weight = tensor_of(conv["input"]), held_tensor(conv["weight"], conv.node)
-    sizes = None if input is None else sizes_of(input)
-    return sizes is None or weight is None or is_worth_conv2d(torch.empty(sizes, device="meta"), weight)
 
 
 CONV_NORM = Pattern("conv2d + batch_norm", "batch_norm", "conv2d", _match)

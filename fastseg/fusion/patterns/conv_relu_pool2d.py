@@ -88,8 +88,13 @@ def convolution(value: Any) -> list[Call]:
     return [conv, call] if conv is not None and conv.operation == "conv2d" else []
 
 
-def normalisation(chain: list[Call]) -> dict[str, Any] | None:
-    """What `fold` takes of the batch normalisation in what `convolution` gives, if it is there."""
+def arguments_of(chain: list[Call]) -> dict[str, Any]:
+    """What `convolution` gives as arguments: conv2d's, and as ``batch_norm`` what `fold` takes of it, or None."""
+    convolution_arguments = {name: chain[0][name] for name in ("input", "weight", "bias", *NUMBERS)}
+    return convolution_arguments | {"batch_norm": _normalisation(chain)}
+
+
+def _normalisation(chain: list[Call]) -> dict[str, Any] | None:
     norm = {name: chain[1][name] for name in _STATISTICS} if len(chain) > 1 else None
     if norm is not None and norm["running_mean"] is None:
         raise Unfit("batch_norm without running statistics")
@@ -132,11 +137,9 @@ def _make(
     chain: list[Call], second: Call, last: Call, outputs: dict[fx.Node, int | None], with_indices: bool,
     with_skip: bool, not_kept: list[fx.Node],
 ) -> Match:  # fmt: skip
-    conv, pool = chain[0], last if last.operation == "max_pool2d" else second
+    pool = last if last.operation == "max_pool2d" else second
     demand_free(*chain, second, last)
-    arguments = {name: conv[name] for name in ("input", "weight", "bias", *NUMBERS)}
-    arguments |= {
-        "batch_norm": normalisation(chain),
+    arguments = arguments_of(chain) | {
         "pool_size": pool["kernel_size"],
         "pool_stride": pool["stride"] or None,  # torch takes an empty list for None
         "pool_padding": pool["padding"],
