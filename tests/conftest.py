@@ -1,7 +1,10 @@
 """Fixtures that several test files share."""
 
-from collections import Counter
+import itertools
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
+from random import Random
+from typing import Any
 
 import pytest
 import torch
@@ -35,6 +38,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", choices=["cpu", "cuda"], default="cpu", help="where tests make their tensors")
     parser.addoption("--tf32", choices=["on", "off"], default="on", help="torch's setting for float32 convolutions")
     parser.addoption("--every", type=int, default=1, metavar="N", help="run every Nth case of each test alone")
+    parser.addoption("--covering", action="store_true", help="run cases in which all pairs of parameters' values occur")
+    parser.addoption("--shuffled", action="store_true", help="run tests in a random order, the same in every run")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -58,9 +63,28 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if seen[name] % every == 0:
             kept.append(item)
         seen[name] += 1
+    if config.getoption("--covering"):
+        kept = covering(kept)
+    if config.getoption("--shuffled"):
+        Random(0).shuffle(kept)
     if len(kept) < len(items):
         config.hook.pytest_deselected(items=[item for item in items if item not in kept])
-        items[:] = kept
+    items[:] = kept
+
+
+def covering(items: list[pytest.Item]) -> list[pytest.Item]:
+    """Of each test's cases so many, drawn at random, that every pair of two parameters' values occurs in one."""
+    drawn, seen = list(items), defaultdict[str, set[Any]](set)
+    Random(0).shuffle(drawn)
+    kept = set()
+    for item in drawn:
+        values = [(name, id(value)) for name, value in item.callspec.params.items()] if hasattr(item, "callspec") else []
+        pairs = {*itertools.combinations(values, 2), *values, None}
+        found = seen[item.nodeid.partition("[")[0]]
+        if not pairs <= found:
+            found |= pairs
+            kept.add(item)
+    return [item for item in items if item in kept]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -1,0 +1,203 @@
+"""The stages of a run: what each executes, for how long at most, and how it is run and logged."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from time import perf_counter
+from typing import NamedTuple
+
+REPOSITORY = Path(__file__).parents[2]
+MARK = "== "  # begins the line of a stage's output that the summary repeats; its last one counts
+
+# A stage's process gets this long to end by itself, and leave its results, before it is killed.
+GRACE_SECONDS = 3.0
+
+FULL_BUDGET = 480.0  # seconds that the stages' limits are made for
+
+
+class Stage(NamedTuple):
+    """A stage: its command, and how many seconds of `FULL_BUDGET` it may take.
+
+    Args:
+        name: What the summary calls it.
+        seconds: Its limit.
+        command: What is run, in the repository's root.
+        environment: Variables beside this process's own.
+        decisive: Whether its failure ends the run.
+        beside_next: Whether the next stages begin before it has ended; the first that isn't beside waits for it.
+    """
+
+    name: str
+    seconds: float
+    command: list[str]
+    environment: dict[str, str] = {}
+    decisive: bool = False
+    beside_next: bool = False
+
+
+class Outcome(NamedTuple):
+    """How a stage ended: "passed", "failed", or "out of time"; how long it took, and its last marked line."""
+
+    name: str
+    status: str
+    seconds: float
+    headline: str
+
+
+def _module(name: str, *arguments: str) -> list[str]:
+    return [sys.executable, "-m", name, *arguments]
+
+
+def _pytest(workers: int, *arguments: str) -> list[str]:
+    # pytest-benchmark warns under pytest-xdist, and warnings are errors; a failed test needn't stop the others.
+    distribution = ["-n", str(workers), "--dist=worksteal"] if workers > 1 else []
+    return _module("pytest", "-q", "-p", "no:cacheprovider", "-p", "no:benchmark", *distribution, *arguments)
+
+
+PARITY = [
+    f"tests/{name}.py"
+    for name in (
+        "test_cross_entropy", "test_triton_labels", "test_upsample_cross_entropy", "test_upsample_argmax",
+        "test_upsample_confusion_matrix", "test_relu_pool2d", "test_conv_relu_pool2d",
+    )
+]  # fmt: skip
+LARGE = "2_to_the_31"  # what the tests of more elements than 32 bits count have in their names: each takes the GPU alone
+
+
+def gpu_stages(out: Path, seconds_for_timing: float) -> list[Stage]:
+    """The stages on a machine with a GPU."""
+    cores = os.cpu_count() or 1
+    install = ["pip", "install", "--no-index", "--no-build-isolation", "--no-deps", "-q", "-e", "."]
+    return [
+        Stage("versions", 15, _module("benchmarks.gpu.versions")),
+        Stage(
+            "build", 60, _module(*install), {"CMAKE_ARGS": "-DFASTSEG_PORTABLE_ONLY=ON"}, decisive=True,
+            beside_next=True,
+        ),
+        Stage("compile", 60, _module("benchmarks.gpu.compiling", "--json", str(out / "compile.json"))),
+        Stage("smoke", 40, _module("benchmarks.gpu.smoke", "--device=cuda"), decisive=True),
+        Stage(
+            "parity", 90,
+            _pytest(cores, "--device=cuda", "--tf32=off", "--covering", "--shuffled", *PARITY),
+        ),
+        Stage(
+            "parity, TF32", 25,
+            _pytest(cores, "--device=cuda", "--tf32=on", "--covering", "--shuffled", PARITY[-1], "-k", "float32"),
+        ),
+        Stage("behaviour", 45, _pytest(min(cores, 6), "-m", "gpu", "tests/test_cuda.py", "-k", f"not {LARGE} and not parity_suite")),
+        Stage("behaviour, large", 30, _pytest(1, "-m", "gpu", "tests/test_cuda.py", "-k", LARGE)),
+        Stage(
+            "timing", 170,
+            _module("benchmarks.gpu.timing", "--device=cuda", "--json", str(out / "timing.json"),
+                    "--seconds", f"{seconds_for_timing:.0f}"),
+        ),
+        Stage("profile", 60, _module("benchmarks.gpu.profiling", "--timing", str(out / "timing.json"))),
+    ]  # fmt: skip
+
+
+def rehearsal_stages(out: Path) -> list[Stage]:
+    """The same on a machine without a GPU: less of each, interpreted or on the CPU."""
+    interpreted = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    return [
+        Stage("versions", 15, _module("benchmarks.gpu.versions")),
+        Stage("compile", 60, _module("benchmarks.gpu.compiling", "--few", "--json", str(out / "compile.json"))),
+        Stage("smoke", 60, _module("benchmarks.gpu.smoke", "--device=cpu"), interpreted, decisive=True),
+        Stage("parity", 60, _pytest(1, "--covering", "--every=97", "tests/test_triton_labels.py", *PARITY[-2:]), interpreted),
+        Stage("behaviour", 30, _pytest(1, "-m", "gpu", "tests/test_cuda.py", "-k", "not parity_suite")),
+        Stage(
+            "timing", 60,
+            _module("benchmarks.gpu.timing", "--device=cpu", "--json", str(out / "timing.json"), "--seconds", "30"),
+        ),
+        Stage("profile", 30, _module("benchmarks.gpu.profiling", "--timing", str(out / "timing.json"))),
+    ]  # fmt: skip
+
+
+class Process:
+    """A running stage, whose output goes to this process's and to a log."""
+
+    def __init__(self, stage: Stage, log: Path, limit: float) -> None:
+        self.stage, self.limit, self.headline = stage, limit, ""
+        self.start, self.end = perf_counter(), None
+        environment = {**os.environ, **stage.environment, "PYTHONUNBUFFERED": "1"}
+        self.process = subprocess.Popen(
+            stage.command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            errors="replace", start_new_session=True,
+        )  # fmt: skip
+        self.reader = threading.Thread(target=self._copy, args=(log,), daemon=True)
+        self.reader.start()
+
+    def _copy(self, log: Path) -> None:
+        assert self.process.stdout is not None
+        with log.open("a") as file:
+            for line in self.process.stdout:
+                file.write(line)
+                file.flush()
+                print(f"[{self.stage.name}] {line}", end="", flush=True)
+                if line.startswith(MARK):
+                    self.headline = line.removeprefix(MARK).strip()
+                elif "pytest" in self.stage.command and (" passed" in line or " failed" in line):
+                    self.headline = line.strip("= \n")
+
+    def wait(self) -> Outcome:
+        """Waits for its end, or ends it."""
+        status = "passed"
+        try:
+            code = self.process.wait(max(self.limit - (perf_counter() - self.start), 0.1))
+            status = "passed" if code == 0 else f"failed ({code})"
+        except subprocess.TimeoutExpired:
+            status = "out of time"
+            self._signal(signal.SIGINT)
+            try:
+                self.process.wait(GRACE_SECONDS)
+            except subprocess.TimeoutExpired:
+                pass  # killed below
+        seconds = perf_counter() - self.start
+        self._signal(signal.SIGKILL)  # what the stage itself has started and left
+        self.process.wait()
+        self.reader.join(GRACE_SECONDS)
+        return Outcome(self.stage.name, status, seconds, self.headline)
+
+    def _signal(self, number: int) -> None:
+        try:
+            os.killpg(self.process.pid, number)
+        except ProcessLookupError:
+            pass  # nothing of it runs any more
+
+
+def run(stages: list[Stage], out: Path, budget: float) -> list[Outcome]:
+    """Runs stages one after the other until the budget's seconds are over; how each ended."""
+    end, scale = perf_counter() + budget, min(1.0, budget / FULL_BUDGET)
+    log, outcomes, beside = out / "log.txt", [], []
+    for stage in stages:
+        left = end - perf_counter()
+        if left < GRACE_SECONDS:
+            outcomes.append(Outcome(stage.name, "no time left", 0.0, ""))
+            continue
+        process = Process(stage, log, min(stage.seconds * scale, left - GRACE_SECONDS))
+        if stage.beside_next:
+            beside.append(process)
+            continue
+        outcome = process.wait()
+        outcomes += [*(other.wait() for other in beside), outcome]
+        beside = []
+        (out / "summary.md").write_text(table(outcomes))
+        if any(one.status != "passed" and decisive for one, decisive in zip(outcomes, _decisive(stages, outcomes))):
+            break
+    return outcomes
+
+
+def _decisive(stages: list[Stage], outcomes: list[Outcome]) -> list[bool]:
+    by_name = {stage.name: stage.decisive for stage in stages}
+    return [by_name[outcome.name] for outcome in outcomes]
+
+
+def table(outcomes: list[Outcome]) -> str:
+    """The summary."""
+    lines = ["| stage | | seconds | |", "| --- | --- | ---: | --- |"]
+    lines += [f"| {o.name} | {o.status} | {o.seconds:.1f} | {o.headline} |" for o in outcomes]
+    return "\n".join(lines) + "\n"
