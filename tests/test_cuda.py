@@ -3,6 +3,7 @@
 Large sizes, graphs, streams, other devices, synchronisation. Each test needs a device; without one it is skipped.
 """
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -38,7 +39,10 @@ def test_parity_suite(arguments: list[str]) -> None:
     here = Path(__file__).parent
     files = [here / argument if argument.endswith(".py") else argument for argument in arguments]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--device=cuda", *files]
-    run = subprocess.run(command, cwd=here.parent, env={**os.environ}, capture_output=True, text=True)
+    if importlib.util.find_spec("xdist"):  # most of the time goes into compiling
+        processes = (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+        command.append(f"--numprocesses={max(processes, 1)}")
+    run = subprocess.run(command, cwd=here.parent, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
 
 
