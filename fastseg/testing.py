@@ -17,6 +17,9 @@ from torch import Tensor
 # around 1; of many elements the worst one scatters by 2 to 3.
 ERROR_FACTOR = 4.0
 
+# What a float32 loses at most, relative to it, where its mantissa is cut to TF32's 10 bits.
+TF32_EPS = 2.0**-10
+
 MEMORY_FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
@@ -85,7 +88,7 @@ def values_and_gradients(
     differentiable = [output for output in outputs if output.requires_grad]
     if not differentiable:
         return [output.detach() for output in outputs]
-    incoming = [make(output.shape, torch.float32, seed=7).to(output.dtype) for output in differentiable]
+    incoming = [make(output.shape, torch.float32, seed=7).to(output) for output in differentiable]
     wanted = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
     gradients = torch.autograd.grad(differentiable, wanted, incoming)
     return [output.detach() for output in outputs] + list(gradients)
@@ -105,6 +108,7 @@ def assert_parity(
     *,
     terms: int = 1,
     factor: float = ERROR_FACTOR,
+    eps: float | None = None,
 ) -> None:
     """Assert that ``actual`` is as close to ``truth`` as plain PyTorch is, but for a small factor.
 
@@ -118,16 +122,22 @@ def assert_parity(
         truth: What plain PyTorch gave in float64.
         terms: Length of the longest sum behind an element.
         factor: The factor.
+        eps: What a product is rounded by, relative to it; None: the dtype's epsilon. `TF32_EPS` where tensor cores may
+            cut a factor that plain PyTorch's own convolution, of which nobody knows whether it takes TF32, may not. Of
+            products p that add up to t, that loses up to eps * sum|p| <= eps * sqrt(terms) * |p|, the norm |p| being
+            the size of t where signs are random.
 
     Raises:
         AssertionError: The bound doesn't hold, or shapes or dtypes differ.
     """
     lists = [[value] if isinstance(value, Tensor) else list(value) for value in (actual, plain, truth)]
     for index, (a, p, t) in enumerate(zip(*lists, strict=True)):
-        _assert_tensor_parity(f"result {index}", a, p, t, terms, factor)
+        _assert_tensor_parity(f"result {index}", a, p, t, terms, factor, eps)
 
 
-def _assert_tensor_parity(name: str, actual: Tensor, plain: Tensor, truth: Tensor, terms: int, factor: float) -> None:
+def _assert_tensor_parity(
+    name: str, actual: Tensor, plain: Tensor, truth: Tensor, terms: int, factor: float, eps: float | None
+) -> None:
     if (actual.shape, actual.dtype) != (plain.shape, plain.dtype):
         raise AssertionError(f"{name}: {actual.shape} {actual.dtype}, plain PyTorch {plain.shape} {plain.dtype}")
     if not actual.is_floating_point():
@@ -139,7 +149,7 @@ def _assert_tensor_parity(name: str, actual: Tensor, plain: Tensor, truth: Tenso
         return
     exact = truth.double()[finite]
     error, plain_error = ((value.double()[finite] - exact).abs() for value in (actual, plain))
-    rounding = torch.finfo(plain.dtype).eps * math.sqrt(terms) * exact.abs().max()
+    rounding = (eps or torch.finfo(plain.dtype).eps) * math.sqrt(terms) * exact.abs().max()
     for norm, of in (("largest", torch.max), ("root-mean-square", lambda e: e.square().mean().sqrt())):
         bound = factor * of(plain_error) + rounding
         if not of(error) <= bound:

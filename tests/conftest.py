@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastseg import _native
+from fastseg import _native, reference
 from fastseg.ops import (
     conv_relu_pool2d_roads,
     cross_entropy,
@@ -48,6 +48,7 @@ def pytest_configure(config: pytest.Config) -> None:
             raise pytest.UsageError("--device cuda: torch sees no CUDA device")
         torch.set_default_device("cuda")  # before test files are imported: they hold tensors
         torch.backends.cudnn.allow_tf32 = config.getoption("--tf32") == "on"
+        torch.backends.cudnn.deterministic = True  # the library's part of what is compared bit by bit
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -136,6 +137,17 @@ def kernels_for_small_maps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leads relu_pool2d's small maps, too, to the kernels."""
     monkeypatch.setattr(relu_pool2d, "PLAIN_MAX_VALUES", 0)
     monkeypatch.setattr(relu_pool2d, "PLAIN_MAX_VALUES_CHANNELS_LAST", 0)
+
+
+@pytest.fixture
+def plain_upsampling_of_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain PyTorch upsamples on a CPU: there it copies an axis that keeps its size, and so do the kernels.
+
+    On a GPU it multiplies the neighbours along it by zero, which makes NaN of infinities.
+    """
+    upsample = reference.upsample
+    if torch.get_default_device().type == "cuda":
+        monkeypatch.setattr(reference, "upsample", lambda input, *grid: upsample(input.cpu(), *grid).to(input.device))
 
 
 @pytest.fixture(autouse=True)

@@ -14,6 +14,7 @@ from fastseg import functional
 from fastseg.testing import make, make_labels
 
 pytest.importorskip("benchmarks", reason="benchmarks/ is part of a checkout, not of the installed package")
+pytest.importorskip("matplotlib", reason="matplotlib isn't installed: it comes with the extra [train]")
 from benchmark_cases import DEVICES, HALF_CPU, ONE_ROUND, gradient_off_by, off_by
 
 from benchmarks import (

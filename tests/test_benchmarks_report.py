@@ -8,6 +8,7 @@ from typing import ClassVar
 import pytest
 
 pytest.importorskip("benchmarks", reason="benchmarks/ is part of a checkout, not of the installed package")
+pytest.importorskip("matplotlib", reason="matplotlib isn't installed: it comes with the extra [train]")
 from benchmark_cases import RUN
 
 from benchmarks import bench_models, report, roofline, suite

@@ -18,6 +18,7 @@ from torch import Tensor
 from fastseg import functional
 
 pytest.importorskip("benchmarks", reason="benchmarks/ is part of a checkout, not of the installed package")
+pytest.importorskip("matplotlib", reason="matplotlib isn't installed: it comes with the extra [train]")
 from benchmark_cases import DEVICES, HALF_CPU, ONE_ROUND, RUN, gradient_off_by, off_by
 
 from benchmarks import __main__, conftest, memory, report, suite, sweep_report, upsampling

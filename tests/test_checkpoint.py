@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+
+pytest.importorskip("PIL", reason="Pillow isn't installed: it comes with the extra [train]")
+pytest.importorskip("safetensors", reason="safetensors isn't installed: it comes with the extra [train]")
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 

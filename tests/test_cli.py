@@ -10,6 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
+pytest.importorskip("PIL", reason="Pillow isn't installed: it comes with the extra [train]")
+pytest.importorskip("safetensors", reason="safetensors isn't installed: it comes with the extra [train]")
+pytest.importorskip("typer", reason="typer isn't installed: it comes with the extra [train]")
 from PIL import Image
 
 import fastseg

@@ -289,7 +289,10 @@ def test_gradient_does_not_depend_on_the_layout(isa: str, dtype: torch.dtype) ->
         leaf = input.detach().to(memory_format=layout).requires_grad_()
         loss = functional.cross_entropy(leaf, labels_for(input), label_smoothing=0.1)
         gradients.extend(torch.autograd.grad(loss, leaf))
-    torch.testing.assert_close(*gradients, rtol=0, atol=0)
+    # Triton has a kernel for each layout, which add in different orders. A gradient is a difference of two numbers of
+    # up to one over the pixels, which 13 exponentials and 8 operations more round (`cross_entropy_cases.terms_of`).
+    rounding = (13 + 8) * torch.finfo(dtype).eps / (2 * 7 * 9) if isa.startswith("triton") else 0
+    torch.testing.assert_close(*gradients, rtol=0, atol=rounding)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -300,8 +303,9 @@ def test_probability_near_one(dtype: torch.dtype) -> None:
     loss, gradient = check(input, target, reduction="sum")
     truth = -torch.sigmoid(-input.detach().double()[:, 0])  # of the true class: p - 1
     incoming = make((), torch.float32, seed=7).to(loss.dtype).double()  # that of values_and_gradients
-    # p is rounded in float32 before 1 is subtracted, and the result in the logits' dtype.
-    bound = torch.finfo(torch.float32).eps + torch.finfo(dtype).eps * truth.abs()
+    # p is rounded in float32 before 1 is subtracted, and the result in the logits' dtype. A GPU's exponential is off by
+    # up to 2^-22 (PTX ISA, ex2.approx).
+    bound = torch.finfo(torch.float32).eps + torch.finfo(dtype).eps * truth.abs() + 2.0**-22 * input.is_cuda
     bound += torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps / incoming.abs()  # float16's subnormals
     assert ((gradient[:, 0].double() / incoming - truth).abs() <= bound).all()
 

@@ -4,14 +4,12 @@ from collections.abc import Callable
 from typing import Any
 
 import cross_entropy_cases
-import kornia.losses
 import pytest
 import torch
 import torch.nn.functional as F
 from cross_entropy_cases import DTYPES, LABELS, ROWS, VIEWS, WEIGHTS, logits
 from dice_cases import COMBINATIONS, check_dice, check_upsampled
 from torch import Tensor
-from torchmetrics.functional.segmentation import dice_score
 from upsample_cases import GRIDS, MODES, Size, labels_for, slow_under_the_interpreter
 
 from fastseg import functional, reference
@@ -208,17 +206,22 @@ def test_formula(smooth: float, ignore_index: int) -> None:
 
 
 def test_agrees_with_kornia() -> None:
+    kornia = pytest.importorskip("kornia.losses", reason="kornia isn't installed: it comes with the extra [train]")
     input = logits((2, 3, 12, 10), torch.float64)
     target = labels_for(input, (12, 10), ignore_index=255)  # every class is in every image, else kornia leaves it out
-    theirs = kornia.losses.dice_loss(input, target, average="macro", eps=0.0, ignore_index=255)
+    theirs = kornia.dice_loss(input, target, average="macro", eps=0.0, ignore_index=255)
     ours = functional.cross_entropy_dice(input, target, ignore_index=255, ce_weight=0.0, smooth=0.0)
     torch.testing.assert_close(ours, theirs)
     torch.testing.assert_close(*(torch.autograd.grad(loss, input)[0] for loss in (ours, theirs)))
 
 
 def test_agrees_with_torchmetrics_on_certain_predictions() -> None:
+    torchmetrics = pytest.importorskip(
+        "torchmetrics.functional.segmentation", reason="torchmetrics isn't installed: it comes with the extra [test]"
+    )
     prediction, target = make_labels((2, 9, 8), 4, seed=1), make_labels((2, 9, 8), 4)
     input = F.one_hot(prediction, 4).movedim(-1, 1) * 1e4  # the softmax of it is the one-hot prediction
-    theirs = dice_score(prediction, target, 4, average="none", input_format="index", aggregation_level="samplewise")
+    options = {"average": "none", "input_format": "index", "aggregation_level": "samplewise"}
+    theirs = torchmetrics.dice_score(prediction, target, 4, **options)
     ours = functional.cross_entropy_dice(input, target, ce_weight=0.0, smooth=0.0)
     torch.testing.assert_close(1 - ours, theirs.mean())

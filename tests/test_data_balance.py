@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+pytest.importorskip("PIL", reason="Pillow isn't installed: it comes with the extra [train]")
 from fastseg.data import DataError, class_frequencies, class_weights
 
 IGNORE = 255

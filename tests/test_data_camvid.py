@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
+pytest.importorskip("PIL", reason="Pillow isn't installed: it comes with the extra [train]")
 from fastseg.data import (
     CAMVID_CLASSES,
     CAMVID_IGNORE_INDEX,

@@ -6,8 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader
+
+pytest.importorskip("PIL", reason="Pillow isn't installed: it comes with the extra [train]")
+from PIL import Image
 
 from fastseg.data import DataError, MaskDataset, Pair, infer_num_classes, read_image
 

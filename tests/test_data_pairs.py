@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("PIL", reason="Pillow isn't installed: it comes with the extra [train]")
 from fastseg.data import DataError, Pair, camvid_layout, find_pairs
 from fastseg.data.pairs import SPLITS
 

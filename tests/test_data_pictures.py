@@ -4,6 +4,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
+pytest.importorskip("PIL", reason="Pillow isn't installed: it comes with the extra [train]")
 from PIL import Image
 
 from fastseg.data import CAMVID_CLASSES, CAMVID_COLORS, colorize, overlay, palette, save_mask

@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
+pytest.importorskip("PIL", reason="Pillow isn't installed: it comes with the extra [train]")
 from fastseg.data import MaskDataset, ShapesDataset, class_frequencies, find_pairs, infer_num_classes
 
 COUNT = 40

@@ -4,6 +4,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing
+
+pytest.importorskip("torchmetrics", reason="torchmetrics isn't installed: it comes with the extra [test]")
 from torchmetrics.functional.classification import (
     multiclass_confusion_matrix,
     multiclass_f1_score,

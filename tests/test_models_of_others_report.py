@@ -10,6 +10,7 @@ import pytest
 from torch import nn
 
 pytest.importorskip("benchmarks", reason="benchmarks/ is part of a checkout, not of the installed package")
+pytest.importorskip("matplotlib", reason="matplotlib isn't installed: it comes with the extra [train]")
 from benchmarks import models_of_others, models_of_others_report
 from benchmarks.models_of_others import OtherCase
 from benchmarks.models_of_others_report import BEGIN, END

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+
+pytest.importorskip("expecttest", reason="expecttest isn't installed: it comes with the extra [test]")
 from torch.testing._internal.common_methods_invocations import op_db
 from torch.testing._internal.opinfo.core import SampleInput
 

@@ -139,7 +139,7 @@ def test_small_maps_are_torchs_own(rows: int, layout: str, plain: bool, monkeypa
     monkeypatch.setattr(operator, "PLAIN_MAX_VALUES", 16 * 32 * 32)
     monkeypatch.setattr(operator, "PLAIN_MAX_VALUES_CHANNELS_LAST", 16 * 40 * 32)
     output = functional.relu_pool2d(make((1, 16, rows, 32), layout=layout, requires_grad=True))
-    assert ("MaxPool2D" in type(output.grad_fn).__name__) == plain
+    assert ("MaxPool2D" in type(output.grad_fn).__name__) == (plain and output.is_cpu)  # a GPU has no small maps
     check(make((1, 16, rows, 32), requires_grad=True), return_skip=True, return_indices=True)
 
 

@@ -5,9 +5,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
+pytest.importorskip("PIL", reason="Pillow isn't installed: it comes with the extra [train]")
+pytest.importorskip("safetensors", reason="safetensors isn't installed: it comes with the extra [train]")
 from PIL import Image
 from safetensors.torch import load_file
-from torch import Tensor
 
 from fastseg import metrics
 from fastseg.data import DataError, MaskDataset, Normalize, ShapesDataset, class_frequencies, class_weights, find_pairs

@@ -176,6 +176,7 @@ EXACT_GRIDS: dict[str, tuple[Size, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.usefixtures("plain_upsampling_of_cpus")
 @pytest.mark.parametrize(("size", "mode"), EXACT_GRIDS.values(), ids=EXACT_GRIDS)
 @pytest.mark.parametrize("value", SPECIAL.values(), ids=SPECIAL)
 @pytest.mark.parametrize("classes", [4, 21])

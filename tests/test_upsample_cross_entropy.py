@@ -242,6 +242,7 @@ HARD_OPTIONS: dict[str, tuple[str, float, Tensor | None]] = {
 }
 
 
+@pytest.mark.usefixtures("plain_upsampling_of_cpus")
 @pytest.mark.parametrize(("size", "mode"), EXACT_GRIDS.values(), ids=EXACT_GRIDS)
 @pytest.mark.parametrize(("reduction", "smoothing", "weight"), HARD_OPTIONS.values(), ids=HARD_OPTIONS)
 @pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
