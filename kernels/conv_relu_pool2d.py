@@ -8,7 +8,7 @@ written. NCHW and channels_last are read by their strides.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastseg._tf32 import convolutions_take_tf32
-from fastseg.kernels.launch import Plan, cdiv, choose, fit, index_type, launch, next_power_of_2, tile_map
+from fastseg.kernels.launch import Plan, cdiv, choose, fit, index_type, launch, next_power_of_2, replayed, tile_map
 from fastseg.kernels.relu_pool2d import keep_larger, locate, reach, store_pooled
 
 FAR = tl.constexpr(2**29)  # farther than any image reaches, and two of them still fit into 32 bits
@@ -169,43 +169,74 @@ def uses_tensor_cores(weight: Tensor) -> bool:
     return weight.dtype.itemsize == 2 or _takes_tf32(weight)
 
 
-def geometry_constants(weight: Tensor, pooled: Any, convolved: tuple[int, int], geometry: Any) -> dict[str, Any]:
+def sizes_of(input: Tensor, convolved: tuple[int, int], output: Tensor) -> dict[str, int]:
+    """Height and width of the three maps."""
+    return {
+        "height": input.shape[2], "width": input.shape[3], "convolved_h": convolved[0], "convolved_w": convolved[1],
+        "pooled_h": output.shape[2], "pooled_w": output.shape[3],
+    }  # fmt: skip
+
+
+def geometry_constants(weight: Tensor, pooled: Any, options: Options) -> dict[str, Any]:
     """The constants of a call, for any of the kernels; ``pooled`` are the height and the width of the output."""
     out_channels, channels, *kernel = weight.shape
+    convolved, geometry, takes_tf32 = options
     size, stride, padding = geometry.pool
     ends = [(pooled[axis] - 1) * stride[axis] - padding[axis] + size[axis] for axis in (0, 1)]
     return {
         "CHANNELS": channels, "OUT_CHANNELS": out_channels, "KERNEL": tuple(kernel), "STRIDE": geometry.stride,
         "PADDING": geometry.padding, "DILATION": geometry.dilation, "POOL": size, "POOL_STRIDE": stride,
         "POOL_PADDING": padding, "CLIPPED": max(padding) > 0 or ends[0] > convolved[0] or ends[1] > convolved[1],
-        "PRECISION": "tf32" if _takes_tf32(weight) else "ieee",
+        "PRECISION": "tf32" if takes_tf32 else "ieee",
     }  # fmt: skip
 
 
-def forward(
-    input: Tensor, weight: Tensor, bias: Tensor | None, output: Tensor, positions: Tensor | None,
-    convolved: tuple[int, int], geometry: Any,
-) -> None:  # fmt: skip
-    """Fills output and positions; ``convolved`` is the height and width of the convolution's output.
+class ForwardTensors(NamedTuple):
+    """What forward reads and fills; see `fastseg.ops.conv_relu_pool2d`."""
 
-    See `fastseg.ops.conv_relu_pool2d`; groups must be 1.
-    """
+    input: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    output: Tensor
+    positions: Tensor | None
+
+
+class Options(NamedTuple):
+    """Height and width of the convolution's output, the geometry (of one group), and torch's setting of TF32."""
+
+    convolved: tuple[int, int]
+    geometry: Any
+    takes_tf32: bool
+
+
+def options_of(weight: Tensor, convolved: tuple[int, ...], geometry: Any) -> Options:
+    """The options of a call."""
+    return Options((convolved[0], convolved[1]), geometry, _takes_tf32(weight))
+
+
+@replayed
+def forward(tensors: ForwardTensors, options: Options) -> None:
+    """Fills output and positions."""
+    input, weight, _, output, _ = tensors
     if output.numel() == 0:
         return
-    images, _, height, width = input.shape
-    _, out_channels, pooled_h, pooled_w = output.shape
+    images, out_channels, pooled_h, pooled_w = output.shape
     bucket, device = bucket_of(weight, out_channels, weight[0].numel()), input.device
     plan = choose(conv_relu_pool2d_forward, bucket, FORWARD_PLANS, device)
     channel_blocks = cdiv(out_channels, plan.tile["BLOCK_O"])
     plan = fit(plan, "BLOCK_P", LEAST_WINDOWS, images * pooled_h * pooled_w * channel_blocks, device)
     tiling = tile_map(plan.tile["BLOCK_P"], pooled_h, pooled_w)
     arguments = {
-        "input": input, "weight": weight, "bias": bias, "output": output, "positions": positions,
-        "height": height, "width": width, "convolved_h": convolved[0], "convolved_w": convolved[1],
-        "pooled_h": pooled_h, "pooled_w": pooled_w, **tiling.arguments,
-        "channel_blocks": channel_blocks, "input_strides": input.stride(),
-        "weight_strides": weight.stride(), "output_strides": output.stride(),
-        "INDEX": index_type(reach(input, output)),
-        **geometry_constants(weight, (pooled_h, pooled_w), convolved, geometry),
+        **forward_arguments(tensors, options), **tiling.arguments, "channel_blocks": channel_blocks,
     }  # fmt: skip
     launch(conv_relu_pool2d_forward, bucket, plan, images * tiling.count * channel_blocks, device, arguments)
+
+
+def forward_arguments(tensors: ForwardTensors, options: Options) -> dict[str, Any]:
+    """What forward kernels take beside how their programs share the windows."""
+    input, weight, _, output, _ = tensors
+    return {
+        **tensors._asdict(), **sizes_of(input, options.convolved, output), "input_strides": input.stride(),
+        "weight_strides": weight.stride(), "output_strides": output.stride(),
+        "INDEX": index_type(reach(input, output)), **geometry_constants(weight, output.shape[2:], options),
+    }  # fmt: skip

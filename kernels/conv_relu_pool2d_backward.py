@@ -7,15 +7,34 @@ what comes from the windows whose winner it contributed to. No atomics, so that 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastseg.kernels.conv_relu_pool2d import bucket_of, geometry_constants, load_patches, window_pixels
-from fastseg.kernels.launch import Plan, cdiv, choose, fit, index_type, launch, multiprocessors, tile_map
+from fastseg.kernels.conv_relu_pool2d import (
+    Options,
+    bucket_of,
+    geometry_constants,
+    load_patches,
+    sizes_of,
+    window_pixels,
+)
+from fastseg.kernels.conv_relu_pool2d import options_of as options_of
+from fastseg.kernels.launch import (
+    Plan,
+    cdiv,
+    choose,
+    fit,
+    index_type,
+    launch,
+    multiprocessors,
+    replayed,
+    scratch,
+    tile_map,
+)
 from fastseg.kernels.relu_pool2d import CUT, load_unpooled, locate, offsets_of, reach
 
 # ---- weight and bias ----
@@ -138,63 +157,81 @@ LEAST_PIXELS = 64  # smallest BLOCK_P of the input's gradient: Hopper's matrix i
 SHARES_PER_MULTIPROCESSOR = 3
 
 
-def backward_weight(
-    grad_output: Tensor, positions: Tensor, input: Tensor, weight: Tensor, convolved: tuple[int, int],
-    with_weight: bool, geometry: Any,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+class WeightTensors(NamedTuple):
+    """What the gradients of weight and bias are made of."""
+
+    grad_output: Tensor
+    positions: Tensor
+    input: Tensor
+    weight: Tensor
+
+
+class InputTensors(NamedTuple):
+    """What the gradient of the input is made of, and it."""
+
+    grad_output: Tensor
+    positions: Tensor
+    weight: Tensor
+    grad_input: Tensor
+
+
+def backward_weight(tensors: WeightTensors, with_weight: bool, options: Options) -> tuple[Tensor, Tensor]:
     """The gradients of weight [K, height, width, C] and bias [K], in float32; without ``with_weight`` only the bias'.
 
-    See `fastseg.ops.conv_relu_pool2d`; groups must be 1.
+    See `fastseg.ops.conv_relu_pool2d`.
     """
-    (out_channels, channels, *kernel), products = weight.shape, weight[0].numel()
-    images, _, pooled_h, pooled_w = grad_output.shape
-    bucket, device = bucket_of(weight, out_channels, products), input.device
-    plan = choose(conv_relu_pool2d_backward_weight, bucket, WEIGHT_PLANS, device)
-    tiling = tile_map(plan.tile["BLOCK_P"], pooled_h, pooled_w)
-    channel_blocks = cdiv(out_channels, plan.tile["BLOCK_O"])
-    product_blocks = cdiv(products, plan.tile["BLOCK_K"]) if with_weight else 1
-    tiles = images * tiling.count
-    shares = cdiv(SHARES_PER_MULTIPROCESSOR * multiprocessors(device), channel_blocks * product_blocks)
-    tiles_per_share = max(1, cdiv(tiles, shares))
-    shares = cdiv(tiles, tiles_per_share)
-    partials = torch.empty((shares, out_channels, products + 1), dtype=torch.float32, device=device)
-    arguments = {
-        "grad_output": grad_output, "positions": positions, "input": input, "partials": partials,
-        "height": input.shape[2], "width": input.shape[3], "convolved_h": convolved[0], "convolved_w": convolved[1],
-        "pooled_h": pooled_h, "pooled_w": pooled_w, **tiling.arguments,
-        "channel_blocks": channel_blocks, "product_blocks": product_blocks, "tiles": tiles,
-        "tiles_per_share": tiles_per_share, "grad_strides": grad_output.stride(),
-        "position_strides": positions.stride(), "input_strides": input.stride(), "WEIGHT": with_weight,
-        "INDEX": index_type(reach(input, grad_output, positions)),
-        **geometry_constants(weight, (pooled_h, pooled_w), convolved, geometry),
-    }  # fmt: skip
-    programs = shares * channel_blocks * product_blocks
-    launch(conv_relu_pool2d_backward_weight, bucket, plan, programs, device, arguments)
-    totals = partials.sum(0)
+    out_channels, channels, *kernel = tensors.weight.shape
+    totals = _backward_weight(tensors, (with_weight, options)).sum(0)  # type: ignore[union-attr]
     return totals[:, :-1].view(out_channels, *kernel, channels), totals[:, -1]
 
 
-def backward_input(
-    grad_output: Tensor, positions: Tensor, weight: Tensor, grad_input: Tensor, convolved: tuple[int, int],
-    geometry: Any,
-) -> None:  # fmt: skip
-    """Fills grad_input; see `fastseg.ops.conv_relu_pool2d`; groups must be 1."""
+@replayed
+def _backward_weight(tensors: WeightTensors, with_options: tuple[bool, Options]) -> Tensor:
+    """Each share's sums."""
+    grad_output, positions, input, weight = tensors
+    with_weight, options = with_options
+    out_channels, products = weight.shape[0], weight[0].numel()
+    bucket, device = bucket_of(weight, out_channels, products), input.device
+    plan = choose(conv_relu_pool2d_backward_weight, bucket, WEIGHT_PLANS, device)
+    tiling = tile_map(plan.tile["BLOCK_P"], *grad_output.shape[2:])
+    channel_blocks = cdiv(out_channels, plan.tile["BLOCK_O"])
+    product_blocks = cdiv(products, plan.tile["BLOCK_K"]) if with_weight else 1
+    tiles = len(grad_output) * tiling.count
+    shares = cdiv(SHARES_PER_MULTIPROCESSOR * multiprocessors(device), channel_blocks * product_blocks)
+    tiles_per_share = max(1, cdiv(tiles, shares))
+    shares = cdiv(tiles, tiles_per_share)
+    partials = scratch((shares, out_channels, products + 1), torch.float32, device)
+    arguments = {
+        **tensors._asdict(), "partials": partials, **sizes_of(input, options.convolved, grad_output),
+        **tiling.arguments, "channel_blocks": channel_blocks, "product_blocks": product_blocks, "tiles": tiles,
+        "tiles_per_share": tiles_per_share, "grad_strides": grad_output.stride(),
+        "position_strides": positions.stride(), "input_strides": input.stride(), "WEIGHT": with_weight,
+        "INDEX": index_type(reach(input, grad_output, positions)),
+        **geometry_constants(weight, grad_output.shape[2:], options),
+    }  # fmt: skip
+    programs = shares * channel_blocks * product_blocks
+    launch(conv_relu_pool2d_backward_weight, bucket, plan, programs, device, arguments)
+    return partials
+
+
+@replayed
+def backward_input(tensors: InputTensors, options: Options) -> None:
+    """Fills grad_input; see `fastseg.ops.conv_relu_pool2d`."""
+    grad_output, positions, weight, grad_input = tensors
     if grad_input.numel() == 0:
         return
     images, channels, height, width = grad_input.shape
-    pooled, device = grad_output.shape[2:], grad_input.device
+    device = grad_input.device
     bucket = bucket_of(weight, channels, weight.shape[0])
     plan = choose(conv_relu_pool2d_backward_input, bucket, INPUT_PLANS, device)
     channel_blocks = cdiv(channels, plan.tile["BLOCK_O"])
     plan = fit(plan, "BLOCK_P", LEAST_PIXELS, images * height * width * channel_blocks, device)
     tiling = tile_map(plan.tile["BLOCK_P"], height, width)
     arguments = {
-        "grad_output": grad_output, "positions": positions, "weight": weight, "grad_input": grad_input,
-        "height": height, "width": width, "convolved_h": convolved[0], "convolved_w": convolved[1],
-        "pooled_h": pooled[0], "pooled_w": pooled[1], **tiling.arguments,
+        **tensors._asdict(), **sizes_of(grad_input, options.convolved, grad_output), **tiling.arguments,
         "channel_blocks": channel_blocks, "grad_strides": grad_output.stride(),
         "position_strides": positions.stride(), "weight_strides": weight.stride(),
         "grad_input_strides": grad_input.stride(), "INDEX": index_type(reach(grad_input, grad_output, positions)),
-        **geometry_constants(weight, pooled, convolved, geometry),
+        **geometry_constants(weight, grad_output.shape[2:], options),
     }  # fmt: skip
     launch(conv_relu_pool2d_backward_input, bucket, plan, images * tiling.count * channel_blocks, device, arguments)

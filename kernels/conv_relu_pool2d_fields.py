@@ -18,15 +18,18 @@ import triton.language as tl
 from torch import Tensor
 
 from fastseg.kernels.conv_relu_pool2d import (
+    ForwardTensors,
+    Options,
     bucket_of,
-    geometry_constants,
+    forward_arguments,
     load_patches,
     taps,
     uses_tensor_cores,
     window_pixels,
 )
-from fastseg.kernels.launch import Plan, cdiv, choose, index_type, launch, multiprocessors, next_power_of_2, tile_map
-from fastseg.kernels.relu_pool2d import keep_larger, locate, reach, store_pooled
+from fastseg.kernels.conv_relu_pool2d import options_of as options_of
+from fastseg.kernels.launch import Plan, cdiv, choose, launch, multiprocessors, next_power_of_2, replayed, tile_map
+from fastseg.kernels.relu_pool2d import keep_larger, locate, store_pooled
 
 POSITIONS = tl.constexpr(4)
 
@@ -148,14 +151,13 @@ def serves(weight: Tensor, geometry: Any) -> bool:
     return positions == POSITIONS.value and small and uses_tensor_cores(weight)
 
 
-def forward(
-    input: Tensor, weight: Tensor, bias: Tensor | None, output: Tensor, positions: Tensor | None,
-    convolved: tuple[int, int], geometry: Any,
-) -> None:  # fmt: skip
+@replayed
+def forward(tensors: ForwardTensors, options: Options) -> None:
     """As `fastseg.kernels.conv_relu_pool2d.forward`, for calls that this kernel `serves`."""
+    input, weight, _, output, _ = tensors
     if output.numel() == 0:
         return
-    field, device = field_of(tuple(weight.shape[2:]), geometry), input.device
+    field, device = field_of(tuple(weight.shape[2:]), options.geometry), input.device
     block_k = next_power_of_2(field[0] * field[1] * weight.shape[1], 16)
     bucket = bucket_of(weight, weight.shape[0], block_k, MOST_INPUTS)
     plan = choose(conv_relu_pool2d_forward_fields, bucket, FORWARD_PLANS, device)
@@ -164,12 +166,7 @@ def forward(
     channel_blocks, tiles = cdiv(out_channels, plan.tile["BLOCK_O"]), images * tiling.count
     shares = min(tiles, cdiv(SHARES_PER_MULTIPROCESSOR * multiprocessors(device), channel_blocks))
     arguments = {
-        "input": input, "weight": weight, "bias": bias, "output": output, "positions": positions,
-        "height": input.shape[2], "width": input.shape[3], "convolved_h": convolved[0], "convolved_w": convolved[1],
-        "pooled_h": pooled_h, "pooled_w": pooled_w, **tiling.arguments,
-        "channel_blocks": channel_blocks, "tiles": tiles, "shares": shares,
-        "input_strides": input.stride(), "weight_strides": weight.stride(), "output_strides": output.stride(),
-        "FIELD": field, "BLOCK_K": block_k, "INDEX": index_type(reach(input, output)),
-        **geometry_constants(weight, (pooled_h, pooled_w), convolved, geometry),
+        **forward_arguments(tensors, options), **tiling.arguments, "channel_blocks": channel_blocks, "tiles": tiles,
+        "shares": shares, "FIELD": field, "BLOCK_K": block_k,
     }  # fmt: skip
     launch(conv_relu_pool2d_forward_fields, bucket, plan, shares * channel_blocks, device, arguments)

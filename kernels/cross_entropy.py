@@ -34,7 +34,19 @@ from fastseg.kernels.cross_entropy_pixels import (
     load_labels,
     store_forward,
 )
-from fastseg.kernels.launch import Plan, bits_of, cdiv, choose, fit, fold, index_type, launch, next_power_of_2
+from fastseg.kernels.launch import (
+    Plan,
+    bits_of,
+    cdiv,
+    choose,
+    fit,
+    fold,
+    index_type,
+    launch,
+    next_power_of_2,
+    replayed,
+    scratch,
+)
 
 # ---- parts of both kernels ----
 
@@ -306,14 +318,45 @@ def _pixel_strides(tensor: Tensor, has_classes: bool) -> tuple[int, ...]:
     return (strides[0], *strides[2:]) if has_classes else strides
 
 
-def _options(
-    input: Tensor, target: Tensor, runs: _Runs, ignore_index: int, reduction: str, label_smoothing: float
-) -> dict[str, Any]:
+class Options(NamedTuple):
+    """The loss' options."""
+
+    ignore_index: int
+    reduction: str
+    label_smoothing: float
+
+
+class ForwardTensors(NamedTuple):
+    """What forward reads and fills; see `fastseg.ops.cross_entropy`."""
+
+    input: Tensor
+    target: Tensor
+    weight: Tensor | None
+    loss: Tensor
+    statistics: Tensor
+    total_weight: Tensor
+
+
+class BackwardTensors(NamedTuple):
+    """What backward reads and fills."""
+
+    grad_output: Tensor
+    input: Tensor
+    target: Tensor
+    weight: Tensor | None
+    statistics: Tensor
+    total_weight: Tensor
+    grad_input: Tensor
+
+
+def _common(tensors: ForwardTensors | BackwardTensors, runs: _Runs, options: Options) -> dict[str, Any]:
     """What all kernels but the finishing one take."""
     return {
-        "input": input, "target": target, "pixels": runs.count * runs.length, "target_pixel": runs.steps[1],
-        "ignore_index": ignore_index, "smoothing_bits": bits_of(label_smoothing),
-        "CLASSES": input.shape[1], "SMOOTHED": label_smoothing > 0, "REDUCED": reduction != "none",
+        "input": tensors.input, "target": tensors.target, "weight": tensors.weight, "statistics": tensors.statistics,
+        "total_weight": tensors.total_weight, "pixels": runs.count * runs.length, "target_pixel": runs.steps[1],
+        "ignore_index": options.ignore_index, "smoothing_bits": bits_of(options.label_smoothing),
+        "CLASSES": tensors.input.shape[1], "SMOOTHED": options.label_smoothing > 0,
+        "REDUCED": options.reduction != "none",
     }  # fmt: skip
 
 
@@ -336,62 +379,56 @@ def _plan(kernel: Any, bucket: str, defaults: dict[str, Plan], input: Tensor, ru
     return fit(plan, "BLOCK_P", LEAST_PIXELS, runs.count * runs.length, input.device)
 
 
-def forward(
-    input: Tensor, target: Tensor, weight: Tensor | None, loss: Tensor, statistics: Tensor, total_weight: Tensor,
-    ignore_index: int, reduction: str, label_smoothing: float,
-) -> None:  # fmt: skip
+@replayed
+def forward(tensors: ForwardTensors, options: Options) -> None:
     """Fills loss, statistics and total_weight; see `fastseg.ops.cross_entropy`."""
-    probabilities, sizes, device = target.ndim == input.ndim, (input.shape[0], *input.shape[2:]), input.device
+    input, target, device = tensors.input, tensors.target, tensors.input.device
+    probabilities, sizes = target.ndim == input.ndim, (input.shape[0], *input.shape[2:])
     runs = _runs(sizes, [_pixel_strides(input, True), _pixel_strides(target, probabilities)])
-    arguments = _options(input, target, runs, ignore_index, reduction, label_smoothing)
-    arguments |= {"weight": weight, "loss": loss, "statistics": statistics, "total_weight": total_weight}
-    in_rows = rows.serves(input, target, runs.count, runs.steps)
-    if in_rows:
-        bucket = rows.bucket(input)
-        plan = choose(rows.cross_entropy_forward_rows, bucket, rows.PLANS, device)
+    arguments = _common(tensors, runs, options) | {"loss": tensors.loss}
+    kernel: Any = cross_entropy_forward
+    if rows.serves(input, target, runs.count, runs.steps):
+        kernel, bucket = rows.cross_entropy_forward_rows, rows.bucket(input)
+        plan = choose(kernel, bucket, rows.PLANS, device)
         arguments["STRETCH"] = rows.stretch(input, plan)
         programs = cdiv(runs.length, plan.tile["BLOCK_P"])
     else:
         bucket = _bucket(input)
-        plan = _plan(cross_entropy_forward, bucket, FORWARD_PLANS, input, runs)
+        plan = _plan(kernel, bucket, FORWARD_PLANS, input, runs)
         arguments |= _tiles([input, target], runs, plan)
         programs = runs.count * arguments["blocks"]
-    reduced = reduction != "none"
-    partials = torch.empty((2, programs), dtype=torch.float64, device=device) if reduced else None
-    arguments["partials"] = partials
-    if in_rows:
-        launch(rows.cross_entropy_forward_rows, bucket, plan, programs, device, arguments)
-    else:
-        launch(cross_entropy_forward, bucket, plan, programs, device, arguments)
-    if reduced:
-        arguments = {
-            "partials": partials, "loss": loss, "total_weight": total_weight, "programs": programs,
-            "MEAN": reduction == "mean", "SMOOTHED_LABELS": label_smoothing > 0 and not probabilities,
-        }  # fmt: skip
-        finish_plan = choose(cross_entropy_finish, "all", FINISH_PLANS, device)
-        launch(cross_entropy_finish, "all", finish_plan, 1, device, arguments)
+    reduced = options.reduction != "none"
+    partials = scratch((2, programs), torch.float64, device) if reduced else None
+    launch(kernel, bucket, plan, programs, device, arguments | {"partials": partials})
+    if partials is not None:
+        finish(partials, tensors.loss, tensors.total_weight, options, not probabilities)
 
 
-def backward(
-    grad_output: Tensor, input: Tensor, target: Tensor, weight: Tensor | None, statistics: Tensor, total_weight: Tensor,
-    grad_input: Tensor, ignore_index: int, reduction: str, label_smoothing: float,
-) -> None:  # fmt: skip
-    """Fills grad_input; see `fastseg.ops.cross_entropy`."""
-    probabilities, sizes, device = target.ndim == input.ndim, (input.shape[0], *input.shape[2:]), input.device
-    tensors = [(input, True), (target, probabilities), (grad_input, True)]
-    if reduction == "none":
-        tensors.append((grad_output, False))
-    runs = _runs(sizes, [_pixel_strides(tensor, has_classes) for tensor, has_classes in tensors])
-    arguments = _options(input, target, runs, ignore_index, reduction, label_smoothing)
-    arguments |= {
-        "grad_output": grad_output, "weight": weight, "statistics": statistics, "total_weight": total_weight,
-        "grad_input": grad_input, "grad_output_pixel": runs.steps[-1], "MEAN": reduction == "mean",
+def finish(partials: Tensor, loss: Tensor, total_weight: Tensor, options: Any, with_labels: bool) -> None:
+    """Fills the reduced loss, and what "mean" divides by, from the programs' sums [2, programs]."""
+    arguments = {
+        "partials": partials, "loss": loss, "total_weight": total_weight, "programs": partials.shape[1],
+        "MEAN": options.reduction == "mean", "SMOOTHED_LABELS": options.label_smoothing > 0 and with_labels,
     }  # fmt: skip
+    plan = choose(cross_entropy_finish, "all", FINISH_PLANS, loss.device)
+    launch(cross_entropy_finish, "all", plan, 1, loss.device, arguments)
+
+
+@replayed
+def backward(tensors: BackwardTensors, options: Options) -> None:
+    """Fills grad_input; see `fastseg.ops.cross_entropy`."""
+    input, target, grad_input = tensors.input, tensors.target, tensors.grad_input
+    probabilities, sizes = target.ndim == input.ndim, (input.shape[0], *input.shape[2:])
+    of_pixels = [(input, True), (target, probabilities), (grad_input, True)]
+    if options.reduction == "none":
+        of_pixels.append((tensors.grad_output, False))
+    runs = _runs(sizes, [_pixel_strides(tensor, has_classes) for tensor, has_classes in of_pixels])
     bucket = _bucket(input)
     plan = _plan(cross_entropy_backward, bucket, BACKWARD_PLANS, input, runs)
-    arguments |= {
-        "grad_input_runs": runs.strides[2], "grad_input_class": grad_input.stride(1),
-        "grad_input_pixel": runs.steps[2], "grad_output_runs": runs.strides[-1],
-        **_tiles([input, target, grad_input], runs, plan),
+    arguments = _common(tensors, runs, options) | {
+        "grad_output": tensors.grad_output, "grad_input": grad_input, "grad_output_pixel": runs.steps[-1],
+        "MEAN": options.reduction == "mean", "grad_input_runs": runs.strides[2],
+        "grad_input_class": grad_input.stride(1), "grad_input_pixel": runs.steps[2],
+        "grad_output_runs": runs.strides[-1], **_tiles([input, target, grad_input], runs, plan),
     }  # fmt: skip
-    launch(cross_entropy_backward, bucket, plan, runs.count * arguments["blocks"], device, arguments)
+    launch(cross_entropy_backward, bucket, plan, runs.count * arguments["blocks"], input.device, arguments)

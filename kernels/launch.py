@@ -1,8 +1,12 @@
-"""How kernels are launched: the plan that serves a call, and the one function that launches.
+"""How kernels are launched: the plan that serves a call, the one function that launches, and how launches are replayed.
 
 A plan is a kernel's tile sizes, warps and pipeline stages. Each kernel's module holds a default plan for every bucket
 of shapes; ``tuned/<gpu>.json``, which ``python -m fastseg.kernels tune`` writes, replaces them on that GPU. Nothing is
 tuned while a program runs.
+
+A launcher is a function of tensors and options that decides what to launch, and launches it. Deciding, and Triton's own
+way to a compiled kernel, take the host longer than many kernels take the GPU; so a `replayed` launcher does it once for
+each shape, stride, dtype and option, and later calls launch what the first one did.
 """
 
 from __future__ import annotations
@@ -11,12 +15,15 @@ import contextlib
 import functools
 import json
 import struct
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import triton
 import triton.language as tl
+from torch import Tensor
 
 BACKEND = "cuda" if torch.version.hip is None else "hip"  # as Triton calls it
 
@@ -62,7 +69,14 @@ class Launch(NamedTuple):
         return self.kernel.fn.__name__
 
 
-_recorded: list[Launch] | None = None
+class _State(threading.local):
+    """What is kept of a thread's launches: autograd has threads of its own."""
+
+    recorded: list[Launch] | None = None  # within `recording`
+    first_call: _FirstCall | None = None  # within the first call of a `replayed` launcher
+
+
+_state = _State()
 _trials: dict[tuple[str, str], Plan] = {}
 
 
@@ -108,25 +122,145 @@ def trial(kernel: str, bucket: str, plan: Plan) -> Iterator[None]:
 @contextlib.contextmanager
 def recording() -> Iterator[list[Launch]]:
     """Within, launches are kept instead of run: on meta tensors, it tells what a call would launch."""
-    global _recorded
-    before, _recorded = _recorded, []
+    before, _state.recorded = _state.recorded, []
     try:
-        yield _recorded
+        yield _state.recorded
     finally:
-        _recorded = before
+        _state.recorded = before
 
 
 def launch(
     kernel: Any, bucket: str, plan: Plan, programs: int, device: torch.device, arguments: dict[str, Any]
 ) -> None:
-    """Run ``programs`` programs (maybe none) of a kernel on a device, which needn't be the current one."""
-    if _recorded is not None:
-        _recorded.append(Launch(kernel, bucket, plan, {**arguments, **plan.tile}))
+    """Run ``programs`` programs (maybe none) of a kernel on a device, which needn't be the current one.
+
+    Of the arguments, the kernel gets those that it has parameters for.
+    """
+    known = {**arguments, **plan.tile}
+    arguments = {name: known[name] for name in kernel.arg_names}
+    if _state.recorded is not None:
+        _state.recorded.append(Launch(kernel, bucket, plan, arguments))
         return
     if programs == 0:
         return
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        kernel[(programs,)](**arguments, **plan.tile, **plan.options(BACKEND))
+        compiled = kernel[(programs,)](**arguments, **plan.options(BACKEND))
+    if _state.first_call is not None:
+        _state.first_call.launches.append((compiled, programs, list(arguments.values())))
+
+
+def scratch(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Fresh memory for a launcher's kernels."""
+    tensor = torch.empty(tuple(shape), dtype=dtype, device=device)
+    if _state.first_call is not None:
+        _state.first_call.scratch.append(tensor)
+    return tensor
+
+
+# ---- replayed launchers ----
+
+MOST_REPLAYS = 1024  # of a launcher: then it forgets them all
+ALIGNMENT = 16  # bytes: Triton compiles for pointers that are multiples of it, and for those that aren't
+
+
+class _FirstCall(NamedTuple):
+    """What a launcher did when it was called in earnest."""
+
+    launches: list[tuple[Any, int, list[Any]]]  # compiled kernels, programs, and all arguments in order
+    scratch: list[Tensor]
+
+
+class _ReplayedLaunch(NamedTuple):
+    """A launch with holes for addresses."""
+
+    run: Callable[..., None]
+    programs: int
+    function: Any
+    metadata: Any
+    arguments: list[Any]
+    holes: list[tuple[int, int]]  # an argument's place, and the tensor's that belongs there
+
+
+class _Replay(NamedTuple):
+    """What a call does for some shapes, strides, dtypes and options; tensors are the call's, then the scratch."""
+
+    scratch: list[tuple[torch.Size, torch.dtype]]
+    launches: list[_ReplayedLaunch]
+    returned: int | None  # which of the scratch
+
+
+def replayed(launcher: Callable[..., Tensor | None]) -> Callable[..., Tensor | None]:
+    """Makes later calls of a launcher on a GPU repeat what the first one of their kind has launched.
+
+    Args:
+        launcher: ``launcher(tensors, options)``: a tuple of tensors or None, the first of which is none of the latter,
+            and whatever else decides. It passes them, and what `scratch` gives, on to `launch` as they are, returns
+            nothing or one of the latter, and does nothing else with a tensor. What it decides must follow from shapes,
+            strides, dtypes, device and options.
+
+    Returns:
+        The launcher. On other devices, for the tuner and for `recording` it is what it was.
+    """
+    replays: dict[Hashable, _Replay] = {}
+
+    @functools.wraps(launcher)
+    def call(tensors: tuple[Tensor | None, ...], options: Any) -> Tensor | None:
+        first = tensors[0]
+        if not _compiles(first) or _trials or _state.recorded is not None:
+            return launcher(tensors, options)
+        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+        key = (
+            options, first.device, *[address % ALIGNMENT == 0 for address in addresses],  # type: ignore[union-attr]
+            *[None if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors],
+        )  # fmt: skip
+        replay = replays.get(key)
+        if replay is not None:
+            return _run(replay, addresses, first.device)  # type: ignore[union-attr]
+        before, _state.first_call = _state.first_call, _FirstCall([], [])
+        try:
+            returned = launcher(tensors, options)
+            if len(replays) >= MOST_REPLAYS:
+                replays.clear()
+            replays[key] = _replay_of(_state.first_call, tensors, returned)
+        finally:
+            _state.first_call = before
+        return returned
+
+    return call
+
+
+def _compiles(tensor: Tensor | None) -> bool:
+    """Whether kernels are compiled for a tensor's device, and not interpreted or only recorded."""
+    return tensor is not None and tensor.is_cuda
+
+
+def _replay_of(call: _FirstCall, tensors: tuple[Tensor | None, ...], returned: Tensor | None) -> _Replay:
+    places = {id(tensor): place for place, tensor in enumerate([*tensors, *call.scratch]) if tensor is not None}
+    launches = []
+    for compiled, programs, arguments in call.launches:
+        holes = [(at, places[id(value)]) for at, value in enumerate(arguments) if isinstance(value, Tensor)]
+        kept = [None if isinstance(value, Tensor) else value for value in arguments]
+        launches.append(
+            _ReplayedLaunch(compiled.run, programs, compiled.function, compiled.packed_metadata, kept, holes)
+        )
+    scratch = [(tensor.shape, tensor.dtype) for tensor in call.scratch]
+    return _Replay(scratch, launches, None if returned is None else places[id(returned)] - len(tensors))
+
+
+def _run(replay: _Replay, addresses: list[int], device: torch.device) -> Tensor | None:
+    """Launches as Triton itself does in the end, which takes addresses for tensors; its profiler's hooks aren't called."""
+    if torch.cuda.current_device() != device.index:
+        with torch.cuda.device(device):
+            return _run(replay, addresses, device)
+    memory = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in replay.scratch]
+    addresses += [tensor.data_ptr() for tensor in memory]
+    stream = triton.runtime.driver.active.get_current_stream(device.index)
+    for run, programs, function, metadata, arguments, holes in replay.launches:
+        arguments = arguments.copy()
+        for at, place in holes:
+            arguments[at] = addresses[place]
+        run(programs, 1, 1, stream, function, metadata, None, None, None, *arguments)
+    return None if replay.returned is None else memory[replay.returned]
 
 
 @functools.cache

@@ -7,14 +7,27 @@ whichever of the two lies side by side in memory is read by neighbouring threads
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastseg.kernels.launch import Plan, Tiling, cdiv, choose, fit, fold, index_type, launch, next_power_of_2, tile_map
+from fastseg.kernels.launch import (
+    Plan,
+    Tiling,
+    cdiv,
+    choose,
+    fit,
+    fold,
+    index_type,
+    launch,
+    next_power_of_2,
+    replayed,
+    scratch,
+    tile_map,
+)
 
 CUT = tl.constexpr(255)  # the position of a window whose maximum ReLU cut
 
@@ -233,10 +246,30 @@ def _cut(kernel: Any, defaults: dict[str, Plan], map: Tensor, height: int, width
     return bucket, plan, tile_map(plan.tile["BLOCK_P"], height, width), cdiv(channels, plan.tile["BLOCK_O"])
 
 
-def forward(
-    convolved: Tensor, bias: Tensor | None, output: Tensor, positions: Tensor | None, skip: Tensor | None, geometry: Any
-) -> None:
-    """Fills output, positions and skip from a convolution's output; see `fastseg.ops.conv_relu_pool2d`."""
+class ForwardTensors(NamedTuple):
+    """A convolution's output, its bias, and what forward fills; see `fastseg.ops.conv_relu_pool2d`."""
+
+    convolved: Tensor
+    bias: Tensor | None
+    output: Tensor
+    positions: Tensor | None
+    skip: Tensor | None
+
+
+class BackwardTensors(NamedTuple):
+    """What backward fills, and what it reads."""
+
+    grad_convolved: Tensor
+    grad_output: Tensor | None
+    positions: Tensor | None
+    skip: Tensor | None
+    grad_skip: Tensor | None
+
+
+@replayed
+def forward(tensors: ForwardTensors, geometry: Any) -> None:
+    """Fills output, positions and skip from a convolution's output."""
+    convolved, _, output, _, skip = tensors
     if output.numel() == 0:
         return
     images, channels, convolved_h, convolved_w = convolved.shape
@@ -248,8 +281,7 @@ def forward(
         cells_w = max(cells_w, cdiv(convolved_w + padding[1], stride[1]))
     bucket, plan, tiling, channel_blocks = _cut(relu_pool2d_forward, FORWARD_PLANS, convolved, cells_h, cells_w)
     arguments = {
-        "convolved": convolved, "bias": bias, "output": output, "positions": positions, "skip": skip,
-        "convolved_h": convolved_h, "convolved_w": convolved_w, "pooled_h": output.shape[2],
+        **tensors._asdict(), "convolved_h": convolved_h, "convolved_w": convolved_w, "pooled_h": output.shape[2],
         "pooled_w": output.shape[3], "cells_h": cells_h, "cells_w": cells_w, **tiling.arguments,
         "channel_blocks": channel_blocks,
         "convolved_strides": convolved.stride(), "output_strides": output.stride(),
@@ -260,23 +292,27 @@ def forward(
     launch(relu_pool2d_forward, bucket, plan, programs, convolved.device, arguments)
 
 
-def backward(
-    grad_output: Tensor | None, positions: Tensor | None, skip: Tensor | None, grad_skip: Tensor | None,
-    grad_convolved: Tensor, with_bias: bool, geometry: Any,
-) -> Tensor | None:  # fmt: skip
+def backward(tensors: BackwardTensors, with_bias: bool, geometry: Any) -> Tensor | None:
     """Fills grad_convolved; returns the bias' gradient (in the dtype of the arithmetic) where it is wanted."""
+    partials = _backward(tensors, (with_bias, geometry))
+    return None if partials is None else partials.sum(0)
+
+
+@replayed
+def _backward(tensors: BackwardTensors, options: tuple[bool, Any]) -> Tensor | None:
+    grad_convolved, grad_output, positions, skip, grad_skip = tensors
+    with_bias, geometry = options
     images, channels, convolved_h, convolved_w = grad_convolved.shape
     accumulated = torch.float64 if grad_convolved.dtype == torch.float64 else torch.float32
     device = grad_convolved.device
     bucket, plan, tiling, channel_blocks = _cut(
         relu_pool2d_backward, BACKWARD_PLANS, grad_convolved, convolved_h, convolved_w
     )
-    partials = torch.empty((images * tiling.count, channels), dtype=accumulated, device=device) if with_bias else None
+    partials = scratch((images * tiling.count, channels), accumulated, device) if with_bias else None
     pooled = (1, 1) if grad_output is None else grad_output.shape[2:]
     size, stride, padding = geometry.pool
     arguments = {
-        "grad_output": grad_output, "positions": positions if grad_output is not None else None, "skip": skip,
-        "grad_skip": grad_skip, "grad_convolved": grad_convolved, "bias_partials": partials,
+        **tensors._asdict(), "positions": positions if grad_output is not None else None, "bias_partials": partials,
         "convolved_h": convolved_h, "convolved_w": convolved_w, "pooled_h": pooled[0], "pooled_w": pooled[1],
         **tiling.arguments, "channel_blocks": channel_blocks,
         "grad_strides": strides_of(grad_output),
@@ -287,4 +323,4 @@ def backward(
     }  # fmt: skip
     programs = images * tiling.count * channel_blocks if grad_convolved.numel() else 0
     launch(relu_pool2d_backward, bucket, plan, programs, device, arguments)
-    return None if partials is None else partials.sum(0)
+    return partials

@@ -64,25 +64,28 @@ class _CrossEntropy:
     def forward(self, device: torch.device) -> Call:
         """Prepares the forward call."""
         input, target, weight, *outputs = self.tensors(device)
-        options = (-100, self.reduction, self.label_smoothing)
+        options = cross_entropy.Options(-100, self.reduction, self.label_smoothing)
+        tensors = cross_entropy.ForwardTensors(input, target, weight, *outputs)
 
         def call() -> tuple[Tensor, ...]:
-            cross_entropy.forward(input, target, weight, *outputs, *options)
+            cross_entropy.forward(tensors, options)
             return tuple(outputs)
 
         return call
 
     def backward(self, device: torch.device) -> Call:
         """Prepares the backward call, by running forward."""
-        input, target, weight, loss, statistics, total_weight = self.tensors(device)
-        options = (-100, self.reduction, self.label_smoothing)
-        cross_entropy.forward(input, target, weight, loss, statistics, total_weight, *options)
-        grad_output, grad_input = torch.ones_like(loss), torch.empty_like(input)
+        forward = cross_entropy.ForwardTensors(*self.tensors(device))
+        options = cross_entropy.Options(-100, self.reduction, self.label_smoothing)
+        cross_entropy.forward(forward, options)
+        input, target, weight, loss, statistics, total_weight = forward
+        tensors = cross_entropy.BackwardTensors(
+            torch.ones_like(loss), input, target, weight, statistics, total_weight, torch.empty_like(input)
+        )
 
         def call() -> tuple[Tensor, ...]:
-            saved = (weight, statistics, total_weight)
-            cross_entropy.backward(grad_output, input, target, *saved, grad_input, *options)
-            return (grad_input,)
+            cross_entropy.backward(tensors, options)
+            return (tensors.grad_input,)
 
         return call
 
@@ -185,7 +188,7 @@ class _Convolution:
         pooled, (_, _, height, width) = output_shapes(input.shape, weight.shape, geometry)
         output = make_tensor(pooled, self.dtype, device, self.channels_last)
         positions = torch.empty_like(output, dtype=torch.uint8)
-        return geometry, (height, width), (input, weight, bias, output, positions)
+        return geometry, (height, width), conv_relu_pool2d.ForwardTensors(input, weight, bias, output, positions)
 
     def forward(self, device: torch.device) -> Call:
         """Prepares the forward call of the kernel that serves any."""
@@ -197,31 +200,37 @@ class _Convolution:
 
     def _forward(self, launcher: Callable[..., None], device: torch.device) -> Call:
         geometry, convolved, tensors = self.tensors(device)
+        options = conv_relu_pool2d.options_of(tensors.weight, convolved, geometry)
 
         def call() -> tuple[Tensor, ...]:
-            launcher(*tensors, convolved, geometry)
-            return tensors[3:]
+            launcher(tensors, options)
+            return tensors.output, tensors.positions
 
         return call
 
     def backward_weight(self, device: torch.device) -> Call:
         """Prepares the call for the gradients of weight and bias, by running forward."""
-        geometry, convolved, (input, weight, bias, output, positions) = self.tensors(device)
-        conv_relu_pool2d.forward(input, weight, bias, output, positions, convolved, geometry)
-        saved, grad_output = (positions, input, weight), fill(torch.empty_like(output))
-        return lambda: conv_relu_pool2d_backward.backward_weight(grad_output, *saved, convolved, True, geometry)
+        options, (input, weight, _, output, positions) = self._run_forward(device)
+        tensors = conv_relu_pool2d_backward.WeightTensors(fill(torch.empty_like(output)), positions, input, weight)
+        return lambda: conv_relu_pool2d_backward.backward_weight(tensors, True, options)
 
     def backward_input(self, device: torch.device) -> Call:
         """Prepares the call for the gradient of the input, by running forward."""
-        geometry, convolved, (input, weight, bias, output, positions) = self.tensors(device)
-        conv_relu_pool2d.forward(input, weight, bias, output, positions, convolved, geometry)
-        grad_output, grad_input = fill(torch.empty_like(output)), torch.empty_like(input)
+        options, (input, weight, _, output, positions) = self._run_forward(device)
+        grads = (fill(torch.empty_like(output)), torch.empty_like(input))
+        tensors = conv_relu_pool2d_backward.InputTensors(grads[0], positions, weight, grads[1])
 
         def call() -> tuple[Tensor, ...]:
-            conv_relu_pool2d_backward.backward_input(grad_output, positions, weight, grad_input, convolved, geometry)
-            return (grad_input,)
+            conv_relu_pool2d_backward.backward_input(tensors, options)
+            return (tensors.grad_input,)
 
         return call
+
+    def _run_forward(self, device: torch.device) -> tuple[conv_relu_pool2d.Options, conv_relu_pool2d.ForwardTensors]:
+        geometry, convolved, tensors = self.tensors(device)
+        options = conv_relu_pool2d.options_of(tensors.weight, convolved, geometry)
+        conv_relu_pool2d.forward(tensors, options)
+        return options, tensors
 
 
 _CONVOLUTIONS = [
@@ -261,37 +270,40 @@ class _Pooling:
         yield Specimen(f"relu_pool2d {name} forward", self.forward, self.tuned)
         yield Specimen(f"relu_pool2d {name} backward", self.backward, self.tuned)
 
-    def tensors(self, device: torch.device) -> tuple[Geometry, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-        """The geometry, and the convolution's output, bias, output, positions and skip."""
+    def tensors(self, device: torch.device) -> tuple[Geometry, relu_pool2d.ForwardTensors]:
+        """The geometry, and what forward reads and fills."""
         geometry, _ = resolve((1, 1), 1, 0, 1, 1, *self.pool, False)
         convolved = make_tensor(self.sizes, self.dtype, device, self.channels_last)
         bias = fill(torch.empty(self.sizes[1], dtype=self.dtype, device=device))
         pooled, _ = output_shapes(convolved.shape, (self.sizes[1], self.sizes[1], 1, 1), geometry)
         output = make_tensor(pooled, self.dtype, device, self.channels_last)
         skip = torch.empty_like(convolved) if self.with_skip else None
-        return geometry, convolved, bias, output, torch.empty_like(output, dtype=torch.uint8), skip
+        positions = torch.empty_like(output, dtype=torch.uint8)
+        return geometry, relu_pool2d.ForwardTensors(convolved, bias, output, positions, skip)
 
     def forward(self, device: torch.device) -> Call:
         """Prepares the forward call."""
-        geometry, convolved, bias, output, positions, skip = self.tensors(device)
+        geometry, tensors = self.tensors(device)
 
         def call() -> tuple[Tensor, ...]:
-            relu_pool2d.forward(convolved, bias, output, positions, skip, geometry)
-            return (output, positions) if skip is None else (output, positions, skip)
+            relu_pool2d.forward(tensors, geometry)
+            return tuple(tensor for tensor in tensors[2:] if tensor is not None)
 
         return call
 
     def backward(self, device: torch.device) -> Call:
         """Prepares the backward call, by running forward."""
-        geometry, convolved, bias, output, positions, skip = self.tensors(device)
-        relu_pool2d.forward(convolved, bias, output, positions, skip, geometry)
-        grad_output, grad_convolved = fill(torch.empty_like(output)), torch.empty_like(convolved)
-        grad_skip = None if skip is None else fill(torch.empty_like(skip))
+        geometry, forward = self.tensors(device)
+        relu_pool2d.forward(forward, geometry)
+        convolved, _, output, positions, skip = forward
+        tensors = relu_pool2d.BackwardTensors(
+            torch.empty_like(convolved), fill(torch.empty_like(output)), positions, skip,
+            None if skip is None else fill(torch.empty_like(skip)),
+        )  # fmt: skip
 
         def call() -> tuple[Tensor, ...]:
-            saved = (positions, skip, grad_skip)
-            grad_bias = relu_pool2d.backward(grad_output, *saved, grad_convolved, True, geometry)
-            return grad_convolved, grad_bias
+            grad_bias = relu_pool2d.backward(tensors, True, geometry)
+            return tensors.grad_convolved, grad_bias
 
         return call
 

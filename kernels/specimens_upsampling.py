@@ -65,28 +65,36 @@ class _Upsampling:
         overlap = statistics.new_empty((OVERLAP_SUMS * self.with_overlap, images, classes))
         return input, target, weight, [loss, statistics, total_weight, overlap]
 
+    @property
+    def _options(self) -> upsample_cross_entropy.Options:
+        return upsample_cross_entropy.Options(-100, self.reduction, self.label_smoothing, *self._grid)
+
     def forward(self, device: torch.device) -> Call:
         """Prepares the loss."""
         input, target, weight, outputs = self.tensors(device)
-        options = (-100, self.reduction, self.label_smoothing, *self._grid)
+        tensors = upsample_cross_entropy.ForwardTensors(input, target, weight, *outputs)
 
         def call() -> tuple[Tensor, ...]:
-            upsample_cross_entropy.forward(input, target, weight, *outputs, *options)
+            upsample_cross_entropy.forward(tensors, self._options)
             return tuple(outputs)
 
         return call
 
     def backward(self, device: torch.device) -> Call:
         """Prepares the loss' gradient, by running forward."""
-        input, target, weight, (loss, statistics, total_weight, overlap) = self.tensors(device)
-        options = (-100, self.reduction, self.label_smoothing, *self._grid)
-        upsample_cross_entropy.forward(input, target, weight, loss, statistics, total_weight, overlap, *options)
-        grads, grad_input = (torch.ones_like(loss), torch.ones_like(overlap)), torch.empty_like(input)
+        input, target, weight, outputs = self.tensors(device)
+        upsample_cross_entropy.forward(
+            upsample_cross_entropy.ForwardTensors(input, target, weight, *outputs), self._options
+        )
+        loss, statistics, total_weight, overlap = outputs
+        tensors = upsample_cross_entropy.BackwardTensors(
+            torch.ones_like(loss), torch.ones_like(overlap), input, target, weight, statistics, total_weight,
+            torch.empty_like(input),
+        )  # fmt: skip
 
         def call() -> tuple[Tensor, ...]:
-            saved = (input, target, weight, statistics, total_weight)
-            upsample_cross_entropy.backward(*grads, *saved, grad_input, *options)
-            return (grad_input,)
+            upsample_cross_entropy.backward(tensors, self._options)
+            return (tensors.grad_input,)
 
         return call
 
@@ -97,7 +105,7 @@ class _Upsampling:
         confidence = input.new_empty((self.sizes[0] * self.with_overlap, *self.out))
 
         def call() -> tuple[Tensor, ...]:
-            upsample_argmax.forward(input, labels, confidence, *self._grid)
+            upsample_argmax.forward((input, labels, confidence), upsample_argmax.Options(*self._grid))
             return labels, confidence
 
         return call
@@ -106,11 +114,10 @@ class _Upsampling:
         """Prepares the confusion matrix; with an ignored label where there are class weights."""
         input, target, _, _ = self.tensors(device)
         counts = torch.zeros(self.sizes[1] ** 2 + 1, dtype=torch.int64, device=device)
+        options = upsample_confusion_matrix.Options(255 if self.weighted else None, *self._grid)
 
         def call() -> tuple[Tensor, ...]:
-            upsample_confusion_matrix.forward(
-                input, target, counts.zero_(), 255 if self.weighted else None, *self._grid
-            )
+            upsample_confusion_matrix.forward((input, target, counts.zero_()), options)
             return (counts,)
 
         return call

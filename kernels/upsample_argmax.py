@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastseg.kernels.cross_entropy_pixels import exp
-from fastseg.kernels.launch import Plan, cdiv, choose, launch
+from fastseg.kernels.launch import Plan, cdiv, choose, launch, replayed
 from fastseg.kernels.upsampling import (
     GRID_ARGUMENTS,
     axes_of,
@@ -86,12 +88,20 @@ def upsample_argmax_forward(
 PLANS = plans_of({pixels: {} for pixels in (1, 2, 4, 8)}, Plan({"BLOCK_G": 256}, num_warps=8))
 
 
-def forward(
-    input: Tensor, labels: Tensor, confidence: Tensor, mode: str, align_corners: bool, steps: tuple[float, float]
-) -> None:
-    """Fills labels and confidence, which is empty where it isn't wanted; see `fastseg.ops.upsample_argmax`."""
+class Options(NamedTuple):
+    """The grid."""
+
+    mode: str
+    align_corners: bool
+    steps: tuple[float, float]
+
+
+@replayed
+def forward(tensors: tuple[Tensor, Tensor, Tensor], options: Options) -> None:
+    """Fills labels and confidence, empty where it isn't wanted, from input; see `fastseg.ops.upsample_argmax`."""
+    input, labels, confidence = tensors
     input = in_planes(input)
-    grid, arguments = grid_of(input.shape[2:], labels.shape[1:], mode, align_corners, steps)
+    grid, arguments = grid_of(input.shape[2:], labels.shape[1:], *options)
     down, across = groups_of(grid, arguments)
     bucket = bucket_of(grid, input)
     plan = choose(upsample_argmax_forward, bucket, PLANS, input.device)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastseg.kernels.launch import cdiv, choose, launch
+from fastseg.kernels.launch import cdiv, choose, launch, replayed
 from fastseg.kernels.upsample_argmax import PLANS, predict
 from fastseg.kernels.upsampling import (
     GRID_ARGUMENTS,
@@ -71,21 +73,29 @@ def upsample_confusion_matrix_forward(
 # ---- launcher ----
 
 
-def forward(
-    input: Tensor, target: Tensor, counts: Tensor, ignore_index: int | None, mode: str, align_corners: bool,
-    steps: tuple[float, float],
-) -> None:  # fmt: skip
-    """Adds to counts, int64 ``[C * C + 1]``; see `fastseg.ops.upsample_confusion_matrix`."""
+class Options(NamedTuple):
+    """What is ignored, and the grid."""
+
+    ignore_index: int | None
+    mode: str
+    align_corners: bool
+    steps: tuple[float, float]
+
+
+@replayed
+def forward(tensors: tuple[Tensor, Tensor, Tensor], options: Options) -> None:
+    """Adds input's predictions and target to counts [C * C + 1]; see `fastseg.ops.upsample_confusion_matrix`."""
+    input, target, counts = tensors
     input = in_planes(input)
-    grid, arguments = grid_of(input.shape[2:], target.shape[1:], mode, align_corners, steps)
+    grid, arguments = grid_of(input.shape[2:], target.shape[1:], *options[1:])
     down, across = groups_of(grid, arguments)
     bucket = bucket_of(grid, input)
     plan = choose(upsample_confusion_matrix_forward, bucket, PLANS, input.device)
     blocks = cdiv(down * across, plan.tile["BLOCK_G"])
     arguments |= {
         "input": input, "target": target, "counts": counts, "column_groups": across, "blocks": blocks,
-        "input_strides": input.stride(), "target_strides": target.stride(), "ignore_index": ignore_index or 0,
-        "CLASSES": input.shape[1], "IGNORES": ignore_index is not None,
+        "input_strides": input.stride(), "target_strides": target.stride(), "ignore_index": options.ignore_index or 0,
+        "CLASSES": input.shape[1], "IGNORES": options.ignore_index is not None,
         "INDEX": index_of(target.shape, input, target),
     }  # fmt: skip
     launch(upsample_confusion_matrix_forward, bucket, plan, input.shape[0] * blocks, input.device, arguments)

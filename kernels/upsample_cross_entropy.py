@@ -7,16 +7,18 @@ each pixel, and nothing that has both pixels and classes. `fastseg.kernels.upsam
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastseg.kernels.cross_entropy import FINISH_PLANS, cross_entropy_finish
+from fastseg.kernels.cross_entropy import finish
 from fastseg.kernels.cross_entropy_pixels import add_classes, from_bits, label_losses, load_labels, store_forward
-from fastseg.kernels.launch import Plan, bits_of, cdiv, choose, launch, multiprocessors
+from fastseg.kernels.launch import Plan, cdiv, choose, launch, multiprocessors, replayed, scratch
+from fastseg.kernels.upsample_cross_entropy_backward import BackwardTensors as BackwardTensors
+from fastseg.kernels.upsample_cross_entropy_backward import Options, common
 from fastseg.kernels.upsample_cross_entropy_backward import backward as backward
 from fastseg.kernels.upsampling import (
     GRID_ARGUMENTS,
@@ -210,39 +212,39 @@ OVERLAP_FINISH_PLANS = {"all": Plan({"BLOCK": 128})}
 SHARES_PER_MULTIPROCESSOR = 4  # programs of the overlap's sums; each goes over many blocks
 
 
-def forward(
-    input: Tensor, target: Tensor, weight: Tensor | None, loss: Tensor, statistics: Tensor, total_weight: Tensor,
-    overlap: Tensor, ignore_index: int, reduction: str, label_smoothing: float,
-    mode: str, align_corners: bool, steps: tuple[float, float],
-) -> None:  # fmt: skip
+class ForwardTensors(NamedTuple):
+    """What forward reads and fills; see `fastseg.ops.upsample_cross_entropy`."""
+
+    input: Tensor
+    target: Tensor
+    weight: Tensor | None
+    loss: Tensor
+    statistics: Tensor
+    total_weight: Tensor
+    overlap: Tensor
+
+
+@replayed
+def forward(tensors: ForwardTensors, options: Options) -> None:
     """Fills loss, statistics, total_weight and overlap; see `fastseg.ops.upsample_cross_entropy`."""
-    device, images = input.device, input.shape[0]
-    input = in_planes(input)
-    grid, arguments = grid_of(input.shape[2:], target.shape[1:], mode, align_corners, steps)
+    target, device, images = tensors.target, tensors.input.device, tensors.input.shape[0]
+    input = in_planes(tensors.input)
+    grid, arguments = grid_of(input.shape[2:], target.shape[1:], *options.grid)
     down, across = groups_of(grid, arguments)
     bucket = bucket_of(grid, input)
     plan = clip_classes(choose(upsample_cross_entropy_forward, bucket, FORWARD_PLANS, device), input.shape[1])
     blocks = cdiv(down * across, plan.tile["BLOCK_G"])
-    programs, reduced = images * blocks, reduction != "none"
-    partials = torch.empty((2, programs), dtype=torch.float64, device=device) if reduced else None
-    arguments |= {
-        "input": input, "target": target, "weight": weight, "loss": loss, "statistics": statistics,
-        "total_weight": total_weight, "partials": partials, "column_groups": across, "blocks": blocks,
-        "pixels": target.numel(), "input_strides": input.stride(), "target_strides": target.stride(),
-        "ignore_index": ignore_index, "smoothing_bits": bits_of(label_smoothing), "CLASSES": input.shape[1],
-        "SMOOTHED": label_smoothing > 0, "REDUCED": reduced,
+    programs, reduced = images * blocks, options.reduction != "none"
+    partials = scratch((2, programs), torch.float64, device) if reduced else None
+    arguments |= common(input, tensors, options) | {
+        "loss": tensors.loss, "partials": partials, "column_groups": across, "blocks": blocks,
         "INDEX": index_of(target.shape, input, target),
     }  # fmt: skip
     launch(upsample_cross_entropy_forward, bucket, plan, programs, device, arguments)
-    if reduced:
-        finish = {
-            "partials": partials, "loss": loss, "total_weight": total_weight, "programs": programs,
-            "MEAN": reduction == "mean", "SMOOTHED_LABELS": label_smoothing > 0,
-        }  # fmt: skip
-        finish_plan = choose(cross_entropy_finish, "all", FINISH_PLANS, device)
-        launch(cross_entropy_finish, "all", finish_plan, 1, device, finish)
-    if len(overlap) > 0:
-        _fill_overlap(overlap, grid, arguments)
+    if partials is not None:
+        finish(partials, tensors.loss, tensors.total_weight, options, True)
+    if len(tensors.overlap) > 0:
+        _fill_overlap(tensors.overlap, grid, arguments)
 
 
 def _fill_overlap(overlap: Tensor, grid: Grid, arguments: dict[str, Any]) -> None:
@@ -254,17 +256,16 @@ def _fill_overlap(overlap: Tensor, grid: Grid, arguments: dict[str, Any]) -> Non
     blocks, class_blocks = cdiv(down * across, plan.tile["BLOCK_G"]), cdiv(classes, plan.tile["BLOCK_C"])
     programs = SHARES_PER_MULTIPROCESSOR * multiprocessors(device)
     shares = min(blocks, cdiv(programs, max(images, 1) * class_blocks))
-    partials = torch.empty((images, shares, sums, classes), dtype=torch.float64, device=device)
-    names = [name for name in upsample_overlap_forward.arg_names if name in arguments]
-    of_blocks = {name: arguments[name] for name in names} | {
+    partials = scratch((images, shares, sums, classes), torch.float64, device)
+    arguments = arguments | {
         "partials": partials, "blocks": blocks, "shares": shares, "class_blocks": class_blocks,
     }  # fmt: skip
-    launch(upsample_overlap_forward, bucket, plan, images * shares * class_blocks, device, of_blocks)
+    launch(upsample_overlap_forward, bucket, plan, images * shares * class_blocks, device, arguments)
     finish_plan = choose(upsample_overlap_finish, "all", OVERLAP_FINISH_PLANS, device)
-    finish = {
+    of_sums = {
         "partials": partials, "overlap": overlap, "shares": shares, "images": images, "sums": overlap.numel(),
         "CLASSES": classes,
     }  # fmt: skip
     launch(
-        upsample_overlap_finish, "all", finish_plan, cdiv(overlap.numel(), finish_plan.tile["BLOCK"]), device, finish
+        upsample_overlap_finish, "all", finish_plan, cdiv(overlap.numel(), finish_plan.tile["BLOCK"]), device, of_sums
     )

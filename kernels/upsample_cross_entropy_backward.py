@@ -12,15 +12,17 @@ nothing from them but NaN: the sums of interval -1 for its near taps go there.
 
 from __future__ import annotations
 
-import torch
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastseg.kernels.cross_entropy_pixels import from_bits, label_gradients, load_labels
-from fastseg.kernels.launch import Plan, bits_of, cdiv, choose, fit, launch
+from fastseg.kernels.launch import Plan, bits_of, cdiv, choose, fit, launch, replayed, scratch
 from fastseg.kernels.upsampling import (
     GRID_ARGUMENTS,
+    Grid,
     axes_of,
     bucket_of,
     clip_classes,
@@ -278,31 +280,65 @@ LEAST_SEGMENT = 4  # rows; a row of cells at a segment's end is computed twice
 SMALL_PROGRAMS = 8  # of one warp, that a multiprocessor needs where it would need one of the usual size
 
 
-def backward(
-    grad_loss: Tensor, grad_overlap: Tensor, input: Tensor, target: Tensor, weight: Tensor | None, statistics: Tensor,
-    total_weight: Tensor, grad_input: Tensor, ignore_index: int, reduction: str, label_smoothing: float,
-    mode: str, align_corners: bool, steps: tuple[float, float],
-) -> None:  # fmt: skip
+class Options(NamedTuple):
+    """The loss' options."""
+
+    ignore_index: int
+    reduction: str
+    label_smoothing: float
+    mode: str
+    align_corners: bool
+    steps: tuple[float, float]
+
+    @property
+    def grid(self) -> tuple[str, bool, tuple[float, float]]:
+        """What says how positions lie."""
+        return self.mode, self.align_corners, self.steps
+
+
+class BackwardTensors(NamedTuple):
+    """What backward reads and fills; see `fastseg.ops.upsample_cross_entropy`."""
+
+    grad_loss: Tensor
+    grad_overlap: Tensor
+    input: Tensor
+    target: Tensor
+    weight: Tensor | None
+    statistics: Tensor
+    total_weight: Tensor
+    grad_input: Tensor
+
+
+def common(input: Tensor, tensors: Any, options: Options) -> dict[str, Any]:
+    """What the kernels of both passes take; ``input`` are the logits in planes."""
+    target = tensors.target
+    return {
+        "input": input, "target": target, "weight": tensors.weight, "statistics": tensors.statistics,
+        "total_weight": tensors.total_weight, "pixels": target.numel(), "input_strides": input.stride(),
+        "target_strides": target.stride(), "ignore_index": options.ignore_index,
+        "smoothing_bits": bits_of(options.label_smoothing), "CLASSES": input.shape[1],
+        "SMOOTHED": options.label_smoothing > 0, "REDUCED": options.reduction != "none",
+    }  # fmt: skip
+
+
+@replayed
+def backward(tensors: BackwardTensors, options: Options) -> None:
     """Fills grad_input; see `fastseg.ops.upsample_cross_entropy`."""
-    input = in_planes(input)
+    grad_overlap, target, grad_input = tensors.grad_overlap, tensors.target, tensors.grad_input
+    input = in_planes(tensors.input)
     device, (images, classes, height, width) = input.device, input.shape
-    grid, arguments = grid_of((height, width), target.shape[1:], mode, align_corners, steps)
-    arguments |= {
-        "input": input, "target": target, "statistics": statistics, "pixels": target.numel(),
-        "input_strides": input.stride(), "target_strides": target.stride(), "ignore_index": ignore_index,
-        "CLASSES": classes, "INDEX": index_of(target.shape, input, target, grad_input),
-        "grad_overlap": None, "mean_grads": None, "grad_overlap_strides": grad_overlap.stride(),
+    grid, arguments = grid_of((height, width), target.shape[1:], *options.grid)
+    arguments |= common(input, tensors, options) | {
+        "INDEX": index_of(target.shape, input, target, grad_input), "grad_overlap": None, "mean_grads": None,
+        "grad_overlap_strides": grad_overlap.stride(),
     }  # fmt: skip
     if len(grad_overlap) > 0:
-        mean_grads = torch.empty_like(statistics[0])
-        arguments |= {"grad_overlap": grad_overlap, "mean_grads": mean_grads}
-        bucket = bucket_of(grid, input)
-        plan = clip_classes(choose(upsample_overlap_mean_grads, bucket, MEAN_GRADS_PLANS, device), classes)
-        down, across = groups_of(grid, arguments)
-        blocks = cdiv(down * across, plan.tile["BLOCK_G"])
-        mean = arguments | {"column_groups": across, "blocks": blocks}
-        launch(upsample_overlap_mean_grads, bucket, plan, images * blocks, device, mean)
-    bucket = bucket_of(grid, input, "-dense" if label_smoothing > 0 or len(grad_overlap) > 0 else "")
+        arguments |= {
+            "grad_overlap": grad_overlap,
+            "mean_grads": scratch(target.shape, tensors.statistics.dtype, device),
+        }
+        _fill_mean_grads(grid, arguments)
+    bucket = bucket_of(grid, input, "-dense" if options.label_smoothing > 0 or len(grad_overlap) > 0 else "")
     plan = clip_classes(choose(upsample_cross_entropy_backward, bucket, BACKWARD_PLANS, device), classes)
     class_blocks, intervals = cdiv(classes, plan.tile["BLOCK_C"]), width + grid.taps[1] - 1
     owned = plan.tile["BLOCK_G"] - (grid.taps[1] - 1) * (1 + (not grid.corners))
@@ -310,11 +346,20 @@ def backward(
     plan = fit(plan, "SEGMENT", LEAST_SEGMENT, work // SMALL_PROGRAMS, device)
     blocks = cdiv(cdiv(height, plan.tile["SEGMENT"]) * intervals, owned)
     arguments |= {
-        "grad_loss": grad_loss, "weight": weight, "total_weight": total_weight, "grad_input": grad_input,
-        "blocks": blocks, "class_blocks": class_blocks,
-        "grad_loss_strides": grad_loss.stride() if reduction == "none" else (0, 0, 0),
-        "grad_input_strides": grad_input.stride(), "smoothing_bits": bits_of(label_smoothing),
-        "SMOOTHED": label_smoothing > 0, "REDUCED": reduction != "none", "MEAN": reduction == "mean",
+        "grad_loss": tensors.grad_loss, "grad_input": grad_input, "blocks": blocks, "class_blocks": class_blocks,
+        "grad_loss_strides": tensors.grad_loss.stride() if options.reduction == "none" else (0, 0, 0),
+        "grad_input_strides": grad_input.stride(), "MEAN": options.reduction == "mean",
         "CLASSES_INNER": grad_input.stride(1) == 1,
     }  # fmt: skip
     launch(upsample_cross_entropy_backward, bucket, plan, images * blocks * class_blocks, device, arguments)
+
+
+def _fill_mean_grads(grid: Grid, arguments: dict[str, Any]) -> None:
+    """Launches the kernel for each pixel's mean of the overlap's gradients."""
+    input = arguments["input"]
+    bucket, (images, classes, *_), device = bucket_of(grid, input), input.shape, input.device
+    plan = clip_classes(choose(upsample_overlap_mean_grads, bucket, MEAN_GRADS_PLANS, device), classes)
+    down, across = groups_of(grid, arguments)
+    blocks = cdiv(down * across, plan.tile["BLOCK_G"])
+    arguments = arguments | {"column_groups": across, "blocks": blocks}
+    launch(upsample_overlap_mean_grads, bucket, plan, images * blocks, device, arguments)

@@ -79,7 +79,9 @@ def covering(items: list[pytest.Item]) -> list[pytest.Item]:
     Random(0).shuffle(drawn)
     kept = set()
     for item in drawn:
-        values = [(name, id(value)) for name, value in item.callspec.params.items()] if hasattr(item, "callspec") else []
+        values = (
+            [(name, id(value)) for name, value in item.callspec.params.items()] if hasattr(item, "callspec") else []
+        )
         pairs = {*itertools.combinations(values, 2), *values, None}
         found = seen[item.nodeid.partition("[")[0]]
         if not pairs <= found:

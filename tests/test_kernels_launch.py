@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -68,7 +69,8 @@ def record_forward(input: torch.Tensor) -> list[launch.Launch]:
     statistics = torch.empty((2, *target.shape), device="meta")
     loss, total_weight = torch.empty((), device="meta"), torch.empty((), device="meta")
     with launch.recording() as launches:
-        cross_entropy.forward(input, target, None, loss, statistics, total_weight, -100, "mean", 0.0)
+        tensors = cross_entropy.ForwardTensors(input, target, None, loss, statistics, total_weight)
+        cross_entropy.forward(tensors, cross_entropy.Options(-100, "mean", 0.0))
     return launches
 
 
@@ -99,3 +101,105 @@ def test_equally_spaced_axes_become_one_run() -> None:
     assert (runs.length, runs.count, runs.steps) == (4 * 6 * 8, 1, [2, 1])
     runs = cross_entropy._runs(shape, [(100, 10, 1), (48, 8, 1)])
     assert (runs.length, runs.count, runs.sizes) == (8, 24, (4, 6))  # a crop: one of each row
+
+
+# ---- replayed launchers ----
+
+
+class Kernel:
+    """As much of a Triton kernel as launches need; keeps what was launched how."""
+
+    arg_names = ("output", "input", "memory", "size", "BLOCK")
+    function, packed_metadata = "function", "metadata"
+
+    def __init__(self) -> None:
+        self.compiled_calls, self.replayed_calls = [], []
+
+    def __getitem__(self, grid: tuple[int]) -> object:
+        def run(**arguments: object) -> "Kernel":
+            self.compiled_calls.append((grid, arguments))
+            return self
+
+        return run
+
+    def run(self, *arguments: object) -> None:
+        self.replayed_calls.append(arguments)
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CPU tensors are treated as a GPU's."""
+    monkeypatch.setattr(launch, "_compiles", lambda tensor: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
+    active = SimpleNamespace(get_current_stream=lambda device: "stream")
+    monkeypatch.setattr(launch.triton.runtime, "driver", SimpleNamespace(active=active))
+
+
+def make_launcher(kernel: Kernel, decisions: list[object]) -> object:
+    @launch.replayed
+    def launcher(tensors: tuple[torch.Tensor, ...], options: object) -> torch.Tensor:
+        decisions.append(options)
+        input, output = tensors
+        memory = launch.scratch((2, len(input)), torch.float64, input.device)
+        arguments = {"input": input, "output": output, "memory": memory, "size": len(input)}
+        launch.launch(kernel, "all", Plan({"BLOCK": 64}), len(input), input.device, arguments)
+        return memory
+
+    return launcher
+
+
+def test_a_replay_launches_what_the_first_call_did_on_its_own_tensors(on_a_gpu: None) -> None:
+    kernel, decisions = Kernel(), []
+    launcher = make_launcher(kernel, decisions)
+    first = torch.empty(5), torch.empty(5)
+    launcher(first, "option")
+    assert kernel.compiled_calls[0][0] == (5,)
+    input, output = torch.empty(5), torch.empty(5)
+    memory = launcher((input, output), "option")
+    assert decisions == ["option"]
+    assert (memory.shape, memory.dtype) == ((2, 5), torch.float64)
+    addresses = output.data_ptr(), input.data_ptr(), memory.data_ptr()
+    head = (5, 1, 1, "stream", "function", "metadata", None, None, None)
+    assert kernel.replayed_calls == [(*head, *addresses, 5, 64)]
+
+
+STORAGE = torch.empty(100)
+CHANGES = {
+    "option": ((STORAGE[:5], STORAGE[:5]), "another"),
+    "shape": ((STORAGE[:6], STORAGE[:5]), "option"),
+    "strides": ((STORAGE[:10:2], STORAGE[:5]), "option"),
+    "dtype": ((STORAGE[:5], STORAGE[:5].double()), "option"),
+    "alignment": ((STORAGE[1:6], STORAGE[:5]), "option"),
+}
+
+
+@pytest.mark.parametrize(("tensors", "option"), CHANGES.values(), ids=CHANGES)
+def test_another_kind_of_call_is_decided_anew(on_a_gpu: None, tensors: tuple[torch.Tensor, ...], option: str) -> None:
+    kernel, decisions = Kernel(), []
+    launcher = make_launcher(kernel, decisions)
+    launcher((STORAGE[:5], STORAGE[:5]), "option")
+    launcher(tensors, option)
+    assert len(decisions) == 2
+    assert kernel.replayed_calls == []
+
+
+def test_replays_are_forgotten_before_they_fill_the_memory(on_a_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "MOST_REPLAYS", 2)
+    kernel, decisions = Kernel(), []
+    launcher = make_launcher(kernel, decisions)
+    for option in (0, 1, 0, 1, 2, 0):
+        launcher((STORAGE[:5], STORAGE[:5]), option)
+    assert decisions == [0, 1, 2, 0]
+
+
+def test_trials_and_recordings_are_never_replayed(on_a_gpu: None) -> None:
+    kernel, decisions = Kernel(), []
+    launcher = make_launcher(kernel, decisions)
+    launcher((STORAGE[:5], STORAGE[:5]), "option")
+    with launch.trial("another", "all", Plan({"BLOCK": 8})):
+        launcher((STORAGE[:5], STORAGE[:5]), "option")
+    with launch.recording() as launches:
+        launcher((STORAGE[:5], STORAGE[:5]), "option")
+    assert len(decisions) == 3
+    assert [item.arguments["size"] for item in launches] == [5]
+    assert len(kernel.compiled_calls) == 2

@@ -14,7 +14,9 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     parser.add_argument("--budget", type=float, default=stages.FULL_BUDGET, help="seconds that the run may take")
     parser.add_argument("--rehearse", action="store_true", help="run all stages without a GPU")
-    parser.add_argument("--stages", help="names of the stages to run, with commas between them; all others are left out")
+    parser.add_argument(
+        "--stages", help="names of the stages to run, with commas between them; all others are left out"
+    )
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     out = arguments.out.resolve()

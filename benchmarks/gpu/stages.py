@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from time import perf_counter
+from types import MappingProxyType
 from typing import NamedTuple
 
 REPOSITORY = Path(__file__).parents[2]
@@ -35,7 +38,7 @@ class Stage(NamedTuple):
     name: str
     seconds: float
     command: list[str]
-    environment: dict[str, str] = {}
+    environment: Mapping[str, str] = MappingProxyType({})
     decisive: bool = False
     beside_next: bool = False
 
@@ -66,7 +69,9 @@ PARITY = [
         "test_upsample_confusion_matrix", "test_relu_pool2d", "test_conv_relu_pool2d",
     )
 ]  # fmt: skip
-LARGE = "2_to_the_31"  # what the tests of more elements than 32 bits count have in their names: each takes the GPU alone
+LARGE = (
+    "2_to_the_31"  # what the tests of more elements than 32 bits count have in their names: each takes the GPU alone
+)
 
 
 def gpu_stages(out: Path, seconds_for_timing: float) -> list[Stage]:
@@ -152,10 +157,8 @@ class Process:
         except subprocess.TimeoutExpired:
             status = "out of time"
             self._signal(signal.SIGINT)
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):  # it is killed below
                 self.process.wait(GRACE_SECONDS)
-            except subprocess.TimeoutExpired:
-                pass  # killed below
         seconds = perf_counter() - self.start
         self._signal(signal.SIGKILL)  # what the stage itself has started and left
         self.process.wait()
@@ -163,10 +166,8 @@ class Process:
         return Outcome(self.stage.name, status, seconds, self.headline)
 
     def _signal(self, number: int) -> None:
-        try:
+        with contextlib.suppress(ProcessLookupError):  # nothing of it runs any more
             os.killpg(self.process.pid, number)
-        except ProcessLookupError:
-            pass  # nothing of it runs any more
 
 
 def run(stages: list[Stage], out: Path, budget: float) -> list[Outcome]:

@@ -181,7 +181,9 @@ def main() -> int:
     if arguments.only:
         cases = [case for case in cases if arguments.only in f"{operator_of(case)} {case.name}"]
     ceilings = measure_ceilings(device)
-    print(f"copy {ceilings.bytes_per_second / 1e12:.2f} TB/s, product {ceilings.operations_per_second / 1e12:.0f} TFLOP/s")
+    print(
+        f"copy {ceilings.bytes_per_second / 1e12:.2f} TB/s, product {ceilings.operations_per_second / 1e12:.0f} TFLOP/s"
+    )
     rows: list[Row] = []
     seconds: dict[str, float] = {}
     left = []

@@ -171,7 +171,8 @@ def _forward_triton(
     kept_positions = positions if with_positions else None
     if road == "direct":
         _, convolved_shape = output_shapes(input.shape, weight.shape, geometry)
-        kernels.forward(input, weight, bias, output, kept_positions, convolved_shape[2:], geometry)
+        tensors = kernels.ForwardTensors(input, weight, bias, output, kept_positions)
+        kernels.forward(tensors, kernels.options_of(weight, convolved_shape[2:], geometry))
         return output, positions, skip
     convolved = torch.conv2d(input, weight, None, geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
     if with_skip:
@@ -179,7 +180,8 @@ def _forward_triton(
         layout = output_format(input, weight)
         in_place = not _windows_overlap(geometry) and convolved.is_contiguous(memory_format=layout)
         skip = convolved if in_place else empty(convolved, tuple(convolved.shape), layout)
-    kernels.forward(convolved, bias, output, kept_positions, skip if with_skip else None, geometry)
+    tensors = kernels.ForwardTensors(convolved, bias, output, kept_positions, skip if with_skip else None)
+    kernels.forward(tensors, geometry)
     return output, positions, skip
 
 
@@ -195,20 +197,21 @@ def _backward_triton(
         return backward_plain(grad_output, grad_skip, input, weight, positions, skip, numbers, needs)
     if direct:
         gradients = allocate_gradients(input, weight, needs)
+        options = kernels.options_of(weight, convolved[2:], geometry)
         if needs[1] or needs[2]:
-            grad_weight, grad_bias = kernels.backward_weight(
-                grad_output, positions, input, weight, convolved[2:], needs[1], geometry
-            )
+            tensors = kernels.WeightTensors(grad_output, positions, input, weight)
+            grad_weight, grad_bias = kernels.backward_weight(tensors, needs[1], options)
             if needs[1]:
                 gradients[1].copy_(grad_weight.permute(0, 3, 1, 2))
             if needs[2]:
                 gradients[2].copy_(grad_bias)
         if needs[0]:
-            kernels.backward_input(grad_output, positions, weight, gradients[0], convolved[2:], geometry)
+            kernels.backward_input(kernels.InputTensors(grad_output, positions, weight, gradients[0]), options)
         return gradients
     grad_convolved = empty(input, convolved, output_format(input, weight))
+    kept = skip if grad_skip is not None else None
     grad_bias = kernels.backward(
-        grad_output, positions, skip if grad_skip is not None else None, grad_skip, grad_convolved, needs[2], geometry
+        kernels.BackwardTensors(grad_convolved, grad_output, positions, kept, grad_skip), needs[2], geometry
     )
     grad_input, grad_weight, nothing = library_backward(
         grad_convolved, input, weight, *geometry[:4], [*needs[:2], False]

@@ -120,7 +120,8 @@ def _forward_triton(
     if kernels is None:
         return forward_plain(input, target, weight, ignore_index, reduction, label_smoothing)
     outputs = _allocate_outputs(input, reduction)
-    kernels.forward(input, target, weight, *outputs, ignore_index, reduction, label_smoothing)
+    options = kernels.Options(ignore_index, reduction, label_smoothing)
+    kernels.forward(kernels.ForwardTensors(input, target, weight, *outputs), options)
     return outputs
 
 
@@ -133,7 +134,8 @@ def _backward_triton(
     if kernels is None:
         return backward_plain(*tensors, ignore_index, reduction, label_smoothing)
     grad_input = torch.empty_like(input)
-    kernels.backward(*tensors, grad_input, ignore_index, reduction, label_smoothing)
+    options = kernels.Options(ignore_index, reduction, label_smoothing)
+    kernels.backward(kernels.BackwardTensors(*tensors, grad_input), options)
     return grad_input
 
 

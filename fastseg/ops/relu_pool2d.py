@@ -150,7 +150,8 @@ def _forward_triton(
         return forward_plain(input, numbers, with_positions, with_skip)
     geometry = unflatten(tuple(numbers))
     output, positions, skip = _allocate_outputs(input, geometry, with_positions, with_skip)
-    kernels.forward(input, None, output, positions if with_positions else None, skip if with_skip else None, geometry)
+    kept = (positions if with_positions else None, skip if with_skip else None)
+    kernels.forward(kernels.ForwardTensors(input, None, output, *kept), geometry)
     return output, positions, skip
 
 
@@ -162,10 +163,9 @@ def _backward_triton(
     if kernels is None:
         return backward_plain(grad_output, grad_skip, positions, skip, size, numbers)
     grad_input = _allocate_gradient(grad_output, grad_skip, positions, size)
-    kernels.backward(
-        grad_output, positions, skip if grad_skip is not None else None, grad_skip, grad_input, False,
-        unflatten(tuple(numbers)),
-    )  # fmt: skip
+    kept = skip if grad_skip is not None else None
+    tensors = kernels.BackwardTensors(grad_input, grad_output, positions, kept, grad_skip)
+    kernels.backward(tensors, False, unflatten(tuple(numbers)))
     return grad_input
 
 

@@ -65,9 +65,8 @@ def _forward_triton(
     if kernels is None:
         return forward_plain(input, size, scale_factor, mode, align_corners, dtype, with_confidence)
     outputs = _allocate_outputs(input, size, dtype, with_confidence)
-    kernels.forward(
-        input, *outputs, mode, align_corners, steps(input.shape[2:], size, mode, align_corners, scale_factor)
-    )
+    grid = (mode, align_corners, steps(input.shape[2:], size, mode, align_corners, scale_factor))
+    kernels.forward((input, *outputs), kernels.Options(*grid))
     return outputs
 
 

@@ -62,8 +62,8 @@ def _forward_triton(
         return forward_plain(input, target, ignore_index, mode, align_corners)
     classes = input.shape[1]
     counts = input.new_zeros(classes**2 + 1, dtype=torch.int64)  # the last: labels outside the classes
-    grid = (align_corners, steps(input.shape[2:], target.shape[1:], mode, align_corners))
-    kernels.forward(input, target, counts, ignore_index, mode, *grid)
+    grid = (mode, align_corners, steps(input.shape[2:], target.shape[1:], mode, align_corners))
+    kernels.forward((input, target, counts), kernels.Options(ignore_index, *grid))
     return _poisoned(counts[:-1].view(classes, classes), counts[-1] > 0)
 
 

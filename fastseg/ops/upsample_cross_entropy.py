@@ -117,10 +117,9 @@ def _forward_triton(
             input, target, weight, ignore_index, reduction, label_smoothing, mode, align_corners, with_overlap
         )
     outputs = _allocate_outputs(input, target, reduction, with_overlap)
-    kernels.forward(
-        input, target, weight, *outputs, ignore_index, reduction, label_smoothing,
-        mode, align_corners, _steps(input, target, mode, align_corners),
-    )  # fmt: skip
+    steps_of_grid = _steps(input, target, mode, align_corners)
+    options = kernels.Options(ignore_index, reduction, label_smoothing, mode, align_corners, steps_of_grid)
+    kernels.forward(kernels.ForwardTensors(input, target, weight, *outputs), options)
     return outputs
 
 
@@ -133,10 +132,9 @@ def _backward_triton(
     if kernels is None:
         return backward_plain(*tensors, ignore_index, reduction, label_smoothing, mode, align_corners)
     grad_input = torch.empty_like(input)
-    kernels.backward(
-        *tensors, grad_input, ignore_index, reduction, label_smoothing,
-        mode, align_corners, _steps(input, target, mode, align_corners),
-    )  # fmt: skip
+    steps_of_grid = _steps(input, target, mode, align_corners)
+    options = kernels.Options(ignore_index, reduction, label_smoothing, mode, align_corners, steps_of_grid)
+    kernels.backward(kernels.BackwardTensors(*tensors, grad_input), options)
     return grad_input
 
 
