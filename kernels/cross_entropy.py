@@ -78,8 +78,8 @@ def cross_entropy_forward(
     pixels, run_length, blocks, run_sizes,
     input_runs, input_class, input_pixel, target_runs, target_class, target_pixel,
     ignore_index, smoothing_bits,
-    CLASSES: tl.constexpr, PROBABILITIES: tl.constexpr, SMOOTHED: tl.constexpr, REDUCED: tl.constexpr,
-    INDEX: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+    CLASSES: tl.constexpr, PROBABILITIES: tl.constexpr, SMOOTHED: tl.constexpr,
+    REDUCED: tl.constexpr, INDEX: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """Statistics of each pixel, and its loss, or the program's sums of losses and weights.
 
@@ -190,8 +190,8 @@ def cross_entropy_backward(
     grad_output_runs, grad_output_pixel, input_runs, input_class, input_pixel, target_runs, target_class, target_pixel,
     grad_input_runs, grad_input_class, grad_input_pixel,
     ignore_index, smoothing_bits,
-    CLASSES: tl.constexpr, PROBABILITIES: tl.constexpr, SMOOTHED: tl.constexpr, REDUCED: tl.constexpr,
-    MEAN: tl.constexpr, INDEX: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+    CLASSES: tl.constexpr, PROBABILITIES: tl.constexpr, SMOOTHED: tl.constexpr,
+    REDUCED: tl.constexpr, MEAN: tl.constexpr, INDEX: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """grad_input = (exp(x - m - s) * sum(q) - q) * grad_output.
 
@@ -387,7 +387,7 @@ def forward(tensors: ForwardTensors, options: Options) -> None:
     runs = _runs(sizes, [_pixel_strides(input, True), _pixel_strides(target, probabilities)])
     arguments = _common(tensors, runs, options) | {"loss": tensors.loss}
     kernel: Any = cross_entropy_forward
-    if rows.serves(input, target, runs.count, runs.steps):
+    if rows.serves_forward(input, target, runs.count, runs.steps):
         kernel, bucket = rows.cross_entropy_forward_rows, rows.bucket(input)
         plan = choose(kernel, bucket, rows.PLANS, device)
         arguments["STRETCH"] = rows.stretch(input, plan)
@@ -423,12 +423,23 @@ def backward(tensors: BackwardTensors, options: Options) -> None:
     if options.reduction == "none":
         of_pixels.append((tensors.grad_output, False))
     runs = _runs(sizes, [_pixel_strides(tensor, has_classes) for tensor, has_classes in of_pixels])
-    bucket = _bucket(input)
-    plan = _plan(cross_entropy_backward, bucket, BACKWARD_PLANS, input, runs)
     arguments = _common(tensors, runs, options) | {
         "grad_output": tensors.grad_output, "grad_input": grad_input, "grad_output_pixel": runs.steps[-1],
-        "MEAN": options.reduction == "mean", "grad_input_runs": runs.strides[2],
-        "grad_input_class": grad_input.stride(1), "grad_input_pixel": runs.steps[2],
-        "grad_output_runs": runs.strides[-1], **_tiles([input, target, grad_input], runs, plan),
+        "MEAN": options.reduction == "mean",
     }  # fmt: skip
-    launch(cross_entropy_backward, bucket, plan, runs.count * arguments["blocks"], input.device, arguments)
+    kernel: Any = cross_entropy_backward
+    if rows.serves_backward(input, target, grad_input, runs.count, runs.steps):
+        kernel, bucket, vector = rows.cross_entropy_backward_rows, "rows", rows.vector_of(input)
+        plan = choose(kernel, bucket, rows.BACKWARD_PLANS, input.device)
+        arguments |= {"VECTOR": vector, "ALL_CLASSES": next_power_of_2(input.shape[1])}
+        programs = cdiv(input.numel(), plan.tile["BLOCK"] * vector)
+    else:
+        bucket = _bucket(input)
+        plan = _plan(kernel, bucket, BACKWARD_PLANS, input, runs)
+        arguments |= {
+            "grad_input_runs": runs.strides[2], "grad_input_class": grad_input.stride(1),
+            "grad_input_pixel": runs.steps[2], "grad_output_runs": runs.strides[-1],
+            **_tiles([input, target, grad_input], runs, plan),
+        }  # fmt: skip
+        programs = runs.count * arguments["blocks"]
+    launch(kernel, bucket, plan, programs, input.device, arguments)

@@ -248,7 +248,7 @@ def _replay_of(call: _FirstCall, tensors: tuple[Tensor | None, ...], returned: T
 
 
 def _run(replay: _Replay, addresses: list[int], device: torch.device) -> Tensor | None:
-    """Launches as Triton itself does in the end, which takes addresses for tensors; its profiler's hooks aren't called."""
+    """Launches as Triton itself does in the end, with addresses for tensors, but without its profiler's hooks."""
     if torch.cuda.current_device() != device.index:
         with torch.cuda.device(device):
             return _run(replay, addresses, device)
