@@ -53,12 +53,12 @@ def load_patches(
     # What doesn't exist is moved out of the image, whose border has to be watched anyway: no more masks.
     y = tl.where(exist, rows, -FAR)[:, None] + tl.where(taps_exist, tap_y, -FAR)[None, :]
     x = columns[:, None] + tap_x[None, :]
-    mask = _within(y, height) & _within(x, width)
+    mask = within(y, height) & within(x, width)
     return tl.load(image + (pixels[:, None] + products[None, :]), mask, other=0)
 
 
 @triton.jit
-def _within(at, size):
+def within(at, size):
     """Whether 0 <= at < size, in one comparison."""
     return at.to(tl.uint32, bitcast=True) < tl.cast(size, tl.uint32)
 
@@ -77,7 +77,7 @@ def window_pixels(
     column = window_x * POOL_STRIDE[1] - POOL_PADDING[1] + position % POOL[1]
     exist = inside
     if CLIPPED:
-        exist = exist & _within(row, convolved_h) & _within(column, convolved_w)
+        exist = exist & within(row, convolved_h) & within(column, convolved_w)
     return row * STRIDE[0] - PADDING[0], column * STRIDE[1] - PADDING[1], exist
 
 
