@@ -32,7 +32,6 @@ GEOMETRIES = {
     "dilated": ((3, 3), 1, {"dilation": 2, "padding": 2}),
     "strided": ((5, 5), 1, {"stride": 2, "padding": 2}),
     "clipped": ((3, 3), 3, {"padding": 1, "pool_padding": 1}),
-    "overlapping": ((2, 2), 3, {"pool_stride": 1}),
 }
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
