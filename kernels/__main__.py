@@ -16,7 +16,8 @@ def _parse_arguments() -> argparse.Namespace:
     compiling.add_argument("--target", required=True, help="cuda:80, cuda:90, hip:gfx942 or the like")
     compiling.add_argument("--json", type=Path, metavar="FILE", help="write the table as JSON, too")
     tuning = commands.add_parser("tune", help="time plans on this machine's GPU, and write the table of the best")
-    tuning.add_argument("--out", type=Path, metavar="FILE", help="instead of the package's tuned/<gpu>.json")
+    tuning.add_argument("--budget", type=float, default=420.0, metavar="SECONDS", help="of the whole run (%(default)s)")
+    tuning.add_argument("--out", type=Path, metavar="FOLDER", help="for <gpu>.json, instead of the package's tuned/")
     tuning.add_argument("--kernel", metavar="NAME", help="tune this kernel alone")
     return parser.parse_args()
 
@@ -34,7 +35,7 @@ def main() -> int:
         return 2
     if arguments.command == "compile":
         return compile.main(arguments.target, arguments.json)
-    return tune.main(arguments.out, arguments.kernel)
+    return tune.main(arguments.budget, arguments.out, arguments.kernel)
 
 
 if __name__ == "__main__":

@@ -53,12 +53,12 @@ def load_patches(
     # What doesn't exist is moved out of the image, whose border has to be watched anyway: no more masks.
     y = tl.where(exist, rows, -FAR)[:, None] + tl.where(taps_exist, tap_y, -FAR)[None, :]
     x = columns[:, None] + tap_x[None, :]
-    mask = _within(y, height) & _within(x, width)
+    mask = within(y, height) & within(x, width)
     return tl.load(image + (pixels[:, None] + products[None, :]), mask, other=0)
 
 
 @triton.jit
-def _within(at, size):
+def within(at, size):
     """Whether 0 <= at < size, in one comparison."""
     return at.to(tl.uint32, bitcast=True) < tl.cast(size, tl.uint32)
 
@@ -77,7 +77,7 @@ def window_pixels(
     column = window_x * POOL_STRIDE[1] - POOL_PADDING[1] + position % POOL[1]
     exist = inside
     if CLIPPED:
-        exist = exist & _within(row, convolved_h) & _within(column, convolved_w)
+        exist = exist & within(row, convolved_h) & within(column, convolved_w)
     return row * STRIDE[0] - PADDING[0], column * STRIDE[1] - PADDING[1], exist
 
 
@@ -144,7 +144,7 @@ def conv_relu_pool2d_forward(
 # ---- launcher ----
 
 # Not measured on a GPU yet. 128 windows by 64 channels on 8 warps (two groups of four for Hopper's matrix instruction)
-# leave each thread 32 sums, 32 maxima and 32 positions. Taps by blocks of 32 waste 5 of 32 products for 3x3x3.
+# leave each thread 32 sums, 32 maxima and 32 positions.
 FORWARD_PLANS = {
     f"{kind}-o{o}-k{k}": Plan({"BLOCK_P": windows, "BLOCK_O": o, "BLOCK_K": k}, num_warps=warps, num_stages=3)
     for kind, windows in (("half", 128), ("single", 64))

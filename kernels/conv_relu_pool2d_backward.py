@@ -152,8 +152,8 @@ INPUT_PLANS = {
     for k in (16, 32)
 }
 LEAST_PIXELS = 64  # smallest BLOCK_P of the input's gradient: Hopper's matrix instruction has 64 rows
-# Programs for each multiprocessor that share the windows: as many as run on it at once (160 registers for each of 128
-# threads), since each has as much to do as the others.
+# Programs for each multiprocessor that share the windows. Not measured on a GPU yet; best are as many as run on it at
+# once, since each has as much to do as the others.
 SHARES_PER_MULTIPROCESSOR = 3
 
 

@@ -3,10 +3,7 @@
 Reading is what first layers cost: the patches of a window's four positions overlap, and channels are too few to be read
 as vectors. So a window's whole field (all that it sees, 4x4 pixels for a 3x3 kernel and a 2x2 pool) is read once and
 multiplied by weights that are spread over the field once for each position, side by side: four times the columns, and
-no more reading. Products with the zeros between them are the price, which tensor cores don't notice.
-
-With 3 channels, 3x3 and 2x2 (sm_90, half types), a warp runs 1150 instructions for 1024 pooled values; of the kernel
-that takes one position after the other, 2020.
+no more reading. Products with the zeros between them are the price. What that saves wasn't measured on a GPU yet.
 """
 
 from __future__ import annotations
@@ -26,6 +23,7 @@ from fastseg.kernels.conv_relu_pool2d import (
     taps,
     uses_tensor_cores,
     window_pixels,
+    within,
 )
 from fastseg.kernels.conv_relu_pool2d import options_of as options_of
 from fastseg.kernels.launch import Plan, cdiv, choose, launch, multiprocessors, next_power_of_2, replayed, tile_map
@@ -47,6 +45,12 @@ def _load_fields(
         input + image * strides[0], rows, columns, inside, 0, height, width, strides, CHANNELS, FIELD, (1, 1), INDEX,
         BLOCK_K,
     )  # fmt: skip
+
+
+@triton.jit
+def _disturbance(fields):
+    """Zero; NaN where the fields hold something that isn't finite."""
+    return tl.sum(tl.ravel(fields.to(tl.float32) * 0.0), 0)
 
 
 # ---- forward ----
@@ -72,6 +76,42 @@ def _load_spread_weights(
 
 
 @triton.jit
+def _pool_tap_by_tap(
+    image, weight, window_y, window_x, inside, channels, channels_exist, height, width, convolved_h, convolved_w,
+    input_strides, weight_strides,
+    CHANNELS: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, DILATION: tl.constexpr,
+    POOL: tl.constexpr, POOL_STRIDE: tl.constexpr, POOL_PADDING: tl.constexpr, CLIPPED: tl.constexpr,
+    INDEX: tl.constexpr,
+):  # fmt: skip
+    """Windows' largest values, without the bias, and their positions [BLOCK_P, BLOCK_O]; slowly, in few registers.
+
+    Each position multiplies what it sees and nothing else.
+    """
+    largest = tl.full((window_y.shape[0], channels.shape[0]), float("-inf"), tl.float32)
+    chosen = tl.zeros((window_y.shape[0], channels.shape[0]), tl.int32)
+    for position in range(POSITIONS):
+        rows, columns, exist = window_pixels(
+            window_y, window_x, position, inside, convolved_h, convolved_w, STRIDE, PADDING, POOL, POOL_STRIDE,
+            POOL_PADDING, CLIPPED,
+        )  # fmt: skip
+        value = tl.zeros((window_y.shape[0], channels.shape[0]), tl.float32)
+        for product in range(KERNEL[0] * KERNEL[1] * CHANNELS):
+            tap, channel = product // CHANNELS, product % CHANNELS
+            y, x = rows + tap // KERNEL[1] * DILATION[0], columns + tap % KERNEL[1] * DILATION[1]
+            at = y.to(INDEX) * input_strides[2] + x.to(INDEX) * input_strides[3] + channel * input_strides[1]
+            pixels = tl.load(image + at, exist & within(y, height) & within(x, width), other=0)
+            at = (
+                channel * weight_strides[1] + tap // KERNEL[1] * weight_strides[2] + tap % KERNEL[1] * weight_strides[3]
+            )
+            weights = tl.load(weight + at + channels * weight_strides[0], channels_exist, other=0)
+            value += pixels.to(tl.float32)[:, None] * weights.to(tl.float32)[None, :]
+        if CLIPPED:
+            value = tl.where(exist[:, None], value, float("-inf"))
+        largest, chosen = keep_larger(value, position, largest, chosen)
+    return largest, chosen
+
+
+@triton.jit
 def conv_relu_pool2d_forward_fields(
     input, weight, bias, output, positions,
     height, width, convolved_h, convolved_w, pooled_h, pooled_w, down, across, channel_blocks, tiles, shares,
@@ -81,12 +121,17 @@ def conv_relu_pool2d_forward_fields(
     POOL_PADDING: tl.constexpr, CLIPPED: tl.constexpr, FIELD: tl.constexpr, PRECISION: tl.constexpr,
     INDEX: tl.constexpr, BLOCK_P: tl.constexpr, TILE_W: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Pooled values, and positions where they are wanted. A program keeps its weights for every ``shares``-th tile."""
+    """Pooled values, and positions where they are wanted. A program keeps its weights for every ``shares``-th tile.
+
+    A pixel that isn't finite, times the zeros of a position that doesn't see it, is NaN there, too: tiles with such
+    pixels are done once more at the end, without those products.
+    """
     channel_block = tl.program_id(0) % channel_blocks
     weights = _load_spread_weights(
         weight, channel_block, weight_strides, CHANNELS, OUT_CHANNELS, KERNEL, STRIDE, DILATION, POOL, FIELD, BLOCK_O,
         BLOCK_K,
     )  # fmt: skip
+    disturbed = 0.0
     for tile in range(tl.program_id(0) // channel_blocks, tiles, shares):
         image, window_y, window_x, inside, channels, channels_exist = locate(
             tile * channel_blocks + channel_block, down, across, channel_blocks, pooled_h, pooled_w, OUT_CHANNELS,
@@ -96,6 +141,7 @@ def conv_relu_pool2d_forward_fields(
             input, image, window_y, window_x, inside, height, width, input_strides, CHANNELS, FIELD, STRIDE, PADDING,
             POOL_STRIDE, POOL_PADDING, INDEX, BLOCK_K,
         )  # fmt: skip
+        disturbed += _disturbance(fields)
         values = tl.dot(fields, weights, input_precision=PRECISION)  # [BLOCK_P, 4 * BLOCK_O]
         values = tl.permute(tl.reshape(values, (BLOCK_P, 2, 2, BLOCK_O)), (0, 3, 1, 2))
         even, odd = tl.split(values)  # positions 0 and 2, 1 and 3
@@ -116,21 +162,41 @@ def conv_relu_pool2d_forward_fields(
             largest, chosen, bias, output, positions, image, window_y, window_x, inside, channels, channels_exist,
             output_strides, INDEX,
         )  # fmt: skip
+    if disturbed != 0.0:
+        tl.debug_barrier()  # other threads may have stored what is stored once more
+        for tile in range(tl.program_id(0) // channel_blocks, tiles, shares):
+            image, window_y, window_x, inside, channels, channels_exist = locate(
+                tile * channel_blocks + channel_block, down, across, channel_blocks, pooled_h, pooled_w, OUT_CHANNELS,
+                BLOCK_P, TILE_W, BLOCK_O,
+            )  # fmt: skip
+            fields = _load_fields(
+                input, image, window_y, window_x, inside, height, width, input_strides, CHANNELS, FIELD, STRIDE,
+                PADDING, POOL_STRIDE, POOL_PADDING, INDEX, BLOCK_K,
+            )  # fmt: skip
+            if _disturbance(fields) != 0.0:
+                largest, chosen = _pool_tap_by_tap(
+                    input + image * input_strides[0], weight, window_y, window_x, inside, channels, channels_exist,
+                    height, width, convolved_h, convolved_w, input_strides, weight_strides, CHANNELS, KERNEL, STRIDE,
+                    PADDING, DILATION, POOL, POOL_STRIDE, POOL_PADDING, CLIPPED, INDEX,
+                )  # fmt: skip
+                store_pooled(
+                    largest, chosen, bias, output, positions, image, window_y, window_x, inside, channels,
+                    channels_exist, output_strides, INDEX,
+                )  # fmt: skip
 
 
 # ---- launcher ----
 
 MOST_INPUTS = 64  # in a field: one tile of a product
 
-# Not measured on a GPU yet. 64 windows by four positions of 64 channels are 128 sums for each thread of four warps:
-# with what else they need, two programs fit on a multiprocessor.
+# Not measured on a GPU yet. 64 windows by four positions of 64 channels are 128 sums for each thread of four warps.
 FORWARD_PLANS = {
     f"{kind}-o{o}-k{k}": Plan({"BLOCK_P": 64, "BLOCK_O": o}, num_warps=4, num_stages=2)
     for kind in ("half", "single")
     for o in (16, 32, 64)
     for k in (16, 32, 64)
 }
-# Programs for each multiprocessor: they keep their weights and go over the windows in turns.
+# Programs for each multiprocessor, not measured yet: they keep their weights and go over the windows in turns.
 SHARES_PER_MULTIPROCESSOR = 2
 
 

@@ -241,7 +241,7 @@ _CONVOLUTIONS = [
     _Convolution((32, 3, 512, 512), 16, tuned=True),
     _Convolution((32, 1, 512, 512), 64, tuned=True),
     _Convolution((32, 16, 256, 256), 32, tuned=True),
-    _Convolution((32, 3, 512, 512), 64, kernel=7, stride=2, pool=(3, 2, 1), tuned=True),
+    _Convolution((32, 3, 512, 512), 64, kernel=7, stride=2, tuned=True),
     _Convolution((16, 3, 512, 512), 32, torch.float32, tuned=True),
     # What else changes the code.
     _Convolution((16, 3, 512, 512), 64, torch.float32, channels_last=False, allow_tf32=False),
@@ -315,6 +315,7 @@ _POOLINGS = [
     _Pooling((32, 16, 256, 256), tuned=True),
     _Pooling((32, 32, 256, 256), tuned=True),
     _Pooling((32, 128, 128, 128), tuned=True),
+    _Pooling((32, 64, 256, 256), pool=(3, 2, 1), tuned=True),  # of a ResNet's stem
     # What else changes the code.
     _Pooling((16, 64, 256, 256), with_skip=True),
     _Pooling((16, 64, 256, 256), torch.float32, channels_last=False, pool=(3, 2, 1), with_skip=True),

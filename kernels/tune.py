@@ -32,15 +32,24 @@ from fastseg.kernels.launch import Plan
 from fastseg.kernels.specimen import Call, Specimen, record
 from fastseg.kernels.specimens import SPECIMENS
 
-BUDGET_SECONDS = 420.0  # of a whole run; every bucket gets an equal share of what is left
+# The kernels that are tuned first, by the beginnings of their names: what a small budget is worth most for.
+MOST_VALUABLE = (
+    "upsample_cross_entropy_backward", "upsample_cross_entropy_forward", "cross_entropy_backward",
+    "cross_entropy_forward", "conv_relu_pool2d_forward_fields", "conv_relu_pool2d",
+)  # fmt: skip
+
+# Every bucket gets an equal share of the seconds left, but as many as its first candidates need; with fewer than those
+# of its default none is begun.
+SECONDS_OF_A_BUCKET = 20.0
+SECONDS_OF_A_DEFAULT = 5.0
+
 LEAST_GAIN = 0.02  # a plan must be faster than the default by this share: less is noise
 WARPS = (2, 4, 8)
 FIRST_CHANGES = 2  # how many numbers of the default the first candidates differ in; later ones in one of the best's
-BATCH = 16  # candidates compiled at a time, before the clock is looked at
 
-# Milliseconds that a candidate is run and then timed, and those of the last comparison with the default.
+# Milliseconds that a candidate is run and then timed, and those of each round of the last comparison with the default.
 WARMUP_MS, TIMED_MS = 5, 30
-FINAL_WARMUP_MS, FINAL_TIMED_MS = 10, 100
+FINAL_WARMUP_MS, FINAL_TIMED_MS, FINAL_ROUNDS = 10, 100, 3
 
 # Results of two plans may differ by the rounding of what is stored (two units in the last place), by that of sums in
 # another order (a share of the largest value), and in few positions, where two sums are all but equal.
@@ -67,14 +76,15 @@ class Subject:
 
 
 def find_subjects(specimens: Iterable[Specimen]) -> list[Subject]:
-    """What the tuned specimens launch, by kernel and bucket."""
+    """What the tuned specimens launch, by kernel and bucket; the `MOST_VALUABLE` first."""
     found: dict[tuple[str, str], Subject] = {}
     for specimen in specimens:
         for item in record(specimen) if specimen.tuned else []:
             subject = found.setdefault((item.name, item.bucket), Subject(item.name, item.bucket, item.plan, []))
             if specimen not in subject.specimens:
                 subject.specimens.append(specimen)
-    return list(found.values())
+    ranks = {name: [name.startswith(first) for first in (*MOST_VALUABLE, "")].index(True) for name, _ in found}
+    return sorted(found.values(), key=lambda subject: ranks[subject.kernel])
 
 
 # ---- candidates ----
@@ -107,8 +117,8 @@ def _changed(plan: Plan, numbers: dict[str, int]) -> Plan:
     return plan._replace(tile=tile, num_warps=warps, num_stages=stages)
 
 
-def search(default: Plan, time_all: Callable[[list[Plan]], Iterator[tuple[Plan, float]]]) -> Plan:
-    """The fastest plan found, from the default's neighbours on to the neighbours of whatever is faster.
+def search(default: Plan, time_all: Callable[[list[Plan]], Iterator[tuple[Plan, float]]]) -> tuple[Plan, float]:
+    """The fastest plan found, and its milliseconds: from the default's neighbours on to those of whatever is faster.
 
     ``time_all`` yields those of the plans that work, and their milliseconds; it ends early when time is up.
     """
@@ -122,7 +132,7 @@ def search(default: Plan, time_all: Callable[[list[Plan]], Iterator[tuple[Plan, 
             break
         best, least = fastest
         plans = [plan for plan in candidates(best, 1) if plan not in tried]
-    return best
+    return best, least
 
 
 # ---- checking and timing ----
@@ -171,17 +181,21 @@ class Trials:
 
     def __init__(self, subject: Subject, device: torch.device, target: GPUTarget, deadline: float) -> None:
         self.subject, self.target, self.deadline = subject, target, deadline
+        self.slowest_batch = 0.0  # to be compiled, in seconds
         self.calls: list[Call] = [specimen.prepare(device) for specimen in subject.specimens]
         with subject.trial(subject.default):
             self.expected = [[result.clone() for result in call()] for call in self.calls]
 
     def time_all(self, plans: list[Plan]) -> Iterator[tuple[Plan, float]]:
         """The plans that work, and their milliseconds; what doesn't is printed with the reason."""
-        for first in range(0, len(plans), BATCH):
-            batch = plans[first : first + BATCH]
-            if time.monotonic() > self.deadline and self.subject.default not in batch:
+        size = max(1, (os.cpu_count() or 1) // len(self.calls))  # compiled at once, before the clock is looked at
+        for first in range(0, len(plans), size):
+            batch, start = plans[first : first + size], time.monotonic()
+            if start + self.slowest_batch > self.deadline and self.subject.default not in batch:
                 return
-            for plan, problem in zip(batch, compile_plans(self.subject, self.calls, self.target, batch), strict=True):
+            problems = compile_plans(self.subject, self.calls, self.target, batch)
+            self.slowest_batch = max(self.slowest_batch, time.monotonic() - start)
+            for plan, problem in zip(batch, problems, strict=True):
                 if time.monotonic() > self.deadline and plan != self.subject.default:
                     return
                 problem = problem or self._check(plan)
@@ -218,12 +232,13 @@ class Trials:
 def tune(subject: Subject, device: torch.device, target: GPUTarget, deadline: float) -> dict[str, Any]:
     """The table's row: the fastest plan, or the default where nothing is faster by `LEAST_GAIN`."""
     print(f"{subject}: {len(subject.specimens)} specimens", flush=True)
-    trials = Trials(subject, device, target, deadline)
-    best = search(subject.default, trials.time_all)
+    comparison = FINAL_ROUNDS * 2 * len(subject.specimens) * (FINAL_WARMUP_MS + FINAL_TIMED_MS) / 1000
+    trials = Trials(subject, device, target, deadline - comparison)
+    best, found_ms = search(subject.default, trials.time_all)
     rounds = [
         [trials.milliseconds(plan, FINAL_WARMUP_MS, FINAL_TIMED_MS) for plan in (subject.default, best)]
-        for _ in range(3)  # by turns: the clock of a GPU drifts
-    ]
+        for _ in range(FINAL_ROUNDS if best != subject.default else 0)  # by turns: the clock of a GPU drifts
+    ] or [[found_ms, found_ms]]
     default_ms, best_ms = (statistics.median(times) for times in zip(*rounds, strict=True))
     kept = best_ms > default_ms * (1 - LEAST_GAIN)
     print(f"  -> {describe_plan(best)}: {best_ms:.4f} ms, default {default_ms:.4f} ms{', kept' if kept else ''}")
@@ -269,8 +284,15 @@ def write(path: Path, gpu: str, target: GPUTarget, rows: list[dict[str, Any]]) -
     launch.read_plans.cache_clear()
 
 
-def main(out: Path | None, kernel: str | None) -> int:
-    """Tunes every bucket, or those of a kernel, and writes the table after each; the exit status."""
+def main(budget: float, folder: Path | None = None, kernel: str | None = None) -> int:
+    """Tunes buckets, or those of a kernel, and writes the table after each; the exit status.
+
+    Args:
+        budget: Seconds after which the run ends; buckets that it has no time for keep their defaults.
+        folder: Where the table is written; None: in the package.
+        kernel: The kernel's name; None: all kernels.
+    """
+    end = time.monotonic() + budget
     if not torch.cuda.is_available():
         print("error: tuning needs a CUDA device, and torch finds none on this machine", file=sys.stderr)
         return 2
@@ -282,15 +304,14 @@ def main(out: Path | None, kernel: str | None) -> int:
         return 2
     device = torch.device("cuda", torch.cuda.current_device())
     target, gpu = triton.runtime.driver.active.get_current_target(), launch.gpu_name(device)
-    path = out or launch.TUNED / f"{gpu}.json"
-    end = time.monotonic() + BUDGET_SECONDS
+    path = (folder or launch.TUNED) / f"{gpu}.json"
     for index, subject in enumerate(chosen):
         now = time.monotonic()
-        if now > end:
-            left = "; ".join(map(str, chosen[index:]))
-            print(f"time is up; not tuned: {left}", file=sys.stderr)
-            return 1
-        row = tune(subject, device, target, now + (end - now) / (len(chosen) - index))
+        if end - now < SECONDS_OF_A_DEFAULT:
+            print(f"time is up; not tuned: {'; '.join(map(str, chosen[index:]))}")
+            break
+        share = max((end - now) / (len(chosen) - index), SECONDS_OF_A_BUCKET)
+        row = tune(subject, device, target, min(now + share, end))
         write(path, gpu, target, merge(read_rows(path), row, subjects))
     print(f"written: {path}")
     return 0

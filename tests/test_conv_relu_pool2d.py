@@ -52,8 +52,9 @@ def road(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     def choose(weight: Tensor, groups: int, with_skip: bool, most_taps: int) -> str:
         return "library" if groups > 1 or with_skip else request.param
 
-    def choose_gpu(weight: Tensor, groups: int, with_skip: bool) -> str:
-        return choose(weight, groups, with_skip or weight.dtype == torch.float64, 0)
+    def choose_gpu(weight: Tensor, geometry: Geometry, with_skip: bool) -> str:
+        not_direct = with_skip or weight.dtype == torch.float64 or geometry.windows_overlap
+        return choose(weight, geometry.groups, not_direct, 0)
 
     def choose_of_call(input: Tensor, weight: Tensor, geometry: Geometry, with_skip: bool) -> str:
         return choose(weight, geometry.groups, with_skip, 0)

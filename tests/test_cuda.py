@@ -31,7 +31,7 @@ PARITY = {
     "upsample_argmax": ["test_upsample_argmax.py"],
     "upsample_confusion_matrix": ["test_upsample_confusion_matrix.py"],
     "relu_pool2d": ["test_relu_pool2d.py"],
-    "conv_relu_pool2d-tf32": ["test_conv_relu_pool2d.py", "--tf32=on"],
+    "conv_relu_pool2d-tf32": ["test_conv_relu_pool2d.py", "test_conv_relu_pool2d_fields.py", "--tf32=on"],
     "conv_relu_pool2d-ieee": ["test_conv_relu_pool2d.py", "--tf32=off"],
 }
 

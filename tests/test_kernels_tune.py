@@ -73,6 +73,13 @@ def test_subjects_are_every_tuned_bucket() -> None:
     assert all(specimen.tuned for subject in subjects for specimen in subject.specimens)
 
 
+def test_subjects_come_by_their_value() -> None:
+    kernels = list(dict.fromkeys(subject.kernel for subject in tune.find_subjects(SPECIMENS)))
+    assert kernels[0] == "upsample_cross_entropy_backward"
+    firsts = [next(name for name in kernels if name.startswith(first)) for first in tune.MOST_VALUABLE]
+    assert firsts == sorted(firsts, key=kernels.index)
+
+
 # ---- choosing ----
 
 
@@ -85,7 +92,7 @@ def test_search_walks_on_from_what_is_faster() -> None:
         for plan in plans:
             yield plan, 1 + abs(math.log2(plan.tile["BLOCK_P"] / 512)) + differences(plan, best)
 
-    assert tune.search(DEFAULT, time_all) == best
+    assert tune.search(DEFAULT, time_all) == (best, 1.0)
 
 
 def test_search_times_nothing_twice() -> None:
@@ -103,7 +110,7 @@ def test_search_times_nothing_twice() -> None:
 
 
 def test_search_keeps_the_default_where_nothing_works() -> None:
-    assert tune.search(DEFAULT, lambda plans: iter([(DEFAULT, 1.0)] if plans == [DEFAULT] else [])) == DEFAULT
+    assert tune.search(DEFAULT, lambda plans: iter([(DEFAULT, 1.0)] if plans == [DEFAULT] else [])) == (DEFAULT, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -210,6 +217,34 @@ def test_what_cannot_be_launched_is_discarded(run, capsys: pytest.CaptureFixture
     assert "discarded, out of resource: shared memory" in capsys.readouterr().out
 
 
+class Clock:
+    """A clock that stands still unless it is set."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        monkeypatch.setattr(tune, "time", SimpleNamespace(monotonic=lambda: self.now))
+
+
+@pytest.mark.parametrize("budget", [10.0, 30.0, 100.0])
+def test_budget_holds_compiling_timing_and_the_last_comparison(monkeypatch: pytest.MonkeyPatch, budget: float) -> None:
+    clock = Clock(monkeypatch)
+    kernel = Pretended({size: 64 / size for size in (32, 64, 128, 256, 512, 1024)})
+
+    def compile_plans(subject: object, calls: object, target: object, plans: list[Plan]) -> list[None]:
+        clock.now += 3.0
+        return [None] * len(plans)
+
+    def do_bench(call: object, warmup: float, rep: float, return_mode: str) -> float:
+        clock.now += (warmup + rep) / 1000
+        return kernel.milliseconds.get(kernel.block, 9.0)
+
+    monkeypatch.setattr(tune, "compile_plans", compile_plans)
+    monkeypatch.setattr(tune, "do_bench", do_bench)
+    row = tune.tune(kernel.subject, CPU, TARGET, budget)
+    assert clock.now <= budget
+    assert row["ms"] < row["default_ms"]
+
+
 def test_default_is_timed_when_time_is_up(run) -> None:
     row = run(Pretended({64: 1.0, 128: 0.1}), deadline=time.monotonic())
     assert row["tile"] == {"BLOCK": 64}
@@ -256,35 +291,68 @@ def test_merge_replaces_adds_and_drops(tuned: Path) -> None:
 
 def test_command_needs_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert tune.main(None, None) == 2
+    assert tune.main(60.0) == 2
     assert "tuning needs a CUDA device" in capsys.readouterr().err
 
 
 def test_command_names_the_kernels(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert tune.main(None, "cross") == 2
+    assert tune.main(60.0, kernel="cross") == 2
     assert "expected one of conv_relu_pool2d_backward_input, " in capsys.readouterr().err
 
 
-def test_command_writes_after_each_bucket(monkeypatch: pytest.MonkeyPatch, tuned: Path) -> None:
-    subjects = [tune.Subject(name, "all", DEFAULT, []) for name in ("first", "second")]
-    path = tuned / "some-gpu.json"
-
-    def tune_or_stop(subject: tune.Subject, *rest: object) -> dict:
-        if subject.kernel == "second":
-            raise KeyboardInterrupt
-        return make_row(subject.kernel, 128, 0.5, 1.0)
-
+@pytest.fixture
+def some_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pretended GPU, and two pretended kernels."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(launch, "gpu_name", lambda device: "some-gpu")
     driver = SimpleNamespace(active=SimpleNamespace(get_current_target=lambda: TARGET))
     monkeypatch.setattr(triton.runtime, "driver", driver)
+    subjects = [tune.Subject(name, "all", DEFAULT, []) for name in ("first", "second")]
     monkeypatch.setattr(tune, "find_subjects", lambda specimens: subjects)
+
+
+def test_command_writes_after_each_bucket(some_gpu: None, monkeypatch: pytest.MonkeyPatch, tuned: Path) -> None:
+    def tune_or_stop(subject: tune.Subject, *rest: object) -> dict:
+        if subject.kernel == "second":
+            raise KeyboardInterrupt
+        return make_row(subject.kernel, 128, 0.5, 1.0)
+
     monkeypatch.setattr(tune, "tune", tune_or_stop)
     with pytest.raises(KeyboardInterrupt):
-        tune.main(None, None)
-    assert [row["kernel"] for row in tune.read_rows(path)] == ["first"]
+        tune.main(60.0)
+    assert [row["kernel"] for row in tune.read_rows(tuned / "some-gpu.json")] == ["first"]
+
+
+def test_command_writes_to_another_folder(
+    some_gpu: None, monkeypatch: pytest.MonkeyPatch, tuned: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    monkeypatch.setattr(tune, "tune", lambda subject, *rest: make_row(subject.kernel, 128, 0.5, 1.0))
+    folder = tmp_path_factory.mktemp("out") / "new"
+    assert tune.main(60.0, folder) == 0
+    assert [row["kernel"] for row in tune.read_rows(folder / "some-gpu.json")] == ["first", "second"]
+    assert [*tuned.iterdir()] == []
+
+
+def test_command_begins_nothing_that_the_budget_has_no_time_for(
+    some_gpu: None, monkeypatch: pytest.MonkeyPatch, tuned: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = Clock(monkeypatch)
+    deadlines = []
+
+    def until_its_deadline(subject: tune.Subject, device: object, target: object, deadline: float) -> dict:
+        deadlines.append(deadline)
+        clock.now = deadline
+        return make_row(subject.kernel, 128, 0.5, 1.0)
+
+    monkeypatch.setattr(tune, "tune", until_its_deadline)
+    assert tune.main(22.0) == 0
+    assert deadlines == [tune.SECONDS_OF_A_BUCKET]  # and 2 seconds are left
+    assert "time is up; not tuned: second, all" in capsys.readouterr().out
+    clock.now = 0.0
+    assert tune.main(100.0) == 0
+    assert deadlines[1:] == [50.0, 100.0]
 
 
 @pytest.mark.gpu

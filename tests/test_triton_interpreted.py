@@ -17,6 +17,7 @@ pytest.importorskip("triton", reason="Triton isn't installed: it comes with the 
 FILES = {
     "test_cross_entropy.py": 17,
     "test_conv_relu_pool2d.py": 13,
+    "test_conv_relu_pool2d_fields.py": 11,
     "test_relu_pool2d.py": 29,
     "test_relu_pool2d_framework.py": 3,
     "test_triton_labels.py": 1,

@@ -114,7 +114,7 @@ def _forward_cpu(
 
     convolved = torch.conv2d(input, weight, bias, geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
     # Where windows overlap, two of them read one row: it can't be rewritten in passing.
-    in_place = with_skip and not _windows_overlap(geometry)
+    in_place = with_skip and not geometry.windows_overlap
     if with_skip and not in_place:
         convolved.relu_()
     kernels.relu_pool2d_forward(describe(convolved), *outputs, numbers, in_place, threads)
@@ -153,15 +153,11 @@ def _backward_cpu(
     return library_backward(grad_convolved, input, weight, *geometry[:4], needs)
 
 
-def _windows_overlap(geometry: Geometry) -> bool:
-    return any(step < size for step, size in zip(geometry.pool_stride, geometry.pool_size, strict=True))
-
-
 def _forward_triton(
     input: Tensor, weight: Tensor, bias: Tensor | None, numbers: list[int], with_positions: bool, with_skip: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     geometry = unflatten(tuple(numbers))
-    road = choose_gpu_road(weight, geometry.groups, with_skip)
+    road = choose_gpu_road(weight, geometry, with_skip)
     kernels = _triton.kernels("conv_relu_pool2d", "conv_relu_pool2d_fields" if road == "direct" else "relu_pool2d")
     if kernels is None:
         return forward_plain(input, weight, bias, numbers, with_positions, with_skip)
@@ -178,7 +174,7 @@ def _forward_triton(
     if with_skip:
         # The map is overwritten by the skip, unless overlapping windows read it twice, or it lies another way.
         layout = output_format(input, weight)
-        in_place = not _windows_overlap(geometry) and convolved.is_contiguous(memory_format=layout)
+        in_place = not geometry.windows_overlap and convolved.is_contiguous(memory_format=layout)
         skip = convolved if in_place else empty(convolved, tuple(convolved.shape), layout)
     tensors = kernels.ForwardTensors(convolved, bias, output, kept_positions, skip if with_skip else None)
     kernels.forward(tensors, geometry)
@@ -191,7 +187,7 @@ def _backward_triton(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     geometry = unflatten(tuple(numbers))
     _, convolved = output_shapes(input.shape, weight.shape, geometry)
-    direct = choose_gpu_road(weight, geometry.groups, grad_skip is not None) == "direct" and grad_output is not None
+    direct = choose_gpu_road(weight, geometry, grad_skip is not None) == "direct" and grad_output is not None
     kernels = _triton.kernels("conv_relu_pool2d", "conv_relu_pool2d_backward" if direct else "relu_pool2d")
     if kernels is None:
         return backward_plain(grad_output, grad_skip, input, weight, positions, skip, numbers, needs)

@@ -33,6 +33,11 @@ class Geometry(NamedTuple):
         """What the pooling kernels get."""
         return self.pool_size, self.pool_stride, self.pool_padding
 
+    @property
+    def windows_overlap(self) -> bool:
+        """Whether a pixel of the convolution's output lies in several pooling windows."""
+        return any(step < size for step, size in zip(self.pool_stride, self.pool_size, strict=True))
+
 
 def remember(function: F) -> F:
     """`functools.cache` for a function of plain numbers that a call pays more for than its arithmetic is worth.

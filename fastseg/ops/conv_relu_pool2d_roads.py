@@ -104,9 +104,11 @@ GPU_DIRECT_MAX_TAPS = 160
 GPU_DIRECT_MAX_TAPS_WITHOUT_TENSOR_CORES = 64
 
 
-def choose_gpu_road(weight: Tensor, groups: int, with_skip: bool) -> Literal["direct", "library"]:
+def choose_gpu_road(weight: Tensor, geometry: Geometry, with_skip: bool) -> Literal["direct", "library"]:
     """Which road serves a call on a GPU, from shapes and dtype (and torch's setting of TF32) alone."""
-    if groups > 1 or with_skip or weight.dtype == torch.float64:  # float64 products are the library's
+    if geometry.groups > 1 or with_skip or weight.dtype == torch.float64:  # float64 products are the library's
+        return "library"
+    if geometry.windows_overlap:  # the direct kernels would convolve what windows share for each: 2.25 times, in a stem
         return "library"
     tensor_cores = weight.dtype != torch.float32 or convolutions_take_tf32()
     most_taps = GPU_DIRECT_MAX_TAPS if tensor_cores else GPU_DIRECT_MAX_TAPS_WITHOUT_TENSOR_CORES
