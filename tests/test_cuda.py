@@ -283,6 +283,10 @@ def test_predictions_in_a_cuda_graph() -> None:
 
 # ---- memory ----
 
+# torch's allocator gives out a large block whole where less than 1 MiB of it would be left: here the gradient's and the
+# statistics'; and the sums of programs, scalars.
+ROUNDING = 2 * 2**20 + 2**18
+
 
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
 def test_cross_entropy_allocates_a_gradient_and_statistics(layout: str) -> None:
@@ -300,7 +304,7 @@ def test_cross_entropy_allocates_a_gradient_and_statistics(layout: str) -> None:
     functional.cross_entropy(logits, labels).backward()
     growth = torch.cuda.max_memory_allocated() - before
     statistics = 2 * labels.numel() * 4
-    assert growth < logits.nbytes + statistics + 2**20  # and the programs' sums, and the allocator's rounding
+    assert growth < logits.nbytes + statistics + ROUNDING
 
 
 def test_upsample_cross_entropy_allocates_no_upsampled_logits() -> None:
@@ -313,7 +317,7 @@ def test_upsample_cross_entropy_allocates_no_upsampled_logits() -> None:
     functional.upsample_cross_entropy(logits, labels).backward()
     growth = torch.cuda.max_memory_allocated() - before
     statistics = 2 * labels.numel() * 4
-    assert growth < logits.nbytes + statistics + 2**20  # and the programs' sums, and the allocator's rounding
+    assert growth < logits.nbytes + statistics + ROUNDING
 
 
 @pytest.fixture

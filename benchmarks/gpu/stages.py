@@ -20,11 +20,12 @@ MARK = "== "  # begins the line of a stage's output that the summary repeats; it
 # A stage's process gets this long to end by itself, and leave its results, before it is killed.
 GRACE_SECONDS = 3.0
 
-FULL_BUDGET = 480.0  # seconds that the stages' limits are made for
+BUDGET_SECONDS = 480.0  # of a whole run, where nothing else is said
+SHARE_OF_TIMING = 0.35
 
 
 class Stage(NamedTuple):
-    """A stage: its command, and how many seconds of `FULL_BUDGET` it may take.
+    """A stage: its command, and how many seconds it may take.
 
     Args:
         name: What the summary calls it.
@@ -77,49 +78,43 @@ LARGE = (
 def gpu_stages(out: Path, seconds_for_timing: float) -> list[Stage]:
     """The stages on a machine with a GPU."""
     cores = os.cpu_count() or 1
+    on_gpu = ["--device=cuda", "--covering", "--shuffled"]
     install = ["pip", "install", "--no-index", "--no-build-isolation", "--no-deps", "-q", "-e", "."]
+    behaviour = ["-m", "gpu", "tests/test_cuda.py", "-k"]
+    timing = str(out / "timing.json")
     return [
-        Stage("versions", 15, _module("benchmarks.gpu.versions")),
+        Stage("versions", 30, _module("benchmarks.gpu.versions")),
         Stage(
-            "build", 60, _module(*install), {"CMAKE_ARGS": "-DFASTSEG_PORTABLE_ONLY=ON"}, decisive=True,
+            "build", 90, _module(*install), {"CMAKE_ARGS": "-DFASTSEG_PORTABLE_ONLY=ON"}, decisive=True,
             beside_next=True,
         ),
         Stage("compile", 60, _module("benchmarks.gpu.compiling", "--json", str(out / "compile.json"))),
-        Stage("smoke", 40, _module("benchmarks.gpu.smoke", "--device=cuda"), decisive=True),
+        Stage("smoke", 60, _pytest(cores, "-x", "--device=cuda", "--tf32=off", "tests/test_smoke.py"), decisive=True),
+        Stage("parity", 100, _pytest(cores, "--tf32=off", *on_gpu, *PARITY)),
+        Stage("parity, TF32", 40, _pytest(cores, "--tf32=on", *on_gpu, PARITY[-1], "-k", "float32")),
+        Stage("behaviour", 50, _pytest(cores // 2, *behaviour, f"not {LARGE} and not parity_suite")),
+        Stage("behaviour, large", 40, _pytest(1, *behaviour, LARGE)),
         Stage(
-            "parity", 90,
-            _pytest(cores, "--device=cuda", "--tf32=off", "--covering", "--shuffled", *PARITY),
+            "timing", 180,
+            [*_module("benchmarks.gpu.timing", "--device=cuda", "--json", timing), f"--seconds={seconds_for_timing:.0f}"],
         ),
-        Stage(
-            "parity, TF32", 25,
-            _pytest(cores, "--device=cuda", "--tf32=on", "--covering", "--shuffled", PARITY[-1], "-k", "float32"),
-        ),
-        Stage("behaviour", 45, _pytest(min(cores, 6), "-m", "gpu", "tests/test_cuda.py", "-k", f"not {LARGE} and not parity_suite")),
-        Stage("behaviour, large", 30, _pytest(1, "-m", "gpu", "tests/test_cuda.py", "-k", LARGE)),
-        Stage(
-            "timing", 170,
-            _module("benchmarks.gpu.timing", "--device=cuda", "--json", str(out / "timing.json"),
-                    "--seconds", f"{seconds_for_timing:.0f}"),
-        ),
-        Stage("profile", 60, _module("benchmarks.gpu.profiling", "--timing", str(out / "timing.json"))),
+        Stage("profile", 60, _module("benchmarks.gpu.profiling", "--timing", timing)),
     ]  # fmt: skip
 
 
 def rehearsal_stages(out: Path) -> list[Stage]:
     """The same on a machine without a GPU: less of each, interpreted or on the CPU."""
     interpreted = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    timing = str(out / "timing.json")
     return [
-        Stage("versions", 15, _module("benchmarks.gpu.versions")),
-        Stage("compile", 60, _module("benchmarks.gpu.compiling", "--few", "--json", str(out / "compile.json"))),
-        Stage("smoke", 60, _module("benchmarks.gpu.smoke", "--device=cpu"), interpreted, decisive=True),
-        Stage("parity", 60, _pytest(1, "--covering", "--every=97", "tests/test_triton_labels.py", *PARITY[-2:]), interpreted),
-        Stage("behaviour", 30, _pytest(1, "-m", "gpu", "tests/test_cuda.py", "-k", "not parity_suite")),
-        Stage(
-            "timing", 60,
-            _module("benchmarks.gpu.timing", "--device=cpu", "--json", str(out / "timing.json"), "--seconds", "30"),
-        ),
-        Stage("profile", 30, _module("benchmarks.gpu.profiling", "--timing", str(out / "timing.json"))),
-    ]  # fmt: skip
+        Stage("versions", 60, _module("benchmarks.gpu.versions")),
+        Stage("compile", 120, _module("benchmarks.gpu.compiling", "--few", "--json", str(out / "compile.json"))),
+        Stage("smoke", 120, _pytest(1, "-x", "--every=4", "tests/test_smoke.py"), interpreted, decisive=True),
+        Stage("parity", 120, _pytest(1, "--covering", "--every=37", *PARITY[1:2]), interpreted),
+        Stage("behaviour", 60, _pytest(1, "-m", "gpu", "tests/test_cuda.py")),
+        Stage("timing", 120, _module("benchmarks.gpu.timing", "--device=cpu", "--json", timing, "--seconds", "60")),
+        Stage("profile", 60, _module("benchmarks.gpu.profiling", "--timing", timing)),
+    ]
 
 
 class Process:
@@ -172,29 +167,26 @@ class Process:
 
 def run(stages: list[Stage], out: Path, budget: float) -> list[Outcome]:
     """Runs stages one after the other until the budget's seconds are over; how each ended."""
-    end, scale = perf_counter() + budget, min(1.0, budget / FULL_BUDGET)
-    log, outcomes, beside = out / "log.txt", [], []
+    end, log = perf_counter() + budget, out / "log.txt"
+    outcomes: list[Outcome] = []
+    beside: list[Process] = []
     for stage in stages:
-        left = end - perf_counter()
-        if left < GRACE_SECONDS:
+        left = end - perf_counter() - GRACE_SECONDS
+        if left <= 0:
             outcomes.append(Outcome(stage.name, "no time left", 0.0, ""))
             continue
-        process = Process(stage, log, min(stage.seconds * scale, left - GRACE_SECONDS))
+        process = Process(stage, log, min(stage.seconds, left))
+        beside.append(process)
         if stage.beside_next:
-            beside.append(process)
             continue
-        outcome = process.wait()
-        outcomes += [*(other.wait() for other in beside), outcome]
+        ended = [one.wait() for one in beside]
+        failed = [one.stage for one, outcome in zip(beside, ended, strict=True) if outcome.status != "passed"]
+        outcomes += ended
         beside = []
         (out / "summary.md").write_text(table(outcomes))
-        if any(one.status != "passed" and decisive for one, decisive in zip(outcomes, _decisive(stages, outcomes))):
+        if any(stage.decisive for stage in failed):
             break
     return outcomes
-
-
-def _decisive(stages: list[Stage], outcomes: list[Outcome]) -> list[bool]:
-    by_name = {stage.name: stage.decisive for stage in stages}
-    return [by_name[outcome.name] for outcome in outcomes]
 
 
 def table(outcomes: list[Outcome]) -> str:

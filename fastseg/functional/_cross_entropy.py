@@ -154,5 +154,7 @@ def reduce_pixels(
 def in_dtype(loss: Tensor, dtype: torch.dtype) -> Tensor:
     """A loss in the accumulation dtype as one of ``dtype``; unchanged where autocast asks for float32."""
     device = loss.device.type
-    autocasts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    # TorchDynamo can't trace is_autocast_available (torch 2.11); what it compiles for has autocast.
+    available = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)
+    autocasts = available and torch.is_autocast_enabled(device)
     return loss if loss.dtype == dtype or (autocasts and dtype.itemsize < loss.dtype.itemsize) else loss.to(dtype)

@@ -258,7 +258,9 @@ def backward_plain(
 def cast_for_autocast(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """The tensors in autocast's dtype where it is on for their device, as it treats conv2d; float64 stays."""
     device = input.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    # TorchDynamo can't trace is_autocast_available (torch 2.11); what it compiles for has autocast.
+    available = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)
+    if not available or not torch.is_autocast_enabled(device):
         return input, weight, bias
     dtype = torch.get_autocast_dtype(device)
 
