@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastseg import functional, reference
+from fastseg import _native, functional, reference
 from fastseg.testing import assert_parity, make, make_labels, values_and_gradients
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -27,6 +27,9 @@ LABELS = {  # a label dtype and what is ignored, but for uint8, which has no -10
     for dtype, (name, index) in itertools.product(LABEL_DTYPES, IGNORED.items())
     if (dtype, index) != ("uint8", -100)
 }
+
+# Of hypothesis: fewer where each is interpreted, or waits for kernels of its own to be compiled.
+EXAMPLES = 6 if _native.INTERPRETED or torch.get_default_device().type == "cuda" else 60
 
 # Layouts of logits [N, C, h, w].
 VIEWS = {

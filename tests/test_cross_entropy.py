@@ -6,6 +6,7 @@ import pytest
 import torch
 from cross_entropy_cases import (
     DTYPES,
+    EXAMPLES,
     INCOMING,
     LABELS,
     REDUCTIONS,
@@ -133,7 +134,7 @@ def test_strided_gradient(incoming: Callable[[Tensor], Tensor]) -> None:
     )
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=EXAMPLES, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_any_strides(data: st.DataObject) -> None:
     rank = data.draw(st.integers(2, 5), "rank")

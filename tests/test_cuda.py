@@ -37,13 +37,15 @@ PARITY = {
 
 
 @pytest.mark.parametrize("arguments", PARITY.values(), ids=PARITY)
-def test_parity_suite(arguments: list[str]) -> None:
+def test_parity_suite(request: pytest.FixtureRequest, arguments: list[str]) -> None:
     here = Path(__file__).parent
     files = [here / argument if argument.endswith(".py") else argument for argument in arguments]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--device=cuda", *files]
     if importlib.util.find_spec("xdist"):  # most of the time goes into compiling
         processes = (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
         command.append(f"--numprocesses={max(processes, 1)}")
+    if request.config.getoption("--covering"):
+        command.append("--covering")
     run = subprocess.run(command, cwd=here.parent, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
 

@@ -6,12 +6,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from cross_entropy_cases import DTYPES, INCOMING, LABELS, REDUCTIONS, ROWS, VIEWS, WEIGHTS, logits
+from cross_entropy_cases import DTYPES, EXAMPLES, INCOMING, LABELS, REDUCTIONS, ROWS, VIEWS, WEIGHTS, logits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from upsample_cases import (
-    EXAMPLES,
     GRIDS,
     LARGE_GRIDS,
     MODES,

@@ -50,7 +50,6 @@ LARGE_GRIDS: dict[str, tuple[Size, Size]] = {
     "far-down": ((200, 310), (9, 11)),
 }
 
-EXAMPLES = 6 if _native.INTERPRETED else 60  # of hypothesis
 slow_under_the_interpreter = pytest.mark.skipif(_native.INTERPRETED, reason="too slow under Triton's interpreter")
 
 
