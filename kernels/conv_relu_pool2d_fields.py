@@ -83,7 +83,7 @@ def _pool_tap_by_tap(
     POOL: tl.constexpr, POOL_STRIDE: tl.constexpr, POOL_PADDING: tl.constexpr, CLIPPED: tl.constexpr,
     INDEX: tl.constexpr,
 ):  # fmt: skip
-    """Windows' largest values, without the bias, and their positions [BLOCK_P, BLOCK_O]; slowly, in few registers.
+    """Windows' largest values, without the bias, and their positions [BLOCK_P, BLOCK_O]; slowly.
 
     Each position multiplies what it sees and nothing else.
     """
@@ -98,12 +98,12 @@ def _pool_tap_by_tap(
         for product in range(KERNEL[0] * KERNEL[1] * CHANNELS):
             tap, channel = product // CHANNELS, product % CHANNELS
             y, x = rows + tap // KERNEL[1] * DILATION[0], columns + tap % KERNEL[1] * DILATION[1]
-            at = y.to(INDEX) * input_strides[2] + x.to(INDEX) * input_strides[3] + channel * input_strides[1]
-            pixels = tl.load(image + at, exist & within(y, height) & within(x, width), other=0)
-            at = (
-                channel * weight_strides[1] + tap // KERNEL[1] * weight_strides[2] + tap % KERNEL[1] * weight_strides[3]
-            )
-            weights = tl.load(weight + at + channels * weight_strides[0], channels_exist, other=0)
+            plane = image + tl.cast(channel, INDEX) * input_strides[1]
+            at = y.to(INDEX) * input_strides[2] + x.to(INDEX) * input_strides[3]
+            pixels = tl.load(plane + at, exist & within(y, height) & within(x, width), other=0)
+            at = channels * weight_strides[0] + channel * weight_strides[1]
+            at += tap // KERNEL[1] * weight_strides[2] + tap % KERNEL[1] * weight_strides[3]
+            weights = tl.load(weight + at, channels_exist, other=0)
             value += pixels.to(tl.float32)[:, None] * weights.to(tl.float32)[None, :]
         if CLIPPED:
             value = tl.where(exist[:, None], value, float("-inf"))
