@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastseg.kernels.launch import (
+    BACKEND,
     Plan,
     Tiling,
     cdiv,
@@ -213,6 +214,7 @@ def _plans(pixels: int, channels: int) -> dict[str, Plan]:
 FORWARD_PLANS = _plans(pixels=2048, channels=4096)
 BACKWARD_PLANS = _plans(pixels=4096, channels=8192)
 LEAST_PIXELS = 16  # smallest BLOCK_P
+THREADS_OF_A_WARP = 64 if BACKEND == "hip" else 32
 
 
 def _bucket(tensor: Tensor) -> str:
@@ -242,7 +244,10 @@ def _cut(kernel: Any, defaults: dict[str, Plan], map: Tensor, height: int, width
     images, channels, *_ = map.shape
     bucket, pixels = _bucket(map), height * width
     plan = fold(choose(kernel, bucket, defaults, map.device), "BLOCK_P", pixels, "BLOCK_O", channels)
-    plan = fit(plan, "BLOCK_P", LEAST_PIXELS, images * pixels * channels // plan.tile["BLOCK_O"], map.device)
+    # No fewer elements than threads: several threads would have the same one, and where the skip overwrites the map one
+    # of them would read what another has stored.
+    least = max(LEAST_PIXELS, THREADS_OF_A_WARP * plan.num_warps // plan.tile["BLOCK_O"])
+    plan = fit(plan, "BLOCK_P", least, images * pixels * channels // plan.tile["BLOCK_O"], map.device)
     return bucket, plan, tile_map(plan.tile["BLOCK_P"], height, width), cdiv(channels, plan.tile["BLOCK_O"])
 
 

@@ -108,7 +108,7 @@ def check(arguments: list[Tensor | None], **options: object) -> list[Tensor]:
         # indices is compared, not the indices.
         map = reference.conv_relu_pool2d(*(t if t is None else t.double() for t in arguments), **options | SKIP)[2]
         for results in (actual, plain, truth):
-            results[1] = map.flatten(2).gather(2, results[1].flatten(2)).to(results[0].dtype)
+            results[1] = map.flatten(-2).gather(-1, results[1].flatten(-2)).to(results[0].dtype)
     # The longest sum: a weight's gradient runs over all pixels, a value over the kernel's taps.
     terms = max(input[:, 0].numel(), weight[0].numel(), weight[:, 0].numel())
     assert_conv_parity(actual, plain, truth, outputs=outputs, terms=terms)

@@ -204,8 +204,20 @@ def test_one_dimension(reduction: str, smoothing: float) -> None:
     input = logits((7,))
     options = {"reduction": reduction, "label_smoothing": smoothing}
     check(input, torch.tensor(3), **options)
-    check(input, torch.tensor(-100), **options)
     check(input, probabilities_for(input), **options)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_one_dimension_ignored(reduction: str, smoothing: float) -> None:
+    """As on a CPU: on a GPU, torch's mean over no label is 0 for one dimension, and NaN for more."""
+    input, options = logits((7,)), {"reduction": reduction, "label_smoothing": smoothing}
+    loss, gradient = values_and_gradients(functional.cross_entropy, [input, torch.tensor(-100)], **options)
+    expected, plain = values_and_gradients(
+        reference.cross_entropy, [input.cpu(), torch.tensor(-100, device="cpu")], **options
+    )
+    torch.testing.assert_close(loss.cpu(), expected, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(gradient.cpu(), plain, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)

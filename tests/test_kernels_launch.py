@@ -170,6 +170,7 @@ CHANGES = {
     "strides": ((STORAGE[:10:2], STORAGE[:5]), "option"),
     "dtype": ((STORAGE[:5], STORAGE[:5].double()), "option"),
     "alignment": ((STORAGE[1:6], STORAGE[:5]), "option"),
+    "two tensors for one": ((STORAGE[:5], STORAGE[20:25]), "option"),
 }
 
 

@@ -39,6 +39,8 @@ def test_grids(implementation: str, dtype: torch.dtype, mode: dict[str, Any], be
         check(input, labels_for(input, after, ignore_index=255), ignore_index=255, reduction=reduction, **mode)
 
 
+# torch's gradient of "nearest" on a GPU isn't that of its own values where many positions read one (torch 2.11).
+@pytest.mark.usefixtures("plain_upsampling_of_cpus")
 @slow_under_the_interpreter
 @pytest.mark.parametrize(("before", "after"), LARGE_GRIDS.values(), ids=LARGE_GRIDS)
 @pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
