@@ -15,10 +15,7 @@ from fastseg.fusion.pattern import Match
 
 
 def obstacle(match: Match) -> str | None:
-    """Why the values that a match gives would be others than those it replaces, by shape, dtype or strides; or None.
-
-    Without fake tensors of all that it needs, nothing is tried.
-    """
+    """Why the values that a match gives would be others than those it replaces, by shape, dtype or strides; or None."""
     inputs: list[fx.Node] = []
     fx.map_arg(dict(match.arguments), lambda node: inputs.append(node))
     before = {node: value_of(node) for node in match.outputs}
@@ -26,7 +23,7 @@ def obstacle(match: Match) -> str | None:
     # Not torch._guards.detect_fake_mode: TorchDynamo has another one for backends than for the values in its graph.
     mode = next((value.fake_mode for value in values if isinstance(value, FakeTensor)), None)
     if mode is None or any(value is None for value in (*values, *before.values())):
-        return None
+        return "the graph's maker didn't say what the values are"
     arguments = fx.map_arg(dict(match.arguments), value_of)
     try:
         with mode, torch.no_grad(), _autocast_at(match.nodes[-1]):
