@@ -197,6 +197,14 @@ def test_of_graphs_without_parameters() -> None:
     assert str(report).count("Broken.forward, 2 graphs") == 1
 
 
+@pytest.mark.parametrize("layer", [nn.CrossEntropyLoss(), nn.Sequential(nn.LogSoftmax(1))], ids=str)
+def test_of_pytorchs_own_modules_without_parameters(layer: nn.Module) -> None:
+    fused = compiled(layer)
+    fused(*logits_and_labels()[: 1 + isinstance(layer, nn.CrossEntropyLoss)])
+    assert len(fastseg.report(fused).graphs) == 1
+    assert not fastseg.report(nn.ReLU()).graphs
+
+
 def test_of_functions() -> None:
     first, given = compiled(loss), logits_and_labels()
     second, other = torch.compile(loss, **EAGER), torch.compile(lambda x, y: F.cross_entropy(x, y) * 2, **EAGER)

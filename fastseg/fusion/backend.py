@@ -51,9 +51,10 @@ def fastseg(
     replaced, left = rewrite(graph_module)
     graph = Graph(name, code, tuple(replaced), tuple(left), None if replaced else remark)
     logger.info("torch.compile: %s", Report([graph]))
-    eager = inner == "eager"
-    run = graph_module.forward if eager else _inductor(graph_module, example_inputs, mode, inductor_options)
-    return kept(graph, run, example_inputs)
+    if inner == "inductor":
+        return kept(graph, _inductor(graph_module, example_inputs, mode, inductor_options), example_inputs)
+    # Its forward is looked up at each call: TorchDynamo's modules replace it in their first one.
+    return kept(graph, lambda *args: graph_module.forward(*args), example_inputs)
 
 
 fastseg.reset = forget  # type: ignore[attr-defined]  # torch.compiler.reset() calls it

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from fastseg.fusion.report import Graph, Report
+from fastseg.fusion.report import Graph, Report, name_of
 
 _graphs: list[Graph] = []  # as they were captured
 _recordings: list[Report] = []  # those that are open
@@ -49,8 +49,9 @@ def _of_module(model: nn.Module) -> Report:
     own = [graph for graph in _graphs if any(_knows(graph, parameter) for parameter in parameters)]
     found = Report(own)
     if own or not parameters:
-        lines = set().union(*map(_lines, {type(module).forward for module in model.modules()}))
-        found.graphs = [g for g in _graphs if g in own or (not g.parameters and g.code in lines)]
+        kinds = {type(module) for module in model.modules()}
+        codes = set().union({name_of(kind) for kind in kinds}, *(_lines(kind.forward) for kind in kinds))
+        found.graphs = [g for g in _graphs if g in own or (not g.parameters and g.code in codes)]
     if type(model).__module__.startswith("torch.nn."):
         kind = type(model).__name__
         found.empty += f"; PyTorch compiles a bare {kind} by torch.compile(model, ...), not by model.compile(...)"
@@ -82,6 +83,9 @@ def kept(graph: Graph, run: Callable[..., Any], inputs: Sequence[Any]) -> Callab
 
     def call(*args: Any) -> Any:
         if parameters and not _knows(graph, args[parameters[0]]):
+            for key, known in list(graph.parameters.items()):
+                if known() is None:  # of a model that is gone
+                    del graph.parameters[key]
             graph.parameters.update((id(args[at]), weakref.ref(args[at])) for at in parameters)
         for recorded in _recordings:
             if graph not in recorded.graphs:

@@ -78,7 +78,7 @@ class Graph:
 
     Attributes:
         name: Of the function or the module whose code was compiled, with its Python module.
-        code: The file of that code, and a line of it; or None.
+        code: The file of that code, and a line of it; the name for PyTorch's own.
         replaced: The replacements.
         left: What stayed.
         remark: Why there may be so little to replace, or None.
@@ -86,7 +86,7 @@ class Graph:
     """
 
     name: str
-    code: tuple[str, int] | None
+    code: tuple[str, int] | str
     replaced: tuple[Replacement, ...]
     left: tuple[Leftover, ...]
     remark: str | None = None
@@ -170,15 +170,21 @@ def place_of(node: fx.Node) -> Place:
     return Place(path, own[-1] if own else "")
 
 
-def origin_of(graph: fx.Graph) -> tuple[str, tuple[str, int] | None]:
-    """The name of what was compiled, and the file and a line of its code, where a graph says so."""
+def origin_of(graph: fx.Graph) -> tuple[str, tuple[str, int] | str]:
+    """`Graph.name` and `Graph.code`."""
     calls = [node for node in graph.nodes if node.op not in ("placeholder", "get_attr", "output")]
     code = next((frames[0] for node in calls if (frames := _frames(node))), None)
     if code is not None:
         return _name(*code), code
     modules = [list(node.meta.get("nn_module_stack", {}).values()) for node in calls]
     kind = next((stack[0][1] for stack in modules if stack), None)  # PyTorch's own code isn't among the frames
-    return "a graph without a name" if kind is None else f"{kind.__module__}.{kind.__qualname__}", None
+    name = "a function of PyTorch's own" if kind is None else name_of(kind)
+    return name, name
+
+
+def name_of(kind: type) -> str:
+    """A class, with its Python module."""
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _frames(node: fx.Node) -> list[tuple[str, int]]:

@@ -93,7 +93,7 @@ def _laid_out(call: Call, dims: Dims) -> Dims:
     merged = before.ndim - after.ndim + 1
     for first in range(after.ndim):
         rest = first + merged
-        if tuple(after.shape[:first]) == before.shape[:first] and after.shape[first + 1 :] == before.shape[rest:]:
+        if after.shape[:first] == before.shape[:first] and after.shape[first + 1 :] == before.shape[rest:]:
             return [*dims[:first], tuple(dim for group in dims[first:rest] for dim in group), *dims[rest:]]
     raise Unfit
 

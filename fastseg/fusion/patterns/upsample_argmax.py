@@ -49,7 +49,8 @@ def _match_argmax(argmax: Call) -> Match:
 def _match_max(maximum: Call) -> Match:
     parts = {node: maximum.calls.get(node) for node in maximum.node.users}
     indices = {node: part["index"] for node, part in parts.items() if part is not None}
-    demand(parts.keys() == indices.keys() and set(indices.values()) <= {_VALUES, _INDICES})
+    demand(bool(parts) and parts.keys() == indices.keys())
+    demand(all(index in (_VALUES, _INDICES) for index in indices.values()))
     values = [node for node, index in indices.items() if index == _VALUES]
     if not values:
         return _make(maximum, dict.fromkeys(indices), False)
