@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import fx
 
 from fastseg.fusion.calls import tensor_of, value_of
+from fastseg.fusion.pattern import Match
+
+AUTOCAST = (torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast)
 
 # Names in `operator` that begin with i and change nothing.
 _HARMLESS = {"index", "indexOf", "inv", "invert", "is_", "is_not", "itemgetter"}
 _CHANGED_STATISTICS = ("running_mean", "running_var")
 
 
-def obstacle(nodes: Sequence[fx.Node]) -> str | None:
-    """Why the calls ``nodes`` can't be done at once, where the last of them is, or None."""
+def obstacle(match: Match) -> str | None:
+    """Why the calls of a match can't be done at once, where the last of them is, or None."""
+    nodes = match.nodes
     inside = set(nodes)
     read = [value for node in nodes[:-1] for value in node.all_input_nodes if value not in inside]
     kept = [*read, *nodes]
     for node in _between(nodes[0], nodes[-1]):
-        if node in inside:
+        if node in inside or (match.across_autocast and node.target in AUTOCAST):
             continue
         if _changes_state(node):
             return f"{node} between them changes autograd's or autocast's state"

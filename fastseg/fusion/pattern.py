@@ -28,6 +28,8 @@ class Match:
         not_kept: The values that plain PyTorch holds (at least for the backward pass) and ``function`` doesn't: nodes
             of the match, as often as they are held.
         shared: Those of the calls that cost nothing to do again, so that several matches may replace their uses.
+        across_autocast: Whether autocast may change between the calls: but for the last of them it chooses no more than
+            dtypes that the arguments say.
     """
 
     nodes: Sequence[fx.Node]
@@ -36,6 +38,12 @@ class Match:
     arguments: Mapping[str, Any]
     not_kept: Sequence[fx.Node] = ()
     shared: Sequence[fx.Node] = ()
+    across_autocast: bool = False
+
+    @property
+    def place(self) -> fx.Node:
+        """The call before which the function is called: the first of those that it gives the values of."""
+        return next(node for node in self.nodes if node in self.outputs)
 
 
 @dataclass(frozen=True)

@@ -8,21 +8,22 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from fastseg.fusion.report import Graph, Report, name_of
 
 _graphs: list[Graph] = []  # as they were captured
 _recordings: list[Report] = []  # those that are open
+_latest: Callable[[], Tensor | None] = lambda: None  # noqa: E731 - a weak reference to what a graph last ran with
 
 
 def report(of: Any = None) -> Report:
     """What the backend "fastseg" did: what it replaced and where, what it left and why, and the memory that this saves.
 
     A model's graphs are those that ran with one of its parameters, compiled with the model, with a part of it or with
-    a function that calls it; and beside them those without any parameter (a loss after a graph break) that come from
-    the code of its modules' forwards, for whichever model they ran. A function's graphs are those that come from its
-    own code; `recording` has those of what it calls after a graph break as well.
+    a function that calls it; and those without any parameter that ran next (a loss after a graph break). A function's
+    graphs, and those of a model without parameters, are those that come from its own code; `recording` has those of
+    what it calls after a graph break as well.
 
     Args:
         of: A model, compiled in place or not, or what torch.compile gave for a model, a method or a function. None for
@@ -46,12 +47,12 @@ def report(of: Any = None) -> Report:
 
 def _of_module(model: nn.Module) -> Report:
     parameters = list(model.parameters())
-    own = [graph for graph in _graphs if any(_knows(graph, parameter) for parameter in parameters)]
-    found = Report(own)
-    if own or not parameters:
+    if parameters:
+        found = Report([graph for graph in _graphs if any(_knows(graph, parameter) for parameter in parameters)])
+    else:
         kinds = {type(module) for module in model.modules()}
         codes = set().union({name_of(kind) for kind in kinds}, *(_lines(kind.forward) for kind in kinds))
-        found.graphs = [g for g in _graphs if g in own or (not g.parameters and g.code in codes)]
+        found = Report([graph for graph in _graphs if graph.code in codes])
     if type(model).__module__.startswith("torch.nn."):
         kind = type(model).__name__
         found.empty += f"; PyTorch compiles a bare {kind} by torch.compile(model, ...), not by model.compile(...)"
@@ -79,14 +80,15 @@ def kept(graph: Graph, run: Callable[..., Any], inputs: Sequence[Any]) -> Callab
     TorchDynamo runs a graph for other models that are alike, too, and doesn't ask the backend again.
     """
     _graphs.append(graph)
-    parameters = [at for at, value in enumerate(inputs) if isinstance(value, nn.Parameter)]
+    places = [at for at, value in enumerate(inputs) if isinstance(value, nn.Parameter)]
 
     def call(*args: Any) -> Any:
-        if parameters and not _knows(graph, args[parameters[0]]):
-            for key, known in list(graph.parameters.items()):
-                if known() is None:  # of a model that is gone
-                    del graph.parameters[key]
-            graph.parameters.update((id(args[at]), weakref.ref(args[at])) for at in parameters)
+        global _latest
+        first = args[places[0]] if places else _latest()
+        if first is not None:
+            if not _knows(graph, first):
+                _note(graph, [first, *(args[at] for at in places[1:])])
+            _latest = graph.parameters[id(first)]
         for recorded in _recordings:
             if graph not in recorded.graphs:
                 recorded.graphs.append(graph)
@@ -100,7 +102,14 @@ def forget() -> None:
     _graphs.clear()
 
 
-def _knows(graph: Graph, parameter: Any) -> bool:
+def _note(graph: Graph, parameters: Sequence[Tensor]) -> None:
+    for key, known in list(graph.parameters.items()):
+        if known() is None:  # of a model that is gone
+            del graph.parameters[key]
+    graph.parameters.update((id(parameter), weakref.ref(parameter)) for parameter in parameters)
+
+
+def _knows(graph: Graph, parameter: Tensor) -> bool:
     known = graph.parameters.get(id(parameter))
     return known is not None and known() is parameter  # else the id is another one's by now
 

@@ -7,9 +7,8 @@ import linecache
 import os
 import re
 import sys
-import weakref
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -82,7 +81,7 @@ class Graph:
         replaced: The replacements.
         left: What stayed.
         remark: Why there may be so little to replace, or None.
-        parameters: Those that the graph has run with, by their ids.
+        parameters: Those that the graph has run with, or after, where it has none itself; by their ids.
     """
 
     name: str
@@ -90,7 +89,7 @@ class Graph:
     replaced: tuple[Replacement, ...]
     left: tuple[Leftover, ...]
     remark: str | None = None
-    parameters: dict[int, weakref.ref[Tensor]] = field(default_factory=dict, repr=False)
+    parameters: dict[int, Callable[[], Tensor | None]] = field(default_factory=dict, repr=False)
 
 
 @dataclass

@@ -132,7 +132,7 @@ class _Search:
             for user in node.users:
                 if user not in match.nodes:
                     return self._has_user(node, user)
-        return effects.obstacle(match.nodes) or trial.obstacle(match)
+        return effects.obstacle(match) or trial.obstacle(match)
 
     def _escaping(self, chosen: list[_Candidate]) -> Iterator[tuple[_Candidate, str]]:
         """The candidates of which a shared value has a user that isn't replaced, and why that can't be."""
@@ -166,7 +166,7 @@ def _put(graph: fx.Graph, match: Match, earlier: Mapping[fx.Node, fx.Node]) -> d
 
     The match was found before ``earlier`` values were replaced.
     """
-    first = next(node for node in match.nodes if node in match.outputs)
+    first = match.place
     with graph.inserting_before(first):
         arguments = fx.map_arg(dict(match.arguments), lambda node: earlier.get(node, node))
         new = graph.call_function(match.function, kwargs=arguments)

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
 from fastseg.fusion.calls import value_of
+from fastseg.fusion.effects import AUTOCAST
 from fastseg.fusion.pattern import Match
 
 
@@ -26,7 +27,7 @@ def obstacle(match: Match) -> str | None:
         return "the graph's maker didn't say what the values are"
     arguments = fx.map_arg(dict(match.arguments), value_of)
     try:
-        with mode, torch.no_grad(), _autocast_at(match.nodes[-1]):
+        with mode, torch.no_grad(), _autocast_at(match.place):
             results = match.function(**arguments)
     except (RuntimeError, TypeError, ValueError) as error:
         return f"{match.function.__name__} refuses it: {error}"
@@ -61,13 +62,14 @@ def _strides(tensor: Tensor) -> tuple[int, ...]:
 @contextlib.contextmanager
 def _autocast_at(place: fx.Node) -> Iterator[None]:
     """The autocast that the graph itself has entered before a node, on top of the one around it."""
+    enter, leave = AUTOCAST
     entered: dict[fx.Node, tuple[Any, ...]] = {}
     for node in place.graph.nodes:
         if node is place:
             break
-        if node.target is torch.amp.autocast_mode._enter_autocast:
+        if node.target is enter:
             entered[node] = node.args
-        elif node.target is torch.amp.autocast_mode._exit_autocast:
+        elif node.target is leave:
             entered.pop(node.args[0], None)
     with contextlib.ExitStack() as stack:
         for device, dtype, enabled, cache in entered.values():

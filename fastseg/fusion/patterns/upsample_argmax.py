@@ -86,6 +86,7 @@ def _make(last: Call, outputs: dict[fx.Node, int | None], with_confidence: bool)
         },
         not_kept=[*up.nodes[:1], *(call.node for call in calls[:-1])],
         shared=[node for node in nodes if node not in outputs],
+        across_autocast=True,
     )
 
 

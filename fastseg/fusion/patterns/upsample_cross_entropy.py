@@ -64,6 +64,7 @@ def _match(loss: Call) -> Match:
         },
         not_kept=[up.nodes[0], up.nodes[-1]],  # the logits, and their logarithmic softmax
         shared=up.nodes,
+        across_autocast=True,
     )
 
 
