@@ -139,7 +139,7 @@ class OtherCase(ModelCase):
 
     @functools.cached_property
     def fused_step(self) -> Job:
-        """A training step through the backend: one, so that its report can be asked for afterwards."""
+        """A training step through the backend: one, compiled once."""
         return self._fused(training=True)
 
     @functools.cached_property
@@ -210,6 +210,7 @@ def measure(case: OtherCase, effort: Effort = EFFORT) -> dict[str, Any]:
         with (
             torch._inductor.config.patch(dict(case.inductor)),
             torch._dynamo.config.patch(recompile_limit=ENOUGH_GRAPHS),
+            fastseg.recording() as found,
         ):
             outcomes = verify_and_time(case, timing == STEP, effort)
         for contestant, outcome in outcomes.items():
@@ -219,7 +220,6 @@ def measure(case: OtherCase, effort: Effort = EFFORT) -> dict[str, Any]:
             else:
                 reason = f"{type(outcome).__name__}: {outcome}"
                 result["missing"].append({"timing": timing, "kind": contestant.kind, "reason": reason})
-        found = fastseg.report((case.fused_step if timing == STEP else case.fused_prediction).function)
         replaced[timing] = Counter(replacement.operator for replacement in found.replaced)
     result |= {"timings": timings, "replaced": replaced}
     result["difference"] = difference(case) if FASTSEG in timings[STEP] else {}  # of what was verified

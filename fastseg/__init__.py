@@ -3,7 +3,7 @@
 from fastseg import functional, losses, metrics, models, reference
 from fastseg._info import info
 from fastseg._version import __version__
-from fastseg.fusion import fuse, report, unfuse
+from fastseg.fusion import recording, report
 from fastseg.modules import (
     Conv2d,
     ConvReLUPool2d,
@@ -30,12 +30,11 @@ __all__ = [
     "UpsampleFocalLoss",
     "__version__",
     "functional",
-    "fuse",
     "info",
     "losses",
     "metrics",
     "models",
+    "recording",
     "reference",
     "report",
-    "unfuse",
 ]

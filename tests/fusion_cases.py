@@ -38,11 +38,11 @@ class Case(NamedTuple):
 # ---- front end ----
 
 
-def images(dtype: torch.dtype, layout: str, *, groups: int = 1, kernel: int = 3) -> list[Tensor | None]:
+def images(dtype: torch.dtype, layout: str, *, channels: int = 4, groups: int = 1) -> list[Tensor | None]:
     """Images, a convolution's weight and bias."""
     return [
-        make((2, 4, 13, 18), dtype, seed=1, layout=layout, requires_grad=True),
-        make((8, 4 // groups, kernel, kernel), dtype, seed=2, requires_grad=True),
+        make((2, channels, 13, 18), dtype, seed=1, layout=layout, requires_grad=True),
+        make((8, channels // groups, 3, 3), dtype, seed=2, requires_grad=True),
         make((8,), dtype, seed=3, requires_grad=True),
     ]
 
@@ -160,11 +160,7 @@ def conv_used_before_relu(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tens
 
 def wide_images(dtype: torch.dtype, layout: str) -> list[Tensor | None]:
     """As `images`, with so many channels that Winograd's algorithm serves the convolution without a pool, too."""
-    return [
-        make((2, 6, 13, 18), dtype, seed=1, layout=layout, requires_grad=True),
-        make((8, 6, 3, 3), dtype, seed=2, requires_grad=True),
-        make((8,), dtype, seed=3, requires_grad=True),
-    ]
+    return images(dtype, layout, channels=6)
 
 
 def wide_normalised(dtype: torch.dtype, layout: str) -> list[Tensor | None]:
@@ -232,10 +228,7 @@ def logits(dtype: torch.dtype, layout: str) -> list[Tensor | None]:
 
 
 def full_logits(dtype: torch.dtype, layout: str) -> list[Tensor | None]:
-    return [
-        make((2, CLASSES, 24, 32), dtype, seed=1, layout=layout, requires_grad=True),
-        *logits(dtype, layout)[1:],
-    ]
+    return [make((2, CLASSES, 24, 32), dtype, seed=1, layout=layout, requires_grad=True), *logits(dtype, layout)[1:]]
 
 
 def upsampled_loss(x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
@@ -279,6 +272,32 @@ def upsampled_nll_loss(x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     return F.nll_loss(F.log_softmax(up, dim=1), target, weight, ignore_index=255)
 
 
+def upsampled_loss_of_rows(x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    up = F.interpolate(x, size=target.shape[-2:], mode="bilinear")
+    return F.cross_entropy(up.permute(0, 2, 3, 1).reshape(-1, CLASSES), target.view(-1), weight, ignore_index=255)
+
+
+def upsampled_loss_of_each_row(x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    rows = F.interpolate(x, scale_factor=4).permute(0, 2, 3, 1).contiguous().view(-1, CLASSES)
+    return F.cross_entropy(rows, target.flatten(), ignore_index=255, reduction="none")
+
+
+def upsampled_nll_loss_of_rows(x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    rows = torch.flatten(F.interpolate(x, (24, 32), mode="bilinear"), 2).transpose(1, 2).reshape(-1, CLASSES).double()
+    return F.nll_loss(rows.log_softmax(-1), target.reshape(-1), ignore_index=255)
+
+
+def upsampled_loss_in_double(x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    up = F.interpolate(x, size=target.shape[-2:], mode="bilinear")
+    return F.cross_entropy(up.to(torch.float64), target, ignore_index=255)
+
+
+def upsampled_loss_after_autocast(x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16, enabled=x.dtype == torch.float32):
+        up = F.interpolate(x, size=target.shape[-2:], mode="bilinear")
+    return F.cross_entropy(up.double(), target, ignore_index=255)
+
+
 def nll_loss(x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     return F.nll_loss(x.log_softmax(1), target, weight, ignore_index=255, reduction="none")
 
@@ -289,6 +308,15 @@ def prediction_by_max(x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
 
 def prediction_by_max_indices(x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     return F.interpolate(x, size=(13, 17)).softmax(1).max(dim=1, keepdim=True).indices
+
+
+def prediction_and_confidence(x: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    confidence, labels = F.interpolate(x.detach(), (13, 17), mode="bilinear").softmax(1).max(1, keepdim=True)
+    return labels, confidence
+
+
+def confidence_in_double(x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    return torch.max(F.interpolate(x.detach(), scale_factor=2).double().softmax(1), 1)[0]
 
 
 def prediction(x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
@@ -357,6 +385,13 @@ CASES = {
     "prediction, max": Case(prediction_by_max, logits, ("upsample_argmax",)),
     "prediction, max, kept dim": Case(prediction_by_max_indices, logits, ("upsample_argmax",)),
     "upsampled loss, nll": Case(upsampled_nll_loss, logits, ("upsample_cross_entropy",), PIXELS),
+    "upsampled loss, rows": Case(upsampled_loss_of_rows, logits, ("upsample_cross_entropy",), PIXELS),
+    "upsampled loss, rows, none": Case(upsampled_loss_of_each_row, logits, ("upsample_cross_entropy",), PIXELS),
+    "upsampled loss, rows, nll": Case(upsampled_nll_loss_of_rows, logits, ("upsample_cross_entropy",), PIXELS),
+    "upsampled loss, cast": Case(upsampled_loss_in_double, logits, ("upsample_cross_entropy",), PIXELS),
+    "upsampled loss, autocast": Case(upsampled_loss_after_autocast, logits, ("upsample_cross_entropy",), PIXELS),
+    "prediction and confidence": Case(prediction_and_confidence, logits, ("upsample_argmax",)),
+    "confidence, cast": Case(confidence_in_double, logits, ("upsample_argmax",), CLASSES),
     "loss, nll": Case(nll_loss, full_logits, ("cross_entropy",), PIXELS),
     "prediction, recomputed": Case(prediction_recomputed, logits, ("upsample_argmax",)),
     "loss": Case(loss, full_logits, ("cross_entropy",), PIXELS),

@@ -13,6 +13,11 @@ from torch import Tensor, nn
 
 from fastseg.testing import assert_parity, make, make_labels
 
+# What is put into `Net` with its loss.
+_LOSSES = ["upsample_cross_entropy", "upsample_cross_entropy"]
+TRAINED = ["conv_relu_pool2d", "relu_pool2d", *_LOSSES]
+EVALUATED = ["conv_relu_pool2d", "conv_relu_pool2d", *_LOSSES]
+
 
 class Level(nn.Module):
     """Convolution, batch normalisation and ReLU, as most encoders have them."""

@@ -1,7 +1,6 @@
 """torch.compile(model, backend="fastseg"): training, inference, and what else a model goes through."""
 
 import copy
-import logging
 import subprocess
 import sys
 import textwrap
@@ -10,18 +9,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from fusion_cases import CLASSES, compiled, operators
-from fusion_networks import Net, assert_trains_alike, batch
+from fusion_cases import compiled, operators
+from fusion_networks import EVALUATED, TRAINED, Net, assert_trains_alike, batch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fastseg
 from fastseg.fusion.rewriting import rewrite
 from fastseg.testing import assert_parity
-
-LOSSES = ["upsample_cross_entropy", "upsample_cross_entropy"]
-TRAINED = ["conv_relu_pool2d", "relu_pool2d", *LOSSES]
-EVALUATED = ["conv_relu_pool2d", "conv_relu_pool2d", *LOSSES]
 
 
 @pytest.fixture
@@ -120,7 +115,8 @@ class CompileCounter:
         self.operators: list[list[str]] = []
 
     def __call__(self, graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
-        self.operators.append(operators(rewrite(graph)))
+        replaced, _ = rewrite(graph)
+        self.operators.append(sorted(replacement.operator for replacement in replaced))
         return graph.forward
 
 
@@ -144,7 +140,7 @@ def test_graph_breaks(net: Net) -> None:
     fused, given = compiled(model), batch()
     torch.testing.assert_close(fused(*given), model(*given))
     report = fastseg.report(fused)
-    assert report.graphs == 3
+    assert len(report.graphs) == 3
     assert operators(report) == ["conv_relu_pool2d"] * 2 + ["upsample_cross_entropy"]
 
 
@@ -158,7 +154,7 @@ def test_changes_of_mode_are_seen(net: Net) -> None:
         net.load_state_dict(before)
         torch.testing.assert_close(loss, net(*given))
         torch.testing.assert_close(after, dict(net.state_dict()))
-    assert fastseg.report(fused).graphs == 2
+    assert len(fastseg.report(fused).graphs) == 2
 
 
 def test_the_state_dict_goes_both_ways(net: Net) -> None:
@@ -191,106 +187,6 @@ def test_activation_checkpoints(net: Net, inner: str) -> None:
 
     assert_trains_alike(Checkpointed(), run, [batch(seed=seed) for seed in range(2)])
     assert operators(fastseg.report(made[0])) == ["conv_relu_pool2d", "upsample_cross_entropy"]
-
-
-def test_a_train_step_and_model_compile(net: Net) -> None:
-    """A function that calls the model, and the model compiled in place, have reports, too."""
-
-    def step(x: Tensor, y: Tensor) -> Tensor:
-        return net(x, y) * 2
-
-    fused, given = compiled(step), batch()
-    fused(*given).backward()
-    assert operators(fastseg.report(fused)) == TRAINED
-    net.compile(backend="fastseg", options={"inner": "eager"})
-    net(*given)
-    assert operators(fastseg.report(net)) == TRAINED
-
-
-# ---- the report ----
-
-
-def test_the_report_says_where_and_why(net: Net, caplog: pytest.LogCaptureFixture) -> None:
-    fused, given = compiled(net), batch()
-    assert str(fastseg.report(fused)) == "fastseg: no graph was captured yet: call the model first"
-    with caplog.at_level(logging.INFO, "fastseg"):
-        fused(*given)
-    report = fastseg.report(fused)
-    by_module = {replacement.place.module: replacement for replacement in report.replaced}
-    assert set(by_module) == {"level.relu", "features.0", "", "auxiliary.1"}
-    assert by_module["level.relu"].saved_bytes == 0  # the un-pooled value is the skip
-    assert by_module["features.0"].saved_bytes == 2 * 8 * 8 * 12 * 4  # the map before the pool
-    assert by_module[""].saved_bytes == 2 * (2 * 5 * 16 * 24) * 4  # the upsampled logits and their softmax
-    assert report.saved_bytes == sum(r.saved_bytes or 0 for r in report.replaced)
-    source = by_module[""].place.source
-    file, _, line = source.rpartition(":")
-    with open(file) as lines:
-        assert "F.interpolate(low" in lines.readlines()[int(line) - 1]
-    text = str(report)
-    assert text.splitlines()[0] == "fastseg: 4 replaced, 66.0 KiB not kept, 0 left"
-    assert "replaced conv2d + [batch_norm] + relu + max_pool2d -> conv_relu_pool2d, 6.0 KiB not kept" in text
-    assert f"at the outermost forward ({source})" in text
-    assert any(text in record.getMessage() for record in caplog.records)
-
-
-def test_the_report_says_what_was_left() -> None:
-    layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.MaxPool2d(2, dilation=2))
-    fused = compiled(layers)
-    fused(torch.randn(1, 3, 8, 8))
-    (left,) = fastseg.report(fused).left  # once, though two patterns look like it
-    assert (left.place.module, left.reason) == ("2", "max_pool2d with dilation")
-    expected = f"  left conv2d + [batch_norm] + relu + max_pool2d: max_pool2d with dilation\n    at {left.place}"
-    assert str(fastseg.report(fused)).endswith(expected)
-
-
-@pytest.mark.parametrize("reset", [False, True])
-def test_equal_calls_of_torch_compile_share_graphs_and_report(net: Net, reset: bool) -> None:
-    """TorchDynamo runs the graphs of the first for the second, whose backend it doesn't ask."""
-    first, given = compiled(net), batch()
-    first(*given)
-    if reset:
-        torch._dynamo.reset()
-    for model in (net, copy.deepcopy(net)):
-        second = torch.compile(model, backend="fastseg", options={"inner": "eager"})
-        second(*given)
-        assert fastseg.report(second).replaced == fastseg.report(first).replaced
-
-
-def test_reports_are_not_shared_by_others(net: Net) -> None:
-    """Neither by a model with other layers, nor for another method, nor after a reset."""
-    compiled(net)(*batch())
-    wider = Net()
-    wider.skip = nn.Conv2d(8, CLASSES, 1, bias=False)
-    options = {"inner": "eager"}
-    for other in (wider, net.logits, torch.nn.functional.relu):
-        assert fastseg.report(torch.compile(other, backend="fastseg", options=options)).graphs == 0
-    torch._dynamo.reset()
-    assert fastseg.report(torch.compile(net, backend="fastseg", options=options)).graphs == 0
-
-
-def test_equal_calls_of_a_function_share_graphs_and_report() -> None:
-    def loss(x: Tensor, y: Tensor) -> Tensor:
-        return F.cross_entropy(x, y)
-
-    x, y = torch.randn(2, CLASSES, 4, 4), torch.zeros(2, 4, 4, dtype=torch.int64)
-    first = compiled(loss)
-    second = torch.compile(loss, backend="fastseg", options={"inner": "eager"})
-    for fused in (first, second):
-        fused(x, y)
-        assert operators(fastseg.report(fused)) == ["cross_entropy"]
-
-
-def test_nothing_matches() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GELU())
-    fused, x = compiled(model), torch.randn(1, 3, 8, 8)
-    assert torch.equal(fused(x), model(x))
-    assert str(fastseg.report(fused)) == "fastseg: nothing replaced, 0 left: the model runs as it was"
-
-
-@pytest.mark.parametrize("model", [Net(), torch.compile(Net()), torch.compile(F.relu), 3])
-def test_no_report_of_other_things(model: Any) -> None:
-    with pytest.raises(TypeError, match="model: expected what"):
-        fastseg.report(model)
 
 
 # ---- options and errors ----

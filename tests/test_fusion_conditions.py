@@ -7,11 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fusion_cases import compiled, conv_in_place, full_logits, images, logits, normalised, operators
-from torch import Tensor, nn
+from torch import Tensor
 
 import fastseg
-from fastseg.ops import conv_relu_pool2d_roads
-from fastseg.testing import make
 
 # A function whose calls stay, its tensors, the reason, and the operators that take a part of them all the same.
 LEFT: dict[str, tuple[Callable[..., Any], Callable[..., Any], str, list[str]]] = {}
@@ -229,10 +227,40 @@ def scores_used_elsewhere(x: Tensor, target: Tensor, weight: Tensor) -> tuple[Te
     return F.nll_loss(scores, target, ignore_index=255), scores.exp()
 
 
-@left(logits, "has another user: getitem")
+@left(logits, "the largest values themselves are used")
 def largest_logit_used(x: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     values, classes = F.interpolate(x, (24, 32)).max(1)
     return classes, values
+
+
+@left(logits, "the largest probabilities need a gradient")
+def confidence_with_gradient(x: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    confidence, classes = F.interpolate(x, (24, 32)).softmax(1).max(1)
+    return confidence, classes
+
+
+@left(logits, "converted to torch.bfloat16")
+def logits_narrowed(x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    return F.interpolate(x, (24, 32)).bfloat16().argmax(1)
+
+
+@left(logits, "no map of pixels")
+def rows_of_another_order(x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """Each row holds five columns of a line, not five classes."""
+    rows = F.interpolate(x, (24, 30)).reshape(-1, 5)
+    return F.cross_entropy(rows, target[:, :, :30].flatten(), ignore_index=255)
+
+
+@left(logits, "no map of pixels")
+def rows_of_a_map_on_its_side(x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    rows = F.interpolate(x, (24, 32)).permute(0, 3, 2, 1).reshape(-1, 5)
+    return F.cross_entropy(rows, target.flatten(), ignore_index=255)
+
+
+@left(logits, "permute (rows) has another user")
+def rows_used_elsewhere(x: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    rows = F.interpolate(x, (24, 32)).permute(0, 2, 3, 1)
+    return F.cross_entropy(rows.reshape(-1, 5), target.flatten(), ignore_index=255), rows.sin()
 
 
 @left(logits, "another dimension")
@@ -334,64 +362,3 @@ def test_probabilities_are_no_labels() -> None:
     report = fastseg.report(fused)
     assert [r.operator for r in report.replaced] == ["cross_entropy"]
     assert "class probabilities" in report.left[0].reason
-
-
-PLAIN_CONVOLUTIONS = {
-    "few-channels": ((2, 4, 16, 16), {}),
-    "few-pixels": ((1, 8, 9, 9), {}),
-    "stride": ((2, 8, 32, 32), {"stride": 2}),
-    "dilation": ((2, 8, 32, 32), {"dilation": 2}),
-    "groups": ((2, 8, 32, 32), {"groups": 2}),
-    "kernel": ((2, 8, 32, 32), {"kernel_size": 5}),
-}
-
-
-@pytest.mark.parametrize("name", PLAIN_CONVOLUTIONS)
-def test_convolutions_without_a_pool_stay_unless_winograd_serves_them(name: str) -> None:
-    """They are everywhere, and PyTorch's own serves them as well: no word of it."""
-    shape, options = PLAIN_CONVOLUTIONS[name]
-    model = nn.Sequential(nn.Conv2d(shape[1], 6, **{"kernel_size": 3} | options), nn.ReLU(inplace=True))
-    x = make(shape)
-    for fused in (compiled(model), fastseg.fuse(model)):
-        assert torch.equal(fused(x), model(x))
-        assert not fastseg.report(fused).left
-    assert bool(fastseg.report(fused).replaced) == (name == "few-pixels")  # which only the call knows
-
-
-def test_a_convolution_without_a_pool_stays_on_other_devices() -> None:
-    model = nn.Sequential(nn.Conv2d(8, 6, 3), nn.ReLU()).to("meta")
-    fused = compiled(model)
-    fused(torch.empty(2, 8, 32, 32, device="meta"))
-    report = fastseg.report(fused)
-    assert (report.graphs, report.replaced, report.left) == (1, (), ())
-
-
-def test_a_small_convolution_alone_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    def convolve(x: Tensor, weight: Tensor) -> Tensor:
-        return F.conv2d(x, weight).sin()
-
-    called = make((1, 8, 16, 17)), make((4, 8, 3, 3))
-    for least, expected in ((16 * 17 * 8 * 4 * 9, ["conv2d"]), (16 * 17 * 8 * 4 * 9 + 1, [])):
-        monkeypatch.setattr(conv_relu_pool2d_roads, "CONV2D_MIN_PRODUCTS", least)
-        fused = compiled(convolve)
-        fused(*called)
-        assert operators(fastseg.report(fused)) == expected
-
-
-def test_a_convolution_with_a_hook_stays() -> None:
-    model = nn.Sequential(nn.Conv2d(8, 6, 3), nn.ReLU())
-    model[0].register_forward_hook(lambda module, args, output: None)
-    report = fastseg.report(fastseg.fuse(model))
-    assert report.replaced == ()
-    assert {leftover.reason for leftover in report.left} == {"the module has hooks"}
-
-
-def test_a_hook_sees_what_it_saw() -> None:
-    seen: list[Tensor] = []
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.MaxPool2d(2))
-    model[0].register_forward_hook(lambda module, args, output: seen.append(output))
-    fused, x = compiled(model), torch.randn(1, 3, 8, 8)
-    fused(x)
-    model(x)
-    torch.testing.assert_close(seen[0], seen[1], rtol=0, atol=0)
-    assert operators(fastseg.report(fused)) == ["relu_pool2d"]

@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from fastseg._native import logger
-from fastseg.fusion.report import Report, merge
+from fastseg.fusion.record import forget, kept
+from fastseg.fusion.report import Graph, Report, origin_of
 from fastseg.fusion.rewriting import rewrite
 
 INNER = ("inductor", "eager")
-_REPORTS = "fastseg_reports"  # the attribute of a torch.compile call's own object that holds the reports of its graphs
-
-# The attributes in which TorchDynamo's wrappers of a backend hold what they wrap: of torch 2.13, and of older versions.
-_WRAPPED = ("_torchdynamo_orig_backend", "_torchdynamo_orig_callable")
-
-# What torch.compile calls of a module: its forward, after hooks.
-_MODULE_CALLS = (nn.Module._call_impl.__code__, nn.Module._wrapped_call_impl.__code__)
 
 
 def fastseg(
@@ -54,10 +46,18 @@ def fastseg(
             logger.warning("the graph runs without Inductor, by plain PyTorch: %s", missing)
     if inner == "eager" and (mode is not None or inductor_options):
         logger.warning("mode and options of Inductor have no meaning without it: %s, %s", mode, inductor_options)
-    report = rewrite(graph_module)
-    logger.info("torch.compile: %s", report)
-    _file(report)
-    return graph_module.forward if inner == "eager" else _inductor(graph_module, example_inputs, mode, inductor_options)
+    name, code = origin_of(graph_module.graph)
+    remark = _remark(graph_module.graph, example_inputs)
+    replaced, left = rewrite(graph_module)
+    graph = Graph(name, code, tuple(replaced), tuple(left), None if replaced else remark)
+    logger.info("torch.compile: %s", Report([graph]))
+    if inner == "inductor":
+        return kept(graph, _inductor(graph_module, example_inputs, mode, inductor_options), example_inputs)
+    # Its forward is looked up at each call: TorchDynamo's modules replace it in their first one.
+    return kept(graph, lambda *args: graph_module.forward(*args), example_inputs)
+
+
+fastseg.reset = forget  # type: ignore[attr-defined]  # torch.compiler.reset() calls it
 
 
 def _inductor(
@@ -91,108 +91,13 @@ def _missing_compiler(example_inputs: list[Any]) -> str | None:
     return None
 
 
-# ---- reports ----
-
-
-class _Filed(NamedTuple):
-    """A graph's report, kept with the torch.compile call that the graph belongs to.
-
-    Attributes:
-        structure: What was compiled, see `_structure`.
-        report: The report.
-    """
-
-    structure: Any
-    report: Report
-
-
-def _file(report: Report) -> None:
-    """Keeps a graph's report with the torch.compile call that the graph belongs to.
-
-    TorchDynamo doesn't tell a backend whose graph it gets; but the object that torch.compile made calls it, and the
-    function that torch.compile returned is farther up the stack.
-    """
-    frame = sys._getframe(2)
-    caller = frame.f_locals.get("self")
-    if not isinstance(caller, torch._TorchCompileWrapper):
-        return
-    compiled: FrameType | None = frame
-    while compiled is not None and not _is_compiled_call(compiled):
-        compiled = compiled.f_back
-    structure = None if compiled is None else _structure(compiled.f_locals["fn"])
-    vars(caller).setdefault(_REPORTS, []).append(_Filed(structure, report))
-
-
-def _is_compiled_call(frame: FrameType) -> bool:
-    """Whether a frame is a call of what torch.compile returned."""
-    code = frame.f_code
-    return code.co_filename == torch._dynamo.eval_frame.__file__ and "fn" in code.co_freevars
-
-
-def report_of(compiled: Any) -> Report | None:
-    """The report of all graphs of what torch.compile gave with this backend; None for anything else.
-
-    TorchDynamo runs the graphs of one torch.compile call for another one with equal options, of the same function or of
-    a model of the same structure. Those count, too.
-    """
-    if isinstance(compiled, nn.Module) and compiled._compiled_call_impl is not None:  # model.compile(...)
-        compiled = compiled._compiled_call_impl
-    wrapper, original = _wrapper(compiled), _original(compiled)
-    if wrapper is None or wrapper.compiler_fn is not fastseg:
+def _remark(graph: fx.Graph, example_inputs: list[Any]) -> str | None:
+    """Why a graph may hold less than its model's code: a tensor subclass, of which each call is a graph of its own."""
+    kinds = {type(value).__name__ for value in example_inputs if torch.overrides.has_torch_function((value,))}
+    if not kinds:
         return None
-    structure = _structure(original)
-    own = [filed.report for filed in vars(wrapper).get(_REPORTS, ())]
-    shared = [
-        filed.report
-        for other in _equal_wrappers(wrapper, original)
-        for filed in vars(other).get(_REPORTS, ())
-        if filed.structure == structure
-    ]
-    return merge([*own, *shared])
-
-
-def _wrapper(compiled: Any) -> torch._TorchCompileWrapper | None:
-    """The object that torch.compile made for its backend."""
-    context = getattr(compiled, "dynamo_ctx", None)  # a module's; a function has it in a closure only
-    if context is None and hasattr(compiled, "get_compiler_config"):
-        cells = compiled.get_compiler_config.__closure__ or ()
-        context = next((cell.cell_contents for cell in cells), None)
-    return _innermost(getattr(context, "callback", None))
-
-
-def _innermost(backend: Any) -> torch._TorchCompileWrapper | None:
-    """What TorchDynamo's wrappers of a backend hold, where torch.compile made it."""
-    while inner := [getattr(backend, name) for name in _WRAPPED if hasattr(backend, name)]:
-        backend = inner[0]
-    return backend if isinstance(backend, torch._TorchCompileWrapper) else None
-
-
-def _original(compiled: Any) -> Callable[..., Any]:
-    """What torch.compile was given: a module, a method of one, or a function."""
-    module = getattr(compiled, "_orig_mod", None)
-    return getattr(compiled, "_torchdynamo_orig_callable", compiled) if module is None else module
-
-
-def _structure(function: Callable[..., Any]) -> Any:
-    """What two torch.compile calls have in common whose graphs TorchDynamo shares: layers and method, or a function."""
-    owner = getattr(function, "__self__", function)
-    if not isinstance(owner, nn.Module):
-        return function
-    code = getattr(function, "__code__", None)
-    return repr(owner), type(owner).forward.__code__ if code in (None, *_MODULE_CALLS) else code
-
-
-def _equal_wrappers(
-    wrapper: torch._TorchCompileWrapper, original: Callable[..., Any]
-) -> list[torch._TorchCompileWrapper]:
-    """Those of equal torch.compile calls whose graphs TorchDynamo still holds for the code of a model or function."""
-    owner = getattr(original, "__self__", original)
-    forwards = [type(module).forward for module in owner.modules()] if isinstance(owner, nn.Module) else []
-    codes = {code for code in (getattr(f, "__code__", None) for f in (*forwards, original)) if code is not None}
-    found: dict[int, torch._TorchCompileWrapper] = {}
-    for code in (*codes, *_MODULE_CALLS):
-        for entry in torch._dynamo.eval_frame._debug_get_cache_entry_list(code):
-            other = _innermost(getattr(entry, "backend", None))  # older versions of torch don't tell
-            if other is not None and other is not wrapper and other == wrapper:
-                found[id(other)] = other
-    return list(found.values())
+    calls = sum(node.op.startswith("call") for node in graph.nodes)
+    return (
+        f"TorchDynamo captured {calls} call{'s' if calls > 1 else ''}, of {' and '.join(sorted(kinds))}, whose class "
+        "overrides __torch_function__: give the model plain tensors"
+    )

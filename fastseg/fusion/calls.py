@@ -5,12 +5,12 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 # The arguments of each operation, as its longest spelling has them.
 _SIGNATURES: dict[str, Callable[..., None]] = {
@@ -32,8 +32,15 @@ _SIGNATURES: dict[str, Callable[..., None]] = {
     "torch.log_softmax": lambda input, dim, dtype=None: None,
     "argmax": lambda input, dim=None, keepdim=False: None,
     "max": lambda input, dim, keepdim=False: None,
-    "vector_norm": lambda input, ord=2, dim=None, keepdim=False, *, dtype=None, out=None: None,
+    "part": lambda input, index: None,
+    "cast": lambda input, *to, **kwargs: None,
+    "contiguous": lambda input: None,
+    "permute": lambda input, *dims: None,
+    "transpose": lambda input, dim0, dim1: None,
+    "flatten": lambda input, start_dim=0, end_dim=-1: None,
+    "reshape": lambda input, *shape: None,
 }  # fmt: skip
+_BOUND = {operation: inspect.signature(arguments) for operation, arguments in _SIGNATURES.items()}
 
 # Spellings that aren't the operation's name in torch.nn.functional: which signature they have, and what they set.
 _FUNCTIONS: dict[Any, tuple[str, dict[str, Any]]] = {
@@ -47,7 +54,11 @@ _FUNCTIONS: dict[Any, tuple[str, dict[str, Any]]] = {
     torch.log_softmax: ("torch.log_softmax", {}),
     torch.argmax: ("argmax", {}),
     torch.max: ("max", {}),
-    torch.linalg.vector_norm: ("vector_norm", {}),
+    torch.permute: ("permute", {}),
+    torch.transpose: ("transpose", {}),
+    torch.flatten: ("flatten", {}),
+    torch.reshape: ("reshape", {}),
+    operator.getitem: ("part", {}),
 }
 _METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "relu": ("relu", {}),
@@ -56,6 +67,9 @@ _METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "log_softmax": ("torch.log_softmax", {}),
     "argmax": ("argmax", {}),
     "max": ("max", {}),
+    **{name: (name, {}) for name in ("contiguous", "permute", "transpose", "flatten", "reshape")},
+    "view": ("reshape", {}),
+    **{name: ("cast", {}) for name in ("float", "double", "half", "bfloat16", "to", "type")},
 }
 
 
@@ -66,137 +80,45 @@ class Call:
     Attributes:
         node: The node.
         operation: The operation's name in torch.nn.functional or torch.
-        arguments: All of its arguments by name, defaults included; values of the graph are nodes. A module's
-            parameters are `Attribute`.
-        obstacle: Why the call must stay as it is, whatever the pattern, or None.
+        arguments: All of its arguments by name, defaults included; values of the graph are nodes.
+        calls: Those of the whole graph, by their nodes.
     """
 
     node: fx.Node
     operation: str
     arguments: Mapping[str, Any]
-    obstacle: str | None = None
+    calls: Mapping[fx.Node, Call] = field(repr=False, compare=False)
 
     def __getitem__(self, name: str) -> Any:
         return self.arguments[name]
 
-
-@dataclass(frozen=True)
-class Attribute:
-    """A tensor of a module that the graph calls: its qualified name, for a get_attr node."""
-
-    name: str
+    def source(self, name: str = "input") -> Call | None:
+        """The call that gives an argument, where a pattern knows it."""
+        value = self.arguments[name]
+        return self.calls.get(value) if isinstance(value, fx.Node) else None
 
 
-def recognise(node: Any) -> Call | None:
-    """The call that a node is, or None where it is none that a pattern knows."""
-    if not isinstance(node, fx.Node):
-        return None
-    if node.op == "call_module":
-        return _of_module(node)
-    table: Mapping[Any, tuple[str, dict[str, Any]]] = {"call_function": _FUNCTIONS, "call_method": _METHODS}.get(
-        node.op, {}
-    )
-    if node.target in (operator.getitem, getattr):
-        return _part_of(node)
-    try:
-        found = table.get(node.target)
-    except TypeError:  # a target without a hash
-        return None
-    return None if found is None else _bind(node, *found)
-
-
-def _bind(node: fx.Node, signature: str, fixed: Mapping[str, Any], obstacle: str | None = None) -> Call | None:
-    try:
-        bound = inspect.signature(_SIGNATURES[signature]).bind(*node.args, **{**node.kwargs, **fixed})
-    except TypeError:  # an overload (an out= variant, names of dimensions) that no pattern knows
-        return None
-    bound.apply_defaults()
-    return Call(node, signature.removeprefix("torch."), bound.arguments, obstacle)
-
-
-def _part_of(node: fx.Node) -> Call | None:
-    """A part of what a call of torch.max along a dimension gives."""
-    whole, part = node.args
-    call = recognise(whole) if part in (1, -1, "indices") else None
-    if call is None or call.operation != "max" or not isinstance(call["dim"], int):
-        return None
-    return Call(node, "indices of max", {"input": whole})
-
-
-# ---- modules: what a graph of torch.fx holds, where TorchDynamo has looked through them ----
-
-
-def _convolution(module: nn.Conv2d, name: str) -> tuple[str, dict[str, Any], str | None]:
-    names = ("stride", "padding", "dilation", "groups")
-    numbers = {key: getattr(module, key) for key in names} | _tensors(module, name, "weight", "bias")
-    zeros = module.padding_mode == "zeros"
-    return "conv2d", numbers, None if zeros else f"padding_mode {module.padding_mode!r} pads in a call of its own"
-
-
-def _batch_norm(module: nn.BatchNorm2d, name: str) -> tuple[str, dict[str, Any], str | None]:
-    tensors = _tensors(module, name, "running_mean", "running_var", "weight", "bias")
-    return (
-        "batch_norm",
-        {**tensors, "training": module.training or module.running_mean is None, "eps": module.eps},
-        None,
-    )
-
-
-def _tensors(module: nn.Module, name: str, *names: str) -> dict[str, Any]:
-    return {key: None if getattr(module, key) is None else Attribute(f"{name}.{key}") for key in names}
-
-
-def _max_pool2d(module: nn.MaxPool2d, name: str) -> tuple[str, dict[str, Any], str | None]:
-    names = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
-    return "max_pool2d", {key: getattr(module, key) for key in names}, None
-
-
-def _upsample(module: nn.Upsample, name: str) -> tuple[str, dict[str, Any], str | None]:
-    names = ("size", "scale_factor", "mode", "align_corners", "recompute_scale_factor")
-    return "interpolate", {key: getattr(module, key) for key in names}, None
-
-
-def _cross_entropy(module: nn.CrossEntropyLoss, name: str) -> tuple[str, dict[str, Any], str | None]:
-    names = ("ignore_index", "reduction", "label_smoothing")
-    return "cross_entropy", {key: getattr(module, key) for key in names} | _tensors(module, name, "weight"), None
-
-
-def _nll_loss(module: nn.NLLLoss, name: str) -> tuple[str, dict[str, Any], str | None]:
-    numbers = {key: getattr(module, key) for key in ("ignore_index", "reduction")}
-    return "nll_loss", numbers | _tensors(module, name, "weight"), None
-
-
-_MODULES: dict[type, Callable[[Any, str], tuple[str, dict[str, Any], str | None]]] = {
-    nn.Conv2d: _convolution,
-    nn.BatchNorm2d: _batch_norm,
-    nn.ReLU: lambda module, name: ("relu", {"inplace": module.inplace}, None),
-    nn.MaxPool2d: _max_pool2d,
-    nn.Upsample: _upsample,
-    nn.UpsamplingBilinear2d: _upsample,
-    nn.UpsamplingNearest2d: _upsample,
-    nn.CrossEntropyLoss: _cross_entropy,
-    nn.NLLLoss: _nll_loss,
-    nn.Softmax: lambda module, name: ("softmax", {"dim": module.dim}, None),
-    nn.LogSoftmax: lambda module, name: ("log_softmax", {"dim": module.dim}, None),
-}
-
-
-def _of_module(node: fx.Node) -> Call | None:
-    owner = node.graph.owning_module
-    module = None if owner is None else owner.get_submodule(str(node.target))
-    describe = _MODULES.get(type(module))  # no subclass: it may do something else
-    if module is None or describe is None:
-        return None
-    operation, fixed, obstacle = describe(module, str(node.target))
-    return _bind(node, operation, fixed, "the module has hooks" if has_hooks(module) else obstacle)
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether a call of the module does more than its forward."""
-    return any(
-        getattr(module, name)
-        for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    )
+def recognise(graph: fx.Graph) -> dict[fx.Node, Call]:
+    """The nodes of a graph that are calls which a pattern knows."""
+    calls: dict[fx.Node, Call] = {}
+    for node in graph.nodes:
+        table: Mapping[Any, tuple[str, dict[str, Any]]] = {"call_function": _FUNCTIONS, "call_method": _METHODS}.get(
+            node.op, {}
+        )
+        try:
+            found = table.get(node.target)
+        except TypeError:  # a target without a hash
+            continue
+        if found is None:
+            continue
+        signature, fixed = found
+        try:
+            bound = _BOUND[signature].bind(*node.args, **{**node.kwargs, **fixed})
+        except TypeError:  # an overload (an out= variant, names of dimensions) that no pattern knows
+            continue
+        bound.apply_defaults()
+        calls[node] = Call(node, signature.removeprefix("torch."), bound.arguments, calls)
+    return calls
 
 
 # ---- what is known of a value ----

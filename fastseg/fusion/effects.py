@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import fx
 
-from fastseg.fusion.calls import recognise, tensor_of, value_of
+from fastseg.fusion.calls import tensor_of, value_of
+from fastseg.fusion.pattern import Match
+
+AUTOCAST = (torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast)
 
 # Names in `operator` that begin with i and change nothing.
 _HARMLESS = {"index", "indexOf", "inv", "invert", "is_", "is_not", "itemgetter"}
 _CHANGED_STATISTICS = ("running_mean", "running_var")
 
 
-def obstacle(nodes: Sequence[fx.Node]) -> str | None:
-    """Why the calls ``nodes`` can't be done at once, where the last of them is, or None."""
+def obstacle(match: Match) -> str | None:
+    """Why the calls of a match can't be done at once, where the last of them is, or None."""
+    nodes = match.nodes
     inside = set(nodes)
     read = [value for node in nodes[:-1] for value in node.all_input_nodes if value not in inside]
     kept = [*read, *nodes]
     for node in _between(nodes[0], nodes[-1]):
-        if node in inside:
+        if node in inside or (match.across_autocast and node.target in AUTOCAST):
             continue
         if _changes_state(node):
             return f"{node} between them changes autograd's or autocast's state"
@@ -50,13 +54,8 @@ def _between(first: fx.Node, last: fx.Node) -> Iterator[fx.Node]:
 
 def _changes_state(node: fx.Node) -> bool:
     """Whether a call gives no value, and so was made for what it does (TorchDynamo knows the values of all others)."""
-    if node.op not in ("call_function", "call_method") or not _has_values(node.graph):
-        return False  # torch.fx records no such calls; `fastseg.fusion.tracing` refuses forwards that make them
-    return value_of(node) is None and next(changed_values(node), None) is None
-
-
-def _has_values(graph: fx.Graph) -> bool:
-    return any(value_of(node) is not None for node in graph.nodes if node.op == "placeholder")
+    is_call = node.op in ("call_function", "call_method")
+    return is_call and value_of(node) is None and next(changed_values(node), None) is None
 
 
 # ---- changes in place ----
@@ -68,9 +67,7 @@ def changed_values(node: fx.Node) -> Iterator[fx.Node]:
         if _ends_in_place(str(node.target)) or str(node.target).startswith(("__i", "__setitem__")):
             yield from _nodes(node.args[:1])
     elif node.op == "call_module":
-        owner = node.graph.owning_module
-        if owner is None or getattr(owner.get_submodule(str(node.target)), "inplace", False):
-            yield from _nodes(node.args)
+        yield from _nodes(node.args)  # whatever it is: TorchDynamo looks through torch.nn's
     elif node.op == "call_function":
         yield from _changed_by_function(node)
 
@@ -127,8 +124,6 @@ def use_of_overwritten(value: Any, by: fx.Node) -> str | None:
         return f"{value} is used elsewhere"
     if has_transforms(by.graph):
         return "torch.func's transforms hide what shares its memory"
-    if tensor_of(value) is None:
-        return None if _origin(value) is value else f"{value} may be part of another value"
     if any(node is not value and _may_share_memory(node, value) for node in _between(next(iter(by.graph.nodes)), by)):
         return f"{value} is part of another value"
     return None
@@ -143,22 +138,9 @@ def _may_share_memory(first: fx.Node, second: fx.Node) -> bool:
         # Two of the graph's inputs are two fakes, whatever they share; but no numbers of one type lie in another's.
         given = _storages_of_inputs(first.graph)
         return all(storage in given for storage in storages) and tensors[0].dtype == tensors[1].dtype
-    if value_of(first) is not None and value_of(second) is not None:
-        return False  # a number
-    origins = _origin(first), _origin(second)
-    return None in origins or origins[0] is origins[1]
+    return value_of(first) is None or value_of(second) is None  # else one of them is a number
 
 
 def _storages_of_inputs(graph: fx.Graph) -> set[int]:
     tensors: Iterable[Any] = (tensor_of(node) for node in graph.nodes if node.op == "placeholder")
     return {tensor.untyped_storage()._cdata for tensor in tensors if tensor is not None}
-
-
-def _origin(node: fx.Node) -> fx.Node | None:
-    """The call that made a value's memory, without fake tensors to ask; None where it can't be told."""
-    call = recognise(node)
-    if call is None:
-        return None
-    if call.operation == "relu" and call["inplace"]:
-        return _origin(call["input"])
-    return node

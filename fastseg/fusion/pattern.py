@@ -11,8 +11,8 @@ from torch import fx
 from fastseg.fusion.calls import Call
 
 
-class Unfit(Exception):  # noqa: N818 - no error: a verdict on a place, for the report
-    """Calls look like a pattern, and must stay as they are: the reason."""
+class Unfit(Exception):  # noqa: N818 - no error: a verdict on a place
+    """Calls that a pattern doesn't replace: with a reason, for the report, where they look like the pattern."""
 
 
 @dataclass(frozen=True)
@@ -24,10 +24,12 @@ class Match:
         outputs: Those of them whose values are needed afterwards, and for each its place in the function's results
             (None: it is the result).
         function: What takes their place, a function of fastseg.
-        arguments: Its arguments; values of the graph are nodes, tensors of its modules `Attribute`.
+        arguments: Its arguments; values of the graph are nodes.
         not_kept: The values that plain PyTorch holds (at least for the backward pass) and ``function`` doesn't: nodes
             of the match, as often as they are held.
         shared: Those of the calls that cost nothing to do again, so that several matches may replace their uses.
+        across_autocast: Whether autocast may change between the calls: but for the last of them it chooses no more than
+            dtypes that the arguments say.
     """
 
     nodes: Sequence[fx.Node]
@@ -36,6 +38,12 @@ class Match:
     arguments: Mapping[str, Any]
     not_kept: Sequence[fx.Node] = ()
     shared: Sequence[fx.Node] = ()
+    across_autocast: bool = False
+
+    @property
+    def place(self) -> fx.Node:
+        """The call before which the function is called: the first of those that it gives the values of."""
+        return next(node for node in self.nodes if node in self.outputs)
 
 
 @dataclass(frozen=True)
@@ -46,24 +54,25 @@ class Pattern:
         name: The calls, as the report names them.
         anchor: The operation of the last of them, at which the pass calls ``match``.
         becomes: The operator, as the report names it.
-        match: What the calls up to this one become; None where they are something else; `Unfit` where they are the
-            pattern but for a condition that doesn't hold.
+        match: What the calls up to this one become; `Unfit` where they are something else, with a reason where they are
+            the pattern but for a condition that doesn't hold.
     """
 
     name: str
     anchor: str
     becomes: str
-    match: Callable[[Call], Match | None]
+    match: Callable[[Call], Match]
 
 
-def demand(condition: bool, reason: str) -> None:
+def demand(condition: bool, *reason: str) -> None:
     """Raises `Unfit` where a condition doesn't hold."""
     if not condition:
-        raise Unfit(reason)
+        raise Unfit(*reason)
 
 
-def demand_free(*calls: Call) -> None:
-    """Raises `Unfit` where one of the calls must stay, whatever the pattern."""
-    for call in calls:
-        if call.obstacle is not None:
-            raise Unfit(call.obstacle)
+def source(call: Call, *operations: str) -> Call:
+    """The call that gives another one its input; `Unfit` where it is none of these operations."""
+    found = call.source()
+    if found is None or found.operation not in operations:
+        raise Unfit
+    return found

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import operator
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
 from torch import fx
 
 from fastseg.fusion import effects, trial
-from fastseg.fusion.calls import Attribute, Call, recognise, value_of
+from fastseg.fusion.calls import Call, recognise, value_of
 from fastseg.fusion.pattern import Match, Pattern, Unfit
 from fastseg.fusion.patterns import PATTERNS
-from fastseg.fusion.report import Leftover, Replacement, Report, bytes_of, merge, place_of
+from fastseg.fusion.report import Leftover, Replacement, bytes_of, place_of
 
 _CHECKPOINT = "tag_activation_checkpoint"
 _KEPT_META = ("nn_module_stack", "stack_trace", "source_fn_stack", "custom")
@@ -23,20 +21,18 @@ _KEPT_META = ("nn_module_stack", "stack_trace", "source_fn_stack", "custom")
 @dataclass(frozen=True)
 class _Candidate:
     pattern: Pattern
-    match: Match
     anchor: fx.Node
+    match: Match
 
 
-def rewrite(module: fx.GraphModule, patterns: Sequence[Pattern] = PATTERNS) -> Report:
-    """Replaces, in place, what ``patterns`` find in a graph before autograd; the report of it.
+def rewrite(module: fx.GraphModule, patterns: Sequence[Pattern] = PATTERNS) -> tuple[list[Replacement], list[Leftover]]:
+    """Replaces, in place, what ``patterns`` find in TorchDynamo's graph; what was replaced, and what was left.
 
-    The graph calls torch's own functions: TorchDynamo's, or `torch.fx.Tracer`'s with torch.nn's modules as leaves.
     Bodies of activation checkpoints are rewritten as well.
     """
     bodies = [rewrite(body, patterns) for body in _checkpointed(module)]
-    candidates, left = _find(module.graph, patterns)
-    chosen, spilled = _choose(candidates, patterns)
-    left += spilled
+    search = _Search(module.graph, patterns)
+    chosen = search.run()
     replaced = [
         Replacement(c.pattern.name, c.pattern.becomes, place_of(c.match.nodes[0]), bytes_of(c.match.not_kept))
         for c in chosen
@@ -48,7 +44,7 @@ def rewrite(module: fx.GraphModule, patterns: Sequence[Pattern] = PATTERNS) -> R
         _erase(module.graph, {node for candidate in chosen for node in candidate.match.nodes})
         module.graph.lint()
         module.recompile()
-    return merge([Report(tuple(replaced), tuple(left), 1), *(Report(b.replaced, b.left, 0) for b in bodies)])
+    return sum((body[0] for body in bodies), replaced), sum((body[1] for body in bodies), search.left)
 
 
 def _checkpointed(module: fx.GraphModule) -> Iterator[fx.GraphModule]:
@@ -59,91 +55,107 @@ def _checkpointed(module: fx.GraphModule) -> Iterator[fx.GraphModule]:
                 yield body
 
 
-# ---- finding ----
-
-
-def _find(graph: fx.Graph, patterns: Sequence[Pattern]) -> tuple[dict[fx.Node, list[_Candidate]], list[Leftover]]:
-    """The matches at each anchor, the more valuable first, and what looks like a pattern but isn't fit."""
-    candidates: dict[fx.Node, list[_Candidate]] = {}
-    left: list[Leftover] = []
-    transformed = effects.has_transforms(graph)
-    for node in graph.nodes:
-        call = recognise(node)
-        for pattern in patterns:
-            if call is None or pattern.anchor != call.operation:
-                continue
-            try:
-                match = _match(pattern, call, transformed)
-            except Unfit as unfit:
-                reason, place = str(unfit), place_of(node)
-                if not any((leftover.reason, leftover.place) == (reason, place) for leftover in left):
-                    left.append(Leftover(pattern.name, reason, place))  # said once, of the more valuable pattern
-                continue
-            if match is not None:
-                candidates.setdefault(node, []).append(_Candidate(pattern, match, node))
-    return candidates, left
-
-
-def _match(pattern: Pattern, call: Call, transformed: bool) -> Match | None:
-    match = pattern.match(call)
-    if match is None:
-        return None
-    if transformed:
-        raise Unfit("the graph enters a transform of torch.func, which the operators don't support")
-    reason = effects.obstacle(match.nodes) or trial.obstacle(match)
-    if reason is not None:
-        raise Unfit(reason)
-    return match
-
-
 # ---- choosing: no call twice, and no value that is needed elsewhere, too, and that its match doesn't give ----
 
 
-def _choose(
-    candidates: dict[fx.Node, list[_Candidate]], patterns: Sequence[Pattern]
-) -> tuple[list[_Candidate], list[Leftover]]:
-    """One of the candidates at each anchor, or none; what looks like a pattern, but has a value that must stay."""
-    remaining = {anchor: list(alternatives) for anchor, alternatives in candidates.items()}
-    left: list[Leftover] = []
-    while True:
-        chosen = [alternatives[0] for alternatives in remaining.values() if alternatives]
-        dropped, reason = _escaping(chosen)
-        if dropped is not None:
-            left.append(Leftover(dropped.pattern.name, reason, place_of(dropped.anchor)))
-        else:  # of those that could be, the more valuable
-            dropped = max(_overlapping(chosen), key=lambda candidate: patterns.index(candidate.pattern), default=None)
-        if dropped is None:
-            return chosen, left
-        remaining[dropped.anchor].pop(0)  # and what the others may do depends on it
+@dataclass
+class _Search:
+    """The matches in a graph: each pattern in its turn, where no more valuable one has taken any of the calls.
 
+    Attributes:
+        graph: The graph.
+        patterns: The patterns, the more valuable first.
+        left: What looks like a pattern but isn't fit, each place once for each reason.
+    """
 
-def _escaping(chosen: list[_Candidate]) -> tuple[_Candidate | None, str]:
-    """The first candidate that hides a value from another user, and why it can't."""
-    for candidate in chosen:
-        match = candidate.match
-        others = [other.match for other in chosen if other is not candidate]
-        for node in match.nodes:
-            for user in node.users if node not in match.outputs else ():
-                shared = node in match.shared and any(user in other.nodes and node in other.nodes for other in others)
-                if user not in match.nodes and not shared:
-                    return candidate, f"{_name(node)} has another user: {_name(user)}"
-    return None, ""
+    graph: fx.Graph
+    patterns: Sequence[Pattern]
+    left: list[Leftover] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        self.calls = recognise(self.graph)
+        self.transformed = effects.has_transforms(self.graph)
+        self.known: dict[tuple[str, fx.Node], Match | None] = {}  # what was asked once, by pattern and anchor
 
-def _overlapping(chosen: list[_Candidate]) -> list[_Candidate]:
-    """The candidates that would replace calls that another one replaces."""
-    claims = Counter(node for c in chosen for node in c.match.nodes if node not in c.match.shared)
-    return [
-        candidate
-        for candidate in chosen
-        if any(claims[node] > (node not in candidate.match.shared) for node in candidate.match.nodes)
-    ]
+    def run(self) -> list[_Candidate]:
+        """The matches, in the graph's order of their anchors."""
+        while True:
+            chosen = self._choose()
+            escaping = next(self._escaping(chosen), None)
+            if escaping is None:
+                order = {node: place for place, node in enumerate(self.graph.nodes)}
+                return sorted(chosen, key=lambda candidate: order[candidate.anchor])
+            candidate, reason = escaping  # without it, others may take its calls
+            self._leave(candidate.pattern, candidate.anchor, reason)
 
+    def _choose(self) -> list[_Candidate]:
+        """What fits, but for the values that matches share."""
+        chosen: list[_Candidate] = []
+        taken: set[fx.Node] = set()
+        shared: set[fx.Node] = set()
+        for pattern in self.patterns:
+            for call in self.calls.values():
+                if call.operation != pattern.anchor or call.node in taken:
+                    continue
+                match = self._match(pattern, call)
+                if match is None or any(node in taken for node in match.nodes):
+                    continue
+                own = set(match.nodes) - set(match.shared)
+                if own & shared:
+                    continue
+                taken |= own
+                shared |= set(match.shared)
+                chosen.append(_Candidate(pattern, call.node, match))
+        return chosen
 
-def _name(node: fx.Node) -> str:
-    call = recognise(node)
-    operation = call.operation if call is not None else getattr(node.target, "__name__", node.target)
-    return "the graph's output" if node.op == "output" else f"{operation} ({node.name})"
+    def _match(self, pattern: Pattern, call: Call) -> Match | None:
+        key = pattern.name, call.node
+        if key not in self.known:
+            self.known[key] = None
+            try:
+                match = pattern.match(call)
+                reason = self._obstacle(match)
+            except Unfit as unfit:
+                reason = str(unfit)
+            else:
+                if reason is None:
+                    self.known[key] = match
+            if reason:
+                self._leave(pattern, call.node, reason)
+        return self.known[key]
+
+    def _obstacle(self, match: Match) -> str | None:
+        if self.transformed:
+            return "the graph enters a transform of torch.func, which the operators don't support"
+        hidden = [node for node in match.nodes if node not in match.outputs and node not in match.shared]
+        for node in hidden:
+            for user in node.users:
+                if user not in match.nodes:
+                    return self._has_user(node, user)
+        return effects.obstacle(match) or trial.obstacle(match)
+
+    def _escaping(self, chosen: list[_Candidate]) -> Iterator[tuple[_Candidate, str]]:
+        """The candidates of which a shared value has a user that isn't replaced, and why that can't be."""
+        for candidate in chosen:
+            for node in candidate.match.shared:
+                replaced = {own for c in chosen if node in c.match.nodes for own in c.match.nodes}
+                for user in node.users if node not in candidate.match.outputs else ():
+                    if user not in replaced:
+                        yield candidate, self._has_user(node, user)
+
+    def _has_user(self, node: fx.Node, user: fx.Node) -> str:
+        return f"{self._name(node)} has another user: {self._name(user)}"
+
+    def _name(self, node: fx.Node) -> str:
+        call = self.calls.get(node)
+        operation = call.operation if call is not None else getattr(node.target, "__name__", node.target)
+        return "the graph's output" if node.op == "output" else f"{operation} ({node.name})"
+
+    def _leave(self, pattern: Pattern, anchor: fx.Node, reason: str) -> None:
+        self.known[pattern.name, anchor] = None
+        place = place_of(anchor)
+        if not any((leftover.reason, leftover.place) == (reason, place) for leftover in self.left):
+            self.left.append(Leftover(pattern.name, reason, place))  # said once, of the more valuable pattern
 
 
 # ---- replacing ----
@@ -154,9 +166,9 @@ def _put(graph: fx.Graph, match: Match, earlier: Mapping[fx.Node, fx.Node]) -> d
 
     The match was found before ``earlier`` values were replaced.
     """
-    first = next(node for node in match.nodes if node in match.outputs)
+    first = match.place
     with graph.inserting_before(first):
-        arguments = fx.map_arg(_resolve(graph, dict(match.arguments)), lambda node: earlier.get(node, node))
+        arguments = fx.map_arg(dict(match.arguments), lambda node: earlier.get(node, node))
         new = graph.call_function(match.function, kwargs=arguments)
         new.meta = {key: first.meta[key] for key in _KEPT_META if key in first.meta}
         values = {node: new if at is None else graph.call_function(operator.getitem, (new, at))
@@ -165,15 +177,6 @@ def _put(graph: fx.Graph, match: Match, earlier: Mapping[fx.Node, fx.Node]) -> d
         value.meta = {**new.meta, **({} if value_of(node) is None else {"example_value": value_of(node)})}
         node.replace_all_uses_with(value)
     return values
-
-
-def _resolve(graph: fx.Graph, value: Any) -> Any:
-    """Arguments with get_attr nodes for `Attribute`."""
-    if isinstance(value, Attribute):
-        return graph.get_attr(value.name)
-    if isinstance(value, dict):
-        return {key: _resolve(graph, element) for key, element in value.items()}
-    return value
 
 
 def _erase(graph: fx.Graph, nodes: set[fx.Node]) -> None:

@@ -11,14 +11,12 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
 from fastseg.fusion.calls import value_of
+from fastseg.fusion.effects import AUTOCAST
 from fastseg.fusion.pattern import Match
 
 
 def obstacle(match: Match) -> str | None:
-    """Why the values that a match gives would be others than those it replaces, by shape, dtype or strides; or None.
-
-    Without fake tensors of all that it needs, nothing is tried.
-    """
+    """Why the values that a match gives would be others than those it replaces, by shape, dtype or strides; or None."""
     inputs: list[fx.Node] = []
     fx.map_arg(dict(match.arguments), lambda node: inputs.append(node))
     before = {node: value_of(node) for node in match.outputs}
@@ -26,10 +24,10 @@ def obstacle(match: Match) -> str | None:
     # Not torch._guards.detect_fake_mode: TorchDynamo has another one for backends than for the values in its graph.
     mode = next((value.fake_mode for value in values if isinstance(value, FakeTensor)), None)
     if mode is None or any(value is None for value in (*values, *before.values())):
-        return None
+        return "the graph's maker didn't say what the values are"
     arguments = fx.map_arg(dict(match.arguments), value_of)
     try:
-        with mode, torch.no_grad(), _autocast_at(match.nodes[-1]):
+        with mode, torch.no_grad(), _autocast_at(match.place):
             results = match.function(**arguments)
     except (RuntimeError, TypeError, ValueError) as error:
         return f"{match.function.__name__} refuses it: {error}"
@@ -64,13 +62,14 @@ def _strides(tensor: Tensor) -> tuple[int, ...]:
 @contextlib.contextmanager
 def _autocast_at(place: fx.Node) -> Iterator[None]:
     """The autocast that the graph itself has entered before a node, on top of the one around it."""
+    enter, leave = AUTOCAST
     entered: dict[fx.Node, tuple[Any, ...]] = {}
     for node in place.graph.nodes:
         if node is place:
             break
-        if node.target is torch.amp.autocast_mode._enter_autocast:
+        if node.target is enter:
             entered[node] = node.args
-        elif node.target is torch.amp.autocast_mode._exit_autocast:
+        elif node.target is leave:
             entered.pop(node.args[0], None)
     with contextlib.ExitStack() as stack:
         for device, dtype, enabled, cache in entered.values():

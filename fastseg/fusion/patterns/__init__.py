@@ -6,7 +6,6 @@ from fastseg.fusion.patterns.conv_relu import CONV_RELU
 from fastseg.fusion.patterns.conv_relu_pool2d import CONV_POOL_RELU, CONV_RELU_POOL
 from fastseg.fusion.patterns.cross_entropy import CROSS_ENTROPY, NLL_LOSS
 from fastseg.fusion.patterns.relu_pool2d import POOL_RELU, RELU_POOL
-from fastseg.fusion.patterns.soft_dice import SOFT_DICE
 from fastseg.fusion.patterns.upsample_argmax import UPSAMPLE_ARGMAX, UPSAMPLE_MAX
 from fastseg.fusion.patterns.upsample_cross_entropy import UPSAMPLE_CROSS_ENTROPY, UPSAMPLE_NLL_LOSS
 
@@ -22,7 +21,6 @@ PATTERNS: tuple[Pattern, ...] = (
     UPSAMPLE_MAX,
     CROSS_ENTROPY,
     NLL_LOSS,
-    SOFT_DICE,
     CONV_NORM,
     CONV,
 )

@@ -3,32 +3,106 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from fastseg.functional._checks import FLOATING_DTYPES
-from fastseg.fusion.calls import Call, number_of
-from fastseg.fusion.pattern import demand, demand_free
+from fastseg.fusion.calls import Call, number_of, tensor_of
+from fastseg.fusion.pattern import Unfit, demand
 from fastseg.ops.upsampling import MODES
 
 ARGUMENTS = ("size", "scale_factor", "mode", "align_corners", "recompute_scale_factor")
+_AFTER = ("cast", "contiguous", "permute", "transpose", "flatten", "reshape")
+
+# The dimensions of [N, C, H, W] in each of a value's.
+Dims = list[tuple[int, ...]]
+_MAP: Dims = [(0,), (1,), (2,), (3,)]
+_ROWS: Dims = [(0, 2, 3), (1,)]
 
 
-def demand_grid(call: Call) -> None:
-    """Raises `Unfit` where the operators have no such grid, whatever the input is."""
-    demand_free(call)
+@dataclass(frozen=True)
+class Upsampled:
+    """Upsampled logits.
+
+    Attributes:
+        interpolate: The call that upsamples them.
+        nodes: It, and the calls after it that change their dtype or lay them out as rows.
+        logits: What is known of the logits before.
+        dtype: The wider dtype that they are converted to, or None.
+        rows: Whether they are rows [N * H * W, C].
+    """
+
+    interpolate: Call
+    nodes: list[fx.Node]
+    logits: Tensor
+    dtype: torch.dtype | None
+    rows: bool
+
+
+def upsampled(call: Call | None) -> Upsampled:
+    """The upsampled logits that a call gives; `Unfit` where it gives none, or the operators have no such grid.
+
+    A conversion is done to the small logits instead, and what they are converted to isn't rounded in between.
+    """
+    after: list[Call] = []
+    while call is not None and call.operation in _AFTER:
+        after.insert(0, call)
+        call = call.source()
+    if call is None or call.operation != "interpolate":
+        raise Unfit
+    dims = _MAP
+    for layout in after:
+        dims = _laid_out(layout, dims)
+    demand(dims in (_MAP, _ROWS))
+    _demand_grid(call)
+    logits, last = tensor_of(call["input"]), tensor_of(after[-1].node if after else call.node)
+    if logits is None or last is None:
+        raise Unfit
+    demand(logits.ndim == 4, f"interpolate: logits of {logits.ndim} dimensions, not [N, C, h, w]")
+    demand(logits.dtype in FLOATING_DTYPES, f"interpolate: logits in {logits.dtype}")
+    dtype = None if last.dtype == logits.dtype else last.dtype
+    return Upsampled(call, [call.node, *(c.node for c in after)], logits, dtype, dims == _ROWS)
+
+
+def _laid_out(call: Call, dims: Dims) -> Dims:
+    """Which dimensions a value's are made of, after a call; `Unfit` where they can't be told."""
+    before, after = tensor_of(call["input"]), tensor_of(call.node)
+    if before is None or after is None:
+        raise Unfit
+    if call.operation == "cast":
+        wider = after.dtype in FLOATING_DTYPES and torch.promote_types(before.dtype, after.dtype) == after.dtype
+        demand(wider, f"interpolate: what it gives is converted to {after.dtype}")
+        demand(before.device == after.device, f"interpolate: what it gives is moved to {after.device}")
+        return dims
+    demand(before.dtype == after.dtype)
+    if call.operation == "permute":
+        order = call["dims"][0] if isinstance(call["dims"][0], Sequence) else call["dims"]
+        return [dims[at] for at in order]
+    if call.operation == "transpose":
+        swapped = list(dims)
+        swapped[call["dim0"]], swapped[call["dim1"]] = dims[call["dim1"]], dims[call["dim0"]]
+        return swapped
+    if call.operation not in ("flatten", "reshape") or after.ndim == before.ndim:
+        demand(before.shape == after.shape)
+        return dims
+    # The dimensions at either end that a reshape keeps; those between become one.
+    merged = before.ndim - after.ndim + 1
+    for first in range(after.ndim):
+        rest = first + merged
+        if after.shape[:first] == before.shape[:first] and after.shape[first + 1 :] == before.shape[rest:]:
+            return [*dims[:first], tuple(dim for group in dims[first:rest] for dim in group), *dims[rest:]]
+    raise Unfit
+
+
+def _demand_grid(call: Call) -> None:
     demand(call["mode"] in MODES, f"interpolate: mode {call['mode']!r}")
     demand(not call["antialias"], "interpolate: antialias")
     computed = any(isinstance(factor, fx.Node) for factor in factors(number_of(call["scale_factor"])))
     demand(not computed, "interpolate: scale_factor is computed while the model runs")
-
-
-def why_not(input: Tensor) -> str | None:
-    """Why the operators don't serve logits, or None."""
-    if input.ndim != 4:
-        return f"interpolate: logits of {input.ndim} dimensions, not [N, C, h, w]"
-    return None if input.dtype in FLOATING_DTYPES else f"interpolate: logits in {input.dtype}"
 
 
 def factors(scale_factor: Any) -> tuple[float, float]:

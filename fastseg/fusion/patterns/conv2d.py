@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastseg.functional import conv2d
 from fastseg.fusion.calls import Call, tensor_of
-from fastseg.fusion.pattern import Match, Pattern, demand_free
+from fastseg.fusion.pattern import Match, Pattern, demand
 from fastseg.fusion.patterns.conv_relu import is_served, looks_served
 from fastseg.fusion.patterns.conv_relu_pool2d import arguments_of, convolution, fold
 from fastseg.ops.conv_relu_pool2d_roads import is_worth_conv2d
@@ -29,11 +29,11 @@ def conv_batch_norm(
     return conv2d(input, weight, bias, **numbers)
 
 
-def _match(last: Call) -> Match | None:
-    chain = convolution(last.node)
-    if not chain or not looks_served(chain[0], _is_served) or not _is_wide(chain[0]):
-        return None
-    demand_free(*chain)
+def _match(last: Call) -> Match:
+    chain = convolution(last)
+    convolved = tensor_of(chain[0].node)
+    demand(convolved is not None and convolved.dtype in (torch.float32, torch.float64))
+    demand(looks_served(chain[0], _is_served))
     return Match(
         nodes=[call.node for call in chain],
         outputs={last.node: None},
@@ -46,12 +46,6 @@ def _match(last: Call) -> Match | None:
 def _is_served(input: Tensor, weight: Tensor, **numbers: Any) -> bool:
     """Whether Winograd's algorithm serves the convolution, and is worth the way there without a ReLU."""
     return is_served(input, weight, **numbers) and is_worth_conv2d(input, weight)
-
-
-def _is_wide(conv: Call) -> bool:
-    """Whether a convolution is in a dtype that the kernels take, as far as the graph's maker knew."""
-    convolved = tensor_of(conv.node)
-    return convolved is None or convolved.dtype in (torch.float32, torch.float64)
 
 
 CONV_NORM = Pattern("conv2d + batch_norm", "batch_norm", "conv2d", _match)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, fx
 
 from fastseg.functional import conv_relu_pool2d
-from fastseg.fusion.calls import Call, has_nodes, recognise, tensor_of
-from fastseg.fusion.pattern import Match, Pattern, Unfit, demand, demand_free
+from fastseg.fusion.calls import Call, has_nodes, tensor_of
+from fastseg.fusion.pattern import Match, Pattern, Unfit, demand, source
 from fastseg.ops.conv_relu_pool2d_geometry import MAX_WINDOW
 
 NUMBERS = ("stride", "padding", "dilation", "groups")  # of a convolution
@@ -51,13 +51,9 @@ def fold(
     return (conv_weight * scale.reshape(-1, 1, 1, 1)).to(conv_weight.dtype), folded_bias.to(conv_weight.dtype)
 
 
-def _match_relu_pool(pool: Call) -> Match | None:
-    relu = recognise(pool["input"])
-    if relu is None or relu.operation != "relu":
-        return None
-    chain = convolution(relu["input"])
-    if not chain:
-        return None
+def _match_relu_pool(pool: Call) -> Match:
+    relu = source(pool, "relu")
+    chain = convolution(relu.source())
     _demand_pool(pool, chain[0])
     with_skip = len(relu.node.users) > 1
     outputs: dict[fx.Node, int | None] = {relu.node: 1, pool.node: 0} if with_skip else {pool.node: None}
@@ -66,26 +62,20 @@ def _match_relu_pool(pool: Call) -> Match | None:
     return _make(chain, relu, pool, outputs, bool(pool["return_indices"]), with_skip, not_kept)
 
 
-def _match_pool_relu(relu: Call) -> Match | None:
-    pool = recognise(relu["input"])
-    if pool is None or pool.operation != "max_pool2d":
-        return None
-    chain = convolution(pool["input"])
-    if not chain:
-        return None
+def _match_pool_relu(relu: Call) -> Match:
+    pool = source(relu, "max_pool2d")
+    chain = convolution(pool.source())
     _demand_pool(pool, chain[0])
     return _make(chain, pool, relu, {relu.node: None}, False, False, [call.node for call in chain])
 
 
-def convolution(value: Any) -> list[Call]:
-    """The convolution that gives a value, and the batch normalisation by running statistics after it; or nothing."""
-    call = recognise(value)
+def convolution(call: Call | None) -> list[Call]:
+    """The convolution that a call is, and the batch normalisation by running statistics after it; or `Unfit`."""
     if call is not None and call.operation == "conv2d":
         return [call]
     if call is None or call.operation != "batch_norm" or call["training"]:
-        return []  # in training it needs statistics of the whole map before ReLU
-    conv = recognise(call["input"])
-    return [conv, call] if conv is not None and conv.operation == "conv2d" else []
+        raise Unfit  # in training it needs statistics of the whole map before ReLU
+    return [source(call, "conv2d"), call]
 
 
 def arguments_of(chain: list[Call]) -> dict[str, Any]:
@@ -111,11 +101,6 @@ def why_not_pool(pool: Call) -> str | None:
     return f"a pool window of more than {MAX_WINDOW} positions" if height * width > MAX_WINDOW else None
 
 
-def is_pool_served(call: Call | None) -> bool:
-    """Whether a call is a max_pool2d that an operator serves."""
-    return call is not None and call.operation == "max_pool2d" and why_not_pool(call) is None
-
-
 def _demand_pool(pool: Call, conv: Call) -> None:
     reason = why_not_pool(pool)
     if reason is not None:
@@ -138,7 +123,6 @@ def _make(
     with_skip: bool, not_kept: list[fx.Node],
 ) -> Match:  # fmt: skip
     pool = last if last.operation == "max_pool2d" else second
-    demand_free(*chain, second, last)
     arguments = arguments_of(chain) | {
         "pool_size": pool["kernel_size"],
         "pool_stride": pool["stride"] or None,  # torch takes an empty list for None

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, fx
 
 from fastseg.functional import relu_pool2d
 from fastseg.functional._checks import FLOATING_DTYPES
 from fastseg.fusion import effects
-from fastseg.fusion.calls import Call, recognise
-from fastseg.fusion.pattern import Match, Pattern, Unfit, demand, demand_free
-from fastseg.fusion.patterns.conv_relu_pool2d import convolution, why_not_pool
+from fastseg.fusion.calls import Call, tensor_of
+from fastseg.fusion.pattern import Match, Pattern, demand, source
+from fastseg.fusion.patterns.conv_relu_pool2d import why_not_pool
 
 
 def relu_and_pool(
@@ -24,23 +23,18 @@ def relu_and_pool(
     return_skip: bool,
 ) -> Any:  # fmt: skip
     """What the graph calls: the pooled value (with its indices where asked, as max_pool2d), then the skip."""
-    window = (pool_size, pool_stride, pool_padding)
-    if input.ndim not in (3, 4) or input.dtype not in FLOATING_DTYPES:  # its maker knew neither
-        skip = F.relu(input)
-        pooled = F.max_pool2d(skip, *window, 1, ceil_mode, return_indices)  # type: ignore[call-overload]  # any bool
-        return (pooled, skip) if return_skip else pooled
-    results = relu_pool2d(input, *window, ceil_mode, return_indices=return_indices, return_skip=return_skip)
+    results = relu_pool2d(
+        input, pool_size, pool_stride, pool_padding, ceil_mode, return_indices=return_indices, return_skip=return_skip
+    )
     if return_indices and return_skip:
         output, indices, skip = results
         return (output, indices), skip
     return results
 
 
-def _match_relu_pool(pool: Call) -> Match | None:
-    relu = recognise(pool["input"])
-    if relu is None or relu.operation != "relu" or not _is_fit(pool, relu["input"]):
-        return None
-    demand_free(relu, pool)
+def _match_relu_pool(pool: Call) -> Match:
+    relu = source(pool, "relu")
+    _demand_served(pool, relu["input"])
     if relu["inplace"]:
         reason = effects.use_of_overwritten(relu["input"], relu.node)
         demand(reason is None, f"relu in place: {reason}")
@@ -49,22 +43,20 @@ def _match_relu_pool(pool: Call) -> Match | None:
     return _make(relu, pool, relu["input"], outputs, with_skip, [] if with_skip else [relu.node])
 
 
-def _match_pool_relu(relu: Call) -> Match | None:
-    pool = recognise(relu["input"])
-    if pool is None or pool.operation != "max_pool2d" or not _is_fit(pool, pool["input"]):
-        return None
-    demand_free(pool, relu)
-    source = pool["input"]
-    not_kept = [source] if isinstance(source, fx.Node) and len(source.users) == 1 else []
-    return _make(pool, relu, source, {relu.node: None}, False, not_kept)
+def _match_pool_relu(relu: Call) -> Match:
+    pool = source(relu, "max_pool2d")
+    _demand_served(pool, pool["input"])
+    value = pool["input"]
+    not_kept = [value] if isinstance(value, fx.Node) and len(value.users) == 1 else []
+    return _make(pool, relu, value, {relu.node: None}, False, not_kept)
 
 
-def _is_fit(pool: Call, value: Any) -> bool:
-    """Whether the operator serves a pool of a value; `Unfit` where not, unless the convolution's pattern says so."""
+def _demand_served(pool: Call, value: Any) -> None:
+    """Raises `Unfit` where the operator doesn't serve a pool of a value."""
     reason = why_not_pool(pool)
-    if reason is not None and not convolution(value):
-        raise Unfit(reason)
-    return reason is None
+    demand(reason is None, f"{reason}")
+    tensor = tensor_of(value)
+    demand(tensor is not None and tensor.ndim in (3, 4) and tensor.dtype in FLOATING_DTYPES)
 
 
 def _make(

@@ -1,6 +1,6 @@
 """interpolate + [softmax or log_softmax] + argmax over the classes becomes upsample_argmax.
 
-The indices that torch.max gives along the classes' dimension are argmax, where nothing uses its values.
+The indices that torch.max gives along the classes' dimension are argmax; after softmax, its values are the confidence.
 
 Softmax keeps the order of finite logits; fastseg compares them before it would round them to equal probabilities. In
 half types the upsampled logits aren't rounded before they are compared, either. (A pixel with a NaN or an infinity has
@@ -13,72 +13,82 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, fx
 
 from fastseg import functional
-from fastseg._native import log_slow_road
-from fastseg.fusion.calls import Call, recognise, tensor_of
-from fastseg.fusion.pattern import Match, Pattern, Unfit, demand, demand_free
+from fastseg.fusion.calls import Call, tensor_of
+from fastseg.fusion.pattern import Match, Pattern, demand
 from fastseg.fusion.patterns import _interpolation
 
 CLASSES = (1, -3)  # the classes' dimension of [N, C, H, W]
+_VALUES, _INDICES = 0, 1  # of torch.max's parts
 
 
 def interpolate_argmax(
-    input: Tensor, keepdim: bool, size: Any, scale_factor: Any, mode: str, align_corners: bool | None,
-    recompute_scale_factor: bool | None,
-) -> Tensor:  # fmt: skip
-    """What the graph calls; where its maker knew no sizes, they are looked at here."""
-    reason = _interpolation.why_not(input)
-    if reason is not None:
-        if not torch.compiler.is_compiling():
-            log_slow_road("interpolate + argmax", reason)
-        upsampled = F.interpolate(input, size, scale_factor, mode, align_corners, recompute_scale_factor)
-        return upsampled.argmax(1, keepdim)
+    input: Tensor, dtype: torch.dtype | None, keepdim: bool, with_confidence: bool, size: Any, scale_factor: Any,
+    mode: str, align_corners: bool | None, recompute_scale_factor: bool | None,
+) -> Any:  # fmt: skip
+    """What the graph calls: the labels, or (confidence, labels)."""
+    if dtype is not None:
+        input = input.to(dtype)
     if recompute_scale_factor:
         size, scale_factor = _interpolation.output_size(input, None, scale_factor), None
-    labels = functional.upsample_argmax(input, size, scale_factor, mode, bool(align_corners), dtype=torch.int64)
-    return labels.unsqueeze(1) if keepdim else labels  # type: ignore[union-attr,return-value]  # no tuple
+    results = functional.upsample_argmax(
+        input, size, scale_factor, mode, bool(align_corners), dtype=torch.int64, return_confidence=with_confidence
+    )
+    if not with_confidence:
+        return results.unsqueeze(1) if keepdim else results  # type: ignore[union-attr]  # no tuple
+    labels, confidence = results
+    return (confidence.unsqueeze(1), labels.unsqueeze(1)) if keepdim else (confidence, labels)
 
 
-def _match(argmax: Call) -> Match | None:
-    calls, last = [argmax], argmax.node
-    if argmax.operation == "indices of max":
-        found = recognise(argmax["input"])
-        assert found is not None
-        argmax, calls = found, [found]
-    call = recognise(argmax["input"])
-    if call is not None and call.operation in ("softmax", "log_softmax"):
-        calls.insert(0, call)
-        call = recognise(call["input"])
-    if call is None or call.operation != "interpolate":
-        return None
-    calls.insert(0, call)
-    _interpolation.demand_grid(call)
-    demand_free(*calls)
-    demand(all(c["dim"] in CLASSES for c in calls[1:]), "softmax or argmax over another dimension than the classes'")
-    logits = tensor_of(call["input"])
-    if logits is None:
-        demand(all(c["dim"] == 1 for c in calls[1:]), "a dimension from the end, of logits of unknown dimensions")
-    elif (reason := _interpolation.why_not(logits)) is not None:
-        raise Unfit(reason)
-    if len(calls) == 3:
-        demand(calls[1]["dtype"] is None, "softmax in another dtype")
-    nodes = [*(c.node for c in calls), *([last] if last is not argmax.node else [])]
+def _match_argmax(argmax: Call) -> Match:
+    return _make(argmax, {argmax.node: None}, False)
+
+
+def _match_max(maximum: Call) -> Match:
+    parts = {node: maximum.calls.get(node) for node in maximum.node.users}
+    indices = {node: part["index"] for node, part in parts.items() if part is not None}
+    demand(bool(parts) and parts.keys() == indices.keys())
+    demand(all(index in (_VALUES, _INDICES) for index in indices.values()))
+    values = [node for node, index in indices.items() if index == _VALUES]
+    if not values:
+        return _make(maximum, dict.fromkeys(indices), False)
+    match = _make(maximum, indices, True)
+    softmax = maximum.source()
+    demand(softmax is not None and softmax.operation == "softmax", "max: the largest values themselves are used")
+    needing = any(tensor.requires_grad for tensor in map(tensor_of, values) if tensor is not None)
+    demand(not needing, "max: the largest probabilities need a gradient")
+    return match
+
+
+def _make(last: Call, outputs: dict[fx.Node, int | None], with_confidence: bool) -> Match:
+    calls, before = [last], last.source()
+    if before is not None and before.operation in ("softmax", "log_softmax"):
+        calls.insert(0, before)
+        before = before.source()
+    up = _interpolation.upsampled(before)
+    demand(not up.rows)
+    demand(all(c["dim"] in CLASSES for c in calls), "softmax or argmax over another dimension than the classes'")
+    demand(all(c["dtype"] is None for c in calls[:-1]), "softmax in another dtype")
+    nodes = [*up.nodes, *(call.node for call in calls)]
+    parts = [node for node in last.node.graph.nodes if node in outputs and node is not last.node]
     return Match(
-        nodes=nodes,
-        outputs={last: None},
+        nodes=nodes + parts,
+        outputs=outputs,
         function=interpolate_argmax,
         arguments={
-            "input": call["input"],
-            "keepdim": bool(argmax["keepdim"]),
-            **{name: call[name] for name in _interpolation.ARGUMENTS},
+            "input": up.interpolate["input"],
+            "dtype": up.dtype,
+            "keepdim": bool(last["keepdim"]),
+            "with_confidence": with_confidence,
+            **{name: up.interpolate[name] for name in _interpolation.ARGUMENTS},
         },
-        not_kept=[c.node for c in calls[:-1]],
-        shared=nodes[:-1],
+        not_kept=[*up.nodes[:1], *(call.node for call in calls[:-1])],
+        shared=[node for node in nodes if node not in outputs],
+        across_autocast=True,
     )
 
 
-UPSAMPLE_ARGMAX = Pattern("interpolate + [softmax] + argmax", "argmax", "upsample_argmax", _match)
-UPSAMPLE_MAX = Pattern("interpolate + [softmax] + max", "indices of max", "upsample_argmax", _match)
+UPSAMPLE_ARGMAX = Pattern("interpolate + [softmax] + argmax", "argmax", "upsample_argmax", _match_argmax)
+UPSAMPLE_MAX = Pattern("interpolate + [softmax] + max", "max", "upsample_argmax", _match_max)
