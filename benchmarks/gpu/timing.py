@@ -22,6 +22,7 @@ from benchmarks.bench_upsample_confusion_matrix import UpsampleConfusionMatrixCa
 from benchmarks.bench_upsample_cross_entropy import UpsampleCrossEntropyCase
 from benchmarks.compile_time import COMPILE
 from benchmarks.devices import DEVICES, Device
+from benchmarks.gpu import results
 from benchmarks.gpu.stages import MARK
 from benchmarks.roofline import Ceilings, measure_ceilings
 from benchmarks.suite import (
@@ -161,6 +162,7 @@ def write(path: Path, device: Device, ceilings: Ceilings, rows: list[Row], secon
     """Writes everything so far."""
     content: dict[str, Any] = {
         "device": device.describe(),
+        "torch": torch.__version__,
         "ceilings": ceilings._asdict(),
         "rows": [dataclasses.asdict(row) for row in rows],
         "seconds": seconds,
@@ -198,6 +200,7 @@ def main() -> int:
         seconds[f"{operator_of(case)} {case.name}"] = perf_counter() - begun
         print("\n".join(describe(found)), flush=True)
         write(arguments.json, device, ceilings, rows, seconds)
+    results.write(json.loads(arguments.json.read_text()), arguments.json.with_suffix(".md"))
     print(f"{MARK}{len(seconds)} cases timed{', no time for ' + ', '.join(left) if left else ''}")
     return 0
 
