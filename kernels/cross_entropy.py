@@ -16,7 +16,6 @@ float64, so that two runs are bitwise equal and a mean over 10^8 pixels keeps it
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +27,7 @@ from fastseg.kernels import cross_entropy_rows as rows
 from fastseg.kernels.cross_entropy_pixels import (
     add_classes,
     exp,
+    finish,
     from_bits,
     label_gradients,
     label_losses,
@@ -47,6 +47,7 @@ from fastseg.kernels.launch import (
     replayed,
     scratch,
 )
+from fastseg.kernels.runs import Runs, pixel_strides, runs_of
 
 # ---- parts of both kernels ----
 
@@ -160,26 +161,6 @@ def _dense_share(
     return tl.where(exist[:, None], q, 0.0)
 
 
-@triton.jit
-def cross_entropy_finish(
-    partials, loss, total_weight, programs,
-    MEAN: tl.constexpr, SMOOTHED_LABELS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """The reduced loss, and what "mean" divides by, from all programs' sums."""
-    losses, weights = tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.float64)
-    for start in range(0, programs, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        losses += tl.load(partials + at, at < programs, other=0)
-        weights += tl.load(partials + programs + at, at < programs, other=0)
-    value, divisor = tl.sum(losses, 0), tl.sum(weights, 0)
-    tl.store(total_weight, divisor)
-    if MEAN:
-        value = value / divisor
-        if SMOOTHED_LABELS:  # where no label has weight, the labels' own share is 0 / 0, whatever the smoothing's is
-            value = tl.where(divisor == 0, float("nan"), value)
-    tl.store(loss, value)
-
-
 # ---- backward ----
 
 
@@ -253,8 +234,6 @@ def cross_entropy_backward(
 
 # ---- launchers ----
 
-FINISH_PLANS = {"all": Plan({"BLOCK": 4096}, num_warps=8)}
-
 
 def _plans() -> dict[str, Plan]:
     """Tiles of a few classes where pixels are neighbours in memory, else of all classes (to 256)."""
@@ -281,41 +260,6 @@ def _bucket(input: Tensor) -> str:
     if input.stride(1) != 1 or classes == 1:
         return f"pixels-inner{suffix}"
     return f"classes-inner-{next_power_of_2(classes) if classes <= 256 else 'more'}{suffix}"
-
-
-class _Runs(NamedTuple):
-    """All tensors' pixels, as runs of evenly spaced ones: tensors that lie alike have few and long runs."""
-
-    length: int
-    sizes: tuple[int, ...]  # of the axes over the runs
-    strides: list[tuple[int, ...]]  # over the runs, of each tensor
-    steps: list[int]  # from one pixel of a run to the next, of each tensor
-
-    @property
-    def count(self) -> int:
-        """How many runs there are."""
-        return math.prod(self.sizes)
-
-
-def _runs(sizes: tuple[int, ...], strides: list[tuple[int, ...]]) -> _Runs:
-    """Merges neighbouring axes wherever every tensor's strides allow it."""
-    axes: list[tuple[int, tuple[int, ...]]] = []
-    for size, steps in zip(sizes, zip(*strides, strict=True), strict=True):
-        if size == 1:
-            continue
-        if axes and all(outer == size * inner for outer, inner in zip(axes[-1][1], steps, strict=True)):
-            axes[-1] = axes[-1][0] * size, steps
-        else:
-            axes.append((size, steps))
-    one = (1, (0,) * len(strides))
-    outer, (length, steps) = axes[:-1] or [one], axes[-1] if axes else one
-    sizes_of_outer, strides_of_outer = zip(*outer, strict=True)
-    return _Runs(length, sizes_of_outer, list(zip(*strides_of_outer, strict=True)), list(steps))
-
-
-def _pixel_strides(tensor: Tensor, has_classes: bool) -> tuple[int, ...]:
-    strides = tensor.stride()
-    return (strides[0], *strides[2:]) if has_classes else strides
 
 
 class Options(NamedTuple):
@@ -349,7 +293,7 @@ class BackwardTensors(NamedTuple):
     grad_input: Tensor
 
 
-def _common(tensors: ForwardTensors | BackwardTensors, runs: _Runs, options: Options) -> dict[str, Any]:
+def _common(tensors: ForwardTensors | BackwardTensors, runs: Runs, options: Options) -> dict[str, Any]:
     """What all kernels but the finishing one take."""
     return {
         "input": tensors.input, "target": tensors.target, "weight": tensors.weight, "statistics": tensors.statistics,
@@ -360,7 +304,7 @@ def _common(tensors: ForwardTensors | BackwardTensors, runs: _Runs, options: Opt
     }  # fmt: skip
 
 
-def _tiles(tensors: list[Tensor], runs: _Runs, plan: Plan) -> dict[str, Any]:
+def _tiles(tensors: list[Tensor], runs: Runs, plan: Plan) -> dict[str, Any]:
     """How pixels lie, for the kernels that take any layout; the tensors are input, target, and what has classes."""
     input, target, *_ = tensors
     class_strides = [tensor.stride(1) if tensor.ndim == input.ndim else 0 for tensor in tensors]
@@ -373,7 +317,7 @@ def _tiles(tensors: list[Tensor], runs: _Runs, plan: Plan) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _plan(kernel: Any, bucket: str, defaults: dict[str, Plan], input: Tensor, runs: _Runs) -> Plan:
+def _plan(kernel: Any, bucket: str, defaults: dict[str, Plan], input: Tensor, runs: Runs) -> Plan:
     plan = choose(kernel, bucket, defaults, input.device)
     plan = fold(plan, "BLOCK_P", runs.length, "BLOCK_C", input.shape[1])
     return fit(plan, "BLOCK_P", LEAST_PIXELS, runs.count * runs.length, input.device)
@@ -384,7 +328,7 @@ def forward(tensors: ForwardTensors, options: Options) -> None:
     """Fills loss, statistics and total_weight; see `fastseg.ops.cross_entropy`."""
     input, target, device = tensors.input, tensors.target, tensors.input.device
     probabilities, sizes = target.ndim == input.ndim, (input.shape[0], *input.shape[2:])
-    runs = _runs(sizes, [_pixel_strides(input, True), _pixel_strides(target, probabilities)])
+    runs = runs_of(sizes, [pixel_strides(input, True), pixel_strides(target, probabilities)])
     arguments = _common(tensors, runs, options) | {"loss": tensors.loss}
     kernel: Any = cross_entropy_forward
     if rows.serves_forward(input, target, runs.count, runs.steps):
@@ -404,16 +348,6 @@ def forward(tensors: ForwardTensors, options: Options) -> None:
         finish(partials, tensors.loss, tensors.total_weight, options, not probabilities)
 
 
-def finish(partials: Tensor, loss: Tensor, total_weight: Tensor, options: Any, with_labels: bool) -> None:
-    """Fills the reduced loss, and what "mean" divides by, from the programs' sums [2, programs]."""
-    arguments = {
-        "partials": partials, "loss": loss, "total_weight": total_weight, "programs": partials.shape[1],
-        "MEAN": options.reduction == "mean", "SMOOTHED_LABELS": options.label_smoothing > 0 and with_labels,
-    }  # fmt: skip
-    plan = choose(cross_entropy_finish, "all", FINISH_PLANS, loss.device)
-    launch(cross_entropy_finish, "all", plan, 1, loss.device, arguments)
-
-
 @replayed
 def backward(tensors: BackwardTensors, options: Options) -> None:
     """Fills grad_input; see `fastseg.ops.cross_entropy`."""
@@ -422,7 +356,7 @@ def backward(tensors: BackwardTensors, options: Options) -> None:
     of_pixels = [(input, True), (target, probabilities), (grad_input, True)]
     if options.reduction == "none":
         of_pixels.append((tensors.grad_output, False))
-    runs = _runs(sizes, [_pixel_strides(tensor, has_classes) for tensor, has_classes in of_pixels])
+    runs = runs_of(sizes, [pixel_strides(tensor, has_classes) for tensor, has_classes in of_pixels])
     arguments = _common(tensors, runs, options) | {
         "grad_output": tensors.grad_output, "grad_input": grad_input, "grad_output_pixel": runs.steps[-1],
         "MEAN": options.reduction == "mean",

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from fastseg.kernels.launch import Plan, choose, launch
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 
@@ -90,3 +94,38 @@ def store_forward(
     else:
         tl.store(loss + at, value, inside)
         tl.store(total_weight, 0.0, program == 0)  # of no use without a mean, but never left unwritten
+
+
+@triton.jit
+def cross_entropy_finish(
+    partials, loss, total_weight, programs,
+    MEAN: tl.constexpr, SMOOTHED_LABELS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The reduced loss, and what "mean" divides by, from all programs' sums."""
+    losses, weights = tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.float64)
+    for start in range(0, programs, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        losses += tl.load(partials + at, at < programs, other=0)
+        weights += tl.load(partials + programs + at, at < programs, other=0)
+    value, divisor = tl.sum(losses, 0), tl.sum(weights, 0)
+    tl.store(total_weight, divisor)
+    if MEAN:
+        value = value / divisor
+        if SMOOTHED_LABELS:  # where no label has weight, the labels' own share is 0 / 0, whatever the smoothing's is
+            value = tl.where(divisor == 0, float("nan"), value)
+    tl.store(loss, value)
+
+
+# ---- for the launchers ----
+
+FINISH_PLANS = {"all": Plan({"BLOCK": 4096}, num_warps=8)}
+
+
+def finish(partials: Tensor, loss: Tensor, total_weight: Tensor, options: Any, with_labels: bool) -> None:
+    """Fills the reduced loss, and what "mean" divides by, from the programs' sums [2, programs]."""
+    arguments = {
+        "partials": partials, "loss": loss, "total_weight": total_weight, "programs": partials.shape[1],
+        "MEAN": options.reduction == "mean", "SMOOTHED_LABELS": options.label_smoothing > 0 and with_labels,
+    }  # fmt: skip
+    plan = choose(cross_entropy_finish, "all", FINISH_PLANS, loss.device)
+    launch(cross_entropy_finish, "all", plan, 1, loss.device, arguments)

@@ -14,8 +14,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastseg.kernels.cross_entropy import finish
-from fastseg.kernels.cross_entropy_pixels import add_classes, from_bits, label_losses, load_labels, store_forward
+from fastseg.kernels.cross_entropy_pixels import (
+    add_classes,
+    finish,
+    from_bits,
+    label_losses,
+    load_labels,
+    store_forward,
+)
 from fastseg.kernels.launch import Plan, cdiv, choose, launch, multiprocessors, replayed, scratch
 from fastseg.kernels.upsample_cross_entropy_backward import BackwardTensors as BackwardTensors
 from fastseg.kernels.upsample_cross_entropy_backward import Options, common

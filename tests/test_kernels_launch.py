@@ -11,6 +11,7 @@ pytest.importorskip("triton", reason="Triton isn't installed: it comes with the 
 
 from fastseg.kernels import cross_entropy, launch
 from fastseg.kernels.launch import Plan
+from fastseg.kernels.runs import runs_of
 
 CPU = torch.device("cpu")
 PLAN = Plan({"BLOCK_C": 4, "BLOCK_P": 1024})
@@ -93,13 +94,13 @@ def test_a_trial_plan_replaces_the_default() -> None:
 def test_equally_spaced_axes_become_one_run() -> None:
     shape, last = (4, 6, 8), torch.empty(4, 5, 6, 8).to(memory_format=torch.channels_last).stride()
     sliced = torch.empty(4, 6, 16)[..., ::2].stride()
-    runs = cross_entropy._runs(shape, [(last[0], last[2], last[3]), (48, 8, 1)])
+    runs = runs_of(shape, [(last[0], last[2], last[3]), (48, 8, 1)])
     assert (runs.length, runs.count, runs.steps) == (4 * 6 * 8, 1, [5, 1])  # channels_last: one run of all pixels
-    runs = cross_entropy._runs(shape, [(240, 8, 1), (48, 8, 1)])
+    runs = runs_of(shape, [(240, 8, 1), (48, 8, 1)])
     assert (runs.length, runs.count, runs.sizes) == (48, 4, (4,))  # NCHW: one of each image
-    runs = cross_entropy._runs(shape, [sliced, (48, 8, 1)])
+    runs = runs_of(shape, [sliced, (48, 8, 1)])
     assert (runs.length, runs.count, runs.steps) == (4 * 6 * 8, 1, [2, 1])
-    runs = cross_entropy._runs(shape, [(100, 10, 1), (48, 8, 1)])
+    runs = runs_of(shape, [(100, 10, 1), (48, 8, 1)])
     assert (runs.length, runs.count, runs.sizes) == (8, 24, (4, 6))  # a crop: one of each row
 
 

@@ -107,9 +107,9 @@ def write(results: dict[str, Any], path: Path) -> None:
         f"`python -m benchmarks.gpu --out DIR`, {results['device']['dtype']}, torch {results['torch']}. Every result "
         "was verified against a float64 truth before it was timed. Times are a GPU's own, between events, caches "
         "flushed before each call: medians of interleaved rounds. Peers are in whichever memory format they are faster "
-        f"in. The floor is the bytes that a pass can't do without at the {bandwidth:.2f} TB/s of a copy, or its products "
-        f"at {rate:.0f} TFLOP/s. Host: microseconds until a call returns. In bold: slower than the fastest peer.\n\n"
-        f"![Times as fast as the fastest peer]({path.with_suffix('.png').name})\n\n{table(results)}\n"
+        f"in. The floor is the bytes that a pass can't do without at the {bandwidth:.2f} TB/s of a copy, or its "
+        f"products at {rate:.0f} TFLOP/s. Host: microseconds until a call returns. In bold: slower than the fastest "
+        f"peer.\n\n![Times as fast as the fastest peer]({path.with_suffix('.png').name})\n\n{table(results)}\n"
     )
 
 
