@@ -16,6 +16,7 @@ from fastseg.modules import (
     UpsampleCrossEntropyLoss,
     UpsampleFocalLoss,
 )
+from fastseg.ops.registration import decompositions
 
 __all__ = [
     "Conv2d",
@@ -29,6 +30,7 @@ __all__ = [
     "UpsampleCrossEntropyLoss",
     "UpsampleFocalLoss",
     "__version__",
+    "decompositions",
     "functional",
     "info",
     "losses",

@@ -56,7 +56,9 @@ def kernels(operator: str, module: str | None = None) -> Any:
 
 def register(
     library: torch.library.Library, operator: str, triton: Callable[..., Any], cpu: Callable[..., Any]
-) -> None:
-    """Registers an operator's implementations: on GPUs (ROCm's, too, have the key CUDA) and on CPUs."""
-    library.impl(operator, triton, "CUDA")
-    library.impl(operator, triton if INTERPRETED else cpu, "CPU")
+) -> dict[str, Callable[..., Any]]:
+    """Registers an operator's implementations: on GPUs (ROCm's, too, have the key CUDA) and on CPUs; returns them."""
+    kernels = {"CUDA": triton, "CPU": triton if INTERPRETED else cpu}
+    for device, kernel in kernels.items():
+        library.impl(operator, kernel, device)
+    return kernels

@@ -130,10 +130,7 @@ OTHERS = {
 def test_other_calls_are_torchs_own(
     shape: tuple, kernel: tuple, options: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*arguments: object) -> None:
-        raise AssertionError("the operator was called")
-
-    monkeypatch.setattr(operator, "conv2d", refuse)
+    monkeypatch.setattr(torch.ops.fastseg, "conv2d", None)
     options = dict(options)
     dtype, autocast = options.pop("dtype", torch.float32), options.pop("autocast", False)
     called = [make(shape, dtype), make(kernel, dtype, seed=1), make(kernel[:1], dtype, seed=2)]

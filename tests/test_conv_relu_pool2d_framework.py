@@ -167,12 +167,6 @@ def test_autocast_of_the_bare_operator() -> None:
     assert output.dtype == torch.bfloat16
 
 
-def test_functorch_says_why_not() -> None:
-    input, weight, bias = arguments()
-    with pytest.raises(RuntimeError, match="setup_context"):
-        torch.func.grad(lambda w: functional.conv_relu_pool2d(input, w, bias).sum())(weight)
-
-
 def test_deepcopy_and_pickle_keep_the_layer() -> None:
     layer = fastseg.ConvReLUPool2d(3, 8, 3, pool_size=3, pool_stride=2)
     input = make((1, 3, 12, 12))

@@ -239,8 +239,8 @@ def test_opcheck_upsample_cross_entropy(with_overlap: bool) -> None:
     _, (logits, labels) = upsampled_loss()
     logits, options = logits.detach(), (-100, "mean", 0.1, "bilinear", False)
     forward = torch.ops.fastseg.upsample_cross_entropy.default
-    torch.library.opcheck(forward, (logits, labels, None, *options, with_overlap))
-    value, statistics, total_weight, overlap = forward(logits, labels, None, *options, with_overlap)
+    torch.library.opcheck(forward, (logits, labels, None, *options, with_overlap, True))
+    value, statistics, total_weight, overlap = forward(logits, labels, None, *options, with_overlap, True)
     saved = (logits, labels, None, statistics, total_weight)
     torch.library.opcheck(
         torch.ops.fastseg.upsample_cross_entropy_backward.default,

@@ -47,7 +47,7 @@ def loss(forward: Callable[..., tuple[Tensor, ...]], backward: Callable[..., Ten
 def upsampled_loss(forward: Callable[..., tuple[Tensor, ...]], backward: Callable[..., Tensor]) -> list[Tensor]:
     input, target = make((2, 5, 6, 7)), make_labels((2, 11, 9), 5)
     options = (-100, "mean", 0.1, "bilinear", False)
-    value, statistics, total_weight, overlap = forward(input, target, None, *options, True)
+    value, statistics, total_weight, overlap = forward(input, target, None, *options, True, True)
     saved = (input, target, None, statistics, total_weight, *options)
     return [value, statistics, total_weight, overlap, backward(torch.ones(()), torch.ones_like(overlap), *saved)]
 

@@ -60,8 +60,9 @@ def test_opcheck_of_the_loss(
     input = layout(base.detach()).to(dtype)
     weight = make((5,), torch.float64 if dtype == torch.float64 else torch.float32).abs()
     options = (-100, reduction, 0.1, *GRIDS[grid])
-    torch.library.opcheck(forward, (input, target, weight, *options, with_overlap))
-    loss, statistics, total_weight, overlap = forward(input, target, weight, *options, with_overlap)
+    for with_statistics in (True, False):
+        torch.library.opcheck(forward, (input, target, weight, *options, with_overlap, with_statistics))
+    loss, statistics, total_weight, overlap = forward(input, target, weight, *options, with_overlap, True)
     grad_loss = torch.ones((), dtype=loss.dtype).expand_as(loss)
     tensors = (grad_loss, torch.ones_like(overlap), input, target, weight, statistics, total_weight)
     torch.library.opcheck(backward, (*tensors, *options))

@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastseg.ops import conv2d as operator
 from fastseg.ops.conv_relu_pool2d_geometry import resolve
 from fastseg.ops.conv_relu_pool2d_roads import WINOGRAD_FEW_CHANNELS, is_worth_conv2d, winograd_serves
 
@@ -52,7 +51,7 @@ def conv2d(
     if _are_served(input, weight, bias):
         geometry, _ = resolve((3, 3), stride, padding, dilation, groups, 1, None, 0, False)
         if winograd_serves(weight, geometry) and is_worth_conv2d(input, weight):
-            return operator.conv2d(input, weight, bias, geometry.padding)
+            return torch.ops.fastseg.conv2d.default(input, weight, bias, geometry.padding)
     return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
 
 

@@ -77,10 +77,9 @@ def cross_entropy(
         except (IndexError, RuntimeError, ValueError):
             pass  # The checks below find what is wrong, too, and name the argument.
     _check(input, target, weight, ignore_index, reduction, label_smoothing, pixel_weight)
-    reason = why_plain(input, target, weight)
-    if reason is not None:
+    if target.dtype == torch.float64 and input.dtype != torch.float64:
         if not torch.compiler.is_compiling():
-            log_slow_road("cross_entropy", reason)
+            log_slow_road("cross_entropy", "float64 probabilities for logits of less precision")
         return reference.cross_entropy(
             input, target, weight, ignore_index, reduction, label_smoothing, pixel_weight=pixel_weight
         )
@@ -121,20 +120,11 @@ def _check_probabilities(shape: tuple[int, ...], target: Tensor, ignore_index: i
         raise ValueError(f"ignore_index: class probabilities have no label to ignore, got {ignore_index}")
 
 
-def why_plain(input: Tensor, target: Tensor, weight: Tensor | None) -> str | None:
-    """Why plain PyTorch serves a call with these tensors, or None."""
-    if torch.is_grad_enabled() and (target.requires_grad or (weight is not None and weight.requires_grad)):
-        return "target or weight needs a gradient"
-    if target.dtype == torch.float64 and input.dtype != torch.float64:
-        return "float64 probabilities for logits of less precision"
-    return None
-
-
 def call_operator(input: Tensor, target: Tensor, *options: Any) -> Tensor:
     """The operator, which takes no logits without a batch."""
     if input.ndim > 1:
-        return operator.cross_entropy(input, target, *options)
-    loss = operator.cross_entropy(input.unsqueeze(0), target.unsqueeze(0), *options)
+        return torch.ops.fastseg.cross_entropy.default(input, target, *options)[0]
+    loss = torch.ops.fastseg.cross_entropy.default(input.unsqueeze(0), target.unsqueeze(0), *options)[0]
     return loss.squeeze(0) if loss.ndim == 1 else loss
 
 
@@ -153,8 +143,10 @@ def reduce_pixels(
 
 def in_dtype(loss: Tensor, dtype: torch.dtype) -> Tensor:
     """A loss in the accumulation dtype as one of ``dtype``; unchanged where autocast asks for float32."""
+    if loss.dtype == dtype:
+        return loss
     device = loss.device.type
     # TorchDynamo can't trace is_autocast_available (torch 2.11); what it compiles for has autocast.
     available = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)
     autocasts = available and torch.is_autocast_enabled(device)
-    return loss if loss.dtype == dtype or (autocasts and dtype.itemsize < loss.dtype.itemsize) else loss.to(dtype)
+    return loss if autocasts and dtype.itemsize < loss.dtype.itemsize else loss.to(dtype)

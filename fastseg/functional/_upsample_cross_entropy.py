@@ -16,9 +16,8 @@ from fastseg.functional._checks import (
     check_reduction,
     check_smoothing,
 )
-from fastseg.functional._cross_entropy import cross_entropy, reduce_pixels, why_plain
+from fastseg.functional._cross_entropy import cross_entropy, reduce_pixels
 from fastseg.ops import upsample_cross_entropy as operator
-from fastseg.ops import upsample_cross_entropy_with_gradient as with_gradient
 
 
 def upsample_cross_entropy(
@@ -70,28 +69,24 @@ def upsample_cross_entropy(
     if input.shape[2:] == target.shape[-2:]:
         return cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing, pixel_weight=pixel_weight)
     if target.is_floating_point():
-        reason: str | None = "class probabilities hold the output's size for every class themselves"
-    else:
-        check_label_map(target, input)
-        check_class_weight(weight, classes, input)
-        check_reduction(reduction)
-        check_smoothing(label_smoothing)
-        check_pixel_weight(pixel_weight, tuple(target.shape), input)
-        reason = why_plain(input, target, weight)
-    if reason is not None:
         if not torch.compiler.is_compiling():
-            log_slow_road("upsample_cross_entropy", reason)
+            log_slow_road(
+                "upsample_cross_entropy", "class probabilities hold the output's size for every class themselves"
+            )
         logits = reference.upsample(input, target.shape[-2:], None, mode, align_corners)
         return cross_entropy(
             logits, target, weight, ignore_index, reduction, label_smoothing, pixel_weight=pixel_weight
         )
+    check_label_map(target, input)
+    check_class_weight(weight, classes, input)
+    check_reduction(reduction)
+    check_smoothing(label_smoothing)
+    check_pixel_weight(pixel_weight, tuple(target.shape), input)
 
     def losses(
         input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, label_smoothing: float
     ) -> Tensor:
         options = (ignore_index, reduction, label_smoothing, mode, align_corners)
-        if torch.is_grad_enabled() and input.requires_grad and with_gradient.serves(input, reduction):
-            return with_gradient.upsample_cross_entropy_with_gradient(input, target, weight, options)
         return operator.upsample_cross_entropy(input, target, weight, options)[0]
 
     return reduce_pixels(

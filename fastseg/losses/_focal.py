@@ -1,220 +1,23 @@
-"""The focal loss of sigmoids, one class against the rest, of class labels: its sums over pixels, block by block.
-
-Plain PyTorch holds about ten tensors of the logits' size for it. Here a block of logits is read at a time, in forward
-and again in backward, whose only tensor of the logits' size is the gradient.
-"""
+"""The focal loss of sigmoids, one class against the rest, of class labels: its sums over pixels."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
-from typing import Any, NamedTuple
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fastseg import reference
-from fastseg.losses._sums import IGNORE_NONE, as_map, softmax_sums
-from fastseg.ops.cross_entropy import accumulation_dtype
-
-# Logits in a block. On a CPU its temporaries stay in the cache (from 2^14 to 2^17 the time falls to two thirds, on one
-# core with AVX2, 2026-11-22); elsewhere launches cost more than memory.
-CPU_BLOCK = 2**17
-DEVICE_BLOCK = 2**22
-
-OVERLAP_OPTIONS = ("sum", 0.0, "nearest", False)  # the operator's, behind its ignore_index
-
-Block = tuple[slice, ...]
-
-
-class Focal(NamedTuple):
-    """How much a pixel counts, and which classes do.
-
-    Attributes:
-        gamma: The exponent of 1 - p.
-        threshold: Where given, 1 - p is divided by it, and a pixel whose p is less counts fully.
-        first_class: The classes before it don't count.
-        ignore_index: The label that doesn't count.
-    """
-
-    gamma: float
-    threshold: float | None
-    first_class: int
-    ignore_index: int
-
-    def factor(self, losses: Tensor, others: Tensor) -> Tensor:
-        """What multiplies losses -log(p), from them and from ``others``, 1 - p."""
-        others = others.clamp_min(torch.finfo(others.dtype).tiny)  # the derivative of a root of zero is infinite
-        if self.threshold is None:
-            return others.pow(self.gamma)
-        return (others / self.threshold).pow(self.gamma).masked_fill((-losses).exp() < self.threshold, 1)
+from fastseg.losses._sums import as_map, softmax_sums
+from fastseg.ops.focal_sums import Focal, plain_sums
 
 
 def focal_sums(input: Tensor, labels: Tensor, focal: Focal, with_overlap: bool = False) -> tuple[Tensor, Tensor]:
     """The sums over the pixels that aren't ignored, and where asked `fastseg.reference.overlap`, or ``[0, N, C]``.
 
-    With p the sigmoid of a class's logit where the class is the pixel's label, and of minus the logit elsewhere, the
-    sums are ``[3, classes]`` in the accumulation dtype: of ``factor * -log(p)`` over the label's own pixels, the same
-    over the others, and of ``factor`` over all. Differentiable to any order; second derivatives run as plain PyTorch.
+    `fastseg.ops.focal_sums` defines the sums. Differentiable to any order; second derivatives run as plain PyTorch.
     """
     input, labels = as_map(input, 2), as_map(labels, 1)
     if torch.compiler.is_compiling():  # a compiler fuses the terms with their sums itself
-        sums = _plain_sums(input, labels, focal)
+        sums = plain_sums(input, labels, focal)
         none = sums.new_empty((0, *input.shape[:2]))
         return sums, softmax_sums(input, labels, focal.ignore_index)[1] if with_overlap else none
-    if torch.is_grad_enabled() and input.requires_grad:
-        return _FocalSums.apply(input, labels, focal, with_overlap)
-    sums, overlap, *_ = _forward(input, labels, focal, with_overlap)
+    sums, _, _, overlap = torch.ops.fastseg.focal_sums.default(input, labels, *focal, with_overlap)
     return sums, overlap
-
-
-class _FocalSums(torch.autograd.Function):
-    """The sums with their gradient: one tensor of the logits' size for both."""
-
-    @staticmethod
-    def forward(ctx: Any, input: Tensor, labels: Tensor, focal: Focal, with_overlap: bool) -> tuple[Tensor, Tensor]:
-        sums, overlap, *statistics = _forward(input, labels, focal, with_overlap)
-        ctx.save_for_backward(input, labels, *statistics)
-        ctx.options = focal, with_overlap
-        return sums, overlap
-
-    @staticmethod
-    def backward(ctx: Any, grad_sums: Tensor, grad_overlap: Tensor) -> tuple[Tensor | None, ...]:
-        input, labels, *statistics = ctx.saved_tensors
-        focal, with_overlap = ctx.options
-        if torch.is_grad_enabled():
-            # create_graph=True: this gradient will be differentiated itself, which plain PyTorch can.
-            outputs, grads = [_plain_sums(input, labels, focal)], [grad_sums]
-            if with_overlap:
-                outputs.append(reference.overlap(input.to(grad_sums.dtype), labels, focal.ignore_index))
-                grads.append(grad_overlap)
-            return torch.autograd.grad(outputs, input, grads, create_graph=True)[0], None, None, None
-        if with_overlap:
-            no_loss = grad_sums.new_zeros(())
-            grad_input = torch.ops.fastseg.upsample_cross_entropy_backward.default(
-                no_loss, grad_overlap, input, labels, None, *statistics, focal.ignore_index, *OVERLAP_OPTIONS
-            )
-        else:
-            grad_input = torch.zeros_like(input)
-        _add_gradient(grad_input, grad_sums, input, labels, focal)
-        return grad_input, None, None, None
-
-
-def _forward(input: Tensor, labels: Tensor, focal: Focal, with_overlap: bool) -> tuple[Tensor, ...]:
-    """The sums, the overlap, and where that is asked for what its backward needs."""
-    sums = _sum_blocks(input, labels, focal)
-    if not with_overlap:
-        return sums, sums.new_empty((0, *input.shape[:2]))
-    _, *statistics, overlap = torch.ops.fastseg.upsample_cross_entropy.default(
-        input, labels, None, focal.ignore_index, *OVERLAP_OPTIONS, True
-    )
-    return sums, overlap, *statistics
-
-
-def _plain_sums(input: Tensor, labels: Tensor, focal: Focal) -> Tensor:
-    """The sums in plain PyTorch, of all pixels at once."""
-    logits = input[:, focal.first_class :].to(accumulation_dtype(input))
-    return _sum_terms(logits, labels, slice(focal.first_class, input.shape[1]), focal)
-
-
-def _sum_terms(logits: Tensor, labels: Tensor, classes: slice, focal: Focal) -> Tensor:
-    """The sums ``[3, classes]`` of the logits ``[N, classes, h, w]`` of some classes and the labels ``[N, h, w]``."""
-    hits = _hits(labels, classes, logits.dtype)
-    logits, ignored = _without_ignored(logits, labels, focal)
-    signed = logits * (2 * hits - 1)
-    losses = -F.logsigmoid(signed)
-    factors = focal.factor(losses, (-signed).sigmoid())
-    if ignored is not None:
-        factors = factors * ~ignored
-    losses = factors * losses
-    own = losses * hits
-    return torch.stack([term.sum((0, 2, 3)) for term in (own, losses - own, factors)])
-
-
-def _hits(labels: Tensor, classes: slice, dtype: torch.dtype) -> Tensor:
-    """One where labels ``[N, h, w]`` are each of the classes, zero elsewhere: ``[N, classes, h, w]``.
-
-    Numbers and not booleans: torch's products are several times as fast as its ``where`` and ``masked_fill``.
-    """
-    numbers = torch.arange(classes.start, classes.stop, device=labels.device).view(-1, 1, 1)
-    return (labels.unsqueeze(1) == numbers).to(dtype)
-
-
-def _without_ignored(logits: Tensor, labels: Tensor, focal: Focal) -> tuple[Tensor, Tensor | None]:
-    """The logits with zeros in ignored pixels, and where those are; None where there can be none."""
-    if focal.ignore_index == IGNORE_NONE:
-        return logits, None
-    ignored = reference.is_ignored(labels, focal.ignore_index).unsqueeze(1)
-    return logits.masked_fill(ignored, 0), ignored
-
-
-# ---- block by block ----
-
-
-def _blocks(tensor: Tensor) -> Iterator[Block]:
-    """Slices of ``[N, C, h, w]`` that hold a block's elements each: dimensions are cut from the largest stride on."""
-    limit = CPU_BLOCK if tensor.is_cpu else DEVICE_BLOCK
-    sizes, count = list(tensor.shape), tensor.numel()
-    if count == 0:
-        return
-    for dim in sorted(range(tensor.ndim), key=tensor.stride, reverse=True):
-        if count <= limit:
-            break
-        count //= sizes[dim]  # of one step along this dimension
-        sizes[dim] = max(limit // count, 1)
-        count *= sizes[dim]
-    steps = (range(0, total, size) for total, size in zip(tensor.shape, sizes, strict=True))
-    for corner in itertools.product(*steps):
-        bounds = zip(corner, sizes, tensor.shape, strict=True)
-        yield tuple(slice(start, min(start + size, total)) for start, size, total in bounds)
-
-
-def _sum_blocks(input: Tensor, labels: Tensor, focal: Focal) -> Tensor:
-    """`_plain_sums`, whose temporaries are of a block's size."""
-    logits = input[:, focal.first_class :]
-    blocks = list(_blocks(logits))
-    partials = logits.new_zeros((len(blocks), 3, logits.shape[1]), dtype=accumulation_dtype(input))
-    for partial, block in zip(partials, blocks, strict=True):
-        classes, pixels = block[1], block[:1] + block[2:]
-        numbers = _shifted(classes, focal.first_class)
-        partial[:, classes] = _sum_terms(logits[block].to(partial.dtype), labels[pixels], numbers, focal)
-    return partials.sum(0)
-
-
-def _add_gradient(grad_input: Tensor, grad_sums: Tensor, input: Tensor, labels: Tensor, focal: Focal) -> None:
-    """Adds the gradient of the sums, block by block."""
-    logits, grad_logits = (tensor[:, focal.first_class :] for tensor in (input, grad_input))
-    for block in _blocks(logits):
-        classes, pixels = block[1], block[:1] + block[2:]
-        grads = grad_sums[:, classes, None, None]
-        hits = _hits(labels[pixels], _shifted(classes, focal.first_class), grads.dtype)
-        block_logits, ignored = _without_ignored(logits[block].to(grads.dtype), labels[pixels], focal)
-        gradient = _gradient(grads, block_logits, hits, focal)
-        if ignored is not None:
-            gradient.masked_fill_(ignored, 0)  # and no product: a mean over no pixel has infinite gradients
-        grad_logits[block] += gradient
-
-
-def _gradient(grad_sums: Tensor, logits: Tensor, hits: Tensor, focal: Focal) -> Tensor:
-    """What the sums pass on to logits of pixels that aren't ignored.
-
-    With s the logit or, off the label, minus it: d(-log p)/ds = -(1 - p), and d(1 - p)^gamma/ds = -gamma p (1 -
-    p)^gamma, both finite wherever 1 - p is.
-    """
-    signs = 2 * hits - 1
-    signed = logits * signs
-    losses, p, others = -F.logsigmoid(signed), signed.sigmoid(), signed.neg_().sigmoid_()
-    factors = focal.factor(losses, others)
-    slopes = p.mul_(factors).mul_(-focal.gamma)
-    if focal.threshold is not None:
-        slopes.masked_fill_((-losses).exp() < focal.threshold, 0)
-    of_hits, of_others, of_factors = grad_sums
-    weights = torch.addcmul(of_others, of_hits - of_others, hits)
-    # weights * (slopes * losses - factors * others) + of_factors * slopes, in as few passes as possible
-    gradient = losses.mul_(weights).add_(of_factors).mul_(slopes)
-    return gradient.addcmul_(factors.mul_(others), weights, value=-1).mul_(signs)
-
-
-def _shifted(classes: slice, by: int) -> slice:
-    return slice(classes.start + by, classes.stop + by)

@@ -11,10 +11,7 @@ from fastseg._native import log_slow_road
 from fastseg.functional._checks import FLOATING_DTYPES, LABEL_DTYPES, check_class_weight, check_smoothing, pixels_of
 from fastseg.functional._cross_entropy_dice import as_map
 from fastseg.ops import upsample_cross_entropy as operator
-from fastseg.ops.cross_entropy import accumulation_dtype
-
-# The ignore_index where no label is to be ignored: the operators' (csrc/upsample_confusion_matrix.h's kIgnoreNone).
-IGNORE_NONE = torch.iinfo(torch.int64).min
+from fastseg.ops.cross_entropy import IGNORE_NONE, accumulation_dtype
 
 
 def check_scores(name: str, scores: Tensor, min_dims: int) -> None:

@@ -12,10 +12,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from fastseg.losses._focal import Focal, focal_sums
+from fastseg.losses._focal import focal_sums
 from fastseg.losses._monai_terms import DiceTerm, FocalTerm, Weight
-from fastseg.losses._sums import IGNORE_NONE, as_integers, check_scores, one_hot, softmax_sums
+from fastseg.losses._sums import as_integers, check_scores, one_hot, softmax_sums
 from fastseg.modules import CrossEntropyLoss
+from fastseg.ops.cross_entropy import IGNORE_NONE
+from fastseg.ops.focal_sums import Focal
 
 
 def _read_reduction(reduction: str, known: tuple[str, ...]) -> str:

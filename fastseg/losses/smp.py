@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastseg.functional._checks import pixels_of
 from fastseg.functional._cross_entropy import call_operator, in_dtype
-from fastseg.losses._focal import Focal, focal_sums
+from fastseg.losses._focal import focal_sums
 from fastseg.losses._smp_terms import (
     BINARY,
     MULTICLASS,
@@ -26,7 +26,6 @@ from fastseg.losses._smp_terms import (
     weighted_mean,
 )
 from fastseg.losses._sums import (
-    IGNORE_NONE,
     as_integers,
     as_labels,
     check_labels,
@@ -35,7 +34,8 @@ from fastseg.losses._sums import (
     one_hot,
     softmax_sums,
 )
-from fastseg.ops.cross_entropy import accumulation_dtype
+from fastseg.ops.cross_entropy import IGNORE_NONE, accumulation_dtype
+from fastseg.ops.focal_sums import Focal
 from fastseg.reference import is_ignored
 
 # A class's sum of focal factors, by which "normalized" divides, is at least this.

@@ -1,1 +1,25 @@
-"""The operators: schema, fake, implementations and gradient, one module each."""
+"""The operators: schema, fake, implementations and gradient, one module each. Importing this registers them all."""
+
+from fastseg.ops import (
+    conv2d,
+    conv_relu_pool2d,
+    cross_entropy,
+    focal_sums,
+    relu_pool2d,
+    upsample_argmax,
+    upsample_confusion_matrix,
+    upsample_cross_entropy,
+    upsample_cross_entropy_with_gradient,
+)
+
+__all__ = [
+    "conv2d",
+    "conv_relu_pool2d",
+    "cross_entropy",
+    "focal_sums",
+    "relu_pool2d",
+    "upsample_argmax",
+    "upsample_confusion_matrix",
+    "upsample_cross_entropy",
+    "upsample_cross_entropy_with_gradient",
+]

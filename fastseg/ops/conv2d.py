@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastseg._native import describe, log_missing_kernel, native
+from fastseg._native import describe, native
 from fastseg.ops.conv_relu_pool2d_roads import pays_for_winograd
 from fastseg.ops.layouts import ANY_LAYOUT, empty, memory_format_of
+from fastseg.ops.registration import register_gradient, register_plain
 
 # ---- what conv_relu_pool2d shares ----
 
@@ -113,7 +114,6 @@ def _backward_cpu(
 
 def forward_plain(input: Tensor, weight: Tensor, bias: Tensor | None, padding: list[int]) -> Tensor:
     """The operator from torch's own, in the layout that the fake promises."""
-    log_missing_kernel("conv2d", input)
     output = torch.conv2d(input, weight, bias, 1, padding)
     return output.contiguous(memory_format=output_format(input, weight))
 
@@ -127,38 +127,30 @@ def backward_plain(
 
 _library.impl("conv2d", _forward_cpu, "CPU")
 _library.impl("conv2d_backward", _backward_cpu, "CPU")
-_library.impl("conv2d", forward_plain, "CompositeExplicitAutograd")
-_library.impl("conv2d_backward", backward_plain, "CompositeExplicitAutograd")
+register_plain(_library, "conv2d", forward_plain, _allocate_output)
+register_plain(_library, "conv2d_backward", backward_plain, _backward_fake)
 
 
 # ---- gradient ----
 
 
 class _Conv2d(torch.autograd.Function):
-    """The gradient around the operator; forward and backward are both operators, so that compilers can trace them."""
+    """The operator's gradient; forward and backward are both operators, so that compilers can trace them."""
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, padding: list[int]) -> Tensor:
+    def forward(ctx: Any, call: Any, input: Tensor, weight: Tensor, bias: Tensor | None, padding: list[int]) -> Tensor:
         ctx.save_for_backward(input, weight)
         ctx.padding = padding
-        return torch.ops.fastseg.conv2d.default(input, weight, bias, padding)
+        return call(input, weight, bias, padding)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         input, weight = ctx.saved_tensors
-        needs = list(ctx.needs_input_grad[:3])
+        needs = list(ctx.needs_input_grad[1:4])
         # create_graph=True: this gradient will be differentiated itself, which plain PyTorch's can.
-        plain = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        backward = backward_plain if plain else torch.ops.fastseg.conv2d_backward.default
+        backward = backward_plain if torch.is_grad_enabled() else torch.ops.fastseg.conv2d_backward.default
         gradients = backward(grad_output, input, weight, ctx.padding, needs)
-        return *(gradient if need else None for gradient, need in zip(gradients, needs, strict=True)), None
+        return None, *(gradient if need else None for gradient, need in zip(gradients, needs, strict=True)), None
 
 
-def conv2d(input: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, int]) -> Tensor:
-    """The operator with its gradient; arguments checked by `fastseg.functional.conv2d`."""
-    numbers = list(padding)
-    if torch.is_grad_enabled() and (
-        input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    ):
-        return _Conv2d.apply(input, weight, bias, numbers)
-    return torch.ops.fastseg.conv2d.default(input, weight, bias, numbers)
+register_gradient(_library, "conv2d", {"CPU": _forward_cpu}, _Conv2d.apply, forward_plain, tensors=3, differentiable=3)

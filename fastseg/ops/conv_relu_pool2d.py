@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastseg import _triton, reference
-from fastseg._native import describe, log_missing_kernel, native
+from fastseg._native import describe, native
 from fastseg.ops.conv2d import (
     allocate_gradients,
     describe_needed,
@@ -39,6 +39,7 @@ from fastseg.ops.conv_relu_pool2d_roads import (
     choose_road,
 )
 from fastseg.ops.layouts import ANY_LAYOUT, empty
+from fastseg.ops.registration import register_gradient, register_plain
 
 # ---- schemas ----
 
@@ -216,10 +217,10 @@ def _backward_triton(
 
 
 def _plain(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, indices and skip from the reference."""
-    return reference.conv_relu_pool2d(  # type: ignore[return-value]  # three of them, with both flags
-        input, weight, bias, *geometry[:4], pool_size=geometry.pool_size, pool_stride=geometry.pool_stride,
-        pool_padding=geometry.pool_padding, ceil_mode=geometry.ceil_mode, return_indices=True, return_skip=True,
+    """Output, indices and skip from the reference, but for its ReLU in place, which decompositions mustn't have."""
+    return reference.relu_pool2d(  # type: ignore[return-value]  # three of them, with both flags
+        torch.conv2d(input, weight, bias, *geometry[:4]), *geometry.pool, geometry.ceil_mode,
+        return_indices=True, return_skip=True,
     )  # fmt: skip
 
 
@@ -227,7 +228,6 @@ def forward_plain(
     input: Tensor, weight: Tensor, bias: Tensor | None, numbers: list[int], with_positions: bool, with_skip: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The operator for devices without a kernel, from torch's own operators."""
-    log_missing_kernel("conv_relu_pool2d", input)
     geometry, layout = unflatten(tuple(numbers)), output_format(input, weight)
     output, indices, skip = _plain(input, weight, bias, geometry)
     positions = local_positions(indices, output, skip.shape[-1], geometry) if with_positions else None
@@ -249,9 +249,9 @@ def backward_plain(
     if grad_output is not None:
         indices = expand_indices(positions, convolved[2:], geometry).flatten(2)
         passed = grad_output.masked_fill(positions == CUT, 0).flatten(2)
-        grad_convolved.flatten(2).scatter_add_(2, indices, passed)
+        grad_convolved = grad_convolved.flatten(2).scatter_add(2, indices, passed).view(convolved)
     if grad_skip is not None and skip is not None:
-        grad_convolved += grad_skip.masked_fill(skip <= 0, 0)
+        grad_convolved = grad_convolved + grad_skip.masked_fill(skip <= 0, 0)
     return library_backward(grad_convolved, input, weight, *geometry[:4], needs)
 
 
@@ -278,47 +278,49 @@ def _forward_autocast(input: Tensor, weight: Tensor, bias: Tensor | None, *rest:
 
 _library.impl("conv_relu_pool2d", _forward_autocast, "AutocastCPU")
 _library.impl("conv_relu_pool2d", _forward_autocast, "AutocastCUDA")
-_triton.register(_library, "conv_relu_pool2d", _forward_triton, _forward_cpu)
+_KERNELS = _triton.register(_library, "conv_relu_pool2d", _forward_triton, _forward_cpu)
 _triton.register(_library, "conv_relu_pool2d_backward", _backward_triton, _backward_cpu)
-_library.impl("conv_relu_pool2d", forward_plain, "CompositeExplicitAutograd")
-_library.impl("conv_relu_pool2d_backward", backward_plain, "CompositeExplicitAutograd")
+register_plain(_library, "conv_relu_pool2d", forward_plain, _forward_fake)
+register_plain(_library, "conv_relu_pool2d_backward", backward_plain, _backward_fake)
 
 
 # ---- gradient ----
 
 
 class _ConvReLUPool2d(torch.autograd.Function):
-    """The gradient around the operator; forward and backward are both operators, so that compilers can trace them."""
+    """The operator's gradient; forward and backward are both operators, so that compilers can trace them."""
 
     @staticmethod
     def forward(
-        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, numbers: list[int], with_skip: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        output, positions, skip = torch.ops.fastseg.conv_relu_pool2d.default(
-            input, weight, bias, numbers, True, with_skip
-        )
+        ctx: Any, call: Any, input: Tensor, weight: Tensor, bias: Tensor | None, numbers: list[int],
+        with_positions: bool, with_skip: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        output, positions, skip = call(input, weight, bias, numbers, True, with_skip)
         ctx.save_for_backward(input, weight, bias, positions, skip if with_skip else None)
         ctx.numbers = numbers
         ctx.set_materialize_grads(False)
+        if not with_positions:
+            positions = positions.new_empty(0)
         ctx.mark_non_differentiable(positions, *(() if with_skip else (skip,)))
         return output, positions, skip
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, _: Any, grad_skip: Tensor | None) -> tuple[Tensor | None, ...]:
         input, weight, bias, positions, skip = ctx.saved_tensors
-        needs = list(ctx.needs_input_grad[:3])
+        needs = list(ctx.needs_input_grad[1:4])
         if skip is None:  # compilers make up a gradient for the output that stands for no skip
             grad_skip = None
         if grad_output is None and grad_skip is None:
-            return None, None, None, None, None
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return (None,) * 7
+        if torch.is_grad_enabled():
             # create_graph=True: this gradient will be differentiated itself, which plain PyTorch can.
             gradients = _differentiable_backward(grad_output, grad_skip, input, weight, bias, ctx.numbers, needs)
         else:
             gradients = torch.ops.fastseg.conv_relu_pool2d_backward.default(
                 grad_output, grad_skip, input, weight, positions, skip, ctx.numbers, needs
             )
-        return *(gradient if need else None for gradient, need in zip(gradients, needs, strict=True)), None, None
+        found = (gradient if need else None for gradient, need in zip(gradients, needs, strict=True))
+        return None, *found, None, None, None
 
 
 def _differentiable_backward(
@@ -333,19 +335,18 @@ def _differentiable_backward(
     return [next(found) if need else None for need in needs]
 
 
+register_gradient(
+    _library, "conv_relu_pool2d", _KERNELS, _ConvReLUPool2d.apply, forward_plain, tensors=3, differentiable=3
+)
+
+
 def conv_relu_pool2d(
     input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, return_indices: bool, return_skip: bool
 ) -> Tensor | tuple[Tensor, ...]:
-    """The operator with its gradient; arguments checked and resolved by `fastseg.functional.conv_relu_pool2d`."""
-    numbers = flatten(geometry)
-    if torch.is_grad_enabled() and (
-        input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    ):
-        output, positions, skip = _ConvReLUPool2d.apply(input, weight, bias, numbers, return_skip)
-    else:
-        output, positions, skip = torch.ops.fastseg.conv_relu_pool2d.default(
-            input, weight, bias, numbers, return_indices, return_skip
-        )
+    """What of the operator's results was asked for; arguments checked and resolved by `fastseg.functional`."""
+    output, positions, skip = torch.ops.fastseg.conv_relu_pool2d.default(
+        input, weight, bias, flatten(geometry), return_indices, return_skip
+    )
     if not (return_indices or return_skip):
         return output
     results = [output]

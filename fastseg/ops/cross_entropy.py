@@ -11,13 +11,18 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastseg import _triton, reference
-from fastseg._native import INTERPRETED, describe, log_missing_kernel, log_slow_road, native
+from fastseg._native import INTERPRETED, describe, log_slow_road, native
+from fastseg.ops.layouts import lie_alike
+from fastseg.ops.registration import register_gradient, register_plain
 
 REDUCTIONS = ("none", "mean", "sum")  # in the order of csrc/cross_entropy.h's Reduction
 MAX_DIMS = 8  # csrc/tensor.h's kMaxDims
+# The ignore_index where no label is to be ignored: the operators' (csrc/upsample_confusion_matrix.h's kIgnoreNone).
+IGNORE_NONE = torch.iinfo(torch.int64).min
 
 # Logits up to which torch's own operator is ahead on a CPU: it spares the way through Python (about 0.1 ms forward and
 # backward), the kernels 3 ns a logit. Measured on 2 cores with AVX2, 2026-11-22.
@@ -143,16 +148,37 @@ def forward_plain(
     input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, label_smoothing: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The operator from torch's own, for devices without a kernel."""
-    log_missing_kernel("cross_entropy", input)
     logits = input.to(accumulation_dtype(input))
-    loss = reference.cross_entropy(logits, target, weight, ignore_index, reduction, label_smoothing)
     largest = logits.amax(1)
     statistics = torch.stack((largest, (logits - largest.unsqueeze(1)).exp().sum(1).log()))
+    # In parts, since ONNX's translation of cross_entropy (torch 2.13, onnxscript 0.7) takes probabilities for labels,
+    # and leaves out the smoothing.
+    scores = F.log_softmax(logits, 1)
     if target.is_floating_point():
-        return loss, statistics, largest.new_full((), largest.numel())
-    valid = ~reference.is_ignored(target, ignore_index)
-    counts = valid if weight is None else weight[target.where(valid, 0).long()].where(valid, 0)
-    return loss, statistics, counts.sum().to(statistics.dtype)
+        total_weight = largest.new_full((), largest.numel())
+        shares = target * (1 - label_smoothing) + label_smoothing / input.shape[1]
+        losses = -(_weighed(scores, weight) * shares).sum(1)
+        return _reduced(losses, total_weight, reduction), statistics, total_weight
+    ignored = reference.is_ignored(target, ignore_index)
+    labels = target.long()
+    counts = ~ignored if weight is None else weight[labels.masked_fill(ignored, 0)].masked_fill(ignored, 0)
+    total_weight = counts.sum().to(statistics.dtype)
+    own = scores * (1 - label_smoothing) if label_smoothing > 0 else scores
+    loss = F.nll_loss(own, labels, weight, ignore_index=ignore_index, reduction=reduction)
+    if label_smoothing > 0:
+        shares = _weighed(scores, weight) * (label_smoothing / input.shape[1])
+        loss = loss - _reduced(shares.sum(1).masked_fill(ignored, 0), total_weight, reduction)
+    return loss, statistics, total_weight
+
+
+def _weighed(scores: Tensor, weight: Tensor | None) -> Tensor:
+    return scores if weight is None else scores * weight.view(-1, *[1] * (scores.ndim - 2))
+
+
+def _reduced(losses: Tensor, total_weight: Tensor, reduction: str) -> Tensor:
+    if reduction == "none":
+        return losses
+    return losses.sum() / total_weight if reduction == "mean" else losses.sum()
 
 
 def backward_plain(
@@ -176,36 +202,42 @@ def backward_plain(
         ignored = reference.is_ignored(target, ignore_index)
         labels = target.masked_fill(ignored, 0).long()
         grad = grad.masked_fill(ignored, 0)
-        one_hot = torch.zeros_like(probabilities).scatter_(1, labels.unsqueeze(1), 1)
+        one_hot = torch.zeros_like(probabilities).scatter(1, labels.unsqueeze(1), 1)
         grad_input = (probabilities - one_hot) * (scale.flatten()[labels] * grad).unsqueeze(1)
         if label_smoothing > 0:
-            grad_input += (probabilities * shift.sum() - shift) * grad.unsqueeze(1)
-    return torch.empty_like(input).copy_(grad_input)
+            grad_input = grad_input + (probabilities * shift.sum() - shift) * grad.unsqueeze(1)
+    return lie_alike(grad_input, input, input.dtype)
 
 
-_triton.register(_library, "cross_entropy", _forward_triton, _forward_cpu)
+_KERNELS = _triton.register(_library, "cross_entropy", _forward_triton, _forward_cpu)
 _triton.register(_library, "cross_entropy_backward", _backward_triton, _backward_cpu)
-_library.impl("cross_entropy", forward_plain, "CompositeExplicitAutograd")
-_library.impl("cross_entropy_backward", backward_plain, "CompositeExplicitAutograd")
+register_plain(_library, "cross_entropy", forward_plain, _forward_fake)
+register_plain(_library, "cross_entropy_backward", backward_plain, _backward_fake)
 
 
 # ---- gradient ----
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """The gradient around the operator; forward and backward are both operators, so that compilers can trace them."""
+    """The operator's gradient; forward and backward are both operators, so that compilers can trace them."""
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, target: Tensor, weight: Tensor | None, *options: Any) -> Tensor:
-        loss, statistics, total_weight = torch.ops.fastseg.cross_entropy.default(input, target, weight, *options)
+    def forward(
+        ctx: Any, call: Any, input: Tensor, target: Tensor, weight: Tensor | None, *options: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        loss, statistics, total_weight = call(input, target, weight, *options)
         ctx.save_for_backward(input, target, weight, statistics, total_weight)
         ctx.options = options
-        return loss
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(statistics, total_weight)
+        return loss, statistics, total_weight
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if grad_loss is None:
+            return (None,) * 7
         input, target, weight, statistics, total_weight = ctx.saved_tensors
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if torch.is_grad_enabled():
             # create_graph=True: this gradient will be differentiated itself, which plain PyTorch can.
             loss = reference.cross_entropy(input.to(grad_loss.dtype), target, weight, *ctx.options)
             (grad_input,) = torch.autograd.grad(loss, input, grad_loss, create_graph=True)
@@ -213,13 +245,7 @@ class _CrossEntropy(torch.autograd.Function):
             grad_input = torch.ops.fastseg.cross_entropy_backward.default(
                 grad_loss, input, target, weight, statistics, total_weight, *ctx.options
             )
-        return grad_input, None, None, None, None, None
+        return None, grad_input, None, None, None, None, None
 
 
-def cross_entropy(
-    input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, label_smoothing: float
-) -> Tensor:
-    """The operator with its gradient for input; arguments checked by `fastseg.functional.cross_entropy`."""
-    if torch.is_grad_enabled() and input.requires_grad:
-        return _CrossEntropy.apply(input, target, weight, ignore_index, reduction, label_smoothing)
-    return torch.ops.fastseg.cross_entropy.default(input, target, weight, ignore_index, reduction, label_smoothing)[0]
+register_gradient(_library, "cross_entropy", _KERNELS, _CrossEntropy.apply, forward_plain, tensors=3, differentiable=1)

@@ -24,3 +24,8 @@ def memory_format_of(tensor: Tensor) -> torch.memory_format:
 def empty(like: Tensor, shape: tuple[int, ...], layout: torch.memory_format) -> Tensor:
     """A tensor of ``like``'s dtype and device."""
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
+
+
+def lie_alike(tensor: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy of a tensor in the strides that ``torch.empty_like(like)`` has; nothing is written in place."""
+    return torch.ops.aten.copy(torch.empty_like(like, dtype=dtype), tensor)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastseg import _triton, reference
-from fastseg._native import INTERPRETED, describe, log_missing_kernel, native
+from fastseg._native import INTERPRETED, describe, native
 from fastseg.ops.conv_relu_pool2d_geometry import (
     CUT,
     Geometry,
@@ -24,6 +24,7 @@ from fastseg.ops.conv_relu_pool2d_geometry import (
 )
 from fastseg.ops.conv_relu_pool2d_geometry import resolve as resolve_convolution
 from fastseg.ops.layouts import ANY_LAYOUT, empty, is_channels_last, memory_format_of
+from fastseg.ops.registration import register_gradient, register_plain
 
 # Values of a map up to which torch's own operators are ahead on a CPU: they spare the way through Python (about 0.1 ms
 # forward and backward), and read channels_last nearly as fast. Measured on 2 cores with AVX2, 2026-11-23.
@@ -173,7 +174,6 @@ def forward_plain(
     input: Tensor, numbers: list[int], with_positions: bool, with_skip: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The operator for devices without a kernel, from torch's own operators."""
-    log_missing_kernel("relu_pool2d", input)
     geometry, layout = unflatten(tuple(numbers)), memory_format_of(input)
     output, indices, skip = reference.relu_pool2d(
         input, *geometry.pool, geometry.ceil_mode, return_indices=True, return_skip=True
@@ -192,7 +192,7 @@ def backward_plain(
 ) -> Tensor:  # fmt: skip
     """Its gradient from torch's own operators, which is differentiable itself: positions have no gradient."""
     geometry = unflatten(tuple(numbers))
-    grad_input = _allocate_gradient(grad_output, grad_skip, positions, size).zero_()
+    grad_input = torch.zeros_like(_allocate_gradient(grad_output, grad_skip, positions, size))
     if grad_output is not None:
         indices = expand_indices(positions, tuple(size), geometry).flatten(2)
         passed = grad_output.masked_fill(positions == CUT, 0).flatten(2)
@@ -202,24 +202,28 @@ def backward_plain(
     return grad_input.contiguous(memory_format=memory_format_of(positions))
 
 
-_triton.register(_library, "relu_pool2d", _forward_triton, _forward_cpu)
+_KERNELS = _triton.register(_library, "relu_pool2d", _forward_triton, _forward_cpu)
 _triton.register(_library, "relu_pool2d_backward", _backward_triton, _backward_cpu)
-_library.impl("relu_pool2d", forward_plain, "CompositeExplicitAutograd")
-_library.impl("relu_pool2d_backward", backward_plain, "CompositeExplicitAutograd")
+register_plain(_library, "relu_pool2d", forward_plain, _forward_fake)
+register_plain(_library, "relu_pool2d_backward", backward_plain, _backward_fake)
 
 
 # ---- gradient ----
 
 
 class _ReLUPool2d(torch.autograd.Function):
-    """The gradient around the operator; forward and backward are both operators, so that compilers can trace them."""
+    """The operator's gradient; forward and backward are both operators, so that compilers can trace them."""
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, numbers: list[int], with_skip: bool) -> tuple[Tensor, Tensor, Tensor]:
-        output, positions, skip = torch.ops.fastseg.relu_pool2d.default(input, numbers, True, with_skip)
+    def forward(
+        ctx: Any, call: Any, input: Tensor, numbers: list[int], with_positions: bool, with_skip: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        output, positions, skip = call(input, numbers, True, with_skip)
         ctx.save_for_backward(positions, skip if with_skip else None)
         ctx.size, ctx.numbers = input.shape[2:], numbers
         ctx.set_materialize_grads(False)
+        if not with_positions:
+            positions = positions.new_empty(0)
         ctx.mark_non_differentiable(positions, *(() if with_skip else (skip,)))
         return output, positions, skip
 
@@ -229,22 +233,22 @@ class _ReLUPool2d(torch.autograd.Function):
         if skip is None:  # compilers make up a gradient for the output that stands for no skip
             grad_skip = None
         if grad_output is None and grad_skip is None:
-            return None, None, None
+            return None, None, None, None, None
         # create_graph=True: this gradient will be differentiated itself, which plain PyTorch can.
-        plain = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        backward = backward_plain if plain else torch.ops.fastseg.relu_pool2d_backward.default
-        return backward(grad_output, grad_skip, positions, skip, ctx.size, ctx.numbers), None, None
+        backward = backward_plain if torch.is_grad_enabled() else torch.ops.fastseg.relu_pool2d_backward.default
+        return None, backward(grad_output, grad_skip, positions, skip, ctx.size, ctx.numbers), None, None, None
+
+
+register_gradient(_library, "relu_pool2d", _KERNELS, _ReLUPool2d.apply, forward_plain, tensors=1, differentiable=1)
 
 
 def relu_pool2d(
     input: Tensor, geometry: Geometry, return_indices: bool, return_skip: bool
 ) -> Tensor | tuple[Tensor, ...]:
-    """The operator with its gradient; arguments checked and resolved by `fastseg.functional.relu_pool2d`."""
-    numbers = flatten(geometry)
-    if torch.is_grad_enabled() and input.requires_grad:
-        output, positions, skip = _ReLUPool2d.apply(input, numbers, return_skip)
-    else:
-        output, positions, skip = torch.ops.fastseg.relu_pool2d.default(input, numbers, return_indices, return_skip)
+    """What of the operator's results was asked for; arguments checked and resolved by `fastseg.functional`."""
+    output, positions, skip = torch.ops.fastseg.relu_pool2d.default(
+        input, flatten(geometry), return_indices, return_skip
+    )
     if not (return_indices or return_skip):
         return output
     results = [output]

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from fastseg import _triton, reference
-from fastseg._native import describe, log_missing_kernel, native
+from fastseg._native import describe, native
 from fastseg.ops.cross_entropy import accumulation_dtype
+from fastseg.ops.registration import register_no_gradient, register_plain
 from fastseg.ops.upsampling import MODES, steps
 
 # ---- schema ----
@@ -75,7 +76,6 @@ def forward_plain(
     dtype: torch.dtype, with_confidence: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The operator from torch's own, for devices without a kernel."""
-    log_missing_kernel("upsample_argmax", input)
     extent = tuple(size) if scale_factor is None else None
     factors = None if scale_factor is None else tuple(scale_factor)
     logits = reference.upsample(input.to(accumulation_dtype(input)), extent, factors, mode, align_corners)
@@ -83,8 +83,9 @@ def forward_plain(
     return logits.argmax(1).to(dtype), confidence
 
 
-_triton.register(_library, "upsample_argmax", _forward_triton, _forward_cpu)
-_library.impl("upsample_argmax", forward_plain, "CompositeExplicitAutograd")
+_KERNELS = _triton.register(_library, "upsample_argmax", _forward_triton, _forward_cpu)
+register_no_gradient(_library, "upsample_argmax", _KERNELS)
+register_plain(_library, "upsample_argmax", forward_plain, _forward_fake)
 
 
 def upsample_argmax(
@@ -93,5 +94,5 @@ def upsample_argmax(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The operator; arguments checked by `fastseg.functional.upsample_argmax`."""
     return torch.ops.fastseg.upsample_argmax.default(
-        input.detach(), size, scale_factor, mode, align_corners, dtype, with_confidence
+        input, size, scale_factor, mode, align_corners, dtype, with_confidence
     )

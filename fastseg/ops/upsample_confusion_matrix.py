@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from fastseg import _triton, reference
-from fastseg._native import describe, log_missing_kernel, native
+from fastseg._native import describe, native
 from fastseg.ops.cross_entropy import accumulation_dtype
+from fastseg.ops.registration import register_no_gradient, register_plain
 from fastseg.ops.upsampling import MODES, steps
 
 # What a GPU, which can't raise an error without waiting, adds to every count for labels outside the classes: more than
@@ -75,31 +76,41 @@ def forward_plain(
     input: Tensor, target: Tensor, ignore_index: int | None, mode: str, align_corners: bool
 ) -> Tensor:  # fmt: skip
     """The operator from torch's own, for devices without a kernel."""
-    log_missing_kernel("upsample_confusion_matrix", input)
-    classes = input.shape[1]
-    target = target.long()  # torch compares uint8 with a number as uint8, to which it wraps 257 classes
-    outside = (target < 0) | (target >= classes)
-    if ignore_index is not None:
-        outside &= ~reference.is_ignored(target, ignore_index)
+    outside = _outside(input, target, ignore_index)
     if input.is_cpu and outside.any():
         or_ignored = "" if ignore_index is None else f" or ignore_index ({ignore_index})"
         first = target[outside][0].item()
-        raise IndexError(f"target: expected classes in [0, {classes}){or_ignored}, got {first}")
-    # A label outside the classes: counted as some class, and then as nothing.
-    labels = target.masked_fill(outside, 0)
+        raise IndexError(f"target: expected classes in [0, {input.shape[1]}){or_ignored}, got {first}")
+    return _count_plain(input, target, ignore_index, mode, align_corners)
+
+
+def _outside(input: Tensor, target: Tensor, ignore_index: int | None) -> Tensor:
+    """Where the labels are neither classes nor ignored."""
+    target = target.long()  # torch compares uint8 with a number as uint8, to which it wraps 257 classes
+    outside = (target < 0) | (target >= input.shape[1])
+    return outside if ignore_index is None else outside & ~reference.is_ignored(target, ignore_index)
+
+
+def _count_plain(
+    input: Tensor, target: Tensor, ignore_index: int | None, mode: str, align_corners: bool
+) -> Tensor:  # fmt: skip
+    """The operator on any device: labels outside the classes raise no error, which compilers couldn't trace."""
+    classes, outside = input.shape[1], _outside(input, target, ignore_index)
     logits = input.to(accumulation_dtype(input))
-    matrix = reference.upsample_confusion_matrix(logits, labels, ignore_index, mode=mode, align_corners=align_corners)
-    return _poisoned(matrix, outside.any())
+    prediction = reference.upsample(logits, target.shape[1:], None, mode, align_corners).argmax(1)
+    uncounted = outside if ignore_index is None else outside | reference.is_ignored(target, ignore_index)
+    pairs = (target.long() * classes + prediction).masked_fill(uncounted, classes**2).flatten()
+    counts = input.new_zeros(classes**2 + 1, dtype=torch.int64).scatter_add(0, pairs, torch.ones_like(pairs))
+    return _poisoned(counts[:-1].view(classes, classes), outside.any())
 
 
-_triton.register(_library, "upsample_confusion_matrix", _forward_triton, _forward_cpu)
-_library.impl("upsample_confusion_matrix", forward_plain, "CompositeExplicitAutograd")
+_KERNELS = _triton.register(_library, "upsample_confusion_matrix", _forward_triton, _forward_cpu)
+register_no_gradient(_library, "upsample_confusion_matrix", _KERNELS)
+register_plain(_library, "upsample_confusion_matrix", _count_plain, _forward_fake, other_devices=forward_plain)
 
 
 def upsample_confusion_matrix(
     input: Tensor, target: Tensor, ignore_index: int | None, mode: str, align_corners: bool
 ) -> Tensor:
     """The operator; arguments checked by `fastseg.functional.upsample_confusion_matrix`."""
-    return torch.ops.fastseg.upsample_confusion_matrix.default(
-        input.detach(), target, ignore_index, mode, align_corners
-    )
+    return torch.ops.fastseg.upsample_confusion_matrix.default(input, target, ignore_index, mode, align_corners)

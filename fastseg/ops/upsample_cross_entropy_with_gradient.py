@@ -17,6 +17,8 @@ from fastseg import _triton
 from fastseg._native import INTERPRETED, describe, native
 from fastseg.ops import upsample_cross_entropy as apart
 from fastseg.ops.cross_entropy import REDUCTIONS, accumulation_dtype
+from fastseg.ops.layouts import lie_alike
+from fastseg.ops.registration import register_gradient, register_plain
 from fastseg.ops.upsampling import MODES, steps
 
 
@@ -81,16 +83,24 @@ def forward_plain(
     input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, label_smoothing: float,
     mode: str, align_corners: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The operator from `fastseg.ops.upsample_cross_entropy`'s passes, for devices that have no kernel of its own."""
+    """The operator from torch's own, for devices without a kernel."""
     options = (label_smoothing, mode, align_corners)
-    passes = torch.ops.fastseg.upsample_cross_entropy, torch.ops.fastseg.upsample_cross_entropy_backward
     wide = input.to(accumulation_dtype(input))
-    loss, statistics, total_weight, no_overlap = passes[0](
-        wide, target, weight, ignore_index, reduction, *options, False
+    loss, statistics, total_weight, no_overlap = apart.forward_plain(
+        wide, target, weight, ignore_index, reduction, *options, False, True
     )
     saved = (wide, target, weight, statistics, total_weight)
-    gradient = passes[1](torch.ones_like(loss), no_overlap, *saved, ignore_index, "sum", *options)
-    return loss, total_weight, torch.empty_like(input, dtype=gradient.dtype).copy_(gradient)
+    gradient = apart.backward_plain(torch.ones_like(loss), no_overlap, *saved, ignore_index, "sum", *options)
+    return loss, total_weight, lie_alike(gradient, input, gradient.dtype)
+
+
+def backward_plain(
+    grad_loss: Tensor, input: Tensor, target: Tensor, weight: Tensor | None, total_weight: Tensor, gradient: Tensor,
+    *options: Any,
+) -> Tensor:  # fmt: skip
+    """Its gradient from torch's own operators, without a look at total_weight."""
+    _, statistics, _, no_overlap = apart.forward_plain(input, target, weight, *(*options, False, True))
+    return apart.backward_plain(grad_loss, no_overlap, input, target, weight, statistics, total_weight, *options)
 
 
 def _backward(
@@ -101,47 +111,73 @@ def _backward(
         # A mean over nothing: torch tells ignored pixels, whose gradient is zero, from those of no weight, where it is
         # NaN, which the sum's gradient doesn't.
         options = (ignore_index, reduction, label_smoothing, mode, align_corners)
-        _, statistics, _, no_overlap = torch.ops.fastseg.upsample_cross_entropy(input, target, weight, *options, False)
+        _, statistics, _, no_overlap = torch.ops.fastseg.upsample_cross_entropy(
+            input, target, weight, *options, False, True
+        )
         saved = (input, target, weight, statistics, total_weight)
         return torch.ops.fastseg.upsample_cross_entropy_backward(grad_loss, no_overlap, *saved, *options)
     scale = grad_loss / total_weight if reduction == "mean" else grad_loss
     return (gradient * scale).to(input.dtype)  # of gradient's strides, which are dense
 
 
-_triton.register(_library, "upsample_cross_entropy_with_gradient", forward_plain, _forward_cpu)
-_library.impl("upsample_cross_entropy_with_gradient", forward_plain, "CompositeExplicitAutograd")
-_library.impl("upsample_cross_entropy_with_gradient_backward", _backward, "CompositeExplicitAutograd")
+_KERNELS = _triton.register(_library, "upsample_cross_entropy_with_gradient", forward_plain, _forward_cpu)
+register_plain(_library, "upsample_cross_entropy_with_gradient", forward_plain, _forward_fake)
+_triton.register(_library, "upsample_cross_entropy_with_gradient_backward", _backward, _backward)
+register_plain(_library, "upsample_cross_entropy_with_gradient_backward", backward_plain, _backward_fake)
 
 
 # ---- gradient ----
 
 
 class _UpsampleCrossEntropyWithGradient(torch.autograd.Function):
-    """The gradient around the operator; forward and backward are both operators, so that compilers can trace them."""
+    """The operator's gradient; forward and backward are both operators, so that compilers can trace them."""
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, target: Tensor, weight: Tensor | None, *options: Any) -> Tensor:
-        loss, total_weight, gradient = torch.ops.fastseg.upsample_cross_entropy_with_gradient.default(
-            input, target, weight, *options
-        )
+    def forward(
+        ctx: Any, call: Any, input: Tensor, target: Tensor, weight: Tensor | None, *options: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        loss, total_weight, gradient = call(input, target, weight, *options)
         ctx.save_for_backward(input, target, weight, total_weight, gradient)
         ctx.options = options
-        return loss
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(total_weight, gradient)
+        return loss, total_weight, gradient
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if grad_loss is None:
+            return (None,) * 9
+        if torch.is_grad_enabled():
             # create_graph=True: this gradient will be differentiated itself, which plain PyTorch can.
             grad_input = apart.differentiable_gradient(grad_loss, None, ctx.saved_tensors[:3], *ctx.options)
         else:
             grad_input = torch.ops.fastseg.upsample_cross_entropy_with_gradient_backward.default(
                 grad_loss, *ctx.saved_tensors, *ctx.options
             )
-        return grad_input, *[None] * 7
+        return None, grad_input, *(None,) * 7
 
 
-def upsample_cross_entropy_with_gradient(
-    input: Tensor, target: Tensor, weight: Tensor | None, options: tuple[Any, ...]
-) -> Tensor:
-    """The reduced loss with its gradient for input; see `fastseg.ops.upsample_cross_entropy.upsample_cross_entropy`."""
-    return _UpsampleCrossEntropyWithGradient.apply(input, target, weight, *options)
+register_gradient(
+    _library, "upsample_cross_entropy_with_gradient", _KERNELS, _UpsampleCrossEntropyWithGradient.apply,
+    forward_plain, tensors=3, differentiable=1,
+)  # fmt: skip
+
+
+def _record_gradient(call: Any, input: Tensor, target: Tensor, weight: Tensor | None, *options: Any) -> Any:
+    """upsample_cross_entropy with its gradient, which forward makes where it can."""
+    *numbers, with_overlap, with_statistics = options
+    if with_overlap or with_statistics or not serves(input, options[1]):
+        return apart.record_gradient(call, input, target, weight, *options)
+    tensors = (input, target, weight)
+    if call is apart.KERNELS["CPU"]:
+        loss, total_weight, _ = _UpsampleCrossEntropyWithGradient.apply(_KERNELS["CPU"], *tensors, *numbers)
+    else:
+        overload = torch.ops.fastseg.upsample_cross_entropy_with_gradient.default
+        loss, total_weight, _ = overload(*tensors, *numbers)
+    return loss, apart.no_statistics(loss, target), total_weight, loss.new_empty((0, *input.shape[:2]))
+
+
+register_gradient(
+    _library, "upsample_cross_entropy", apart.KERNELS, _record_gradient, apart.forward_plain,
+    tensors=3, differentiable=1,
+)  # fmt: skip

@@ -1,0 +1,346 @@
+"""What captures a call keeps its gradient: export, tracing, make_fx, transforms, ONNX, ahead-of-time compilation."""
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import fastseg
+from fastseg import _native, functional, models, reference
+from fastseg.losses import monai, smp
+from fastseg.testing import make, make_labels
+
+CLASSES = 5
+
+# Each operator's call: the function's name, its options, input's shape (large enough for fastseg's kernels), and the
+# other tensors.
+LABELS = (make_labels((2, 96, 80), CLASSES, seed=3),)
+WEIGHT = torch.tensor([0.5, 2.0, 1.0, 0.25, 3.0])
+MAP = (2, CLASSES, 24, 20)
+OWN_SIZE = (2, CLASSES, 96, 80)
+CALLS: dict[str, tuple[str, dict[str, Any], tuple[int, ...], tuple[Tensor, ...]]] = {
+    "conv2d": ("conv2d", {"padding": 1}, (2, 16, 80, 72), (make((16, 16, 3, 3), scale=0.2), make((16,)))),
+    "conv_relu_pool2d": (
+        "conv_relu_pool2d", {"padding": 1}, (2, 3, 32, 40), (make((8, 3, 3, 3), scale=0.2), make((8,))),
+    ),
+    "conv_relu_pool2d-skip": (
+        "conv_relu_pool2d", {"return_skip": True}, (2, 3, 32, 40), (make((8, 3, 3, 3), scale=0.2),),
+    ),
+    "relu_pool2d": ("relu_pool2d", {}, (2, 8, 64, 40), ()),
+    "relu_pool2d-skip": ("relu_pool2d", {"pool_size": 3, "return_skip": True}, (2, 8, 64, 40), ()),
+    "cross_entropy": ("cross_entropy", {"label_smoothing": 0.1}, OWN_SIZE, LABELS),
+    "cross_entropy-none": ("cross_entropy", {"reduction": "none", "ignore_index": 1}, OWN_SIZE, LABELS),
+    "cross_entropy-weighted": (
+        "cross_entropy", {"weight": WEIGHT, "label_smoothing": 0.2, "ignore_index": 0}, OWN_SIZE, LABELS,
+    ),
+    "upsample_cross_entropy": ("upsample_cross_entropy", {}, MAP, LABELS),
+    "upsample_cross_entropy-none": ("upsample_cross_entropy", {"reduction": "none"}, MAP, LABELS),
+    "cross_entropy_dice": ("cross_entropy_dice", {}, OWN_SIZE, LABELS),
+    "upsample_cross_entropy_dice": ("upsample_cross_entropy_dice", {"ignore_index": 2}, MAP, LABELS),
+    "focal_loss": ("focal_loss", {}, OWN_SIZE, LABELS),
+    "upsample_focal_loss": ("upsample_focal_loss", {"mode": "nearest"}, MAP, LABELS),
+}  # fmt: skip
+each_call = pytest.mark.parametrize("call", CALLS)
+
+
+class Call(nn.Module):
+    """A function's call, one number for all results; its floating-point tensors but input are parameters."""
+
+    def __init__(self, call: str, functions: Any = functional) -> None:
+        super().__init__()
+        name, self.options, _, others = CALLS[call]
+        self.function = getattr(functions, name)
+        self.others = nn.ParameterList(nn.Parameter(other.clone(), other.is_floating_point()) for other in others)
+
+    def forward(self, input: Tensor) -> Tensor:
+        results = self.function(input, *self.others, **self.options)
+        results = results if isinstance(results, tuple) else (results,)
+        return sum((result * result).sum() for result in results)
+
+
+def input_of(call: str, **options: Any) -> Tensor:
+    return make(CALLS[call][2], seed=7, **options)
+
+
+def gradients(module: Callable[[Tensor], Tensor], parameters: Any, input: Tensor) -> list[Tensor | None]:
+    """The value, and the gradients of input and of the parameters."""
+    leaf = input.detach().clone().requires_grad_()
+    wanted = [leaf, *(parameter for parameter in parameters if parameter.requires_grad)]
+    value = module(leaf)
+    return [value.detach(), *torch.autograd.grad(value, wanted, allow_unused=True)]
+
+
+# ---- captures: from a module and an example to a module of the same parameters' values, and those parameters ----
+
+
+def exported(module: nn.Module, example: Tensor, strict: bool = False) -> nn.Module:
+    return torch.export.export(module, (example,), strict=strict).module()
+
+
+def saved_and_loaded(module: nn.Module, example: Tensor) -> nn.Module:
+    buffer = io.BytesIO()
+    torch.export.save(torch.export.export(module, (example,)), buffer)
+    buffer.seek(0)
+    return torch.export.load(buffer).module()
+
+
+def decomposed(module: nn.Module, example: Tensor) -> nn.Module:
+    return torch.export.export(module, (example,)).run_decompositions().module()
+
+
+def in_aten(module: nn.Module, example: Tensor) -> nn.Module:
+    program = torch.export.export(module, (example,)).run_decompositions(fastseg.decompositions())
+    assert not any("fastseg" in str(node.target) for node in program.graph.nodes)
+    return program.module()
+
+
+def without_grad(capture: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    def captured(module: nn.Module, example: Tensor) -> nn.Module:
+        with torch.no_grad():
+            return capture(module, example)
+
+    return captured
+
+
+def traced(module: nn.Module, example: Tensor) -> nn.Module:
+    return torch.jit.trace(module, (example,), check_trace=False)
+
+
+def before_dispatch(module: nn.Module, example: Tensor) -> nn.Module:
+    return make_fx(module, pre_dispatch=True)(example)
+
+
+CAPTURES: dict[str, Callable[..., nn.Module]] = {
+    "export": exported,
+    "export-strict": lambda module, example: exported(module, example, strict=True),
+    "export-no-grad": without_grad(exported),
+    "export-saved": saved_and_loaded,
+    "export-decomposed": decomposed,
+    "export-aten": in_aten,
+    "trace": traced,
+    "trace-no-grad": without_grad(traced),
+    "make_fx-pre-dispatch": before_dispatch,
+    "make_fx-pre-dispatch-no-grad": without_grad(before_dispatch),
+    "compile": lambda module, example: torch.compile(module, backend="aot_eager", fullgraph=True),
+}
+
+
+@each_call
+@pytest.mark.parametrize("capture", CAPTURES)
+@pytest.mark.filterwarnings("ignore")
+def test_gradients_of_what_was_captured(capture: str, call: str) -> None:
+    torch.compiler.reset()
+    module, input = Call(call), input_of(call)
+    expected = gradients(module, module.parameters(), input)
+    captured = CAPTURES[capture](module, input)
+    parameters = list(captured.parameters()) or list(module.parameters())
+    actual = gradients(captured, parameters, input)
+    exact = capture != "export-aten"
+    for got, wanted in zip(actual, expected, strict=True):
+        assert got is not None
+        torch.testing.assert_close(got, wanted, **({"rtol": 0, "atol": 0} if exact else {"rtol": 1e-3, "atol": 1e-5}))
+
+
+@pytest.mark.parametrize("capture", ["export", "trace-no-grad", "make_fx-pre-dispatch"])
+@pytest.mark.parametrize("with_overlap", [False, True], ids=["focal", "dice-focal"])
+@pytest.mark.filterwarnings("ignore")
+def test_gradients_of_the_focal_sums_that_were_captured(with_overlap: bool, capture: str) -> None:
+    labels, input = make_labels((2, 24, 20), CLASSES, seed=3), make(MAP)
+    loss = monai.DiceFocalLoss(to_onehot_y=True, softmax=True) if with_overlap else smp.FocalLoss("multiclass")
+
+    class Loss(nn.Module):
+        def forward(self, input: Tensor) -> Tensor:
+            return loss(input, labels.unsqueeze(1) if with_overlap else labels)
+
+    expected = gradients(Loss(), [], input)
+    torch.testing.assert_close(gradients(CAPTURES[capture](Loss(), input), [], input), expected)
+
+
+@pytest.mark.parametrize("with_overlap", [False, True], ids=["sums", "overlap"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+def test_opcheck_of_the_focal_sums(with_overlap: bool) -> None:
+    labels, input, options = make_labels((2, 24, 20), CLASSES), make(MAP), (2.0, None, 1, 3, with_overlap)
+    torch.library.opcheck(torch.ops.fastseg.focal_sums.default, (input, labels, *options))
+    sums, statistics, total_weight, overlap = torch.ops.fastseg.focal_sums.default(input, labels, *options)
+    saved = (torch.ones_like(sums), torch.ones_like(overlap), input, labels, statistics, total_weight)
+    torch.library.opcheck(torch.ops.fastseg.focal_sums_backward.default, (*saved, *options))
+
+
+@each_call
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_fakes_and_not_decompositions_serve_symbolic_sizes(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object) -> None:
+        raise AssertionError("a decomposition was called")
+
+    for overload in fastseg.decompositions():
+        monkeypatch.setitem(torch._decomp.decomposition_table, overload, refuse)
+    torch.compiler.reset()
+    torch.compile(Call(call), backend="aot_eager", dynamic=True, fullgraph=True)(
+        input_of(call, requires_grad=True)
+    ).backward()
+
+
+# ---- transforms ----
+
+TRANSFORMS: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor, Tensor], Tensor]] = {
+    "jvp": lambda f, x, t: torch.func.jvp(f, (x,), (t,))[1],
+    "grad": lambda f, x, t: torch.func.grad(f)(x),
+    "jvp-of-grad": lambda f, x, t: torch.func.jvp(torch.func.grad(f), (x,), (t,))[1],
+    "vmap-of-grad": lambda f, x, t: torch.func.vmap(torch.func.grad(f))(torch.stack((x, t))),
+    "vmap": lambda f, x, t: torch.func.vmap(f)(torch.stack((x, t))),
+    "dual": lambda f, x, t: tangent(f, x, t),
+    "dual-without-grad": lambda f, x, t: torch.no_grad()(tangent)(f, x, t),
+    "dual-with-grad": lambda f, x, t: tangent(f, x.clone().requires_grad_(), t).detach(),
+}
+
+
+def tangent(function: Callable[[Tensor], Tensor], input: Tensor, direction: Tensor) -> Tensor:
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(function(forward_ad.make_dual(input, direction))).tangent
+
+
+@each_call
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # vmap runs the operators in a loop
+def test_transforms_give_what_plain_pytorch_gives(transform: str, call: str) -> None:
+    module, plain = Call(call), Call(call, reference)
+    input, direction = input_of(call), make(CALLS[call][2], seed=9)
+    actual, expected = (TRANSFORMS[transform](m, input, direction) for m in (module, plain))
+    torch.testing.assert_close(actual, expected, rtol=2e-3, atol=1e-4)
+
+
+def test_what_takes_plain_pytorch_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    _native.log_slow_road.cache_clear()
+    module, input = Call("relu_pool2d"), input_of("relu_pool2d")
+    torch.func.grad(module)(input)
+    torch.func.jvp(module, (input,), (input,))
+    for reason in ("a transform of torch.func", "forward-mode differentiation"):
+        assert f"relu_pool2d runs as plain PyTorch: {reason}" in caplog.text
+
+
+# ---- networks ----
+
+NETWORKS = {"FCN": models.FCN, "UNet": models.UNet}
+
+
+class Training(nn.Module):
+    """A network and its loss."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
+        return self.network.loss(images, labels)
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_network_that_was_exported_saved_and_loaded_trains(network: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    eager = Training(NETWORKS[network](num_classes=CLASSES))
+    images, labels = make((2, 3, 64, 48)), make_labels((2, 64, 48), CLASSES)
+    program = torch.export.export(eager, (images, labels))
+    assert any("fastseg.conv_relu_pool2d" in str(node.target) for node in program.graph.nodes)
+    torch.export.save(program, tmp_path / "network.pt2")
+    loaded = torch.export.load(tmp_path / "network.pt2").module()
+    optimisers = [torch.optim.SGD(module.parameters(), lr=0.1) for module in (eager, loaded)]
+    for _ in range(3):
+        for module, optimiser in zip((eager, loaded), optimisers, strict=True):
+            optimiser.zero_grad()
+            module(images, labels).backward()
+        expected = dict(eager.named_parameters())
+        for name, parameter in loaded.named_parameters():
+            torch.testing.assert_close(parameter.grad, expected[name].grad)
+        for optimiser in optimisers:
+            optimiser.step()
+
+
+# ---- ONNX ----
+
+
+class Prediction(nn.Module):
+    """Labels, confidence and counts of logits."""
+
+    def forward(self, logits: Tensor) -> tuple[Tensor, ...]:
+        labels, confidence = functional.upsample_argmax(logits, (96, 80), return_confidence=True)
+        return labels, confidence, functional.upsample_confusion_matrix(logits, LABELS[0], ignore_index=1)
+
+
+ONNX: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    **{name: (lambda name=name: Call(name), CALLS[name][2]) for name in CALLS},
+    "prediction": (Prediction, MAP),
+    "FCN": (lambda: models.FCN(num_classes=CLASSES), (1, 3, 64, 48)),
+    "UNet": (lambda: models.UNet(num_classes=CLASSES), (1, 3, 64, 48)),
+}
+
+
+@pytest.mark.parametrize("module", ONNX)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # torch's exporter and onnxscript
+def test_onnx(module: str) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    network, input = ONNX[module][0]().eval(), make(ONNX[module][1], seed=7)
+    buffer = io.BytesIO()
+    torch.onnx.export(network, (input,), dynamo=True, verbose=False).save(buffer)
+    session = onnxruntime.InferenceSession(buffer.getvalue(), providers=["CPUExecutionProvider"])
+    results = session.run(None, {session.get_inputs()[0].name: input.numpy()})
+    expected = network(input)
+    for actual, wanted in zip(results, expected if isinstance(expected, tuple) else (expected,), strict=True):
+        torch.testing.assert_close(torch.from_numpy(actual), wanted.detach(), rtol=1e-4, atol=1e-4)
+
+
+# ---- ahead of time, and on several devices ----
+
+
+@pytest.mark.filterwarnings("ignore")  # Inductor's own
+def test_packages_of_aotinductor_run(tmp_path: Path) -> None:
+    module = Prediction().eval()
+    program = torch.export.export(module, (make(MAP),))
+    package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "prediction.pt2"))
+    logits = make(MAP, seed=7)
+    torch.testing.assert_close(list(torch._inductor.aoti_load_package(package)(logits)), list(module(logits)))
+
+
+def check_shards(rank: int, store: str) -> None:
+    """Values and gradients of every call with tensors on a mesh of two processes."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    mesh = torch.distributed.init_device_mesh("cpu", (2,))
+
+    def run(call: str, place: Callable[[Tensor, bool], Tensor]) -> list[Tensor]:
+        name, options, shape, others = CALLS[call]
+        # Labels have images, as input has; weights and biases don't.
+        tensors = [place(make(shape, seed=7), True), *(place(t, not t.is_floating_point()) for t in others)]
+        options = {key: place(o, False) if isinstance(o, Tensor) else o for key, o in options.items()}
+        leaves = [t.detach().requires_grad_(t.is_floating_point()) for t in tensors]
+        results = getattr(functional, name)(*leaves, **options)
+        result = results[0] if isinstance(results, tuple) else results
+        return [result, *torch.autograd.grad(result.sum(), [leaf for leaf in leaves if leaf.requires_grad])]
+
+    try:
+        for call in CALLS:
+            whole = run(call, lambda tensor, _: tensor)
+            for placement in (Shard(0), Replicate()):
+                shards = run(
+                    call,
+                    lambda tensor, has_images, placement=placement: distribute_tensor(
+                        tensor, mesh, [placement if has_images else Replicate()]
+                    ),
+                )
+                for actual, expected in zip(shards, whole, strict=True):
+                    torch.testing.assert_close(
+                        actual.full_tensor(), expected, rtol=1e-3, atol=1e-4, msg=lambda m, call=call: f"{call}: {m}"
+                    )
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_shards_of_a_batch_give_what_the_batch_gives(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(check_shards, (str(tmp_path / "store"),), nprocs=2)
