@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from fusion_cases import compiled, operators
+from fusion_cases import CLASSES, compiled, operators, upsampled_loss_of_rows
 from fusion_networks import EVALUATED, TRAINED, Net, assert_trains_alike, batch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fastseg
 from fastseg.fusion.rewriting import rewrite
-from fastseg.testing import assert_parity
+from fastseg.testing import assert_parity, make, make_labels
 
 
 @pytest.fixture
@@ -106,6 +106,18 @@ def test_dynamic_shapes_compile_once(net: Net) -> None:
         torch.testing.assert_close(fused(images, labels), net(images, labels))
         assert torch.equal(fused(images), net(images))
     assert counter.operators == [EVALUATED, ["conv_relu_pool2d"] * 2 + ["upsample_argmax"]]
+
+
+def test_rows_of_dynamic_shapes_compile_once() -> None:
+    torch._dynamo.reset()
+    fused = torch.compile(upsampled_loss_of_rows, backend=(counter := CompileCounter()), fullgraph=True)
+    for images, *size in ((2, 5, 7), (3, 9, 11)):
+        x, y = make((images, CLASSES, *size)), make_labels((images, 4 * size[0], 3 * size[1]), CLASSES)
+        for tensor, dimensions in ((x, (0, 2, 3)), (y, (0, 1, 2))):
+            for dimension in dimensions:
+                torch._dynamo.mark_dynamic(tensor, dimension)
+        torch.testing.assert_close(fused(x, y, None), upsampled_loss_of_rows(x, y, None))
+    assert counter.operators == [["upsample_cross_entropy"]]
 
 
 class CompileCounter:

@@ -32,7 +32,7 @@ _SIGNATURES: dict[str, Callable[..., None]] = {
     "torch.log_softmax": lambda input, dim, dtype=None: None,
     "argmax": lambda input, dim=None, keepdim=False: None,
     "max": lambda input, dim, keepdim=False: None,
-    "part": lambda input, index: None,
+    "getitem": lambda input, index: None,
     "cast": lambda input, *to, **kwargs: None,
     "contiguous": lambda input: None,
     "permute": lambda input, *dims: None,
@@ -58,7 +58,7 @@ _FUNCTIONS: dict[Any, tuple[str, dict[str, Any]]] = {
     torch.transpose: ("transpose", {}),
     torch.flatten: ("flatten", {}),
     torch.reshape: ("reshape", {}),
-    operator.getitem: ("part", {}),
+    operator.getitem: ("getitem", {}),
 }
 _METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "relu": ("relu", {}),

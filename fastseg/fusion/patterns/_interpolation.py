@@ -56,8 +56,8 @@ def upsampled(call: Call | None) -> Upsampled:
         raise Unfit
     dims = _MAP
     for layout in after:
-        dims = _laid_out(layout, dims)
-    demand(dims in (_MAP, _ROWS))
+        dims = _laid_out(layout, dims) if dims else dims
+    demand(dims in (_MAP, _ROWS), "interpolate: what it gives is laid out neither as a map nor as rows [N * H * W, C]")
     _demand_grid(call)
     logits, last = tensor_of(call["input"]), tensor_of(after[-1].node if after else call.node)
     if logits is None or last is None:
@@ -69,7 +69,7 @@ def upsampled(call: Call | None) -> Upsampled:
 
 
 def _laid_out(call: Call, dims: Dims) -> Dims:
-    """Which dimensions a value's are made of, after a call; `Unfit` where they can't be told."""
+    """Which dimensions a value's are made of, after a call; none where they can't be told."""
     before, after = tensor_of(call["input"]), tensor_of(call.node)
     if before is None or after is None:
         raise Unfit
@@ -86,16 +86,15 @@ def _laid_out(call: Call, dims: Dims) -> Dims:
         swapped = list(dims)
         swapped[call["dim0"]], swapped[call["dim1"]] = dims[call["dim1"]], dims[call["dim0"]]
         return swapped
-    if call.operation not in ("flatten", "reshape") or after.ndim == before.ndim:
-        demand(before.shape == after.shape)
-        return dims
+    if before.ndim == after.ndim:
+        return dims if before.shape == after.shape else []
     # The dimensions at either end that a reshape keeps; those between become one.
     merged = before.ndim - after.ndim + 1
     for first in range(after.ndim):
         rest = first + merged
         if after.shape[:first] == before.shape[:first] and after.shape[first + 1 :] == before.shape[rest:]:
             return [*dims[:first], tuple(dim for group in dims[first:rest] for dim in group), *dims[rest:]]
-    raise Unfit
+    return []
 
 
 def _demand_grid(call: Call) -> None:

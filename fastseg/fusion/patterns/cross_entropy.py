@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from fastseg import functional
 from fastseg.functional._checks import FLOATING_DTYPES
@@ -19,29 +19,21 @@ OPTIONS = ("ignore_index", "reduction", "label_smoothing")
 
 
 def calls_of(loss: Call) -> list[Call]:
-    """The calls that are a cross-entropy of the first one's input: cross_entropy, or log_softmax and nll_loss.
-
-    `Unfit` where their arguments that are no tensors aren't served.
-    """
-    unreduced = loss["size_average"] is None and loss["reduce"] is None
-    if loss.operation == "cross_entropy":
-        demand(unreduced, "cross_entropy: size_average or reduce")
-        return [loss]
-    softmax = source(loss, "log_softmax")
-    logits = tensor_of(softmax["input"])
-    demand(logits is not None)
-    classes = (1, 1 - logits.ndim)  # type: ignore[union-attr]  # demanded
-    demand(softmax["dim"] in classes, "log_softmax over another dimension than the classes'")
-    demand(softmax["dtype"] is None, "log_softmax in another dtype")
-    demand(unreduced, "nll_loss: size_average or reduce")
-    return [softmax, loss]
+    """The calls that are a cross-entropy of the first one's input: cross_entropy, or log_softmax and nll_loss."""
+    return [loss] if loss.operation == "cross_entropy" else [source(loss, "log_softmax"), loss]
 
 
-def tensors_of(loss: Call, input: fx.Node) -> tuple[Tensor, Tensor]:
-    """What is known of the logits and the target; `Unfit` where their dtypes or the weight aren't served."""
-    logits, target, weight = tensor_of(input), tensor_of(loss["target"]), tensor_of(loss["weight"])
+def tensors_of(calls: list[Call]) -> tuple[Tensor, Tensor]:
+    """What is known of the logits and the target of `calls_of`; `Unfit` where their other arguments aren't served."""
+    *softmaxes, loss = calls
+    logits, target, weight = tensor_of(calls[0]["input"]), tensor_of(loss["target"]), tensor_of(loss["weight"])
     if logits is None or target is None:
         raise Unfit
+    for softmax in softmaxes:
+        demand(softmax["dim"] in (1, 1 - logits.ndim), "log_softmax over another dimension than the classes'")
+        demand(softmax["dtype"] is None, "log_softmax in another dtype")
+    unreduced = loss["size_average"] is None and loss["reduce"] is None
+    demand(unreduced, f"{loss.operation}: size_average or reduce")
     demand(logits.dtype in FLOATING_DTYPES, f"cross_entropy: logits in {logits.dtype}")
     demand(weight is None or not weight.requires_grad, "cross_entropy: weight needs a gradient")
     return logits, target
@@ -60,7 +52,7 @@ def options_of(loss: Call) -> dict[str, Any]:
 
 def _match(loss: Call) -> Match:
     calls = calls_of(loss)
-    input, target = tensors_of(loss, calls[0]["input"])
+    input, target = tensors_of(calls)
     demand(input.ndim >= 3, "cross_entropy: no map of pixels, where torch's own is as fast")
     if target.is_floating_point():
         demand(loss.operation == "cross_entropy")  # nll_loss refuses them

@@ -38,7 +38,7 @@ def interpolate_cross_entropy(
 def _match(loss: Call) -> Match:
     calls = calls_of(loss)
     up = _interpolation.upsampled(calls[0].source())
-    _, target = tensors_of(loss, calls[0]["input"])
+    _, target = tensors_of(calls)
     floating = target.is_floating_point()
     demand(not floating, "class probabilities hold the output's size for every class themselves")
     demand_labels(target)
