@@ -92,7 +92,6 @@ class _Search:
         """What fits, but for the values that matches share."""
         chosen: list[_Candidate] = []
         taken: set[fx.Node] = set()
-        shared: set[fx.Node] = set()
         for pattern in self.patterns:
             for call in self.calls.values():
                 if call.operation != pattern.anchor or call.node in taken:
@@ -100,11 +99,7 @@ class _Search:
                 match = self._match(pattern, call)
                 if match is None or any(node in taken for node in match.nodes):
                     continue
-                own = set(match.nodes) - set(match.shared)
-                if own & shared:
-                    continue
-                taken |= own
-                shared |= set(match.shared)
+                taken |= set(match.nodes) - set(match.shared)
                 chosen.append(_Candidate(pattern, call.node, match))
         return chosen
 
