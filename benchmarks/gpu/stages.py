@@ -132,7 +132,6 @@ class Process:
         self.reader.start()
 
     def _copy(self, log: Path) -> None:
-        assert self.process.stdout is not None
         with log.open("a") as file:
             for line in self.process.stdout:
                 file.write(line)
@@ -158,6 +157,7 @@ class Process:
         self._signal(signal.SIGKILL)  # what the stage itself has started and left
         self.process.wait()
         self.reader.join(GRACE_SECONDS)
+        self.process.stdout.close()
         return Outcome(self.stage.name, status, seconds, self.headline)
 
     def _signal(self, number: int) -> None:
