@@ -143,8 +143,8 @@ def conv_relu_pool2d_forward(
 
 # ---- launcher ----
 
-# No other tiles were tried on a GPU yet. 128 windows by 64 channels on 8 warps (two groups of four for Hopper's matrix instruction)
-# leave each thread 32 sums, 32 maxima and 32 positions.
+# No other tiles were tried on a GPU yet. 128 windows by 64 channels on 8 warps (two groups of four for Hopper's matrix
+# instruction) leave each thread 32 sums, 32 maxima and 32 positions.
 FORWARD_PLANS = {
     f"{kind}-o{o}-k{k}": Plan({"BLOCK_P": windows, "BLOCK_O": o, "BLOCK_K": k}, num_warps=warps, num_stages=3)
     for kind, windows in (("half", 128), ("single", 64))

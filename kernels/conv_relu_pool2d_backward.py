@@ -137,8 +137,8 @@ def conv_relu_pool2d_backward_input(
 
 # ---- launchers ----
 
-# No other tiles were tried on a GPU yet. More than 64 windows by 64 channels on 4 warps spill, and so do singles without TF32 before
-# Hopper.
+# No other tiles were tried on a GPU yet. More than 64 windows by 64 channels on 4 warps spill, and so do singles
+# without TF32 before Hopper.
 WEIGHT_PLANS = {
     f"{kind}-o{o}-k{k}": Plan({"BLOCK_P": 64, "BLOCK_O": o, "BLOCK_K": k}, num_warps=warps, num_stages=2)
     for kind, most_warps in (("half", 4), ("single", 8))
@@ -152,8 +152,8 @@ INPUT_PLANS = {
     for k in (16, 32)
 }
 LEAST_PIXELS = 64  # smallest BLOCK_P of the input's gradient: Hopper's matrix instruction has 64 rows
-# Programs for each multiprocessor that share the windows; other numbers were not tried. Best are as many as run on it at
-# once, since each has as much to do as the others.
+# Programs for each multiprocessor that share the windows; other numbers were not tried. Best are as many as run on it
+# at once, since each has as much to do as the others.
 SHARES_PER_MULTIPROCESSOR = 3
 
 

@@ -189,14 +189,16 @@ def conv_relu_pool2d_forward_fields(
 
 MOST_INPUTS = 64  # in a field: one tile of a product
 
-# 0.35 ms for 32 x 3 x 512^2 to 64 channels in bfloat16 (H100, 2026-11-26); no other tiles were tried yet. 64 windows by four positions of 64 channels are 128 sums for each thread of four warps.
+# 0.35 ms for 32 x 3 x 512^2 to 64 channels in bfloat16 (H100, 2026-11-26); no other tiles were tried yet. 64 windows by
+# four positions of 64 channels are 128 sums for each thread of four warps.
 FORWARD_PLANS = {
     f"{kind}-o{o}-k{k}": Plan({"BLOCK_P": 64, "BLOCK_O": o}, num_warps=4, num_stages=2)
     for kind in ("half", "single")
     for o in (16, 32, 64)
     for k in (16, 32, 64)
 }
-# Programs for each multiprocessor; other numbers were not tried: they keep their weights and go over the windows in turns.
+# Programs for each multiprocessor; other numbers were not tried: they keep their weights and go over the windows in
+# turns.
 SHARES_PER_MULTIPROCESSOR = 2
 
 

@@ -248,8 +248,8 @@ def _plans() -> dict[str, Plan]:
 
 
 # No other tiles were tried on a GPU yet. Pixels: 8 of them for each thread are 16 bytes of a half type; of a copy's
-# bandwidth, 8 x 150 x 512^2 gets 66% forward and 90% backward (H200, bfloat16, 2026-11-26). Classes: several warps would
-# share each row and pass numbers through shared memory.
+# bandwidth, 8 x 150 x 512^2 gets 66% forward and 90% backward (H200, bfloat16, 2026-11-26). Classes: several warps
+# would share each row and pass numbers through shared memory.
 FORWARD_PLANS = _plans()
 BACKWARD_PLANS = _plans()
 LEAST_PIXELS = 2  # smallest BLOCK_P

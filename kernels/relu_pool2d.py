@@ -210,8 +210,8 @@ def _plans(pixels: int, channels: int) -> dict[str, Plan]:
 
 
 # No other tiles were tried on a GPU yet; of a copy's bandwidth, 32 x 64 x 256^2 in bfloat16 gets 78% forward and 93%
-# backward in channels_last, 40% and 83% in NCHW (H100, 2026-11-26). Small tiles spend much on finding their pixels. Forward has a whole window for each
-# element: its tiles are half as large.
+# backward in channels_last, 40% and 83% in NCHW (H100, 2026-11-26). Small tiles spend much on finding their pixels.
+# Forward has a whole window for each element: its tiles are half as large.
 FORWARD_PLANS = _plans(pixels=2048, channels=4096)
 BACKWARD_PLANS = _plans(pixels=4096, channels=8192)
 LEAST_PIXELS = 16  # smallest BLOCK_P

@@ -97,8 +97,8 @@ def is_worth_conv2d(input: Tensor, weight: Tensor) -> bool:
     return isinstance(products, torch.SymInt) or products >= CONV2D_MIN_PRODUCTS
 
 
-# The same limits for Triton's kernels. Estimated for an H200; measured there are 27 taps (5.9
-# times as fast as the best peer, forward and backward) and, by the library, 576 (2.5 times eager's, H100). With 144 taps (16 channels under 3x3)
+# The same limits for Triton's kernels. Estimated for an H200; measured there are 27 taps (5.9 times as fast as the best
+# peer, forward and backward) and, by the library, 576 (2.5 times eager's, H100). With 144 taps (16 channels under 3x3)
 # the product takes half as long as reading and writing the map would, with 288 as long. Half types and TF32 multiply on
 # tensor cores; full float32 doesn't, and is bound by arithmetic from the second layer on.
 GPU_DIRECT_MAX_TAPS = 160
