@@ -1,4 +1,6 @@
 // conv_relu_pool2d for Python; conv2d and relu_pool2d, which share its kernels, too.
+#include <algorithm>
+
 #include "bindings.h"
 #include "conv_relu_pool2d.h"
 #include "parallel.h"
@@ -10,6 +12,9 @@ namespace {
 // In the order of fastseg/ops/conv_relu_pool2d_geometry.py's flatten(); groups and ceil_mode, the last two, are
 // Python's.
 constexpr size_t kGeometryNumbers = 14;
+
+// A map with more elements than this is no tensor's; up to it, the kernels' products of sizes fit 64 bits.
+constexpr double kMostElements = 1e15;
 
 ConvPoolGeometry read_geometry(const py::sequence& numbers) {
   require(numbers.size() == kGeometryNumbers, "the geometry is 14 numbers");
@@ -26,10 +31,16 @@ ConvPoolGeometry read_geometry(const py::sequence& numbers) {
     for (int axis = 0; axis < 2; ++axis) {
       field.pair[axis] = numbers[next++].cast<int64_t>();
       require(field.pair[axis] >= field.least, field.what);
+      require(field.pair[axis] <= INT32_MAX, "a number of the geometry fits 32 bits");
     }
   }
   require(g.pool_size[0] * g.pool_size[1] <= kCut, "a pool window has at most 255 positions");
   return g;
+}
+
+// A stride that leads past the end is never taken: it is as short as a window may be, or as what it goes along.
+void check_stride(int64_t stride, int64_t extent) {
+  require(stride <= std::max<int64_t>(extent, kCut), "a stride is not longer than what it goes along");
 }
 
 // Every window has at least one position inside the convolution's output, and the pooled size is not larger than that.
@@ -37,6 +48,7 @@ void check_pool(const Tensor& pooled, int64_t height, int64_t width, const ConvP
   const int64_t size[2] = {height, width};
   for (int i = 0; i < 2; ++i) {
     require(g.pool_padding[i] < g.pool_size[i], "pool_padding is smaller than pool_size");
+    check_stride(g.pool_stride[i], size[i] + g.pool_padding[i]);
     require(pooled.size[2 + i] == 0 || (pooled.size[2 + i] - 1) * g.pool_stride[i] - g.pool_padding[i] < size[i],
             "the pooled size does not fit the convolution's output");
   }
@@ -55,12 +67,16 @@ void check_convolution(const Tensor& input, const Tensor& weight, const Tensor& 
   require(weight.size[1] == input.size[1], "weight and input have the same channels (no groups here)");
   require(pooled.size[0] == input.size[0] && pooled.size[1] == weight.size[0], "output is [N, K, ...]");
   int64_t convolved[2];
+  double elements = static_cast<double>(input.size[1]);
   for (int i = 0; i < 2; ++i) {
     const int64_t reach = (weight.size[2 + i] - 1) * g.dilation[i] + 1;
     const int64_t room = input.size[2 + i] + 2 * g.padding[i] - reach;
     require(weight.size[2 + i] > 0 && room >= 0, "the kernel is larger than the padded input");
+    check_stride(g.stride[i], room + 1);
     convolved[i] = room / g.stride[i] + 1;
+    elements *= static_cast<double>(input.size[2 + i] + 2 * g.padding[i]);
   }
+  require(elements <= kMostElements, "the padded input is not larger than any tensor");
   check_pool(pooled, convolved[0], convolved[1], g);
 }
 

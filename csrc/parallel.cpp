@@ -20,21 +20,28 @@ void* allocate(int64_t bytes) {
   return std::aligned_alloc(kAlignment, static_cast<size_t>(rounded));
 }
 
+// What a thread keeps from call to call: more than the tiles of any ordinary shape take, which are made for its caches.
+constexpr int64_t kKeptBytes = 4 << 20;
+
 struct Buffer {
   void* data = nullptr;
   int64_t bytes = 0;
+
   ~Buffer() { std::free(data); }
+
+  void resize(int64_t size) {
+    std::free(data);
+    data = size == 0 ? nullptr : allocate(size);
+    bytes = data == nullptr ? 0 : size;
+  }
 };
+
+thread_local Buffer buffer;
 
 }  // namespace
 
 void* scratch(int64_t bytes) {
-  thread_local Buffer buffer;
-  if (buffer.bytes < bytes) {
-    std::free(buffer.data);
-    buffer.data = allocate(bytes);
-    buffer.bytes = buffer.data == nullptr ? 0 : bytes;
-  }
+  if (buffer.bytes < bytes) buffer.resize(bytes);
   return buffer.data;
 }
 
@@ -61,9 +68,13 @@ void advise_huge_pages(void* data, int64_t bytes) {
 bool parallel_for(int64_t tasks, int threads, bool (*run)(void*, int64_t), void* context) {
   std::atomic<bool> ok{true};
   const int team = static_cast<int>(std::min<int64_t>(threads, tasks));
-#pragma omp parallel for schedule(dynamic, 1) num_threads(team) if (team > 1)
-  for (int64_t task = 0; task < tasks; ++task) {
-    if (!run(context, task)) ok.store(false, std::memory_order_relaxed);
+#pragma omp parallel num_threads(team) if (team > 1)
+  {
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t task = 0; task < tasks; ++task) {
+      if (!run(context, task)) ok.store(false, std::memory_order_relaxed);
+    }
+    if (buffer.bytes > kKeptBytes) buffer.resize(0);
   }
   return ok.load(std::memory_order_relaxed);
 }

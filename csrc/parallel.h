@@ -6,8 +6,8 @@
 namespace fastseg {
 
 // A buffer of at least `bytes`, aligned to 64 bytes, private to the calling thread and valid until its next call of
-// scratch(). Kept from call to call: a fresh allocation's page faults cost more than the arithmetic of a small task.
-// Null where memory ran out.
+// scratch(), or the end of its tasks. Kept from call to call, unless it is large: a fresh allocation's page faults cost
+// more than the arithmetic of a small task. Null where memory ran out.
 void* scratch(int64_t bytes);
 
 // Memory for one call, shared by its threads; aligned to 64 bytes. Throws std::bad_alloc.

@@ -64,29 +64,32 @@ bool forward_task(const ReluPool2dForward& call, int64_t task) {
   const bool dense = rows_are_dense<T>(call.input);
   const int64_t widest = dense ? channels : kBlock<T>;
   const int64_t row_elements = dense ? 0 : width * widest, pooled_elements = pooled_w * widest;
-  const int64_t elements = rows.size() * row_elements + 2 * pooled_elements;
+  const int64_t held = span.size() + call.relu_in_place;  // the last for a row between windows, of which there are many
+  const int64_t elements = held * row_elements + 2 * pooled_elements;
   T* buffer = static_cast<T*>(scratch(elements * int64_t{sizeof(T)}));
   if (buffer == nullptr) return false;
-  T* values = buffer + rows.size() * row_elements;
+  T* values = buffer + held * row_elements;
   Int<T>* positions = reinterpret_cast<Int<T>*>(values + pooled_elements);
+  const auto in_window = [&](int64_t row) { return row >= span.begin && row < span.end; };
   const auto row_of = [&](int64_t row) {
     return dense ? static_cast<T*>(at_mutable(call.input, row_offset(call.input, image, 0, row)))
-                 : buffer + (row - rows.begin) * row_elements;
+                 : buffer + (in_window(row) ? row - span.begin : span.size()) * row_elements;
   };
 
   // Lanes past the last channel are pooled too.
-  memset(buffer, 0, static_cast<size_t>(rows.size() * row_elements) * sizeof(T));
+  memset(buffer, 0, static_cast<size_t>(held * row_elements) * sizeof(T));
   for (int64_t channel = 0; channel < channels; channel += widest) {
     const int64_t count = least(widest, channels - channel), block = round_up(count, kLanes<T>);
     const T* window_rows[kCut];
-    for (int64_t row = rows.begin; row < rows.end; ++row) {
+    for (int64_t row = span.begin; row < span.end; ++row) {
       if (!dense) pack_row(call.input, image, channel, count, row, block, row_of(row));
-      if (row >= span.begin && row < span.end) window_rows[row - span.begin] = row_of(row);
+      window_rows[row - span.begin] = row_of(row);
     }
     pool_row(window_rows, span, window, width, g, pooled_w, block, values, positions);
     unpack_pooled(values, positions, block, image, channel, count, window, call.output, call.positions);
     if (!call.relu_in_place) continue;
     for (int64_t row = rows.begin; row < rows.end; ++row) {
+      if (!dense && !in_window(row)) pack_row(call.input, image, channel, count, row, block, row_of(row));
       relu_mask(row_of(row), row_of(row), width * block, row_of(row));
       if (!dense) unpack_row(row_of(row), block, call.input, image, channel, count, row);
     }
@@ -141,13 +144,14 @@ struct PlaneOffsets {
   }
 };
 
-// Adds a row of windows' gradients to a plane, each at its position.
+// Adds a row of windows' gradients to a plane's rows from `base` on, each at its position.
 template <class T>
-void scatter_windows(const ReluPool2dBackward& call, const PlaneOffsets<T>& offsets, int64_t window_row,
+void scatter_windows(const ReluPool2dBackward& call, const PlaneOffsets<T>& offsets, int64_t window_row, int64_t base,
                      const T* gradient, const uint8_t* positions, T* plane) {
   const ConvPoolGeometry& g = call.geometry;
   const int64_t step = call.positions.stride[3], stride = g.pool_stride[1];
-  int64_t corner = (window_row * g.pool_stride[0] - g.pool_padding[0]) * call.grad_input.size[3] - g.pool_padding[1];
+  const int64_t top = window_row * g.pool_stride[0] - g.pool_padding[0] - base;
+  int64_t corner = top * call.grad_input.size[3] - g.pool_padding[1];
   for (int64_t p = 0; p < call.grad_output.size[3]; ++p, corner += stride, positions += step) {
     Int<T> bits;
     memcpy(&bits, gradient + p, sizeof bits);
@@ -167,7 +171,7 @@ const T* dense_row(const Tensor& tensor, int64_t image, int64_t channel, int64_t
   return buffer;
 }
 
-// The dense gradient of a channel of an image, in NCHW.
+// The dense gradient of a channel of an image, in NCHW. Where it isn't summed in place, a few rows are held at a time.
 template <class T>
 bool backward_plane(const ReluPool2dBackward& call, const PlaneOffsets<T>& offsets, int64_t image, int64_t channel) {
   const Tensor& output = call.grad_input;
@@ -175,21 +179,43 @@ bool backward_plane(const ReluPool2dBackward& call, const PlaneOffsets<T>& offse
   const int64_t pooled_h = call.grad_output ? call.grad_output.size[2] : 0,
                 pooled_w = call.grad_output ? call.grad_output.size[3] : 0;
   const bool in_place = output.dtype == kDType<T> && output.stride[2] == width;
-  T* skip = static_cast<T*>(scratch((2 * width + pooled_w + (in_place ? 0 : height * width)) * int64_t{sizeof(T)}));
+  const int64_t fitting = kRowsBytes / (width * int64_t{sizeof(T)}) + 1;
+  const int64_t held = in_place ? height : least(fitting + call.geometry.pool_size[0], height);
+  T* skip = static_cast<T*>(scratch((2 * width + pooled_w + (in_place ? 0 : held * width)) * int64_t{sizeof(T)}));
   if (skip == nullptr) return false;
   T *grad_skip = skip + width, *gradient = grad_skip + width;
   T* plane =
       in_place ? static_cast<T*>(at_mutable(output, row_offset(output, image, channel, 0))) : gradient + pooled_w;
-  if (!call.grad_skip) memset(plane, 0, static_cast<size_t>(height * width) * sizeof(T));
-  for (int64_t row = 0; call.grad_skip && row < height; ++row)
-    relu_mask(dense_row(call.skip, image, channel, row, skip),
-              dense_row(call.grad_skip, image, channel, row, grad_skip), width, plane + row * width);
-  for (int64_t row = 0; row < pooled_h; ++row)
-    scatter_windows(call, offsets, row, dense_row(call.grad_output, image, channel, row, gradient),
+  int64_t base = 0;  // the first row that is held
+  const auto begin_rows = [&](Span rows) {
+    T* target = plane + (rows.begin - base) * width;
+    if (!call.grad_skip) memset(target, 0, static_cast<size_t>(rows.size() * width) * sizeof(T));
+    for (int64_t row = rows.begin; call.grad_skip && row < rows.end; ++row, target += width)
+      relu_mask(dense_row(call.skip, image, channel, row, skip),
+                dense_row(call.grad_skip, image, channel, row, grad_skip), width, target);
+  };
+  const auto finish_rows = [&](int64_t end) {
+    for (int64_t row = base; !in_place && row < end; ++row)
+      unpack_row(plane + (row - base) * width, 1, output, image, channel, 1, row);
+  };
+  const auto hold = [&](Span window) {  // no later window begins above it
+    while (window.end > base + held) {
+      const int64_t done = least(window.begin - base, held), kept = held - done;
+      finish_rows(base + done);
+      memmove(plane, plane + done * width, static_cast<size_t>(kept * width) * sizeof(T));
+      base += done;
+      begin_rows({base + kept, least(base + held, height)});
+    }
+  };
+  begin_rows({0, held});
+  for (int64_t row = 0; row < pooled_h; ++row) {
+    hold(window_span(call.geometry, 0, row, height));
+    scatter_windows(call, offsets, row, base, dense_row(call.grad_output, image, channel, row, gradient),
                     static_cast<const uint8_t*>(call.positions.data) + row_offset(call.positions, image, channel, row),
                     plane);
-  for (int64_t row = 0; !in_place && row < height; ++row)
-    unpack_row(plane + row * width, 1, output, image, channel, 1, row);
+  }
+  hold({height, height});
+  finish_rows(height);
   return true;
 }
 
@@ -276,10 +302,12 @@ void backward(const ReluPool2dBackward& call) {
       return backward_plane<T>(call, offsets, plane / output.size[1], plane % output.size[1]);
     });
   }
-  const int64_t step = call.geometry.pool_stride[0];  // whole windows to a band, where they don't overlap
   const int64_t widest = rows_are_dense<T>(output) ? output.size[1] : kBlock<T>;
   const int64_t row_bytes = output.size[3] * widest * int64_t{sizeof(T)};
-  const int64_t band = round_up(most(kRowsBytes / row_bytes, 1), step);
+  const int64_t fitting = most(kRowsBytes / row_bytes, 1);
+  // Whole windows to a band, where they don't overlap, and few rows between them.
+  const int64_t band =
+      round_up(fitting, least(call.geometry.pool_stride[0], most(fitting, call.geometry.pool_size[0])));
   for_each_task(output.size[0] * ceil_div(output.size[2], band), call.threads,
                 [&](int64_t task) { return backward_task<T>(call, band, task); });
 }

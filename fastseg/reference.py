@@ -5,6 +5,8 @@ Imports torch alone. All functions are differentiable, to any order, by PyTorch'
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -144,10 +146,19 @@ def upsample(
     input: Tensor, size: IntOrPair | None, scale_factor: FloatOrPair | None, mode: str, align_corners: bool
 ) -> Tensor:
     """`torch.nn.functional.interpolate`, which refuses ``align_corners`` where it has no meaning."""
-    if input.shape[2:] == size:
-        return input  # torch would copy, which a network that works at full resolution wouldn't ask it to
+    if _upsampled_size(input, size, scale_factor) == tuple(input.shape[2:]):
+        return input  # torch would copy, or count neighbours 0 times, which makes NaN of infinity
     corners = align_corners if mode == "bilinear" else None
     return F.interpolate(input, size, scale_factor, mode, corners)
+
+
+def _upsampled_size(input: Tensor, size: IntOrPair | None, scale_factor: FloatOrPair | None) -> tuple[int, ...]:
+    """Height and width that `torch.nn.functional.interpolate` gives."""
+    if size is not None:
+        return tuple(size) if isinstance(size, (tuple, list)) else (size, size)
+    assert scale_factor is not None
+    factors = scale_factor if isinstance(scale_factor, (tuple, list)) else (scale_factor, scale_factor)
+    return tuple(math.floor(extent * factor) for extent, factor in zip(input.shape[2:], factors, strict=True))
 
 
 def upsample_argmax(
@@ -212,7 +223,10 @@ def combine_dice(
 ) -> Tensor:  # fmt: skip
     """The weighted sum of a cross-entropy and the soft Dice loss that follows from what `overlap` gives."""
     dice = dice_weight * dice_loss(overlap, smooth, batch_dice, include_background).to(loss.dtype)
-    return dice + ce_weight * loss if ce_weight else dice  # NaN over no pixel, which a factor of 0 would keep
+    if not ce_weight:
+        return dice  # the other may be NaN, which a factor of 0 would keep
+    of_no_pixel = overlap[2].sum() == 0  # the cross-entropy is NaN; as in nnU-Net, it adds nothing
+    return dice + ce_weight * loss.masked_fill(of_no_pixel, 0)
 
 
 def overlap(input: Tensor, target: Tensor, ignore_index: int) -> Tensor:

@@ -179,14 +179,15 @@ def test_output_may_be_changed_in_place_and_graph_be_retained() -> None:
 
 
 @pytest.mark.parametrize("shape", [SHAPES["uneven"], SHAPES["groups"]], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_bitwise_equal_for_any_number_of_threads_and_in_poisoned_memory(
-    shape: tuple, threads: Callable[[int], None]
+    dtype: torch.dtype, shape: tuple, threads: Callable[[int], None]
 ) -> None:
     results = []
     with fresh_memory_of_nan():
         for count in (1, 2, 3):
             threads(count)
-            results.append(values_and_gradients(functional.conv2d, arguments(shape), padding=1))
+            results.append(values_and_gradients(functional.conv2d, arguments(shape, dtype), padding=1))
     for result in results[1:]:
         torch.testing.assert_close(result, results[0], rtol=0, atol=0)
 

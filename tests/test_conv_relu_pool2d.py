@@ -2,6 +2,8 @@
 every instruction set. The Winograd road: test_conv_relu_pool2d_winograd.py.
 """
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from poison import fresh_memory_of_nan
@@ -312,14 +314,13 @@ def test_largest_window_of_the_kernels(road: str) -> None:
 # ---- determinism, memory, graphs ----
 
 
-def test_bitwise_equal_for_any_number_of_threads(road: str) -> None:
-    arguments = tensors((3, 3, 33, 31, 19, 3, 3), torch.float32)
-    before = torch.get_num_threads()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_bitwise_equal_for_any_number_of_threads(road: str, dtype: torch.dtype, threads: Callable[[int], None]) -> None:
+    arguments = tensors((3, 3, 33, 31, 19, 3, 3), dtype)
     results = []
-    for threads in (1, 2, 3, 2):
-        torch.set_num_threads(threads)
+    for count in (1, 2, 3, 2):
+        threads(count)
         results.append(values_and_gradients(functional.conv_relu_pool2d, arguments, padding=1))
-    torch.set_num_threads(before)
     # oneDNN's own convolution divides its sums by thread, so that on its road the same number must give the same.
     pairs = [(1, 3)] if road == "library" else [(0, 1), (0, 2), (1, 3)]
     for first, second in pairs:

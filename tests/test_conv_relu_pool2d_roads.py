@@ -1,10 +1,13 @@
 """Which road conv_relu_pool2d takes, and that torch's settings of TF32 reach it."""
 
 from contextlib import AbstractContextManager
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+from fastseg import functional
 from fastseg._tf32 import convolutions_take_tf32
 from fastseg.ops.conv_relu_pool2d_geometry import Geometry, resolve
 from fastseg.ops.conv_relu_pool2d_roads import (
@@ -12,9 +15,12 @@ from fastseg.ops.conv_relu_pool2d_roads import (
     DIRECT_FORWARD_MAX_TAPS,
     GPU_DIRECT_MAX_TAPS,
     GPU_DIRECT_MAX_TAPS_WITHOUT_TENSOR_CORES,
+    choose_backward_road,
+    choose_forward_road,
     choose_gpu_road,
     choose_road,
 )
+from fastseg.testing import make, values_and_gradients
 
 
 def tf32(allowed: bool) -> AbstractContextManager[None]:
@@ -76,3 +82,48 @@ def test_overlapping_windows_go_by_the_library_on_a_gpu() -> None:
     assert choose_gpu_road(stem, geometry(stride=2, padding=3), False) == "direct"
     assert choose_gpu_road(stem, geometry(stride=2, padding=3, pool=(3, 2, 1)), False) == "library"
     assert choose_gpu_road(stem, geometry(pool=((1, 2), (1, 1), 0)), False) == "library"
+
+
+# Numbers that C++ multiplies, and torch takes: those of a pool up to 2^31 - 1 alone.
+HUGE: dict[str, dict[str, Any]] = {
+    "stride": {"stride": 2**63 - 1},
+    "stride-and-padding": {"stride": 1000, "padding": 1000},
+    "stride-of-rows": {"stride": (10**7, 1)},
+    "dilation": {"stride": 10**7, "padding": 10**7, "dilation": 10**7},
+    "largest": {"stride": 2**31 - 1, "padding": 2**31 - 1, "dilation": 2**31 - 1},
+    "pool-stride": {"pool_size": 2, "pool_stride": 2**31 - 1},
+    "pool-stride-of-columns": {"pool_size": 3, "pool_stride": (2, 10**7), "pool_padding": 1, "ceil_mode": True},
+}
+
+
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("options", HUGE.values(), ids=HUGE)
+def test_huge_numbers_equal_torch(options: dict[str, Any], layout: str) -> None:
+    arguments = [
+        make((2, 5, 20, 23), layout=layout, requires_grad=True), make((4, 5, 3, 3), seed=1, requires_grad=True)
+    ]  # fmt: skip
+
+    def plain(input: torch.Tensor, weight: torch.Tensor, pool_size: int = 1, **options: Any) -> torch.Tensor:
+        pool = {
+            name: options.pop(name) for name in list(options) if name in ("pool_stride", "pool_padding", "ceil_mode")
+        }
+        convolved = F.conv2d(input, weight, **options).relu()
+        names = {"pool_stride": "stride", "pool_padding": "padding", "ceil_mode": "ceil_mode"}
+        return F.max_pool2d(convolved, pool_size, **{names[name]: value for name, value in pool.items()})
+
+    actual = values_and_gradients(functional.conv_relu_pool2d, arguments, **{"pool_size": 1, **options})
+    torch.testing.assert_close(actual, values_and_gradients(plain, arguments, **options))
+
+
+@pytest.mark.parametrize("name", ["padding", "dilation"])
+def test_numbers_past_32_bits_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name}: expected at most 2147483647 pixels, got"):
+        functional.conv_relu_pool2d(torch.zeros(1, 1, 9, 9), torch.zeros(1, 1, 2, 2), **{name: 2**31})
+
+
+def test_rows_that_would_mostly_be_skipped_are_not_packed() -> None:
+    input, kernel = torch.empty(1, 16, 400, 4000, device="meta"), torch.empty(8, 16, 3, 3)
+    for stride, road in ((2, "direct"), (300, "library")):
+        numbers = resolve((3, 3), stride, 1, 1, 1, 2, None, 0, False)[0]
+        for choose in (choose_forward_road, choose_backward_road):
+            assert choose(input, kernel, numbers, False) == road

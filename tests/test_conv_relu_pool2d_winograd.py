@@ -180,11 +180,12 @@ def test_other_numbers_take_winograd(isa: str, kernel: tuple, monkeypatch: pytes
 
 @pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
 @pytest.mark.parametrize("size", [(3, 33, 31, 19), (1, 12, 14, 96)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_bitwise_equal_for_any_number_of_threads_and_in_poisoned_memory(
-    size: tuple, kernel: tuple, threads: Callable[[int], None]
+    dtype: torch.dtype, size: tuple, kernel: tuple, threads: Callable[[int], None]
 ) -> None:
     channels, side, options = kernel
-    called = tensors((size[0], channels, *size[1:], side, side), torch.float32)
+    called = tensors((size[0], channels, *size[1:], side, side), dtype)
     results = []
     with fresh_memory_of_nan():
         for count in (1, 2, 3):

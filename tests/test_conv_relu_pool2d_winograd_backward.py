@@ -118,17 +118,18 @@ def test_other_numbers_take_winograd(isa: str, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("shape", [SHAPES["parts"], SHAPES["groups"]], ids=str)
 @pytest.mark.parametrize("options", [NO_POOL, OPTIONS["skip"]], ids=["no-pool", "skip"])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_bitwise_equal_for_any_number_of_threads_and_in_poisoned_memory(
-    shape: tuple, options: dict, threads: Callable[[int], None]
+    dtype: torch.dtype, shape: tuple, options: dict, threads: Callable[[int], None]
 ) -> None:
-    called = arguments(shape)
+    called = arguments(shape, dtype)
     results = []
     with fresh_memory_of_nan():
         for count in (1, 2, 3):
             threads(count)
             outputs = functional.conv_relu_pool2d(*called, **options)
             outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-            incoming = [make(tuple(output.shape), seed=i) for i, output in enumerate(outputs)]
+            incoming = [make(tuple(output.shape), dtype, seed=i) for i, output in enumerate(outputs)]
             results.append(torch.autograd.grad(outputs, called, incoming))
     for result in results[1:]:
         torch.testing.assert_close(result, results[0], rtol=0, atol=0)

@@ -121,8 +121,9 @@ def test_label_outside_the_classes_of_small_logits(monkeypatch: pytest.MonkeyPat
 # ---- graphs, memory, determinism ----
 
 
-def test_bitwise_equal_for_any_number_of_threads_and_twice() -> None:
-    input = logits((2, 21, 97, 130))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_bitwise_equal_for_any_number_of_threads_and_twice(dtype: torch.dtype) -> None:
+    input = logits((2, 21, 97, 130), dtype)  # float64: float32's terms, added in float64, hide their order
     target, probabilities = labels_for(input, ignore_index=-100), probabilities_for(input)
     before = torch.get_num_threads()
     for arguments, reduction in itertools.product(([input, target], [input, probabilities]), REDUCTIONS):

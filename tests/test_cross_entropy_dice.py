@@ -7,7 +7,7 @@ import cross_entropy_cases
 import pytest
 import torch
 import torch.nn.functional as F
-from cross_entropy_cases import DTYPES, LABELS, ROWS, VIEWS, WEIGHTS, logits
+from cross_entropy_cases import DTYPES, INFINITY, LABELS, ROWS, VIEWS, WEIGHTS, logits
 from dice_cases import COMBINATIONS, check_dice, check_upsampled
 from torch import Tensor
 from upsample_cases import GRIDS, MODES, Size, labels_for, slow_under_the_interpreter
@@ -130,10 +130,32 @@ def test_hardly_any_label(implementation: str, valid: int, combination: dict[str
     target = torch.full((2, 6, 7), -100)
     target[1, 2, 3 : 3 + valid] = 4
     loss, gradient = check_upsampled(input, target, **combination)
-    assert loss.isnan() == (valid == 0 and combination.get("ce_weight", 1.0) > 0)
     assert gradient.isfinite().all()
-    if valid == 0:
+    if valid == 0:  # as nnU-Net's; without `smooth`, absent classes have Dice 0
+        of_dice = combination.get("dice_weight", 1.0)
+        torch.testing.assert_close(loss.item(), 0.0 if combination.get("smooth") != 0.0 else of_dice)
         assert gradient.count_nonzero() == 0
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_dice_alone_where_no_label_has_a_weight(implementation: str, smoothing: float) -> None:
+    input = logits((2, 3, 6, 7))
+    weight = torch.tensor([0.0, 0.0, 1.0])
+    target = make_labels((2, 6, 7), 2)
+    for gradient in (
+        check_dice(input, target, weight, ce_weight=0.0, label_smoothing=smoothing)[1],
+        check_upsampled(input, make_labels((2, 13, 9), 2), weight, ce_weight=0.0, label_smoothing=smoothing)[1],
+    ):
+        assert gradient.isfinite().all()
+        assert gradient.count_nonzero() > 0
+
+
+def test_masked_class_at_full_size(implementation: str) -> None:
+    input = torch.randn(2, 4, 6, 7)
+    input[:, 2] = -INFINITY  # which a neighbour's weight of 0 would make NaN of
+    loss, gradient = check_upsampled(input.requires_grad_(), make_labels((2, 6, 7), 2))
+    assert loss.isfinite()
+    assert gradient.isfinite().all()
 
 
 @pytest.mark.parametrize("smooth", [0.0, 1e-5])

@@ -78,9 +78,10 @@ def test_no_probabilities_in_memory(dtype: torch.dtype) -> None:
         assert allocated < leaf.nbytes + statistics + 32 * sums
 
 
-def test_bitwise_equal_for_any_number_of_threads_and_twice() -> None:
-    input = logits((2, 5, 9, 7))
-    target = labels_for(input, (29, 21), ignore_index=-100)  # several bands of rows an image
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_bitwise_equal_for_any_number_of_threads_and_twice(dtype: torch.dtype) -> None:
+    input = logits((2, 5, 9, 7), dtype)
+    target = labels_for(input, (97, 21), ignore_index=-100)  # several bands of rows an image
     before, results = torch.get_num_threads(), []
     for threads in (1, 2, 3, 3):
         torch.set_num_threads(threads)

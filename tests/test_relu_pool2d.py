@@ -4,6 +4,7 @@ import pytest
 import torch
 from poison import fresh_memory_of_nan
 from torch import Tensor
+from upsample_cases import peak_growth
 
 import fastseg
 from fastseg import _native, functional, reference
@@ -24,6 +25,7 @@ OPTIONS = {
     "gaps": {"pool_size": 2, "pool_stride": 3, "return_skip": True},  # rows and columns that no window holds
     "oblong": {"pool_size": (1, 3), "pool_stride": (2, 2), "pool_padding": (0, 1)},
     "one-position": {"pool_size": 1},
+    "far-apart": {"pool_size": 2, "pool_stride": (9, 2**31 - 1), "return_skip": True},
 }
 
 # Odd sizes; channels that fill no vector, a whole block, and more than one.
@@ -164,11 +166,38 @@ def test_arguments_are_left_alone_and_graph_can_be_retained() -> None:
     assert torch.equal(input, before)
 
 
-def test_bitwise_equal_for_any_number_of_threads(threads: object) -> None:
+BANDS = {"overlap": (3, 2, 1), "windows": (2, 2, 0), "gaps": (2, 700, 0), "tall": (255, 3, 100)}
+
+
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("pool", BANDS.values(), ids=BANDS)
+def test_planes_of_half_types_that_are_summed_piece_by_piece(
+    pool: tuple[int, int, int], layout: str, skip: bool
+) -> None:
+    input = make(
+        (1, 2, 1501, 70), torch.bfloat16, layout=layout, requires_grad=True
+    )  # a piece is 468 rows and a window
+    size, stride, padding = ((number, least) for number, least in zip(pool, (1, 1, 0), strict=True))
+    check(input, pool_size=size, pool_stride=stride, pool_padding=padding, return_skip=skip)
+
+
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("stride", [2, 1000])
+def test_a_threads_memory_does_not_grow_with_the_plane(stride: int, layout: str) -> None:
+    input = make((1, 1, 8192, 1024), torch.bfloat16, layout=layout, requires_grad=True)
+    output = functional.relu_pool2d(input, 2, stride)
+    incoming = torch.ones_like(output)
+    grown = peak_growth(lambda: torch.autograd.grad(output, input, incoming))
+    assert grown < input.nbytes + (8 << 20)  # a plane in float32 has 32 MB
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_bitwise_equal_for_any_number_of_threads(threads: object, dtype: torch.dtype) -> None:
     results = []
     for count in (1, 2, 3):
         threads(count)
-        results.append(values_and_gradients(functional.relu_pool2d, [make((3, 19, 33, 31), requires_grad=True)],
+        results.append(values_and_gradients(functional.relu_pool2d, [make((3, 19, 33, 31), dtype, requires_grad=True)],
                                             pool_size=3, pool_stride=2))  # fmt: skip
     for other in results[1:]:
         torch.testing.assert_close(other, results[0], rtol=0, atol=0)

@@ -173,6 +173,8 @@ EXACT_GRIDS: dict[str, tuple[Size, dict[str, Any]]] = {
     "align_corners": ((7, 9), {"align_corners": True}),
     "nearest": ((8, 10), {"mode": "nearest"}),
     "rows-alone": ((8, 5), {}),
+    "same": ((4, 5), {}),
+    "same-align_corners": ((4, 5), {"align_corners": True}),
 }
 
 
@@ -191,6 +193,15 @@ def test_special_values_as_torch(
     _, truth = reference.upsample_argmax(input.double(), size, return_confidence=True, **mode)
     assert torch.equal(labels, expected)
     assert_parity(confidence, plain, truth, terms=classes)
+
+
+@pytest.mark.parametrize("extent", [{"size": (4, 5)}, {"scale_factor": 1.1}], ids=["size", "scale_factor"])
+def test_masked_class_at_full_size(implementation: str, extent: dict[str, Any]) -> None:
+    input = make((2, 4, 4, 5))
+    input[:, 2] = -INFINITY  # which a neighbour's weight of 0 would make NaN of
+    labels, confidence = functional.upsample_argmax(input, **extent, return_confidence=True)
+    assert torch.equal(labels.long(), input.argmax(1))
+    torch.testing.assert_close(confidence, input.softmax(1).amax(1))
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from cross_entropy_cases import LABEL_DTYPES, NAN, VIEWS
+from cross_entropy_cases import INFINITY, LABEL_DTYPES, NAN, VIEWS
 from torch import Tensor
 from upsample_cases import (
     GRIDS,
@@ -107,6 +107,13 @@ def test_nan_is_predicted_as_by_argmax(implementation: str) -> None:
     input = make((2, 5, 4, 6))
     input[torch.rand(input.shape) < 0.2] = NAN
     check(input, labels_for(input, (8, 12)))
+
+
+def test_masked_class_at_full_size(implementation: str) -> None:
+    input = make((2, 4, 6, 7))
+    input[:, 2] = -INFINITY
+    matrix = check(input, labels_for(input, (6, 7)))
+    assert matrix[:, 2].count_nonzero() == 0
 
 
 def test_matrices_of_batches_add_up(implementation: str) -> None:

@@ -106,12 +106,13 @@ def test_refused(arguments: tuple[Tensor, ...], options: dict[str, Any], error: 
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
 @pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_bitwise_equal_for_any_number_of_threads_and_twice(
-    isa: str, reduction: str, mode: dict[str, Any], layout: str, threads: Callable[[int], None]
+    isa: str, dtype: torch.dtype, reduction: str, mode: dict[str, Any], layout: str, threads: Callable[[int], None]
 ) -> None:
     small = (2, 5, 6, 7), (13, 15)  # for the interpreter
     shape, size = small if _native.INTERPRETED else ((2, 21, 33, 30), (97, 130))
-    input = logits(shape, layout=layout)
+    input = logits(shape, dtype, layout=layout)
     target = labels_for(input, size, ignore_index=-100)
     results = []
     for count in (1, 2, 3, 3):

@@ -82,6 +82,7 @@ def conv_relu_pool2d(
     )
     if extra_h or extra_w:
         input = F.pad(input, (0, extra_w, 0, extra_h))
+    geometry = geometries.clamp_strides(geometry, input.shape[2:], weight.shape[2:])
     geometries.output_shapes(input.shape, weight.shape, geometry)  # refuses sizes that don't fit
     if geometry.pool_size[0] * geometry.pool_size[1] > geometries.MAX_WINDOW:
         if not torch.compiler.is_compiling():

@@ -21,6 +21,7 @@ from fastseg.functional._checks import (
 from fastseg.functional._cross_entropy import in_dtype
 from fastseg.ops import upsample_cross_entropy as operator
 from fastseg.ops.cross_entropy import accumulation_dtype
+from fastseg.ops.upsampling import grid_between
 
 # Lengths of the rows that a sequence's pixels are laid out in: the first that divides their number. The operator works
 # row by row, in parallel, and keeps a few in cache.
@@ -82,8 +83,9 @@ def cross_entropy_dice(
         include_background: Whether class 0 counts in the mean over Dice; without it, C must be at least 2.
 
     Returns:
-        One number in input's dtype (float32 for half dtypes under autocast). NaN over no pixel, as the cross-entropy,
-        unless ``ce_weight`` is 0.
+        One number in input's dtype (float32 for half dtypes under autocast). Where every label is ignored, the
+        cross-entropy, which torch's is NaN of then, adds nothing, as in nnU-Net: what is left is Dice's, 0 with
+        ``smooth``.
 
     Raises:
         IndexError: On a CPU, a label is neither in [0, C) nor ignore_index. A GPU can't raise one without waiting for
@@ -150,7 +152,8 @@ def upsample_cross_entropy_dice(
     check_grid(mode, align_corners)
     check_label_map(target, input)
     combination = _Combination(ce_weight, dice_weight, smooth, batch_dice, include_background)
-    return _loss(input, target, weight, ignore_index, label_smoothing, mode, align_corners, combination)
+    grid = grid_between(input.shape[2:], target.shape[1:], mode, align_corners)
+    return _loss(input, target, weight, ignore_index, label_smoothing, *grid, combination)
 
 
 def as_map(tensor: Tensor, pixel_dim: int) -> Tensor:
@@ -171,7 +174,9 @@ def _loss(
     _check(input, weight, label_smoothing, combination)
     if weight is not None:
         weight = weight.to(accumulation_dtype(input)).contiguous()
-    options = (ignore_index, "mean", label_smoothing, mode, align_corners)
+    # A loss that doesn't count isn't divided by the sum of the labels' weights, which may be zero.
+    reduction = "mean" if combination.ce_weight else "sum"
+    options = (ignore_index, reduction, label_smoothing, mode, align_corners)
     loss, overlap = operator.upsample_cross_entropy(input, target, weight, options, with_overlap=True)
     return in_dtype(reference.combine_dice(loss, overlap, *combination), input.dtype)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from fastseg import reference
 from fastseg.functional._checks import LABEL_DTYPES, check_grid, check_map
 from fastseg.ops import upsample_argmax as operator
+from fastseg.ops.upsampling import grid_between
 
 IntOrPair = int | tuple[int, ...]
 FloatOrPair = float | tuple[float, ...]
@@ -57,7 +58,8 @@ def upsample_argmax(
         raise TypeError(f"dtype: expected uint8, int16, int32 or int64, got {dtype}")
     if classes - 1 > torch.iinfo(dtype).max:
         raise ValueError(f"dtype: {dtype} can't hold the labels of {classes} classes")
-    labels, confidence = operator.upsample_argmax(input, output, factors, mode, align_corners, dtype, return_confidence)
+    grid = grid_between(input.shape[2:], output, mode, align_corners)
+    labels, confidence = operator.upsample_argmax(input, output, factors, *grid, dtype, return_confidence)
     return (labels, confidence) if return_confidence else labels
 
 

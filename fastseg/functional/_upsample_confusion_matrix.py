@@ -6,6 +6,7 @@ from torch import Tensor
 
 from fastseg.functional._checks import check_grid, check_label_map, check_map
 from fastseg.ops import upsample_confusion_matrix as operator
+from fastseg.ops.upsampling import grid_between
 
 
 def upsample_confusion_matrix(
@@ -41,4 +42,5 @@ def upsample_confusion_matrix(
     check_map(input)
     check_grid(mode, align_corners)
     check_label_map(target, input)
-    return operator.upsample_confusion_matrix(input, target, ignore_index, mode, align_corners)
+    grid = grid_between(input.shape[2:], target.shape[1:], mode, align_corners)
+    return operator.upsample_confusion_matrix(input, target, ignore_index, *grid)

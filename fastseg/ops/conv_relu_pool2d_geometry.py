@@ -11,6 +11,7 @@ from torch import Tensor
 
 MAX_WINDOW = 255  # positions in a pool window: they are kept as uint8, and CUT takes one value
 CUT = 255  # the position of a window whose maximum ReLU cut: it has no gradient
+LARGEST = 2**31 - 1  # padding and dilation, so that no sum or product of the kernels passes 64 bits
 
 Pair = tuple[int, int]  # (height, width)
 F = TypeVar("F", bound=Callable[..., Any])
@@ -120,6 +121,9 @@ def resolve(
         paddings, extra = (total[0] // 2, total[1] // 2), (total[0] % 2, total[1] % 2)
     else:
         paddings = _pair("padding", padding, 0)
+    for name, numbers in (("padding", paddings), ("dilation", dilations)):
+        if max(numbers) > LARGEST:
+            raise ValueError(f"{name}: expected at most {LARGEST} pixels, got {numbers}")
     pool_strides = pool_sizes if pool_stride is None else _pair("pool_stride", pool_stride, 1)
     return Geometry(
         strides, paddings, dilations, groups, pool_sizes, pool_strides, pool_paddings, bool(ceil_mode)
@@ -163,6 +167,33 @@ def pooled_size(convolved_h: int, convolved_w: int, geometry: Geometry) -> Pair:
             )
         sizes.append(steps + 1)
     return sizes[0], sizes[1]
+
+
+def clamp_strides(geometry: Geometry, input: tuple[int, ...], kernel: tuple[int, ...]) -> Geometry:
+    """The geometry with strides no longer than the way that they could go: the same outputs, and bounded products.
+
+    ``input`` and ``kernel`` are height and width. Strides as short as windows stay, so that a graph for any size isn't
+    bound to one.
+
+    Raises:
+        ValueError: The kernel is larger than the padded input.
+    """
+    if max(geometry.stride + geometry.pool_stride) <= MAX_WINDOW:
+        return geometry
+    extents = [n + 2 * p - d * (k - 1) for n, p, d, k in zip(input, *geometry[1:3], kernel, strict=True)]
+    geometry = geometry._replace(stride=_clamp(geometry.stride, extents))
+    convolved = convolved_size(input[0], input[1], kernel[0], kernel[1], geometry)
+    extents = [n + p for n, p in zip(convolved, geometry.pool_padding, strict=True)]
+    return geometry._replace(pool_stride=_clamp(geometry.pool_stride, extents))
+
+
+def _clamp(strides: Pair, extents: list[int]) -> Pair:
+    """Strides, those that are longer than windows no longer than extents."""
+    rows, columns = (
+        stride if stride <= MAX_WINDOW else max(min(stride, extent), MAX_WINDOW)
+        for stride, extent in zip(strides, extents, strict=True)
+    )
+    return rows, columns
 
 
 @remember

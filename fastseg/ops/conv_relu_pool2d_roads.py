@@ -28,6 +28,22 @@ def choose_road(weight: Tensor, groups: int, with_skip: bool, most_taps: int) ->
     return "direct" if channels * height * width <= most_taps else "library"
 
 
+# Bytes of padded input that the direct kernels may pack for one row of windows: a thread keeps them in memory of its
+# own. Where strides, dilations or padding are so large, most of it would be skipped.
+DIRECT_MAX_BYTES = 2**25
+DIRECT_COLUMNS = 24  # to a multiple of which the forward rounds the convolution's columns: csrc/register_tile.h's most
+
+
+def packs_few_bytes(input: Tensor, weight: Tensor, geometry: Geometry) -> bool:
+    """Whether what a row of windows reads of the padded input is within `DIRECT_MAX_BYTES`."""
+    padded = [extent + 2 * padding for extent, padding in zip(input.shape[2:], geometry.padding, strict=True)]
+    stride, pool_stride = geometry.stride[0], geometry.pool_stride[0]
+    reach = (geometry.pool_size[0] - 1) * stride + geometry.dilation[0] * (weight.shape[2] - 1) + 1
+    rows = min(max(reach, pool_stride * stride), padded[0])
+    columns = padded[1] + DIRECT_COLUMNS * geometry.stride[1]
+    return rows * columns * input.shape[1] * max(input.element_size(), 4) <= DIRECT_MAX_BYTES
+
+
 # Input pixels (of all images) from which a CPU takes Winograd's F(2x2, 3x3) where it can: fewer don't pay for the
 # transform of the weights. Measured with AVX2 (AMD Zen 3, 2026-11-22): a tenth ahead of oneDNN at 256, even at 196.
 WINOGRAD_MIN_PIXELS = 200
@@ -53,6 +69,8 @@ def choose_forward_road(
         served = numbers in (WINOGRAD_POOLED, WINOGRAD_STEM) or (many and numbers == WINOGRAD_UNPOOLED)
     if served and geometry.groups == 1 and pays_for_winograd(input):
         return "winograd"
+    if not packs_few_bytes(input, weight, geometry):
+        return "library"
     return choose_road(weight, geometry.groups, with_skip, DIRECT_FORWARD_MAX_TAPS)
 
 
@@ -69,6 +87,8 @@ def choose_backward_road(
         return "winograd"
     if not sparse and weight.shape[2:] == (1, 1):
         return "library"  # a matrix product, twice as fast there
+    if not packs_few_bytes(input, weight, geometry):
+        return "library"
     most_taps = DIRECT_BACKWARD_MAX_TAPS if sparse else DIRECT_DENSE_BACKWARD_MAX_TAPS
     return choose_road(weight, geometry.groups, with_skip, most_taps)
 

@@ -16,6 +16,7 @@ from fastseg._native import INTERPRETED, describe, native
 from fastseg.ops.conv_relu_pool2d_geometry import (
     CUT,
     Geometry,
+    clamp_strides,
     expand_indices,
     flatten,
     local_positions,
@@ -50,6 +51,7 @@ def resolve(input: tuple[int, ...], pool_size: Any, pool_stride: Any, pool_paddi
         ValueError: A number is out of its range, or no window fits; the message names the argument.
     """
     geometry, _ = resolve_convolution((1, 1), 1, 0, 1, 1, pool_size, pool_stride, pool_padding, ceil_mode)
+    geometry = clamp_strides(geometry, input[2:], (1, 1))
     pooled_size(input[2], input[3], geometry)
     return geometry
 

@@ -17,6 +17,16 @@ from collections.abc import Sequence
 MODES = ("nearest", "bilinear")  # in the order of csrc/upsampling.h's Mode
 
 
+def grid_between(
+    input_size: Sequence[int], output_size: Sequence[int], mode: str, align_corners: bool
+) -> tuple[str, bool]:
+    """Mode and align_corners as the operators take them: "nearest", which copies, where rows and columns both stay.
+
+    The other mode would count a neighbour 0 times, which makes NaN of infinity.
+    """
+    return ("nearest", False) if tuple(input_size) == tuple(output_size) else (mode, align_corners)
+
+
 def steps(
     input_size: Sequence[int], output_size: Sequence[int], mode: str, align_corners: bool,
     scale_factor: Sequence[float] | None = None,
