@@ -11,6 +11,7 @@ from fastseg._native import log_slow_road
 from fastseg.functional._checks import FLOATING_DTYPES
 from fastseg.ops import conv_relu_pool2d as operator
 from fastseg.ops import conv_relu_pool2d_geometry as geometries
+from fastseg.ops.arguments import integer
 
 IntOrPair = int | tuple[int, ...]
 
@@ -89,7 +90,7 @@ def conv_relu_pool2d(
             log_slow_road("conv_relu_pool2d", f"a pool window of more than {geometries.MAX_WINDOW} positions")
         return reference.conv_relu_pool2d(
             input, weight, bias, *geometry[:4], pool_size=geometry.pool_size, pool_stride=geometry.pool_stride,
-            pool_padding=geometry.pool_padding, ceil_mode=ceil_mode,
+            pool_padding=geometry.pool_padding, ceil_mode=geometry.ceil_mode,
             return_indices=return_indices, return_skip=return_skip,
         )  # fmt: skip
     return operator.conv_relu_pool2d(input, weight, bias, geometry, return_indices, return_skip)
@@ -102,7 +103,8 @@ def _check_tensors(input: Tensor, weight: Tensor, bias: Tensor | None, groups: i
         raise ValueError(f"weight: expected [K, C / groups, height, width], got shape {tuple(weight.shape)}")
     if weight.shape[0] == 0:
         raise ValueError(f"weight: expected at least one output channel, got shape {tuple(weight.shape)}")
-    if groups < 1 or weight.shape[0] % groups:
+    groups = integer("groups", groups, 1)
+    if weight.shape[0] % groups:
         raise ValueError(f"groups: expected a divisor of weight's {weight.shape[0]} output channels, got {groups}")
     if input.shape[-3] != weight.shape[1] * groups:
         raise ValueError(

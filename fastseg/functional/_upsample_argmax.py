@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from fastseg import reference
 from fastseg.functional._checks import LABEL_DTYPES, check_grid, check_map
 from fastseg.ops import upsample_argmax as operator
+from fastseg.ops.arguments import integer
 from fastseg.ops.upsampling import grid_between
 
 IntOrPair = int | tuple[int, ...]
@@ -70,9 +72,12 @@ def _resolve_size(
     if (size is None) == (scale_factor is None):
         raise ValueError(f"size: expected either it or scale_factor, got {size} and {scale_factor}")
     if size is not None:
-        height, width = _pair("size", size)
+        height, width = (integer("size", extent, 0) for extent in _pair("size", size))
     else:
         factors = _pair("scale_factor", scale_factor)
+        # Written so that NaN is refused, too.
+        if not all(isinstance(factor, Real | torch.SymFloat) and 0 < factor < math.inf for factor in factors):
+            raise ValueError(f"scale_factor: expected finite numbers above 0, got {scale_factor}")
         height, width = (math.floor(extent * factor) for extent, factor in zip(input.shape[2:], factors, strict=True))
     if height < 1 or width < 1:
         what = f"size {size}" if size is not None else f"scale_factor {scale_factor}"

@@ -28,9 +28,9 @@ def output_format(input: Tensor, weight: Tensor) -> torch.memory_format:
 def allocate_gradients(input: Tensor, weight: Tensor, needs: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of input, weight and bias; those that aren't needed have no elements."""
     return (
-        empty(input, input.shape, memory_format_of(input)) if needs[0] else input.new_empty(0),
-        empty(weight, weight.shape, memory_format_of(weight)) if needs[1] else weight.new_empty(0),
-        weight.new_empty(weight.shape[0] if needs[2] else 0),
+        empty(input, input.shape, memory_format_of(input)) if needs[0] else input.new_empty((0,)),
+        empty(weight, weight.shape, memory_format_of(weight)) if needs[1] else weight.new_empty((0,)),
+        weight.new_empty((weight.shape[0] if needs[2] else 0,)),
     )
 
 
@@ -60,9 +60,9 @@ def library_backward(
         grad_output, input, weight, list(weight.shape[:1]), stride, padding, dilation, False, [0, 0], groups, needs
     )
     return (
-        grad_input.contiguous(memory_format=memory_format_of(input)) if needs[0] else input.new_empty(0),
-        grad_weight.contiguous(memory_format=memory_format_of(weight)) if needs[1] else weight.new_empty(0),
-        grad_bias if needs[2] else weight.new_empty(0),
+        grad_input.contiguous(memory_format=memory_format_of(input)) if needs[0] else input.new_empty((0,)),
+        grad_weight.contiguous(memory_format=memory_format_of(weight)) if needs[1] else weight.new_empty((0,)),
+        grad_bias if needs[2] else weight.new_empty((0,)),
     )
 
 

@@ -73,8 +73,8 @@ def _allocate_outputs(
     output = empty(input, pooled, layout)
     return (
         output,
-        torch.empty_like(output, dtype=torch.uint8) if with_positions else input.new_empty(0, dtype=torch.uint8),
-        empty(input, convolved, layout) if with_skip else input.new_empty(0),
+        torch.empty_like(output, dtype=torch.uint8) if with_positions else input.new_empty((0,), dtype=torch.uint8),
+        empty(input, convolved, layout) if with_skip else input.new_empty((0,)),
     )
 
 
@@ -233,8 +233,8 @@ def forward_plain(
     positions = local_positions(indices, output, skip.shape[-1], geometry) if with_positions else None
     return (
         output.contiguous(memory_format=layout),
-        input.new_empty(0, dtype=torch.uint8) if positions is None else positions.contiguous(memory_format=layout),
-        skip.contiguous(memory_format=layout) if with_skip else input.new_empty(0),
+        input.new_empty((0,), dtype=torch.uint8) if positions is None else positions.contiguous(memory_format=layout),
+        skip.contiguous(memory_format=layout) if with_skip else input.new_empty((0,)),
     )
 
 

@@ -9,11 +9,12 @@ from typing import Any, NamedTuple, TypeVar, cast
 import torch
 from torch import Tensor
 
+from fastseg.ops.arguments import Pair, integer, pair
+
 MAX_WINDOW = 255  # positions in a pool window: they are kept as uint8, and CUT takes one value
 CUT = 255  # the position of a window whose maximum ReLU cut: it has no gradient
 LARGEST = 2**31 - 1  # padding and dilation, so that no sum or product of the kernels passes 64 bits
 
-Pair = tuple[int, int]  # (height, width)
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -73,22 +74,12 @@ def unflatten(numbers: tuple[int, ...]) -> Geometry:
     return Geometry(stride, padding, dilation, numbers[12], size, pool_stride, pool_padding, bool(numbers[13]))
 
 
-def _pair(name: str, value: Any, least: int) -> Pair:
-    pair = (value, value) if isinstance(value, int) else tuple(value)
-    if len(pair) == 1:
-        pair *= 2
-    if len(pair) != 2 or any(not isinstance(number, int) or number < least for number in pair):
-        raise ValueError(f"{name}: expected one or two integers of at least {least}, got {value}")
-    return pair
-
-
-@remember
 def resolve(
     kernel: tuple[int, ...],
     stride: Any,
     padding: Any,
     dilation: Any,
-    groups: int,
+    groups: Any,
     pool_size: Any,
     pool_stride: Any,
     pool_padding: Any,
@@ -103,31 +94,40 @@ def resolve(
     Raises:
         ValueError: A number is out of its range; the message names the argument.
     """
-    strides, dilations, pool_sizes = (
-        _pair("stride", stride, 1),
-        _pair("dilation", dilation, 1),
-        _pair("pool_size", pool_size, 1),
+    sizes = pair("pool_size", pool_size, 1)
+    return _resolve(
+        kernel,
+        pair("stride", stride, 1),
+        padding if isinstance(padding, str) else pair("padding", padding, 0),
+        pair("dilation", dilation, 1),
+        integer("groups", groups, 1),
+        sizes,
+        sizes if pool_stride is None else pair("pool_stride", pool_stride, 1),
+        pair("pool_padding", pool_padding, 0),
+        bool(ceil_mode),
     )
-    pool_paddings = _pair("pool_padding", pool_padding, 0)
-    if any(2 * p > size for p, size in zip(pool_paddings, pool_sizes, strict=True)):
-        raise ValueError(f"pool_padding: expected at most half of pool_size {pool_sizes}, got {pool_paddings}")
+
+
+@remember
+def _resolve(
+    kernel: tuple[int, ...], stride: Pair, padding: Pair | str, dilation: Pair, groups: int, pool_size: Pair,
+    pool_stride: Pair, pool_padding: Pair, ceil_mode: bool,
+) -> tuple[Geometry, Pair]:  # fmt: skip
+    """`resolve` for Python's own integers: to a cache, 2.0 is 2."""
+    if any(2 * p > size for p, size in zip(pool_padding, pool_size, strict=True)):
+        raise ValueError(f"pool_padding: expected at most half of pool_size {pool_size}, got {pool_padding}")
     extra = (0, 0)
     if isinstance(padding, str):
         if padding not in ("same", "valid"):
             raise ValueError(f'padding: expected numbers, "same" or "valid", got {padding!r}')
-        if padding == "same" and strides != (1, 1):
-            raise ValueError(f'stride: padding="same" needs stride 1, got {strides}')
-        total = [d * (size - 1) if padding == "same" else 0 for d, size in zip(dilations, kernel, strict=True)]
-        paddings, extra = (total[0] // 2, total[1] // 2), (total[0] % 2, total[1] % 2)
-    else:
-        paddings = _pair("padding", padding, 0)
-    for name, numbers in (("padding", paddings), ("dilation", dilations)):
+        if padding == "same" and stride != (1, 1):
+            raise ValueError(f'stride: padding="same" needs stride 1, got {stride}')
+        total = [d * (size - 1) if padding == "same" else 0 for d, size in zip(dilation, kernel, strict=True)]
+        padding, extra = (total[0] // 2, total[1] // 2), (total[0] % 2, total[1] % 2)
+    for name, numbers in (("padding", padding), ("dilation", dilation)):
         if max(numbers) > LARGEST:
             raise ValueError(f"{name}: expected at most {LARGEST} pixels, got {numbers}")
-    pool_strides = pool_sizes if pool_stride is None else _pair("pool_stride", pool_stride, 1)
-    return Geometry(
-        strides, paddings, dilations, groups, pool_sizes, pool_strides, pool_paddings, bool(ceil_mode)
-    ), extra
+    return Geometry(stride, padding, dilation, groups, pool_size, pool_stride, pool_padding, ceil_mode), extra
 
 
 @remember
