@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastseg import functional, reference
+from fastseg.functional._checks import widen_labels
 
 
 class Scores(NamedTuple):
@@ -45,6 +46,7 @@ def confusion_matrix(prediction: Tensor, target: Tensor, num_classes: int, ignor
             f"prediction and target must have the same shape, "
             f"but they have {tuple(prediction.shape)} and {tuple(target.shape)}"
         )
+    prediction, target = widen_labels(prediction, None), widen_labels(target, ignore_index)
     if ignore_index is not None:
         counted = ~reference.is_ignored(target, ignore_index)
         prediction, target = prediction[counted], target[counted]

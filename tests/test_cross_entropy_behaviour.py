@@ -66,7 +66,7 @@ REFUSED = {
     "pixels": ((torch.zeros(3, 4, 5), torch.zeros(3, 4).long()), {}, ValueError, r"of shape \(3, 5\), got \(3, 4\)"),
     "float-labels": ((X, Y.float()), {}, ValueError, "target: expected class probabilities.*need an integer dtype"),
     "integer-probabilities": ((X, X.long()), {}, ValueError, r"target: expected labels of shape \(3,\), got \(3, 4\)"),
-    "bool-labels": ((X, Y.bool()), {}, TypeError, "target: expected uint8.*got torch.bool"),
+    "bool-labels": ((X, Y.bool()), {}, TypeError, "target: expected labels of an integer dtype.*got torch.bool"),
     "label-in-brackets": ((X[0], Y[:1]), {}, ValueError, r"target: expected labels of shape \(\), got \(1,\)"),
     "weight-shape": ((X, Y, torch.ones(3)), {}, ValueError, r"weight: expected shape \(4,\), got \(3,\)"),
     "weight-rank": ((X, Y, torch.ones(1, 4)), {}, ValueError, r"weight: expected shape \(4,\), got \(1, 4\)"),

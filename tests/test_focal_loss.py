@@ -324,7 +324,7 @@ X, Y = torch.zeros(2, 4, 3, 3), torch.zeros(2, 6, 6, dtype=torch.int64)
 REFUSED = {
     "rank": ((X[0], Y), {}, ValueError, r"input: expected \[N, C, h, w\], got shape \(4, 3, 3\)"),
     "class-probabilities": ((X, X), {}, ValueError, r"target: expected labels \[N, H, W\]"),
-    "float-labels": ((X, Y.float()), {}, TypeError, "target: expected uint8.*labels, got torch.float32"),
+    "float-labels": ((X, Y.float()), {}, TypeError, "target: expected labels of an integer dtype, got torch.float32"),
     "batch": ((X, Y[:1]), {}, ValueError, r"target: expected labels of shape \(2, 6, 6\), got \(1, 6, 6\)"),
     "weight": ((X, Y, torch.ones(3)), {}, ValueError, r"weight: expected shape \(4,\), got \(3,\)"),
     "gamma": ((X, Y), {"gamma": -1.0}, ValueError, "gamma: expected a number of at least 0, got -1.0"),
@@ -343,7 +343,7 @@ def test_refused(arguments: tuple[Tensor, ...], options: dict, error: type[Excep
 REFUSED_AT_FULL_SIZE = {
     "scalar": ((torch.tensor(1.0), torch.tensor(0)), ValueError, "input: expected .*got a scalar"),
     "pixels": ((X, Y), ValueError, r"target: expected labels of shape \(2, 3, 3\), got \(2, 6, 6\)"),
-    "class-probabilities": ((X, X), TypeError, "target: expected uint8.*labels, got torch.float32"),
+    "class-probabilities": ((X, X), TypeError, "target: expected labels of an integer dtype, got torch.float32"),
     "integer-logits": ((X.long(), Y[:, :3, :3]), TypeError, "input: expected float32.* got torch.int64"),
 }
 

@@ -197,3 +197,86 @@ def test_conv2d_refuses_floats_as_torch_does() -> None:
     for name in ("stride", "padding", "dilation", "groups"):
         with pytest.raises((TypeError, ValueError), match=name):
             functional.conv2d(input, weight, **{"padding": 1, name: 1.0})
+
+
+# ---- labels ----
+
+LABEL_DTYPES = (torch.int8, torch.uint16, torch.uint32, torch.uint64)
+OF_LABELS = (
+    "cross_entropy",
+    "cross_entropy_dice",
+    "focal_loss",
+    "upsample_cross_entropy",
+    "upsample_cross_entropy_dice",
+    "upsample_focal_loss",
+    "upsample_confusion_matrix",
+)
+
+
+def logits_for(operator: str, size: int) -> Tensor:
+    """Logits of the labels' size, or of half of it for what upsamples."""
+    side = size // 2 if "upsample" in operator else size
+    return torch.randn(2, 5, side, side, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("dtype", LABEL_DTYPES, ids=str)
+@pytest.mark.parametrize("operator", OF_LABELS)
+def test_labels_of_every_integer_dtype(operator: str, dtype: torch.dtype) -> None:
+    input, labels = logits_for(operator, 12), torch.randint(0, 5, (2, 12, 12))
+    ignored = -1 if dtype == torch.int8 else torch.iinfo(dtype).max if dtype != torch.uint64 else 2**63 - 1
+    labels[0, :3] = ignored
+    function = getattr(functional, operator)
+    leaves = [input.clone().requires_grad_() for _ in range(2)]
+    want, got = (function(x, y, ignore_index=ignored) for x, y in zip(leaves, (labels, labels.to(dtype)), strict=True))
+    assert torch.equal(got, want)
+    if want.requires_grad:
+        want.backward(), got.backward()
+        assert torch.equal(leaves[1].grad, leaves[0].grad)
+
+
+@pytest.mark.parametrize("operator", OF_LABELS)
+@pytest.mark.parametrize(
+    ("dtype", "label", "ignore_index"),
+    [
+        (torch.int8, -1, 255),  # uint8's 255
+        (torch.uint16, 2**16 - 100, -100),
+        (torch.uint32, 2**32 - 100, -100),
+        (torch.uint64, 2**64 - 100, -100),
+        (torch.uint64, 2**63, -(2**63)),
+        (torch.uint64, 2**63, 2**63 - 1),
+    ],
+)
+def test_no_label_wraps_to_the_ignored_one(operator: str, dtype: torch.dtype, label: int, ignore_index: int) -> None:
+    labels = torch.zeros(2, 12, 12, dtype=dtype)
+    labels[1, 2, 3] = torch.tensor(label, dtype=dtype)
+    with pytest.raises(IndexError, match="target: expected classes"):
+        getattr(functional, operator)(logits_for(operator, 12), labels, ignore_index=ignore_index)
+
+
+@pytest.mark.parametrize("operator", OF_LABELS)
+@pytest.mark.parametrize("size", [12, 200])  # small logits of labels take torch's own road first
+def test_a_channel_of_labels_is_explained(operator: str, size: int) -> None:
+    labels = torch.zeros(2, 1, size, size, dtype=torch.long)
+    input = logits_for(operator, size).float()
+    with pytest.raises(ValueError, match=r"target: .*squeeze\(1\)"):
+        getattr(functional, operator)(input, labels)
+    if "upsample" in operator:
+        with pytest.raises(ValueError, match=r"target: .*squeeze\(1\)"):
+            getattr(functional, operator)(torch.randn(2, 5, size, size), labels)
+
+
+@pytest.mark.parametrize("dtype", LABEL_DTYPES, ids=str)
+def test_labels_of_drop_in_losses_and_metrics(dtype: torch.dtype) -> None:
+    input, labels = torch.randn(2, 5, 12, 12), torch.randint(0, 5, (2, 12, 12))
+    loss = fastseg.losses.smp.DiceLoss("multiclass")
+    assert torch.equal(loss(input, labels.to(dtype)), loss(input, labels))
+    matrix = fastseg.metrics.confusion_matrix(labels.to(dtype), labels.to(dtype), 5, None)
+    assert torch.equal(matrix, fastseg.metrics.confusion_matrix(labels, labels, 5, None))
+
+
+def test_no_label_of_metrics_and_drop_in_losses_wraps() -> None:
+    labels = torch.tensor([[1, 2**64 - 100], [2**63, 0]], dtype=torch.uint64)
+    with pytest.raises(ValueError, match="label"):
+        fastseg.metrics.confusion_matrix(torch.zeros(2, 2, dtype=torch.long), labels, 3, ignore_index=-100)
+    with pytest.raises(IndexError, match="target: expected classes"):
+        fastseg.losses.smp.DiceLoss("multiclass")(torch.randn(1, 3, 2, 2), labels[None])

@@ -192,8 +192,8 @@ REFUSED: dict[str, tuple[tuple[Tensor, Tensor], dict[str, Any], type[Exception],
     "labels-rank": ((X, Y[0]), {}, ValueError, r"target: expected labels \[N, H, W\] .*got shape \(6, 7\)"),
     "no-columns": ((X, Y[..., :0]), {}, ValueError, r"target: expected labels .*got shape \(2, 6, 0\)"),
     "batch": ((X, Y[:1]), {}, ValueError, r"target: expected labels of shape \(2, 6, 7\), got \(1, 6, 7\)"),
-    "float-labels": ((X, Y.float()), {}, TypeError, "target: expected uint8.*got torch.float32"),
-    "bool-labels": ((X, Y.bool()), {}, TypeError, "target: expected uint8.*got torch.bool"),
+    "float-labels": ((X, Y.float()), {}, TypeError, "target: expected labels of an integer dtype.*got torch.float32"),
+    "bool-labels": ((X, Y.bool()), {}, TypeError, "target: expected labels of an integer dtype.*got torch.bool"),
     "device": ((X, Y.to("meta")), {}, ValueError, "target: expected input's device .*, got meta"),
 }
 

@@ -80,7 +80,7 @@ REFUSED: dict[str, tuple[tuple[Tensor, ...], dict[str, Any], type[Exception], st
     "labels-rank": ((X, Y[0]), {}, ValueError, r"target: expected labels \[N, H, W\] .*got shape \(6, 7\)"),
     "labels-no-columns": ((X, Y[..., :0]), {}, ValueError, r"target: expected labels .*got shape \(2, 6, 0\)"),
     "batch": ((X, Y[:1]), {}, ValueError, r"target: expected labels of shape \(2, 6, 7\), got \(1, 6, 7\)"),
-    "bool-labels": ((X, Y.bool()), {}, TypeError, "target: expected uint8.*got torch.bool"),
+    "bool-labels": ((X, Y.bool()), {}, TypeError, "target: expected labels of an integer dtype.*got torch.bool"),
     "float-labels": ((X, Y.float()), {}, ValueError, "target: expected class probabilities.*need an integer dtype"),
     "weight-shape": ((X, Y, torch.ones(3)), {}, ValueError, r"weight: expected shape \(4,\), got \(3,\)"),
     "weight-dtype": ((X, Y, torch.ones(4).long()), {}, TypeError, "weight: expected a floating-point dtype"),

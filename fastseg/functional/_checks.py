@@ -9,7 +9,9 @@ from fastseg.ops.cross_entropy import REDUCTIONS
 from fastseg.ops.upsampling import MODES
 
 FLOATING_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-LABEL_DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
+LABEL_DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)  # those that the kernels read
+WIDER_DTYPES = {torch.int8: torch.int16, torch.uint16: torch.int32, torch.uint32: torch.int64, torch.uint64: None}
+LARGEST_LABEL = torch.iinfo(torch.int64).max
 
 
 def check_logits(input: Tensor) -> int:
@@ -53,20 +55,42 @@ def check_device(name: str, tensor: Tensor, input: Tensor) -> None:
         raise ValueError(f"{name}: expected input's device {input.device}, got {tensor.device}")
 
 
-def check_labels(target: Tensor, shape: tuple[int, ...], input: Tensor) -> None:
-    """Refuses a target that isn't labels of a shape."""
+def widen_labels(labels: Tensor, ignore_index: int | None) -> Tensor:
+    """Labels of any integer dtype in one that the kernels read, with the same values.
+
+    int64 can't hold those of uint64 from 2^63 on, which are neither a class nor ``ignore_index``: they become the
+    largest that it holds and that isn't ``ignore_index``, and are refused as it is.
+    """
+    if labels.dtype == torch.uint64:
+        signed = labels.view(torch.int64)
+        return signed.masked_fill(signed < 0, LARGEST_LABEL - (ignore_index == LARGEST_LABEL))
+    wider = WIDER_DTYPES.get(labels.dtype)
+    return labels if wider is None else labels.to(wider)
+
+
+def check_labels(target: Tensor, shape: tuple[int, ...], input: Tensor, ignore_index: int | None) -> Tensor:
+    """The labels in a dtype that the kernels read; refuses a target that isn't labels of a shape."""
     check_device("target", target, input)
-    if target.dtype not in LABEL_DTYPES:
-        raise TypeError(f"target: expected uint8, int16, int32 or int64 labels, got {target.dtype}")
+    if target.dtype not in LABEL_DTYPES and target.dtype not in WIDER_DTYPES:
+        raise TypeError(f"target: expected labels of an integer dtype, got {target.dtype}")
     if target.shape != shape:
-        raise ValueError(f"target: expected labels of shape {shape}, got {tuple(target.shape)} in {target.dtype}")
+        got = f"{tuple(target.shape)} in {target.dtype}"
+        raise ValueError(f"target: expected labels of shape {shape}, got {got}{_remedy(target, len(shape))}")
+    return widen_labels(target, ignore_index)
 
 
-def check_label_map(target: Tensor, input: Tensor) -> None:
-    """Refuses a target that isn't labels ``[N, H, W]`` of input's N."""
+def check_label_map(target: Tensor, input: Tensor, ignore_index: int | None) -> Tensor:
+    """The labels in a dtype that the kernels read; refuses a target that isn't labels ``[N, H, W]`` of input's N."""
     if target.ndim != 3 or 0 in target.shape[1:]:
-        raise ValueError(f"target: expected labels [N, H, W] with rows and columns, got shape {tuple(target.shape)}")
-    check_labels(target, (input.shape[0], *target.shape[1:]), input)
+        got = f"{tuple(target.shape)}{_remedy(target, 3)}"
+        raise ValueError(f"target: expected labels [N, H, W] with rows and columns, got shape {got}")
+    return check_labels(target, (input.shape[0], *target.shape[1:]), input, ignore_index)
+
+
+def _remedy(target: Tensor, ndim: int) -> str:
+    """What helps where labels, which should have ``ndim`` dimensions, have one of channels, too."""
+    channel = target.ndim == ndim + 1 > 1 and target.shape[1] == 1
+    return "; labels have no dimension of channels: give target.squeeze(1)" if channel else ""
 
 
 def check_class_weight(weight: Tensor | None, classes: int, input: Tensor) -> None:

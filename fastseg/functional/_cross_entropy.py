@@ -46,7 +46,7 @@ def cross_entropy(
     Args:
         input: Logits ``[C]``, ``[N, C]`` or ``[N, C, d1, ...]``; float32, float64, bfloat16 or float16. Never
             written to.
-        target: Labels in [0, C), of input's shape without C, as uint8, int16, int32 or int64; or class probabilities,
+        target: Labels in [0, C), of input's shape without C, of any integer dtype; or class probabilities,
             floating-point, of input's shape.
         weight: ``[C]``, how much each class counts; any floating-point dtype.
         ignore_index: A label that adds nothing to the loss, its gradient or the mean's divisor. With probabilities it
@@ -76,7 +76,7 @@ def cross_entropy(
             )
         except (IndexError, RuntimeError, ValueError):
             pass  # The checks below find what is wrong, too, and name the argument.
-    _check(input, target, weight, ignore_index, reduction, label_smoothing, pixel_weight)
+    target = _check(input, target, weight, ignore_index, reduction, label_smoothing, pixel_weight)
     if target.dtype == torch.float64 and input.dtype != torch.float64:
         if not torch.compiler.is_compiling():
             log_slow_road("cross_entropy", "float64 probabilities for logits of less precision")
@@ -95,17 +95,19 @@ def cross_entropy(
 def _check(
     input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, label_smoothing: float,
     pixel_weight: Tensor | None,
-) -> None:  # fmt: skip
+) -> Tensor:  # fmt: skip
+    """The target in a dtype that the kernels read; refuses arguments that don't fit."""
     classes, pixels = check_logits(input), pixels_of(input)
     if target.is_floating_point():
         check_device("target", target, input)
         _check_probabilities(tuple(input.shape), target, ignore_index)
     else:
-        check_labels(target, pixels, input)
+        target = check_labels(target, pixels, input, ignore_index)
     check_class_weight(weight, classes, input)
     check_reduction(reduction)
     check_smoothing(label_smoothing)
     check_pixel_weight(pixel_weight, pixels, input)
+    return target
 
 
 def _check_probabilities(shape: tuple[int, ...], target: Tensor, ignore_index: int) -> None:

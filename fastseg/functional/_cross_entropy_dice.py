@@ -69,7 +69,7 @@ def cross_entropy_dice(
     Args:
         input: Logits ``[N, C]`` or ``[N, C, d1, ...]`` with at least one pixel an image; float32, float64, bfloat16 or
             float16, in any memory format. Never written to.
-        target: Labels in [0, C), of input's shape without C, as uint8, int16, int32 or int64.
+        target: Labels in [0, C), of input's shape without C, of any integer dtype.
         weight: ``[C]``, how much each class counts in the cross-entropy, not in Dice; any floating-point dtype,
             without a gradient.
         ignore_index: A label that adds nothing to either loss, their gradients or the mean's divisor.
@@ -96,7 +96,7 @@ def cross_entropy_dice(
     check_logits(input)
     if input.ndim < 2 or 0 in input.shape[2:]:
         raise ValueError(f"input: expected [N, C, d1, ...] with at least one pixel, got shape {tuple(input.shape)}")
-    check_labels(target, pixels_of(input), input)
+    target = check_labels(target, pixels_of(input), input, ignore_index)
     combination = _Combination(ce_weight, dice_weight, smooth, batch_dice, include_background)
     return _loss(
         as_map(input, 2), as_map(target, 1), weight, ignore_index, label_smoothing, "nearest", False, combination
@@ -127,8 +127,7 @@ def upsample_cross_entropy_dice(
 
     Args:
         input: Logits ``[N, C, h, w]``; float32, float64, bfloat16 or float16, in any memory format. Never written to.
-        target: Labels ``[N, H, W]`` in [0, C), as uint8, int16, int32 or int64; larger or smaller than input, by any
-            ratio.
+        target: Labels ``[N, H, W]`` in [0, C), of any integer dtype; larger or smaller than input, by any ratio.
         weight: As in `fastseg.functional.cross_entropy_dice`.
         ignore_index: As there.
         label_smoothing: As there.
@@ -150,7 +149,7 @@ def upsample_cross_entropy_dice(
     """
     check_map(input)
     check_grid(mode, align_corners)
-    check_label_map(target, input)
+    target = check_label_map(target, input, ignore_index)
     combination = _Combination(ce_weight, dice_weight, smooth, batch_dice, include_background)
     grid = grid_between(input.shape[2:], target.shape[1:], mode, align_corners)
     return _loss(input, target, weight, ignore_index, label_smoothing, *grid, combination)

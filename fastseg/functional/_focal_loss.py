@@ -40,7 +40,7 @@ def focal_loss(
     Args:
         input: Logits ``[C]``, ``[N, C]`` or ``[N, C, d1, ...]``; float32, float64, bfloat16 or float16. Never
             written to.
-        target: Labels in [0, C), of input's shape without C, as uint8, int16, int32 or int64.
+        target: Labels in [0, C), of input's shape without C, of any integer dtype.
         weight: ``[C]``, the paper's alpha of each class; any floating-point dtype.
         ignore_index: A label that adds nothing to the loss, its gradient or the mean's divisor.
         reduction: "none" for a loss per pixel; "mean" for their sum over the number of pixels that aren't ignored,
@@ -58,7 +58,7 @@ def focal_loss(
         TypeError: A dtype that isn't supported, class probabilities among them.
     """
     classes = check_logits(input)
-    check_labels(target, pixels_of(input), input)
+    target = check_labels(target, pixels_of(input), input, ignore_index)
     _check(weight, classes, input, reduction, gamma)
     losses = call_operator(input, target, None, ignore_index, "none", 0.0)
     return _focus(losses, input, target, weight, ignore_index, reduction, gamma)
@@ -83,8 +83,7 @@ def upsample_focal_loss(
 
     Args:
         input: Logits ``[N, C, h, w]``; float32, float64, bfloat16 or float16, in any memory format. Never written to.
-        target: Labels ``[N, H, W]`` in [0, C), as uint8, int16, int32 or int64; larger or smaller than input, by any
-            ratio.
+        target: Labels ``[N, H, W]`` in [0, C), of any integer dtype; larger or smaller than input, by any ratio.
         weight: As in `fastseg.functional.focal_loss`.
         ignore_index: As there.
         reduction: As there.
@@ -102,7 +101,7 @@ def upsample_focal_loss(
     """
     classes = check_map(input)
     check_grid(mode, align_corners)
-    check_label_map(target, input)
+    target = check_label_map(target, input, ignore_index)
     if input.shape[2:] == target.shape[1:]:
         return focal_loss(input, target, weight, ignore_index, reduction, gamma=gamma)
     _check(weight, classes, input, reduction, gamma)

@@ -75,14 +75,19 @@ def _resolve_size(
         height, width = (integer("size", extent, 0) for extent in _pair("size", size))
     else:
         factors = _pair("scale_factor", scale_factor)
-        # Written so that NaN is refused, too.
-        if not all(isinstance(factor, Real | torch.SymFloat) and 0 < factor < math.inf for factor in factors):
+        if not all(map(_is_factor, factors)):
             raise ValueError(f"scale_factor: expected finite numbers above 0, got {scale_factor}")
         height, width = (math.floor(extent * factor) for extent, factor in zip(input.shape[2:], factors, strict=True))
     if height < 1 or width < 1:
         what = f"size {size}" if size is not None else f"scale_factor {scale_factor}"
         raise ValueError(f"size: expected at least one row and one column, got {height} x {width} of {what}")
     return (height, width), None if size is not None else factors
+
+
+def _is_factor(value: Any) -> bool:
+    """Whether a value is a number that sizes can be multiplied by; written so that NaN isn't."""
+    is_number = isinstance(value, Real | torch.SymFloat | torch.SymInt)
+    return is_number and bool(0 < value < math.inf)
 
 
 def _pair(name: str, value: Any) -> tuple[Any, Any]:

@@ -25,7 +25,7 @@ def upsample_confusion_matrix(
 
     Args:
         input: Logits ``[N, C, h, w]``; float32, float64, bfloat16 or float16, in any memory format.
-        target: Labels ``[N, H, W]`` in [0, C), as uint8, int16, int32 or int64.
+        target: Labels ``[N, H, W]`` in [0, C), of any integer dtype.
         ignore_index: A label that isn't counted, be it one of the classes or not; None for no such label.
         mode: "bilinear" or "nearest".
         align_corners: As in `fastseg.functional.upsample_cross_entropy`.
@@ -41,6 +41,6 @@ def upsample_confusion_matrix(
     """
     check_map(input)
     check_grid(mode, align_corners)
-    check_label_map(target, input)
+    target = check_label_map(target, input, ignore_index)
     grid = grid_between(input.shape[2:], target.shape[1:], mode, align_corners)
     return operator.upsample_confusion_matrix(input, target, ignore_index, *grid)

@@ -44,8 +44,8 @@ def upsample_cross_entropy(
 
     Args:
         input: Logits ``[N, C, h, w]``; float32, float64, bfloat16 or float16, in any memory format. Never written to.
-        target: Labels ``[N, H, W]`` in [0, C), as uint8, int16, int32 or int64; larger or smaller than input, by any
-            ratio. Or class probabilities ``[N, C, H, W]``.
+        target: Labels ``[N, H, W]`` in [0, C), of any integer dtype; larger or smaller than input, by any ratio. Or
+            class probabilities ``[N, C, H, W]``.
         weight: ``[C]``, how much each class counts; any floating-point dtype.
         ignore_index: A label that adds nothing to the loss, its gradient or the mean's divisor.
         reduction: "none" for a loss per pixel; "mean" for their sum over the weights of the labels that count; "sum".
@@ -77,7 +77,7 @@ def upsample_cross_entropy(
         return cross_entropy(
             logits, target, weight, ignore_index, reduction, label_smoothing, pixel_weight=pixel_weight
         )
-    check_label_map(target, input)
+    target = check_label_map(target, input, ignore_index)
     check_class_weight(weight, classes, input)
     check_reduction(reduction)
     check_smoothing(label_smoothing)

@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 
 from fastseg._native import log_slow_road
-from fastseg.functional._checks import FLOATING_DTYPES, LABEL_DTYPES, check_class_weight, check_smoothing, pixels_of
+from fastseg.functional._checks import (
+    FLOATING_DTYPES,
+    LABEL_DTYPES,
+    check_class_weight,
+    check_smoothing,
+    pixels_of,
+    widen_labels,
+)
 from fastseg.functional._cross_entropy_dice import as_map
 from fastseg.ops import upsample_cross_entropy as operator
 from fastseg.ops.cross_entropy import IGNORE_NONE, accumulation_dtype
@@ -42,7 +49,8 @@ def as_labels(name: str, target: Tensor, scores: Tensor) -> Tensor:
 
 def as_integers(labels: Tensor) -> Tensor:
     """Labels in a dtype that the operators read."""
-    return labels if labels.dtype in LABEL_DTYPES else labels.long()
+    # Other libraries' labels may be floating-point numbers, too.
+    return widen_labels(labels, None) if labels.dtype == torch.uint64 or labels.dtype in LABEL_DTYPES else labels.long()
 
 
 def one_hot(name: str, labels: Tensor, classes: int, dtype: torch.dtype) -> Tensor:

@@ -77,7 +77,7 @@ class SegmentationModel(nn.Module, ABC):
 
         Args:
             input: Images ``[N, in_channels, H, W]``.
-            target: Class indices ``[N, H, W]`` (uint8, int16, int32 or int64).
+            target: Class indices ``[N, H, W]`` of any integer dtype.
             weight: A weight for each class, ``[num_classes]``.
             ignore_index: Pixels with this label count neither in the loss nor in its gradient.
             label_smoothing: How much of each target is spread evenly over the classes, from 0 to 1.
