@@ -1,5 +1,7 @@
 """The stateless operators: what they mean, what they accept, and the checks of their arguments."""
 
+import torch.fx
+
 from fastseg.functional._conv2d import conv2d
 from fastseg.functional._conv_relu_pool2d import conv_relu_pool2d
 from fastseg.functional._cross_entropy import cross_entropy
@@ -23,3 +25,7 @@ __all__ = [
     "upsample_cross_entropy_dice",
     "upsample_focal_loss",
 ]
+
+# torch.fx's symbolic trace keeps their calls whole, as it does those of torch's own functions.
+for _name in __all__:
+    torch.fx.wrap(_name)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fastseg import functional
 from fastseg.modules import ConvReLUPool2d
+from fastseg.modules._leaves import leaf_of_traces
 
 
 class PixelClassifier(nn.Conv2d):
@@ -28,6 +29,7 @@ class PixelClassifier(nn.Conv2d):
     def __init__(self, in_channels: int, num_classes: int) -> None:
         super().__init__(in_channels, num_classes, 1)
 
+    @leaf_of_traces
     def forward(self, input: Tensor) -> Tensor:
         """Logits ``[N, num_classes, H, W]`` of features ``[N, in_channels, H, W]``."""
         if not (input.is_cpu and input.is_contiguous()):

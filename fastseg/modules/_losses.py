@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastseg import functional
+from fastseg.modules._leaves import leaf_of_traces
 from fastseg.modules._pooling import IntOrPair
 
 
@@ -22,6 +23,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
     See `fastseg.functional.cross_entropy` for the shapes and dtypes; labels need not be int64.
     """
 
+    @leaf_of_traces
     def forward(self, input: Tensor, target: Tensor, pixel_weight: Tensor | None = None) -> Tensor:
         """The loss between logits ``[N, C, d1, ...]`` and labels ``[N, d1, ...]`` or class probabilities."""
         return functional.cross_entropy(
@@ -58,6 +60,7 @@ class UpsampleCrossEntropyLoss(nn.CrossEntropyLoss):
         self.mode = mode
         self.align_corners = align_corners
 
+    @leaf_of_traces
     def forward(self, input: Tensor, target: Tensor, pixel_weight: Tensor | None = None) -> Tensor:
         """The loss between logits ``[N, C, h, w]`` and labels ``[N, H, W]``."""
         return functional.upsample_cross_entropy(
@@ -107,6 +110,7 @@ class UpsampleArgmax(nn.Module):
         self.dtype = dtype
         self.return_confidence = return_confidence
 
+    @leaf_of_traces
     def forward(self, input: Tensor, size: IntOrPair | None = None) -> Any:
         """Labels of logits ``[N, C, h, w]``, and the confidence where asked; ``size`` overrides the constructor's."""
         extent = (self.size, self.scale_factor) if size is None else (size, None)
@@ -149,6 +153,7 @@ class CrossEntropyDiceLoss(nn.Module):
         self.batch_dice = batch_dice
         self.include_background = include_background
 
+    @leaf_of_traces
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """The loss between logits ``[N, C, d1, ...]`` and labels ``[N, d1, ...]``."""
         return functional.cross_entropy_dice(input, target, **self._options())
@@ -184,6 +189,7 @@ class UpsampleCrossEntropyDiceLoss(CrossEntropyDiceLoss):
         self.mode = mode
         self.align_corners = align_corners
 
+    @leaf_of_traces
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """The loss between logits ``[N, C, h, w]`` and labels ``[N, H, W]``."""
         return functional.upsample_cross_entropy_dice(
@@ -217,6 +223,7 @@ class FocalLoss(nn.Module):
         self.reduction = reduction
         self.gamma = gamma
 
+    @leaf_of_traces
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """The loss between logits ``[N, C, d1, ...]`` and labels ``[N, d1, ...]``."""
         return functional.focal_loss(input, target, self.weight, self.ignore_index, self.reduction, gamma=self.gamma)
@@ -245,6 +252,7 @@ class UpsampleFocalLoss(FocalLoss):
         self.mode = mode
         self.align_corners = align_corners
 
+    @leaf_of_traces
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """The loss between logits ``[N, C, h, w]`` and labels ``[N, H, W]``."""
         return functional.upsample_focal_loss(

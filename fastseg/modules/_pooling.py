@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastseg import functional
+from fastseg.modules._leaves import leaf_of_traces
 
 IntOrPair = int | tuple[int, int]
 Layer = TypeVar("Layer", bound=nn.Conv2d)
@@ -39,6 +39,7 @@ class Conv2d(nn.Conv2d):
     Arguments, parameters and state_dict are those of `torch.nn.Conv2d`.
     """
 
+    @leaf_of_traces
     def forward(self, input: Tensor) -> Tensor:
         """The convolution's output."""
         input, padding = _padded(self, input)
@@ -86,7 +87,10 @@ class ConvReLUPool2d(nn.Conv2d):
         return_skip: Also return the un-pooled output of the ReLU.
     """
 
-    operator: ClassVar[Callable[..., Any]] = staticmethod(functional.conv_relu_pool2d)
+    @staticmethod
+    def operator(*args: Any, **options: Any) -> Any:
+        """What computes the layer; looked up at each call, since symbolic traces replace it in its module."""
+        return functional.conv_relu_pool2d(*args, **options)
 
     def __init__(
         self,
@@ -119,6 +123,7 @@ class ConvReLUPool2d(nn.Conv2d):
         self.return_indices = return_indices
         self.return_skip = return_skip
 
+    @leaf_of_traces
     def forward(self, input: Tensor) -> Any:
         """The pooled output; with it, where asked in the constructor, the indices and the skip."""
         input, padding = _padded(self, input)
@@ -207,6 +212,7 @@ class ReLUPool2d(nn.Module):
         self.return_indices = return_indices
         self.return_skip = return_skip
 
+    @leaf_of_traces
     def forward(self, input: Tensor) -> Any:
         """The pooled map; with it, where asked in the constructor, the indices and the skip."""
         return functional.relu_pool2d(
