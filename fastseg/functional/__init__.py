@@ -11,6 +11,7 @@ from fastseg.functional._relu_pool2d import relu_pool2d
 from fastseg.functional._upsample_argmax import upsample_argmax
 from fastseg.functional._upsample_confusion_matrix import upsample_confusion_matrix
 from fastseg.functional._upsample_cross_entropy import upsample_cross_entropy
+from fastseg.ops import flops
 
 __all__ = [
     "conv2d",
@@ -29,3 +30,5 @@ __all__ = [
 # torch.fx's symbolic trace keeps their calls whole, as it does those of torch's own functions.
 for _name in __all__:
     torch.fx.wrap(_name)
+
+flops.register_on_import()
