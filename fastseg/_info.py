@@ -19,19 +19,31 @@ def info() -> dict[str, Any]:
         ``cpu_isa`` (the instruction set in use) and ``cpu_isas`` (those that this machine runs; the environment
         variable ``FASTSEG_CPU_ISA`` chooses one), ``openmp`` (whether the kernels run on several threads), ``threads``
         (``torch.get_num_threads()``), ``gpu`` (what GPU tensors run) and ``gpus`` (those that torch sees).
+
+    Raises:
+        ValueError: As `cpu_isa`.
     """
     return {
         "fastseg": __version__,
         "torch": torch.__version__,
         "triton": _triton.version(),
         "cpu": _describe_cpu(),
-        "cpu_isa": _native._C.active_isa() if _native._C is not None else None,
+        "cpu_isa": cpu_isa(),
         "cpu_isas": _native._C.runnable_isas() if _native._C is not None else [],
         "openmp": _native._C.openmp if _native._C is not None else False,
         "threads": torch.get_num_threads(),
         "gpu": "Triton kernels" if (reason := _triton.unusable()) is None else f"plain PyTorch ({reason})",
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
     }
+
+
+def cpu_isa() -> str | None:
+    """The instruction set that the CPU kernels use; None where there are none.
+
+    Raises:
+        ValueError: The environment variable ``FASTSEG_CPU_ISA`` names one that this machine can't run.
+    """
+    return _native._C.active_isa() if _native._C is not None else None
 
 
 def _describe_cpu() -> str:

@@ -1,5 +1,6 @@
 """The command line, end to end on generated images."""
 
+import os
 import re
 import signal
 import subprocess
@@ -18,7 +19,7 @@ from PIL import Image
 
 import fastseg
 from fastseg.cli import demo as cli_demo
-from fastseg.cli.runner import run
+from fastseg.cli.runner import REFUSED, run
 from fastseg.data import ShapesDataset
 from fastseg.training import demo, load_checkpoint
 
@@ -317,3 +318,13 @@ def test_version_and_info(capsys: pytest.CaptureFixture[str]) -> None:
     assert torch.__version__ in printed
     assert run([]) == 0
     assert "Usage: fastseg" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["info", "train"])
+def test_an_instruction_set_that_there_is_not(command: str) -> None:
+    arguments = [sys.executable, "-m", "fastseg", command, *(["--data", "nowhere"] if command == "train" else [])]
+    result = subprocess.run(
+        arguments, env={**os.environ, "FASTSEG_CPU_ISA": "nonsense"}, capture_output=True, text=True
+    )
+    assert result.returncode == REFUSED
+    assert re.fullmatch(r"error: instruction set 'nonsense' .*portable.*; check FASTSEG_CPU_ISA\n", result.stderr)

@@ -9,10 +9,12 @@ from rich.console import Console
 from rich.table import Table
 
 import fastseg
+from fastseg._info import cpu_isa
 from fastseg.cli.demo import demo
 from fastseg.cli.evaluate import evaluate
 from fastseg.cli.predict import predict
 from fastseg.cli.train import train
+from fastseg.training import ConfigError
 
 app = typer.Typer(
     help="Image segmentation on fused kernels: train, evaluate, predict.",
@@ -30,6 +32,11 @@ def _fastseg(
         typer.echo(f"fastseg {fastseg.__version__}")
     elif context.invoked_subcommand is None:
         typer.echo(context.get_help())
+    else:
+        try:
+            cpu_isa()  # reads FASTSEG_CPU_ISA, which is every command's
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
 
 
 @app.command()
