@@ -300,7 +300,7 @@ class _ConvReLUPool2d(torch.autograd.Function):
         ctx.numbers = numbers
         ctx.set_materialize_grads(False)
         if not with_positions:
-            positions = positions.new_empty(0)
+            positions = positions.new_empty((0,))
         ctx.mark_non_differentiable(positions, *(() if with_skip else (skip,)))
         return output, positions, skip
 

@@ -225,7 +225,7 @@ class _ReLUPool2d(torch.autograd.Function):
         ctx.size, ctx.numbers = input.shape[2:], numbers
         ctx.set_materialize_grads(False)
         if not with_positions:
-            positions = positions.new_empty(0)
+            positions = positions.new_empty((0,))
         ctx.mark_non_differentiable(positions, *(() if with_skip else (skip,)))
         return output, positions, skip
 
