@@ -1,6 +1,7 @@
 """The GPU run: rehearsed without a GPU, its stages' limits, and the table that it leaves."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 
 pytest.importorskip("benchmarks", reason="benchmarks/ is part of a checkout, not of the installed package")
 pytest.importorskip("triton", reason="Triton isn't installed: it comes with the extra [test] on Linux x86-64")
-from benchmarks.gpu import results, stages
+from benchmarks.gpu import profiling, results, stages
 from benchmarks.gpu.stages import MARK, REPOSITORY, Stage
 
 MOST_FILES, MOST_BYTES = 8, 10 * 2**20  # of what a run leaves: some machines give no more back
@@ -65,6 +66,17 @@ def test_stages_side_by_side_are_waited_for(tmp_path: Path) -> None:
 
 def test_no_stage_begins_after_the_budget(tmp_path: Path) -> None:
     assert [outcome.status for outcome in stages.run([stage("late", "")], tmp_path, 1.0)] == ["no time left"]
+
+
+def test_counters_are_asked_for_on_a_process_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ncu = tmp_path / "ncu"
+    ncu.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\n')
+    ncu.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    profiling.count(("cross_entropy", "8x150x512x512", "nchw"))
+    asked = (tmp_path / "asked").read_text()
+    assert asked.startswith("--clock-control none --metrics gpu__time_duration.sum,")  # a lent GPU's clocks stay
+    assert asked.endswith("-m benchmarks.gpu.profiling --once cross_entropy 8x150x512x512 nchw\n")
 
 
 def timed(kind: str, layout: str, ms: float) -> dict[str, Any]:

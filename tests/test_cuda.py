@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from poison import fresh_memory_of_nan
 from torch import Tensor
 
 from fastseg import functional, reference
@@ -115,6 +116,14 @@ def test_twice_the_same_bits(
         torch.testing.assert_close(results(function, tensors), results(function, tensors), rtol=0, atol=0)
     finally:
         torch.backends.cudnn.deterministic = before
+
+
+@parametrize_calls
+def test_fresh_memory_filled_with_nan_changes_nothing(make_call: Callable[..., tuple[Call, list[Tensor]]]) -> None:
+    function, tensors = make_call()
+    expected = results(function, tensors)
+    with fresh_memory_of_nan():
+        torch.testing.assert_close(results(function, tensors), expected)  # cuDNN may take other algorithms here
 
 
 # What torch itself says at the first `set_sync_debug_mode`.
