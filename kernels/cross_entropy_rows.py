@@ -39,10 +39,12 @@ def cross_entropy_forward_rows(
     local, stretch = tl.arange(0, BLOCK_P), tl.arange(0, STRETCH)
     count = tl.minimum(pixels - first, BLOCK_P).to(tl.int32)
     inside = local < count
-    rows = tl.load(input + first * CLASSES + stretch, stretch < count * CLASSES, other=0)
+    input += first * CLASSES
+    rows = tl.load(input + stretch, stretch < count * CLASSES, other=0)
     offsets = (first + local) * target_pixel
     labels, ignored, valid = load_labels(target, offsets, inside, ignore_index, CLASSES)
-    logit = tl.gather(rows, local * CLASSES + tl.where(valid, labels, 0).to(tl.int32), 0).to(ACC)
+    # Once more from memory: it is in the cache, and a gather would store all rows to shared memory once more.
+    logit = tl.load(input + local * CLASSES + labels.to(tl.int32), valid, other=0).to(ACC)
 
     largest = tl.full((BLOCK_P,), float("-inf"), ACC)
     total = tl.zeros((BLOCK_P,), ACC)
