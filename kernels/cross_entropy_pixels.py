@@ -84,9 +84,10 @@ def store_forward(
     largest, log_sum, value, counted, loss, statistics, total_weight, partials, at, inside, pixels,
     REDUCED: tl.constexpr,
 ):  # fmt: skip
-    """Stores the statistics of the pixels ``at``, and their losses or the sums of them."""
-    tl.store(statistics + at, largest, inside)
-    tl.store(statistics + pixels + at, log_sum, inside)
+    """Stores the statistics of the pixels ``at``, where they are wanted, and their losses or the sums of them."""
+    if statistics is not None:
+        tl.store(statistics + at, largest, inside)
+        tl.store(statistics + pixels + at, log_sum, inside)
     program = tl.program_id(0)
     if REDUCED:
         tl.store(partials + program, tl.sum(value).to(tl.float64))

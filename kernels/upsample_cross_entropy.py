@@ -89,8 +89,8 @@ def upsample_cross_entropy_forward(
     CLASSES: tl.constexpr, SMOOTHED: tl.constexpr, REDUCED: tl.constexpr, GRID: tl.constexpr, INDEX: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
-    """Statistics of each pixel, and its loss, or the program's sums of losses and weights."""
-    ACC: tl.constexpr = statistics.dtype.element_ty
+    """Statistics of each pixel, where they are wanted, and its loss, or the program's sums of losses and weights."""
+    ACC: tl.constexpr = loss.dtype.element_ty
     rows, columns = axes_of(
         height, width, out_height, out_width, row_step, column_step, row_passes, column_passes, GRID, ACC
     )
@@ -226,14 +226,14 @@ class ForwardTensors(NamedTuple):
     target: Tensor
     weight: Tensor | None
     loss: Tensor
-    statistics: Tensor
+    statistics: Tensor | None
     total_weight: Tensor
     overlap: Tensor
 
 
 @replayed
 def forward(tensors: ForwardTensors, options: Options) -> None:
-    """Fills loss, statistics, total_weight and overlap; see `fastseg.ops.upsample_cross_entropy`."""
+    """Fills loss, statistics, total_weight and overlap, which needs statistics; see the operator's registration."""
     target, device, images = tensors.target, tensors.input.device, tensors.input.shape[0]
     input = in_planes(tensors.input)
     grid, arguments = grid_of(input.shape[2:], target.shape[1:], *options.grid)

@@ -75,6 +75,19 @@ def test_more_classes_than_a_tile_holds(implementation: str) -> None:
     check(input, labels_for(input, (2, 3)))
 
 
+@pytest.mark.parametrize("dice", [False, True], ids=["loss", "dice"])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_the_loss_is_the_same_where_no_gradient_is_wanted(implementation: str, reduction: str, dice: bool) -> None:
+    """Then no statistics are kept, but for what Dice's sums read."""
+    input = logits((2, 5, 4, 6), torch.bfloat16)
+    target = labels_for(input, (9, 13), ignore_index=-100)
+    options = {} if dice else {"reduction": reduction}
+    operator = functional.upsample_cross_entropy_dice if dice else functional.upsample_cross_entropy
+    with torch.no_grad():
+        actual = operator(input, target, **options)
+    torch.testing.assert_close(actual, operator(input, target, **options).detach())
+
+
 @pytest.mark.parametrize("images", [1, 3, 7])
 def test_batches(implementation: str, images: int) -> None:
     input = logits((images, 4, 3, 2))

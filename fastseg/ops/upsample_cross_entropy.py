@@ -119,11 +119,14 @@ def _forward_triton(
     if kernels is None:
         options = (ignore_index, reduction, label_smoothing, mode, align_corners)
         return forward_plain(input, target, weight, *options, with_overlap, with_statistics)
-    outputs = _allocate_outputs(input, target, reduction, with_overlap, True)
+    kept = with_statistics or with_overlap  # the overlap's kernels read them
+    outputs = _allocate_outputs(input, target, reduction, with_overlap, kept)
+    loss, statistics, total_weight, overlap = outputs
+    filled = (loss, statistics if kept else None, total_weight, overlap)
     steps_of_grid = _steps(input, target, mode, align_corners)
     options_of_grid = kernels.Options(ignore_index, reduction, label_smoothing, mode, align_corners, steps_of_grid)
-    kernels.forward(kernels.ForwardTensors(input, target, weight, *outputs), options_of_grid)
-    return _asked_for(outputs, target, with_statistics)
+    kernels.forward(kernels.ForwardTensors(input, target, weight, *filled), options_of_grid)
+    return _asked_for(outputs, target, with_statistics) if kept else outputs
 
 
 def _backward_triton(
