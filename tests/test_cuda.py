@@ -80,18 +80,13 @@ def upsampled_loss(layout: str = "channels_last", dtype: torch.dtype = torch.bfl
     return functional.upsample_cross_entropy, [logits, make_labels((4, 40, 56), 19, ignore_index=-100).to(CUDA)]
 
 
-def upsampled_dice(layout: str = "channels_last", dtype: torch.dtype = torch.bfloat16) -> tuple[Call, list[Tensor]]:
-    """upsample_cross_entropy_dice, and its tensors."""
-    return functional.upsample_cross_entropy_dice, upsampled_loss(layout, dtype)[1]
-
-
 CALLS = {
     "conv-fields": lambda **o: conv("fields", **o),
     "conv-direct": lambda **o: conv("direct", **o),
     "conv-library": lambda **o: conv("library", **o),
     "cross_entropy": loss,
     "upsample_cross_entropy": upsampled_loss,
-    "upsample_cross_entropy_dice": upsampled_dice,
+    "upsample_cross_entropy_dice": lambda **o: (functional.upsample_cross_entropy_dice, upsampled_loss(**o)[1]),
 }
 parametrize_calls = pytest.mark.parametrize("make_call", CALLS.values(), ids=CALLS)
 
