@@ -12,6 +12,7 @@ from upsample_cases import (
     GRIDS,
     LARGE_GRIDS,
     MODES,
+    TILES,
     Size,
     peak_growth,
     roundings,
@@ -67,6 +68,13 @@ def test_grids(implementation: str, dtype: torch.dtype, mode: dict[str, Any], be
 @pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
 def test_large_grids(implementation: str, mode: dict[str, Any], before: Size, after: Size) -> None:
     check(make((2, 3, *before), scale=3.0), after, **mode)
+
+
+@slow_under_the_interpreter
+@pytest.mark.parametrize(("shape", "size"), TILES.values(), ids=TILES)
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+def test_several_tiles(isa: str, mode: dict[str, Any], shape: tuple[int, int, int], size: Size) -> None:
+    check(make((1, *shape), scale=3.0), size, **mode)
 
 
 # Sizes on which the factor's grid isn't that of the size it gives, but for 2 and 4.

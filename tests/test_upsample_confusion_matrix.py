@@ -11,6 +11,7 @@ from upsample_cases import (
     GRIDS,
     LARGE_GRIDS,
     MODES,
+    TILES,
     Size,
     labels_for,
     peak_growth,
@@ -51,6 +52,14 @@ def test_grids(implementation: str, dtype: torch.dtype, mode: dict[str, Any], be
 def test_large_grids(implementation: str, mode: dict[str, Any], before: Size, after: Size) -> None:
     input = make((2, 3, *before))
     check(input, labels_for(input, after, ignore_index=255), 255, **mode)
+
+
+@slow_under_the_interpreter
+@pytest.mark.parametrize(("shape", "size"), TILES.values(), ids=TILES)
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+def test_several_tiles(isa: str, mode: dict[str, Any], shape: tuple[int, int, int], size: Size) -> None:
+    input = make((1, *shape))
+    check(input, labels_for(input, size), **mode)
 
 
 @pytest.mark.parametrize("classes", [1, 2, 4, 8, 9, 19, 33, 150, 257, 600])

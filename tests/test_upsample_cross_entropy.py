@@ -14,6 +14,7 @@ from upsample_cases import (
     GRIDS,
     LARGE_GRIDS,
     MODES,
+    TILES,
     Size,
     check,
     labels_for,
@@ -86,6 +87,16 @@ def test_the_loss_is_the_same_where_no_gradient_is_wanted(implementation: str, r
     with torch.no_grad():
         actual = operator(input, target, **options)
     torch.testing.assert_close(actual, operator(input, target, **options).detach())
+
+
+@slow_under_the_interpreter
+@pytest.mark.usefixtures("plain_upsampling_of_cpus")
+@pytest.mark.parametrize(("shape", "size"), TILES.values(), ids=TILES)
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+def test_several_tiles(isa: str, mode: dict[str, Any], shape: tuple[int, int, int], size: Size) -> None:
+    input = logits((1, *shape))
+    for reduction in ("none", "sum"):  # a backward pass of its own, and one that comes with the loss
+        check(input, labels_for(input, size), reduction=reduction, **mode)
 
 
 @pytest.mark.parametrize("images", [1, 3, 7])

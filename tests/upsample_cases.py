@@ -50,6 +50,15 @@ LARGE_GRIDS: dict[str, tuple[Size, Size]] = {
     "far-down": ((200, 310), (9, 11)),
 }
 
+# The smallest [C, h, w] and size of the labels that reach a path of the C++ kernels, which cut a row into tiles of
+# 2^15 / C float32 columns, or half as many where they sum gradients; in each several tiles, and no whole last one.
+TILES: dict[str, tuple[tuple[int, int, int], Size]] = {
+    "up": ((1000, 2, 21), (3, 80)),  # neighbours that lie in two tiles
+    "to-the-last-column": ((1000, 2, 9), (2, 33)),  # a last tile of one column, which has no right neighbour
+    "down": ((1000, 1, 160), (2, 80)),  # columns that vectors can't permute
+    "columns-alone": ((1000, 2, 80), (3, 80)),  # nothing to interpolate along them
+}
+
 slow_under_the_interpreter = pytest.mark.skipif(_native.INTERPRETED, reason="too slow under Triton's interpreter")
 
 
