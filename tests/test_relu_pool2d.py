@@ -4,12 +4,12 @@ import pytest
 import torch
 from poison import fresh_memory_of_nan
 from torch import Tensor
-from upsample_cases import peak_growth
+from upsample_cases import peak_growth, slow_under_the_interpreter
 
 import fastseg
 from fastseg import _native, functional, reference
 from fastseg.ops import relu_pool2d as operator
-from fastseg.testing import assert_parity, make, values_and_gradients
+from fastseg.testing import MEMORY_FORMATS, assert_parity, make, values_and_gradients
 
 pytestmark = pytest.mark.usefixtures("kernels_for_small_maps")
 
@@ -23,7 +23,8 @@ OPTIONS = {
     "overlap-skip": {"pool_size": 3, "pool_stride": 1, "pool_padding": 1, "return_skip": True},
     "ceil": {"pool_size": 3, "pool_stride": 2, "ceil_mode": True, "return_indices": True},  # a cut last window
     "gaps": {"pool_size": 2, "pool_stride": 3, "return_skip": True},  # rows and columns that no window holds
-    "oblong": {"pool_size": (1, 3), "pool_stride": (2, 2), "pool_padding": (0, 1)},
+    "oblong": {"pool_size": (1, 3), "pool_stride": (2, 3), "pool_padding": (0, 1)},
+    "rows-overlap": {"pool_size": 3, "pool_stride": (2, 4), "return_skip": True},
     "one-position": {"pool_size": 1},
     "far-apart": {"pool_size": 2, "pool_stride": (9, 2**31 - 1), "return_skip": True},
 }
@@ -103,6 +104,38 @@ def test_no_images() -> None:
     output = functional.relu_pool2d(leaf)
     assert output.shape == (0, 3, 4, 4)
     assert torch.autograd.grad(output.sum(), leaf)[0].shape == leaf.shape
+
+
+# The smallest shapes that backward cuts into pieces, on each of its ways.
+PIECES = {
+    "planes": ((2, 3, 5, 6), torch.float32, "nchw"),  # a channel each, summed where it lies
+    "planes-of-halves": ((1, 2, 131, 512), torch.bfloat16, "nchw"),  # 65 rows and a window are held in float32
+    "bands": ((1, 16, 13, 512), torch.float32, "channels_last"),  # of 4 rows, summed where they lie: whole vectors
+    "bands-of-float64": ((1, 16, 7, 512), torch.float64, "channels_last"),  # of 2 rows
+    "bands-packed": ((1, 3, 13, 512), torch.float32, "channels_last"),  # channels that fill no vector: of 2 to 8 rows
+    "bands-of-halves": ((1, 37, 13, 512), torch.bfloat16, "channels_last"),  # packed too, blocks of channels
+}
+
+
+@slow_under_the_interpreter
+@pytest.mark.parametrize("name", ["default", "overlap-skip", "rows-overlap", "one-position"])
+@pytest.mark.parametrize(("shape", "dtype", "layout"), PIECES.values(), ids=PIECES)
+def test_gradients_in_pieces(isa: str, shape: tuple[int, ...], dtype: torch.dtype, layout: str, name: str) -> None:
+    check(make(shape, dtype, layout=layout, requires_grad=True), **OPTIONS[name])
+
+
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_ties_of_half_types_are_rounded_to_even(isa: str, dtype: torch.dtype, layout: str) -> None:
+    # Two windows share each peak. Half a unit is added to numbers whose last bit is 0 and 1: both ways from a tie.
+    unit = torch.finfo(dtype).eps
+    numbers = 1 + unit * torch.arange(16).view(1, 16, 1, 1)
+    numbers = torch.cat((numbers, -numbers), 2)
+    incoming = torch.cat((numbers, numbers.sign() * unit / 2), 3).to(dtype)
+    input = torch.tensor([0.0, 1.0, 0.0]).repeat(1, 16, 2, 1).to(dtype, memory_format=MEMORY_FORMATS[layout])
+    output = functional.relu_pool2d(input.requires_grad_(), (1, 2), 1)
+    gradient = torch.autograd.grad(output, input, incoming.contiguous(memory_format=MEMORY_FORMATS[layout]))[0]
+    assert torch.equal(gradient[..., 1], incoming.double().sum(3).to(dtype))
 
 
 NAN, INF = float("nan"), float("inf")
