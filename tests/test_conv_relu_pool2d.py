@@ -33,10 +33,10 @@ OPTIONS = {
     "dilated": {"dilation": (2, 1), "padding": (2, 1)},
     "ceil": {"pool_size": 3, "pool_stride": 2, "ceil_mode": True, "return_indices": True},  # a cut last window
     "ceil-padded": {"pool_size": 2, "pool_padding": 1, "ceil_mode": True, "return_indices": True},
-    "gaps": {"pool_size": 2, "pool_stride": 3, "return_skip": True},  # rows and columns that no window holds
-    "oblong": {"stride": (2, 1), "padding": (0, 2), "pool_size": (1, 3), "pool_stride": (2, 2)},
+    "gaps": {"pool_size": 2, "pool_stride": (3, 4), "return_skip": True},  # rows and columns that no window holds
+    "oblong": {"stride": (2, 1), "padding": (0, 2), "pool_size": (1, 3), "pool_stride": (3, 2)},
     "pool-1": {"pool_size": 1},  # ReLU alone
-    "pool-tall": {"pool_size": (5, 1), "pool_stride": (1, 1)},  # taller than the stride: rows are reused
+    "pool-tall": {"pool_size": (5, 1), "pool_stride": (1, 2)},  # taller than the stride: rows are reused
 }
 
 # N, C, H, W, K, kernel height, kernel width. Odd sizes; channels that fill neither a vector nor a block of two.
@@ -138,10 +138,10 @@ PIECES = {
     "bands": ((1, 64, 150, 9, 8, 3, 3), {"padding": 1}),
     "bands-that-share-much": (
         (1, 48, 180, 8, 5, 5, 2),
-        {"dilation": 2, "padding": 2, "pool_size": 3, "pool_stride": 1},
+        {"dilation": 2, "padding": 2, "pool_size": 3, "pool_stride": (1, 2)},
     ),
-    "bands-with-gaps": ((2, 64, 120, 21, 3, 1, 1), {"stride": 2, "pool_size": 1, "pool_stride": 2}),
-    "bands-folded": ((1, 3, 50, 700, 4, 3, 3), {"padding": 1, "pool_size": 3, "pool_stride": 2}),
+    "bands-with-gaps": ((2, 64, 120, 21, 3, 1, 1), {"stride": 2, "pool_size": 1, "pool_stride": (3, 2)}),
+    "bands-folded": ((1, 3, 50, 700, 4, 3, 3), {"padding": 1, "pool_size": 3, "pool_stride": (3, 2)}),
 }
 
 

@@ -1,4 +1,4 @@
-"""conv_relu_pool2d on pixels and weights that aren't finite.
+"""conv_relu_pool2d on pixels and weights that aren't finite, and on values between two numbers of a half type.
 
 The Triton kernel for first layers multiplies a window's whole field by weights that are zero where a position doesn't
 look: what a position doesn't see must not reach it all the same.
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastseg import functional, reference
-from fastseg.testing import assert_parity, make
+from fastseg.testing import MEMORY_FORMATS, assert_parity, make
 
 NAN, INFINITY = float("nan"), float("inf")
 
@@ -78,3 +78,19 @@ def test_weights_that_are_not_finite(dtype: torch.dtype, layout: str, pixel: flo
     weight[3, 1, 0, 2], weight[5, 0, 1, 1], weight[7, 2, 2, 0] = INFINITY, -INFINITY, NAN
     input[0, :, 4, 5] = pixel
     check(input, weight, bias)
+
+
+@pytest.mark.parametrize("scale", ["normal", "subnormal"])
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_ties_of_half_types_are_rounded_to_even(isa: str, dtype: torch.dtype, layout: str, scale: str) -> None:
+    # Half a unit more than numbers whose last bit is 0 and 1: both ways from a tie.
+    info, steps = torch.finfo(dtype), torch.arange(1, 65).view(1, 1, 8, 8)
+    if scale == "normal":
+        input, factor, shift = 1 + info.eps * steps, 1.0, info.eps / 2
+    else:
+        input, factor, shift = info.smallest_normal * info.eps * steps.double(), 0.5, 0.0
+    input = input.to(dtype).contiguous(memory_format=MEMORY_FORMATS[layout])
+    weight, bias = torch.full((16, 1, 1, 1), factor, dtype=dtype), torch.full((16,), shift, dtype=dtype)
+    output = functional.conv_relu_pool2d(input, weight, bias, pool_size=1)
+    assert torch.equal(output, (input.double() * factor + shift).to(dtype).expand_as(output))
