@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import cross_entropy_cases
+import losses_cases
 import pytest
 import torch
 import torch.nn.functional as F
@@ -238,9 +239,7 @@ def test_agrees_with_kornia() -> None:
 
 
 def test_agrees_with_torchmetrics_on_certain_predictions() -> None:
-    torchmetrics = pytest.importorskip(
-        "torchmetrics.functional.segmentation", reason="torchmetrics isn't installed: it comes with the extra [test]"
-    )
+    torchmetrics = losses_cases.original("torchmetrics.functional.segmentation")
     prediction, target = make_labels((2, 9, 8), 4, seed=1), make_labels((2, 9, 8), 4)
     input = F.one_hot(prediction, 4).movedim(-1, 1) * 1e4  # the softmax of it is the one-hot prediction
     options = {"average": "none", "input_format": "index", "aggregation_level": "samplewise"}

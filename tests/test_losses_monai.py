@@ -16,7 +16,8 @@ from losses_cases import DTYPES, SHAPES, labels_for, logits, maps_for, signature
 from torch import Tensor, nn
 
 from fastseg import _native
-from fastseg.losses import _focal, monai
+from fastseg.losses import monai
+from fastseg.ops import focal_sums
 from fastseg.testing import make
 
 LOSSES = ("DiceCELoss", "DiceFocalLoss")
@@ -267,7 +268,7 @@ def test_second_derivative(name: str, options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("block", [1, 7, 64, 1000])
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
 def test_focal_blocks(theirs: Any, monkeypatch: pytest.MonkeyPatch, layout: str, block: int) -> None:
-    monkeypatch.setattr(_focal, "CPU_BLOCK", block)
+    monkeypatch.setattr(focal_sums, "CPU_BLOCK", block)
     input = logits((3, 5, 6, 7), layout=layout)
     options = {"include_background": False, "alpha": 0.25, "weight": WEIGHT}
     _, gradient = check(theirs, "DiceFocalLoss", input, labels(input), **FUSED, **options)

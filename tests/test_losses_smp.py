@@ -12,7 +12,8 @@ from losses_cases import DTYPES, IGNORED, SHAPES, check, labels_for, logits, map
 from torch import Tensor, nn
 
 from fastseg import _native
-from fastseg.losses import _focal, smp
+from fastseg.losses import smp
+from fastseg.ops import focal_sums
 from fastseg.testing import make, make_labels
 
 CLASS_WEIGHTS = [0.5, 2.0, 1.0, 0.25, 3.0]
@@ -194,7 +195,7 @@ def test_focal_of_nothing(theirs: Any, images: int, reduction: str) -> None:
 def test_focal_blocks(
     theirs: Any, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], block: int, layout: str
 ) -> None:
-    monkeypatch.setattr(_focal, "CPU_BLOCK", block)
+    monkeypatch.setattr(focal_sums, "CPU_BLOCK", block)
     input = logits((3, 5, 6, 7), layout=layout)
     _, gradient = check_both(theirs, "FocalLoss", input, labels_for(input), mode="multiclass", **options)
     assert gradient.stride() == input.stride()

@@ -1,21 +1,17 @@
 import math
 from pathlib import Path
 
+import losses_cases
 import pytest
 import torch
 import torch.multiprocessing
-
-pytest.importorskip("torchmetrics", reason="torchmetrics isn't installed: it comes with the extra [test]")
-from torchmetrics.functional.classification import (
-    multiclass_confusion_matrix,
-    multiclass_f1_score,
-    multiclass_jaccard_index,
-)
 
 from fastseg import functional
 from fastseg.metrics import ConfusionMatrix, confusion_matrix, scores
 from fastseg.ops.upsample_confusion_matrix import POISON
 from fastseg.testing import make, make_labels
+
+torchmetrics = losses_cases.original("torchmetrics.functional.classification")
 
 INTEGER_DTYPES = [torch.uint8, torch.int16, torch.int32, torch.int64]
 
@@ -48,7 +44,7 @@ def test_every_counted_pixel_lands_in_its_cell(num_classes: int, ignore_index: i
     assert matrix.dtype == torch.int64
     assert torch.equal(matrix, brute_force(prediction, target, num_classes, ignore_index))
     if num_classes > 1:  # torchmetrics needs two classes
-        expected = multiclass_confusion_matrix(prediction, target, num_classes, ignore_index=ignore_index)
+        expected = torchmetrics.multiclass_confusion_matrix(prediction, target, num_classes, ignore_index=ignore_index)
         assert torch.equal(matrix, expected)
 
 
@@ -130,8 +126,10 @@ def test_a_class_predicted_but_absent_scores_zero() -> None:
 def test_scores_agree_with_torchmetrics() -> None:
     prediction, target = labels(6, 0), labels(6, 1)
     result = scores(confusion_matrix(prediction, target, 6, 255))
-    iou = multiclass_jaccard_index(prediction, target, 6, average="none")
-    dice = multiclass_f1_score(prediction, target, 6, average="none")  # of classes, F1 and Dice are the same number
+    iou = torchmetrics.multiclass_jaccard_index(prediction, target, 6, average="none")
+    dice = torchmetrics.multiclass_f1_score(
+        prediction, target, 6, average="none"
+    )  # of classes, F1 and Dice are the same number
     # torchmetrics computes in float32: one rounding of the quotient
     eps = torch.finfo(torch.float32).eps
     torch.testing.assert_close(torch.tensor([result.iou, result.dice]), torch.stack([iou, dice]), rtol=eps, atol=0)
