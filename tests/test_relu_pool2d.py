@@ -218,10 +218,12 @@ def test_planes_of_half_types_that_are_summed_piece_by_piece(
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
 @pytest.mark.parametrize("stride", [2, 1000])
 def test_a_threads_memory_does_not_grow_with_the_plane(stride: int, layout: str) -> None:
+    if _native.INTERPRETED or torch.get_default_device().type != "cpu":
+        pytest.skip("threads that keep memory are the C++ kernels'")
     input = make((1, 1, 8192, 1024), torch.bfloat16, layout=layout, requires_grad=True)
     output = functional.relu_pool2d(input, 2, stride)
     incoming = torch.ones_like(output)
-    grown = peak_growth(lambda: torch.autograd.grad(output, input, incoming))
+    grown = peak_growth(lambda: torch.autograd.grad(output, input, incoming, retain_graph=True))
     assert grown < input.nbytes + (8 << 20)  # a plane in float32 has 32 MB
 
 
