@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastseg import functional, reference
+from fastseg import _native, functional, reference
 from fastseg.testing import MEMORY_FORMATS, assert_parity, make
 
 NAN, INFINITY = float("nan"), float("inf")
@@ -84,6 +84,8 @@ def test_weights_that_are_not_finite(dtype: torch.dtype, layout: str, pixel: flo
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_ties_of_half_types_are_rounded_to_even(isa: str, dtype: torch.dtype, layout: str, scale: str) -> None:
+    if _native.INTERPRETED and dtype == torch.bfloat16:
+        pytest.skip("Triton's interpreter cuts bfloat16 where a GPU rounds it")
     # Half a unit more than numbers whose last bit is 0 and 1: both ways from a tie.
     info, steps = torch.finfo(dtype), torch.arange(1, 65).view(1, 1, 8, 8)
     if scale == "normal":

@@ -127,6 +127,8 @@ def test_gradients_in_pieces(isa: str, shape: tuple[int, ...], dtype: torch.dtyp
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_ties_of_half_types_are_rounded_to_even(isa: str, dtype: torch.dtype, layout: str) -> None:
+    if _native.INTERPRETED and dtype == torch.bfloat16:
+        pytest.skip("Triton's interpreter cuts bfloat16 where a GPU rounds it")
     # Two windows share each peak. Half a unit is added to numbers whose last bit is 0 and 1: both ways from a tie.
     unit = torch.finfo(dtype).eps
     numbers = 1 + unit * torch.arange(16).view(1, 16, 1, 1)
