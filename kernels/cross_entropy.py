@@ -79,8 +79,8 @@ def cross_entropy_forward(
     pixels, run_length, blocks, run_sizes,
     input_runs, input_class, input_pixel, target_runs, target_class, target_pixel,
     ignore_index, smoothing_bits,
-    CLASSES: tl.constexpr, PROBABILITIES: tl.constexpr, SMOOTHED: tl.constexpr,
-    REDUCED: tl.constexpr, INDEX: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+    CLASSES: tl.constexpr, PROBABILITIES: tl.constexpr, SMOOTHED: tl.constexpr, REDUCED: tl.constexpr,
+    INDEX: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """Statistics of each pixel, and its loss, or the program's sums of losses and weights.
 
@@ -171,8 +171,8 @@ def cross_entropy_backward(
     grad_output_runs, grad_output_pixel, input_runs, input_class, input_pixel, target_runs, target_class, target_pixel,
     grad_input_runs, grad_input_class, grad_input_pixel,
     ignore_index, smoothing_bits,
-    CLASSES: tl.constexpr, PROBABILITIES: tl.constexpr, SMOOTHED: tl.constexpr,
-    REDUCED: tl.constexpr, MEAN: tl.constexpr, INDEX: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+    CLASSES: tl.constexpr, PROBABILITIES: tl.constexpr, SMOOTHED: tl.constexpr, REDUCED: tl.constexpr,
+    MEAN: tl.constexpr, INDEX: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """grad_input = (exp(x - m - s) * sum(q) - q) * grad_output.
 
