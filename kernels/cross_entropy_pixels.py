@@ -1,4 +1,4 @@
-"""What cross_entropy's Triton kernels do with a tile of pixels, however they got its logits, and with the sums of all."""
+"""What cross_entropy's Triton kernels do with a tile of pixels, however they got its logits, and with all sums."""
 
 from __future__ import annotations
 

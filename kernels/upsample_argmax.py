@@ -9,13 +9,12 @@ import triton.language as tl
 from torch import Tensor
 
 from fastseg.kernels.cross_entropy_pixels import exp
-from fastseg.kernels.launch import Plan, cdiv, choose, launch, replayed
+from fastseg.kernels.launch import Plan, launch, replayed
 from fastseg.kernels.upsampling import (
     GRID_ARGUMENTS,
     axes_of,
-    bucket_of,
+    cut_groups,
     grid_of,
-    groups_of,
     in_planes,
     index_of,
     interpolate,
@@ -102,13 +101,10 @@ def forward(tensors: tuple[Tensor, Tensor, Tensor], options: Options) -> None:
     input, labels, confidence = tensors
     input = in_planes(input)
     grid, arguments = grid_of(input.shape[2:], labels.shape[1:], *options)
-    down, across = groups_of(grid, arguments)
-    bucket = bucket_of(grid, input)
-    plan = choose(upsample_argmax_forward, bucket, PLANS, input.device)
-    blocks = cdiv(down * across, plan.tile["BLOCK_G"])
+    bucket, plan, cut = cut_groups(upsample_argmax_forward, PLANS, input, grid, arguments)
     arguments |= {
         "input": input, "labels": labels, "confidence": confidence if len(confidence) > 0 else None,
-        "column_groups": across, "blocks": blocks, "input_strides": input.stride(), "CLASSES": input.shape[1],
+        **cut, "input_strides": input.stride(), "CLASSES": input.shape[1],
         "INDEX": index_of(labels.shape, input),
     }  # fmt: skip
-    launch(upsample_argmax_forward, bucket, plan, input.shape[0] * blocks, input.device, arguments)
+    launch(upsample_argmax_forward, bucket, plan, input.shape[0] * cut["blocks"], input.device, arguments)

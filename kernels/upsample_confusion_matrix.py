@@ -8,15 +8,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastseg.kernels.launch import cdiv, choose, launch, replayed
+from fastseg.kernels.launch import launch, replayed
 from fastseg.kernels.upsample_argmax import PLANS, predict
 from fastseg.kernels.upsampling import (
     GRID_ARGUMENTS,
     axes_of,
-    bucket_of,
+    cut_groups,
     flat,
     grid_of,
-    groups_of,
     in_planes,
     index_of,
     load,
@@ -88,14 +87,11 @@ def forward(tensors: tuple[Tensor, Tensor, Tensor], options: Options) -> None:
     input, target, counts = tensors
     input = in_planes(input)
     grid, arguments = grid_of(input.shape[2:], target.shape[1:], *options[1:])
-    down, across = groups_of(grid, arguments)
-    bucket = bucket_of(grid, input)
-    plan = choose(upsample_confusion_matrix_forward, bucket, PLANS, input.device)
-    blocks = cdiv(down * across, plan.tile["BLOCK_G"])
+    bucket, plan, cut = cut_groups(upsample_confusion_matrix_forward, PLANS, input, grid, arguments)
     arguments |= {
-        "input": input, "target": target, "counts": counts, "column_groups": across, "blocks": blocks,
+        "input": input, "target": target, "counts": counts, **cut,
         "input_strides": input.stride(), "target_strides": target.stride(), "ignore_index": options.ignore_index or 0,
         "CLASSES": input.shape[1], "IGNORES": options.ignore_index is not None,
         "INDEX": index_of(target.shape, input, target),
     }  # fmt: skip
-    launch(upsample_confusion_matrix_forward, bucket, plan, input.shape[0] * blocks, input.device, arguments)
+    launch(upsample_confusion_matrix_forward, bucket, plan, input.shape[0] * cut["blocks"], input.device, arguments)

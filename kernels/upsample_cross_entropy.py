@@ -30,11 +30,9 @@ from fastseg.kernels.upsampling import (
     GRID_ARGUMENTS,
     Grid,
     axes_of,
-    bucket_of,
-    clip_classes,
+    cut_groups,
     flat,
     grid_of,
-    groups_of,
     in_planes,
     index_of,
     interpolate,
@@ -237,14 +235,11 @@ def forward(tensors: ForwardTensors, options: Options) -> None:
     target, device, images = tensors.target, tensors.input.device, tensors.input.shape[0]
     input = in_planes(tensors.input)
     grid, arguments = grid_of(input.shape[2:], target.shape[1:], *options.grid)
-    down, across = groups_of(grid, arguments)
-    bucket = bucket_of(grid, input)
-    plan = clip_classes(choose(upsample_cross_entropy_forward, bucket, FORWARD_PLANS, device), input.shape[1])
-    blocks = cdiv(down * across, plan.tile["BLOCK_G"])
-    programs, reduced = images * blocks, options.reduction != "none"
+    bucket, plan, cut = cut_groups(upsample_cross_entropy_forward, FORWARD_PLANS, input, grid, arguments)
+    programs, reduced = images * cut["blocks"], options.reduction != "none"
     partials = scratch((2, programs), torch.float64, device) if reduced else None
     arguments |= common(input, tensors, options) | {
-        "loss": tensors.loss, "partials": partials, "column_groups": across, "blocks": blocks,
+        "loss": tensors.loss, "partials": partials, **cut,
         "INDEX": index_of(target.shape, input, target),
     }  # fmt: skip
     launch(upsample_cross_entropy_forward, bucket, plan, programs, device, arguments)
@@ -257,10 +252,8 @@ def forward(tensors: ForwardTensors, options: Options) -> None:
 def _fill_overlap(overlap: Tensor, grid: Grid, arguments: dict[str, Any]) -> None:
     """Launches the kernels for the overlap, when those for the statistics have been."""
     input, device, (sums, images, classes) = arguments["input"], overlap.device, overlap.shape
-    bucket = bucket_of(grid, input)
-    plan = clip_classes(choose(upsample_overlap_forward, bucket, OVERLAP_PLANS, device), classes)
-    down, across = groups_of(grid, arguments)
-    blocks, class_blocks = cdiv(down * across, plan.tile["BLOCK_G"]), cdiv(classes, plan.tile["BLOCK_C"])
+    bucket, plan, cut = cut_groups(upsample_overlap_forward, OVERLAP_PLANS, input, grid, arguments)
+    blocks, class_blocks = cut["blocks"], cdiv(classes, plan.tile["BLOCK_C"])
     programs = SHARES_PER_MULTIPROCESSOR * multiprocessors(device)
     shares = min(blocks, cdiv(programs, max(images, 1) * class_blocks))
     partials = scratch((images, shares, sums, classes), torch.float64, device)

@@ -26,10 +26,10 @@ from fastseg.kernels.upsampling import (
     axes_of,
     bucket_of,
     clip_classes,
+    cut_groups,
     first_positions,
     flat,
     grid_of,
-    groups_of,
     holds,
     in_planes,
     index_of,
@@ -360,9 +360,5 @@ def backward(tensors: BackwardTensors, options: Options) -> None:
 def _fill_mean_grads(grid: Grid, arguments: dict[str, Any]) -> None:
     """Launches the kernel for each pixel's mean of the overlap's gradients."""
     input = arguments["input"]
-    bucket, (images, classes, *_), device = bucket_of(grid, input), input.shape, input.device
-    plan = clip_classes(choose(upsample_overlap_mean_grads, bucket, MEAN_GRADS_PLANS, device), classes)
-    down, across = groups_of(grid, arguments)
-    blocks = cdiv(down * across, plan.tile["BLOCK_G"])
-    arguments = arguments | {"column_groups": across, "blocks": blocks}
-    launch(upsample_overlap_mean_grads, bucket, plan, images * blocks, device, arguments)
+    bucket, plan, cut = cut_groups(upsample_overlap_mean_grads, MEAN_GRADS_PLANS, input, grid, arguments)
+    launch(upsample_overlap_mean_grads, bucket, plan, len(input) * cut["blocks"], input.device, arguments | cut)

@@ -12,7 +12,7 @@ An axis with one tap ("nearest", or of a size that stays) has intervals 0 to siz
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -355,3 +355,15 @@ def bucket_of(grid: Grid, input: Tensor, suffix: str = "") -> str:
 def clip_classes(plan: Plan, classes: int) -> Plan:
     """The plan with no more classes at a time than there are."""
     return plan._replace(tile={**plan.tile, "BLOCK_C": min(plan.tile["BLOCK_C"], next_power_of_2(classes))})
+
+
+def cut_groups(
+    kernel: Any, defaults: Mapping[str, Plan], input: Tensor, grid: Grid, arguments: dict[str, Any]
+) -> tuple[str, Plan, dict[str, int]]:
+    """Bucket and plan of a call, and the arguments by which its programs share the groups."""
+    down, across = groups_of(grid, arguments)
+    bucket = bucket_of(grid, input)
+    plan = choose(kernel, bucket, defaults, input.device)
+    if "BLOCK_C" in plan.tile:
+        plan = clip_classes(plan, input.shape[1])
+    return bucket, plan, {"column_groups": across, "blocks": cdiv(down * across, plan.tile["BLOCK_G"])}
