@@ -11,7 +11,8 @@ from fastseg.functional._relu_pool2d import relu_pool2d
 from fastseg.functional._upsample_argmax import upsample_argmax
 from fastseg.functional._upsample_confusion_matrix import upsample_confusion_matrix
 from fastseg.functional._upsample_cross_entropy import upsample_cross_entropy
-from fastseg.ops import flops
+from fastseg.ops import flops, registration
+from fastseg.ops.on_import import on_import
 
 __all__ = [
     "conv2d",
@@ -31,4 +32,5 @@ __all__ = [
 for _name in __all__:
     torch.fx.wrap(_name)
 
-flops.register_on_import()
+on_import("torch.utils.flop_counter", flops.register)
+on_import("torch._inductor.lowering", registration.register_fallbacks)

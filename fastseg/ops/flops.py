@@ -5,11 +5,7 @@ They are registered when that module is imported, which imports Triton: `import 
 
 from __future__ import annotations
 
-import importlib.abc
-import importlib.util
-import sys
 from collections.abc import Sequence
-from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
@@ -17,7 +13,6 @@ import torch
 
 from fastseg.ops.conv_relu_pool2d_geometry import output_shapes, unflatten
 
-COUNTER = "torch.utils.flop_counter"
 Shape = Sequence[int]
 
 
@@ -58,34 +53,3 @@ def register(counter: ModuleType) -> None:
 def _convolved(input: Shape, weight: Shape, geometry: list[int]) -> Shape:
     """The shape of the convolution's output, before the pool."""
     return output_shapes(tuple(input), tuple(weight), unflatten(tuple(geometry)))[1]
-
-
-class _OnImport(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Loads the counter's module as Python would, then registers."""
-
-    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name != COUNTER:
-            return None
-        sys.meta_path.remove(self)  # so that the search that follows, and later ones, are Python's own
-        spec = importlib.util.find_spec(name)
-        if spec is None or spec.loader is None:
-            return spec
-        self.loader, spec.loader = spec.loader, self
-        return spec
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        return self.loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        assert module.__spec__ is not None
-        module.__spec__.loader = module.__loader__ = self.loader
-        self.loader.exec_module(module)
-        register(module)
-
-
-def register_on_import() -> None:
-    """Registers the formulas now, where the counter's module is there, else when it is imported."""
-    if COUNTER in sys.modules:
-        register(sys.modules[COUNTER])
-    else:
-        sys.meta_path.insert(0, _OnImport())

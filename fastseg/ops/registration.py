@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -62,6 +63,17 @@ def register_plain(
     # prefer it to the fake where sizes are symbolic, but for what stands in the table of fakes.
     register_decomposition(overload)(plain)
     register_decomposition(overload, type="meta")(fake)
+
+
+def register_fallbacks(lowering: ModuleType) -> None:
+    """Tells Inductor's module of lowerings that the operators run as they are, although they have decompositions.
+
+    It would find that by itself, but for an assertion where the environment's variable CI is set.
+    """
+    # torch 2.6 has the other of the two
+    strides = getattr(lowering, "constrain_to_fake_tensors", lowering.constrain_to_fx_strides)
+    for overload in _decompositions:
+        lowering.make_fallback(overload, strides, warn=False)
 
 
 def register_gradient(
