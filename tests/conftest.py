@@ -29,7 +29,7 @@ OPERATORS = (
 )
 
 if _native.INTERPRETED:
-    import triton_interpreter
+    from tests.kernels import triton_interpreter
 
     triton_interpreter.prepare()
 

@@ -1,7 +1,6 @@
 import math
 from pathlib import Path
 
-import losses_cases
 import pytest
 import torch
 import torch.multiprocessing
@@ -10,6 +9,7 @@ from fastseg import functional
 from fastseg.metrics import ConfusionMatrix, confusion_matrix, scores
 from fastseg.ops.upsample_confusion_matrix import POISON
 from fastseg.testing import make, make_labels
+from tests.losses import cases as losses_cases
 
 torchmetrics = losses_cases.original("torchmetrics.functional.classification")
 

@@ -66,10 +66,12 @@ def _pytest(workers: int, *arguments: str) -> list[str]:
 PARITY = [
     f"tests/{name}.py"
     for name in (
-        "test_cross_entropy", "test_triton_labels", "test_upsample_cross_entropy", "test_upsample_argmax",
-        "test_upsample_confusion_matrix", "test_relu_pool2d", "test_conv_relu_pool2d_fields", "test_conv_relu_pool2d",
+        "ops/test_cross_entropy", "kernels/test_labels", "ops/test_upsample_cross_entropy", "ops/test_upsample_argmax",
+        "ops/test_upsample_confusion_matrix", "ops/test_relu_pool2d", "ops/test_conv_relu_pool2d_fields",
+        "ops/test_conv_relu_pool2d",
     )
 ]  # fmt: skip
+SMOKE = "tests/ops/test_smoke.py"
 LARGE = (
     "2_to_the_31"  # what the tests of more elements than 32 bits count have in their names: each takes the GPU alone
 )
@@ -80,7 +82,7 @@ def gpu_stages(out: Path, seconds_for_timing: float) -> list[Stage]:
     cores = os.cpu_count() or 1
     on_gpu = ["--device=cuda", "--covering", "--shuffled"]
     install = ["pip", "install", "--no-index", "--no-build-isolation", "--no-deps", "-q", "-e", "."]
-    behaviour = ["-m", "gpu", "tests/test_cuda.py", "-k"]
+    behaviour = ["-m", "gpu", "tests/kernels/test_cuda.py", "-k"]
     timing = str(out / "timing.json")
     return [
         Stage("versions", 30, _module("benchmarks.gpu.versions")),
@@ -89,7 +91,7 @@ def gpu_stages(out: Path, seconds_for_timing: float) -> list[Stage]:
             beside_next=True,
         ),
         Stage("compile", 60, _module("benchmarks.gpu.compiling", "--json", str(out / "compile.json"))),
-        Stage("smoke", 60, _pytest(cores, "-x", "--device=cuda", "--tf32=off", "tests/test_smoke.py"), decisive=True),
+        Stage("smoke", 60, _pytest(cores, "-x", "--device=cuda", "--tf32=off", SMOKE), decisive=True),
         Stage("parity", 100, _pytest(cores, "--tf32=off", *on_gpu, *PARITY)),
         Stage("parity, TF32", 40, _pytest(cores, "--tf32=on", *on_gpu, *PARITY[-2:], "-k", "float32")),
         Stage("behaviour", 50, _pytest(cores // 2, *behaviour, f"not {LARGE} and not parity_suite")),
@@ -109,9 +111,9 @@ def rehearsal_stages(out: Path) -> list[Stage]:
     return [
         Stage("versions", 60, _module("benchmarks.gpu.versions")),
         Stage("compile", 120, _module("benchmarks.gpu.compiling", "--few", "--json", str(out / "compile.json"))),
-        Stage("smoke", 120, _pytest(1, "-x", "--every=4", "tests/test_smoke.py"), interpreted, decisive=True),
+        Stage("smoke", 120, _pytest(1, "-x", "--every=4", SMOKE), interpreted, decisive=True),
         Stage("parity", 120, _pytest(1, "--covering", "--every=37", *PARITY[1:2]), interpreted),
-        Stage("behaviour", 60, _pytest(1, "-m", "gpu", "tests/test_cuda.py")),
+        Stage("behaviour", 60, _pytest(1, "-m", "gpu", "tests/kernels/test_cuda.py")),
         Stage("timing", 120, _module("benchmarks.gpu.timing", "--device=cpu", "--json", timing, "--seconds", "60")),
         Stage("profile", 60, _module("benchmarks.gpu.profiling", "--timing", timing)),
     ]

@@ -1,0 +1,205 @@
+"""The benchmark of models of other libraries: what is measured of one, and its tables in a file and in the README."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import nn
+
+pytest.importorskip("benchmarks", reason="benchmarks/ is part of a checkout, not of the installed package")
+pytest.importorskip("matplotlib", reason="matplotlib isn't installed: it comes with the extra [train]")
+from benchmarks import models_of_others, models_of_others_report
+from benchmarks.models_of_others import OtherCase
+from benchmarks.models_of_others_report import BEGIN, END
+from benchmarks.others import LOGITS
+from benchmarks.suite import COMPILE, EAGER, FASTSEG, Effort
+
+ONE_ROUND = Effort(0, 1, 1)
+README = f"before\n{BEGIN}\nold\n{END}\nafter\n"
+
+
+def network(classes: int) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, classes, 1), up())
+
+
+def up() -> nn.Module:
+    return nn.Upsample(scale_factor=2, mode="bilinear")
+
+
+CASE = OtherCase("torch.Sequential", (2, 3, 16, 24), "torch", network, LOGITS, 5)
+ABSENT = OtherCase("absent.Net", (2, 3, 16, 24), "no_such_package", network, LOGITS, 5)
+BROKEN = OtherCase("torch.Broken", (2, 3, 16, 24), "torch", lambda classes: nn.Identity(), LOGITS, 5)
+
+
+def measured(name: str, fastseg: float) -> dict[str, Any]:
+    """What `models_of_others.measure` gives: 3, 2 and ``fastseg`` seconds, and MiB."""
+    rounds = {kind: {"rounds": [value] * 3, "peak": int(value * 2**20)} for kind, value in times(fastseg).items()}
+    return {
+        "name": name,
+        "images": [1, 3, 8, 8],
+        "classes": 4,
+        "missing": [],
+        "replaced": {"step": {"cross_entropy": 1, "conv_relu_pool2d": 2}, "prediction": {}},
+        "timings": {"step": rounds, "prediction": rounds},
+        "difference": {"loss": 0.0, "gradients": 1.3e-6},
+        "seconds": 10.0,
+        "compiling": {COMPILE: 4.0, FASTSEG: 3.0},
+    }
+
+
+def times(fastseg: float) -> dict[str, float]:
+    return {EAGER: 3.0, COMPILE: 2.0, FASTSEG: fastseg}
+
+
+def failed(name: str) -> dict[str, Any]:
+    result = measured(name, 1.0)
+    del result["timings"]["step"][FASTSEG]
+    entry = {"timing": "step", "kind": FASTSEG, "reason": "AssertionError: result 0: too far\nfrom the truth"}
+    return result | {"missing": [entry], "difference": {}}
+
+
+RUN = {
+    "models": [measured("a.Fast", 1.0), measured("a.Slow", 2.5), failed("a.Failed")],
+    "absent": {"b.Absent": "needs b: pip install '.[models]'"},
+    "machine_info": {
+        "machine": "x86_64", "system": "Linux", "python_version": "3.12.0", "cpu": {"count": 2, "brand_raw": "A chip"},
+        "fastseg": {"fastseg": "0.1.0", "torch": "2.13.0"},
+    },
+    "commit_info": {"id": "0123456789abcdef", "dirty": True},
+    "device": {"title": "avx2 kernels, 2 threads", "dtype": "float32"},
+    "datetime": "2026-11-22T12:00:00",
+    "peers": {"b": "1.0"},
+}  # fmt: skip
+
+
+def cells(text: str, name: str) -> list[str]:
+    line = next(line for line in text.splitlines() if line.startswith(f"| {name} "))
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_a_line_for_each_model() -> None:
+    text = models_of_others_report.summary(RUN)
+    common = ["1x3x8x8", "4", "3", "0"]
+    assert cells(text, "a.Fast") == [
+        "a.Fast", *common, "0.0e+00", "1.3e-06", *["3000", "2000", "1000"] * 2, "3.00", "2.00", "1.00",
+    ]  # fmt: skip
+    assert cells(text, "a.Slow")[-9:] == [*["3000", "2000", "**2500**"] * 2, "3.00", "2.00", "**2.50**"]
+    assert cells(text, "a.Failed")[5:10] == ["-", "-", "3000", "2000", "-"]
+    heads = next(line for line in text.splitlines() if line.startswith("| model"))
+    assert heads.count("|") == text.splitlines()[-1].count("|")
+
+
+def test_the_file(tmp_path: Path) -> None:
+    models_of_others_report.write(RUN, path := tmp_path / "results" / "models.md")
+    text = path.read_text()
+    assert models_of_others_report.summary(RUN) in text
+    assert "* avx2 kernels, 2 threads\n* A chip, 2 cores, Linux\n* fastseg 0.1.0 (commit 0123456789 with local" in text
+    assert "30 s in all, 12 s to compile and verify torch.compile, 9 s to compile and verify fastseg\n" in text
+    details = text[text.index("## Times") :]
+    assert cells(details, "a.Slow | step")[2:] == [
+        "3000 (3000 - 3000)", "2000 (2000 - 2000)", "2500 (2500 - 2500)", "1.20x (1.20 - 1.20)",
+        "**0.80x** (0.80 - 0.80)", "1 cross_entropy, 2 conv_relu_pool2d",
+    ]  # fmt: skip
+    assert cells(details, "a.Slow | prediction")[-1] == "nothing"
+    assert cells(details, "a.Failed | step")[4:7] == ["-", "-", "-"]
+    assert text.endswith(
+        "## Not measured\n\n* b.Absent: needs b: pip install '.[models]'\n"
+        "* a.Failed, step, fastseg: `AssertionError: result 0: too far from the truth`\n"
+    )
+
+
+def test_the_readme_keeps_what_is_around_the_table() -> None:
+    text = models_of_others_report.insert(README, "new")
+    assert text == f"before\n{BEGIN}\n\nnew\n{END}\nafter\n"
+    assert models_of_others_report.insert(text, "new") == text
+
+
+@pytest.mark.parametrize("text", ["", BEGIN, END, f"{END}\n{BEGIN}", f"{BEGIN}\n{BEGIN}\n{END}"])
+def test_without_the_marks_nothing_is_written(text: str) -> None:
+    with pytest.raises(ValueError, match=r"expected the lines .*from here on.*up to here.*each once"):
+        models_of_others_report.insert(text, "new")
+
+
+def test_the_projects_readme_has_the_marks() -> None:
+    models_of_others_report.insert((Path(__file__).parents[2] / "README.md").read_text(), "new")
+
+
+# ---- measuring ----
+
+
+def test_a_model_is_verified_and_measured() -> None:
+    result = json.loads(json.dumps(models_of_others.measure(CASE, ONE_ROUND)))
+    assert result["missing"] == []
+    assert result["replaced"] == {
+        "step": {"conv_relu_pool2d": 1, "upsample_cross_entropy": 1},
+        "prediction": {"conv_relu_pool2d": 1, "upsample_argmax": 1},
+    }
+    for timing in ("step", "prediction"):
+        assert set(result["timings"][timing]) == {FASTSEG, EAGER, COMPILE}
+        assert all(len(of["rounds"]) == 1 and min(of["rounds"]) > 0 for of in result["timings"][timing].values())
+    assert set(result["difference"]) == {"loss", "gradients"}
+    assert all(0 <= value < 1e-12 for value in result["difference"].values())
+
+
+def test_a_wrong_gradient_is_not_measured() -> None:
+    case = dataclasses.replace(CASE)
+    images, labels = case.fused_step.arguments
+    vars(case)["fused_step"] = case.fused_step._replace(arguments=(1.01 * images, labels))
+    result = models_of_others.measure(case, ONE_ROUND)
+    (entry,) = result["missing"]
+    assert (entry["timing"], entry["kind"]) == ("step", FASTSEG)
+    assert "exceeds" in entry["reason"]
+    assert set(result["timings"]["step"]) == {EAGER, COMPILE}
+    assert result["difference"] == {}
+
+
+# ---- the command ----
+
+
+def command(monkeypatch: pytest.MonkeyPatch, cases: list[OtherCase], *arguments: str) -> int:
+    """Runs the command on ``cases``, each in this process."""
+    monkeypatch.setattr(models_of_others, "CASES", cases)
+    outcomes = {"torch.Sequential": measured("torch.Sequential", 1.0), "torch.Broken": "its process ended"}
+    monkeypatch.setattr(models_of_others, "_in_new_process", outcomes.__getitem__)
+    monkeypatch.setattr(sys, "argv", ["benchmarks.models_of_others", *arguments])
+    return models_of_others.main()
+
+
+def test_the_command_writes_file_and_readme(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    out, readme, results = (tmp_path / name for name in ("models.md", "README.md", "models.json"))
+    readme.write_text(README)
+    status = command(
+        monkeypatch, [CASE, ABSENT, BROKEN], f"--out={out}", f"--readme={readme}", f"--json={results}"
+    )  # fmt: skip
+    assert status == 1  # one could not be measured
+    run = json.loads(results.read_text())
+    assert run["absent"] == {
+        "absent.Net": "needs no_such_package: pip install '.[models]'",
+        "torch.Broken": "its process ended",
+    }
+    assert cells(readme.read_text(), "torch.Sequential") == cells(out.read_text(), "torch.Sequential")
+    assert command(monkeypatch, [CASE], f"--out={out}", f"--readme={readme}", f"--from={results}") == 1
+    # What is measured again replaces what was there, the rest stays.
+    assert command(monkeypatch, [CASE, ABSENT], f"--out={out}", f"--json={results}", "--only=torch.Sequential") == 1
+    assert [result["name"] for result in json.loads(results.read_text())["models"]] == ["torch.Sequential"]
+
+
+def test_nothing_to_measure_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        command(monkeypatch, [ABSENT], f"--out={tmp_path / 'models.md'}")
+    assert "nothing was measured; absent.Net: needs no_such_package" in capsys.readouterr().err
+    assert not (tmp_path / "models.md").exists()
+
+
+def test_a_readme_without_marks_is_an_error_before_the_work(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (readme := tmp_path / "README.md").write_text("no marks")
+    with pytest.raises(SystemExit):
+        command(monkeypatch, [CASE], f"--out={tmp_path / 'models.md'}", f"--readme={readme}")
+    assert "README.md: expected the lines" in capsys.readouterr().err

@@ -1,0 +1,74 @@
+"""Which calls the fusion pass takes together, and which it leaves to PyTorch without a word."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fastseg
+from fastseg.fusion import trial
+from fastseg.ops import conv_relu_pool2d_roads
+from fastseg.testing import make
+from tests.fusion.cases import compiled, logits, loss_and_prediction, operators
+
+PLAIN_CONVOLUTIONS = {
+    "few-channels": ((2, 4, 16, 16), {}),
+    "few-pixels": ((1, 8, 9, 9), {}),
+    "stride": ((2, 8, 32, 32), {"stride": 2}),
+    "dilation": ((2, 8, 32, 32), {"dilation": 2}),
+    "groups": ((2, 8, 32, 32), {"groups": 2}),
+    "kernel": ((2, 8, 32, 32), {"kernel_size": 5}),
+}
+
+
+@pytest.mark.parametrize("name", PLAIN_CONVOLUTIONS)
+def test_convolutions_without_a_pool_stay_unless_winograd_serves_them(name: str) -> None:
+    """They are everywhere, and PyTorch's own serves them as well: no word of it."""
+    shape, options = PLAIN_CONVOLUTIONS[name]
+    model = nn.Sequential(nn.Conv2d(shape[1], 6, **{"kernel_size": 3} | options), nn.ReLU(inplace=True))
+    x, fused = make(shape), compiled(model)
+    assert torch.equal(fused(x), model(x))
+    report = fastseg.report(fused)
+    assert (len(report.graphs), report.replaced, report.left) == (1, [], [])
+
+
+def test_a_convolution_without_a_pool_stays_on_other_devices() -> None:
+    model = nn.Sequential(nn.Conv2d(8, 6, 3), nn.ReLU()).to("meta")
+    fused = compiled(model)
+    fused(torch.empty(2, 8, 32, 32, device="meta"))
+    report = fastseg.report(fused)
+    assert (len(report.graphs), report.replaced, report.left) == (1, [], [])
+
+
+def test_a_small_convolution_alone_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    def convolve(x: Tensor, weight: Tensor) -> Tensor:
+        return F.conv2d(x, weight).sin()
+
+    called = make((1, 8, 16, 17)), make((4, 8, 3, 3))
+    for least, expected in ((16 * 17 * 8 * 4 * 9, ["conv2d"]), (16 * 17 * 8 * 4 * 9 + 1, [])):
+        monkeypatch.setattr(conv_relu_pool2d_roads, "CONV2D_MIN_PRODUCTS", least)
+        fused = compiled(convolve)
+        fused(*called)
+        assert operators(fastseg.report(fused)) == expected
+
+
+def test_a_place_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A convolution with its pool, and not with its ReLU and alone as well; nor are calls that two places share."""
+    tried: list[str] = []
+    monkeypatch.setattr(trial, "obstacle", lambda match: tried.append(match.function.__name__))
+    compiled(nn.Sequential(nn.Conv2d(8, 8, 3), nn.ReLU(), nn.MaxPool2d(2)))(make((2, 8, 32, 32)))
+    assert tried == ["conv_batch_norm_relu_pool2d"]
+    tried.clear()
+    compiled(loss_and_prediction)(*logits(torch.float32, "nchw"))
+    assert tried == ["interpolate_cross_entropy", "interpolate_argmax"]
+
+
+def test_a_hook_sees_what_it_saw() -> None:
+    seen: list[Tensor] = []
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.MaxPool2d(2))
+    model[0].register_forward_hook(lambda module, args, output: seen.append(output))
+    fused, x = compiled(model), torch.randn(1, 3, 8, 8)
+    fused(x)
+    model(x)
+    torch.testing.assert_close(seen[0], seen[1], rtol=0, atol=0)
+    assert operators(fastseg.report(fused)) == ["relu_pool2d"]

@@ -1,0 +1,52 @@
+"""Patterns of the fusion pass: what becomes of them gives what they gave."""
+
+import pytest
+import torch
+
+import fastseg
+from fastseg.testing import assert_parity, values_and_gradients
+from tests.fusion.cases import CASES, Case, compiled, operators
+
+# In half types positions stay torch's, and labels are those of logits that torch would have rounded first.
+OF_UNROUNDED = ("indices", "prediction")
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+def test_the_same_values_and_gradients(name: str, layout: str) -> None:
+    case = CASES[name]
+    check(case, torch.float32, layout)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if not any(word in name for word in OF_UNROUNDED)])
+def test_the_same_in_bfloat16(name: str) -> None:
+    check(CASES[name], torch.bfloat16, "nchw")
+
+
+def check(case: Case, dtype: torch.dtype, layout: str) -> None:
+    tensors = case.tensors(dtype, layout)
+    fused = compiled(case.function, fullgraph=True)
+    actual = values_and_gradients(fused, tensors)
+    plain = values_and_gradients(case.function, tensors)
+    truth = values_and_gradients(case.function, tensors, torch.float64)
+    served = [operator for operator in case.operators if operator != "conv2d" or dtype != torch.bfloat16]
+    assert operators(fastseg.report(fused)) == served
+    assert_parity(actual, plain, truth, terms=case.terms)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+def test_the_same_without_gradients(name: str, layout: str) -> None:
+    case = CASES[name]
+    tensors = [None if tensor is None else tensor.detach() for tensor in case.tensors(torch.float32, layout)]
+    fused = compiled(case.function, fullgraph=True)
+    with torch.inference_mode():
+        actual, plain = (as_list(function(*tensors)) for function in (fused, case.function))
+        truth = as_list(case.function(*(t.double() if t.is_floating_point() else t for t in tensors)))
+    assert operators(fastseg.report(fused)) == list(case.operators)
+    assert [tensor.stride() for tensor in actual] == [tensor.stride() for tensor in plain]
+    assert_parity(actual, plain, truth, terms=case.terms)
+
+
+def as_list(results: object) -> list[torch.Tensor]:
+    return list(results) if isinstance(results, tuple) else [results]

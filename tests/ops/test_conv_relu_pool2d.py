@@ -1,0 +1,398 @@
+"""conv_relu_pool2d against plain PyTorch: values and gradients, on the direct and the library's road and
+every instruction set. The Winograd road: test_conv_relu_pool2d_winograd.py.
+"""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastseg
+from fastseg import _native, functional, reference
+from fastseg._tf32 import convolutions_take_tf32
+from fastseg.ops import conv_relu_pool2d as operator
+from fastseg.ops.conv_relu_pool2d_geometry import Geometry
+from fastseg.testing import TF32_EPS, assert_parity, make, values_and_gradients
+from tests.kernels.poison import fresh_memory_of_nan
+
+ROADS = ("direct", "library")
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SKIP = {"return_indices": True, "return_skip": True}
+STEM = {"stride": 2, "padding": 3, "pool_size": 3, "pool_stride": 2, "pool_padding": 1}
+
+# Arguments, and why they are here.
+OPTIONS = {
+    "default": {},
+    "padded": {"padding": 1},
+    "stem": STEM,  # overlapping windows that start in the pool's padding
+    "same": {"padding": "same"},
+    "valid-indices": {"padding": "valid", "return_indices": True},
+    "indices-skip": {"padding": 1, "return_indices": True, "return_skip": True},
+    "overlap-skip": {"pool_size": 3, "pool_stride": 1, "pool_padding": 1, "return_skip": True},
+    "dilated": {"dilation": (2, 1), "padding": (2, 1)},
+    "ceil": {"pool_size": 3, "pool_stride": 2, "ceil_mode": True, "return_indices": True},  # a cut last window
+    "ceil-padded": {"pool_size": 2, "pool_padding": 1, "ceil_mode": True, "return_indices": True},
+    "gaps": {"pool_size": 2, "pool_stride": (3, 4), "return_skip": True},  # rows and columns that no window holds
+    "oblong": {"stride": (2, 1), "padding": (0, 2), "pool_size": (1, 3), "pool_stride": (3, 2)},
+    "pool-1": {"pool_size": 1},  # ReLU alone
+    "pool-tall": {"pool_size": (5, 1), "pool_stride": (1, 2)},  # taller than the stride: rows are reused
+}
+
+# N, C, H, W, K, kernel height, kernel width. Odd sizes; channels that fill neither a vector nor a block of two.
+SHAPES = {
+    "rgb": (2, 3, 17, 19, 20, 3, 3),
+    "one-channel": (1, 1, 12, 33, 1, 5, 3),
+    "blocks": (1, 5, 13, 16, 37, 4, 2),  # even kernels make "same" asymmetric
+}
+
+
+@pytest.fixture(params=ROADS)
+def road(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Leads calls down one road both ways; those that the direct one can't serve go by the library all the same."""
+
+    def choose(weight: Tensor, groups: int, with_skip: bool, most_taps: int) -> str:
+        return "library" if groups > 1 or with_skip else request.param
+
+    def choose_gpu(weight: Tensor, geometry: Geometry, with_skip: bool) -> str:
+        not_direct = with_skip or weight.dtype == torch.float64 or geometry.windows_overlap
+        return choose(weight, geometry.groups, not_direct, 0)
+
+    def choose_of_call(input: Tensor, weight: Tensor, geometry: Geometry, with_skip: bool) -> str:
+        return choose(weight, geometry.groups, with_skip, 0)
+
+    monkeypatch.setattr(operator, "choose_road", choose)
+    monkeypatch.setattr(operator, "choose_forward_road", choose_of_call)
+    monkeypatch.setattr(operator, "choose_backward_road", choose_of_call)
+    monkeypatch.setattr(operator, "choose_gpu_road", choose_gpu)
+    return request.param
+
+
+def tensors(shape: tuple[int, ...], dtype: torch.dtype, layout: str = "nchw", bias: bool = True) -> list[Tensor | None]:
+    n, c, h, w, k, kernel_h, kernel_w = shape
+    scale = (c * kernel_h * kernel_w) ** -0.5
+    return [
+        make((n, c, h, w), dtype, layout=layout, requires_grad=True),
+        make((k, c, kernel_h, kernel_w), dtype, seed=1, scale=scale, requires_grad=True),
+        make((k,), dtype, seed=2, scale=0.1, requires_grad=True) if bias else None,
+    ]
+
+
+def takes_tf32(tensor: Tensor) -> bool:
+    return tensor.is_cuda and tensor.dtype == torch.float32 and convolutions_take_tf32()
+
+
+def representable(tensor: Tensor | None) -> Tensor | None:
+    """Rounded to TF32 where convolutions may: then none of them rounds a factor, and windows' maxima stay the same."""
+    if tensor is None or not takes_tf32(tensor):
+        return tensor
+    bits = tensor.detach().view(torch.int32)
+    return ((bits + 2**12) & -(2**13)).view(torch.float32).requires_grad_(tensor.requires_grad)
+
+
+def assert_conv_parity(*results: list[Tensor], outputs: int, terms: int) -> None:
+    """`assert_parity` of outputs, whose factors are `representable`, and gradients, of which TF32 cuts one factor."""
+    assert_parity(*(tensors[:outputs] for tensors in results), terms=terms)
+    eps = TF32_EPS if takes_tf32(results[0][0]) else None
+    assert_parity(*(tensors[outputs:] for tensors in results), terms=terms, eps=eps)
+
+
+def check(arguments: list[Tensor | None], **options: object) -> list[Tensor]:
+    arguments = [representable(tensor) for tensor in arguments]
+    actual = values_and_gradients(functional.conv_relu_pool2d, arguments, **options)
+    plain = values_and_gradients(reference.conv_relu_pool2d, arguments, **options)
+    truth = values_and_gradients(reference.conv_relu_pool2d, arguments, torch.float64, **options)
+    input, weight = arguments[0], arguments[1]
+    outputs = 1 + bool(options.get("return_indices")) + bool(options.get("return_skip"))
+    if options.get("return_indices") and (input.is_cuda or actual[0].dtype in (torch.bfloat16, torch.float16)):
+        # Plain PyTorch rounds the map before it looks for the maximum, fastseg doesn't: they may choose differently
+        # among values that round to one, as on a GPU where a library adds in another order. So what stands at the
+        # indices is compared, not the indices.
+        map = reference.conv_relu_pool2d(*(t if t is None else t.double() for t in arguments), **options | SKIP)[2]
+        for results in (actual, plain, truth):
+            results[1] = map.flatten(-2).gather(-1, results[1].flatten(-2)).to(results[0].dtype)
+    # The longest sum: a weight's gradient runs over all pixels, a value over the kernel's taps.
+    terms = max(input[:, 0].numel(), weight[0].numel(), weight[:, 0].numel())
+    assert_conv_parity(actual, plain, truth, outputs=outputs, terms=terms)
+    return actual
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_parity(road: str, isa: str, options: dict, dtype: torch.dtype, layout: str, shape: tuple[int, ...]) -> None:
+    check(tensors(shape, dtype, layout), **options)
+
+
+# The direct backward cuts patches into chunks, channels into groups and images into bands; shape, options, and what
+# they cut.
+PIECES = {
+    "channel-blocks": ((2, 40, 13, 15, 70, 5, 5), {"padding": 2}),  # and 70 output channels: two groups
+    "uneven-blocks": ((1, 37, 12, 11, 3, 3, 3), {"padding": 1}),  # a last block that is no whole vector
+    "dilated-blocks": ((1, 37, 17, 20, 9, 3, 3), {"dilation": (2, 3), "padding": 3}),  # columns by phase
+    "strided-blocks": ((2, 100, 11, 12, 130, 3, 3), STEM),
+    "wide-kernel": ((1, 5, 6, 47, 6, 2, 27), {"padding": (1, 4)}),  # a chunk longer than the registers
+    "dilated-folded": ((1, 2, 15, 16, 5, 4, 3), {"dilation": (3, 2), "padding": 4}),
+    "bands": ((1, 64, 150, 9, 8, 3, 3), {"padding": 1}),
+    "bands-that-share-much": (
+        (1, 48, 180, 8, 5, 5, 2),
+        {"dilation": 2, "padding": 2, "pool_size": 3, "pool_stride": (1, 2)},
+    ),
+    "bands-with-gaps": ((2, 64, 120, 21, 3, 1, 1), {"stride": 2, "pool_size": 1, "pool_stride": (3, 2)}),
+    "bands-folded": ((1, 3, 50, 700, 4, 3, 3), {"padding": 1, "pool_size": 3, "pool_stride": (3, 2)}),
+}
+
+
+@pytest.mark.parametrize(("shape", "options"), PIECES.values(), ids=PIECES)
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_patches_cut_into_pieces(
+    monkeypatch: pytest.MonkeyPatch, isa: str, shape: tuple[int, ...], options: dict, dtype: torch.dtype, layout: str
+) -> None:
+    monkeypatch.setattr(operator, "choose_backward_road", lambda *_: "direct")
+    check(tensors(shape, dtype, layout), **options)
+
+
+def test_infinite_gradient_stays_in_its_patch(road: str, isa: str) -> None:
+    arguments = tensors((1, 5, 13, 16, 37, 3, 3), torch.float64)  # 15 taps in a row: vectors reach over its end
+    device, dtypes = arguments[0].device, (torch.float32, torch.float64)
+    if device.type == "cuda":
+        if road == "library":
+            pytest.skip("cuDNN's algorithms may spread it")
+        dtypes = (torch.float32,)  # float64 is the library's
+
+    def finite(function: object, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+        leaves = [t.detach().to(device, dtype).requires_grad_() for t in arguments]
+        output = function(*leaves)
+        incoming = torch.ones_like(output)
+        incoming[0, 7, 2, 3] = torch.inf
+        return [gradient.isfinite().cpu() for gradient in torch.autograd.grad(output, leaves, incoming)]
+
+    for dtype in dtypes:
+        expected = finite(reference.conv_relu_pool2d, torch.float64, torch.device("cpu"))
+        assert not all(mask.all() for mask in expected)
+        for actual, mask in zip(finite(functional.conv_relu_pool2d, dtype, device), expected, strict=True):
+            assert torch.equal(actual, mask)
+
+
+@pytest.mark.parametrize("groups", [2, 6])
+def test_groups_and_no_bias(groups: int) -> None:
+    weight = make((12, 6 // groups, 3, 3), seed=1, requires_grad=True)
+    check([make((2, 6, 11, 12), requires_grad=True), weight, None], groups=groups, dilation=2, padding=2)
+
+
+@pytest.mark.parametrize(
+    "wanted", [(True, False, False), (False, True, False), (False, False, True), (True, True, True)]
+)
+def test_gradients_only_where_needed(road: str, wanted: tuple[bool, ...]) -> None:
+    arguments = [t.requires_grad_(w) for t, w in zip(tensors(SHAPES["rgb"], torch.float32), wanted, strict=True)]
+    check(arguments, padding=1)
+
+
+def test_unbatched(road: str) -> None:
+    arguments = tensors(SHAPES["rgb"], torch.float32)
+    arguments[0] = arguments[0].detach()[0].requires_grad_()
+    check(arguments, padding=1, return_indices=True, return_skip=True)
+
+
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+def test_output_layout_follows_input(road: str, layout: str) -> None:
+    arguments = tensors((2, 3, 8, 8, 4, 3, 3), torch.float32, layout)
+    memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+    outputs = functional.conv_relu_pool2d(*arguments, padding=1, return_skip=True)
+    gradient = torch.autograd.grad(outputs[0].sum() + outputs[1].sum(), arguments[0])[0]
+    for tensor in (*outputs, functional.conv_relu_pool2d(*arguments), gradient):
+        assert tensor.is_contiguous(memory_format=memory_format)
+
+
+VIEWS = {
+    "sliced-batch": lambda t: t[::2],
+    "sliced-columns": lambda t: t[..., 1:-2],
+    "strided": lambda t: t[:, :, ::2, ::2],
+    "flipped-axes": lambda t: t.transpose(2, 3),
+    "expanded": lambda t: t[:1].expand(3, -1, -1, -1),
+    "permuted": lambda t: t.permute(0, 3, 1, 2)[:, :3],
+}
+
+
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
+def test_strided_input(road: str, view: object) -> None:
+    base = make((4, 3, 18, 22), requires_grad=True)
+    base, weight, bias = map(representable, (base, *tensors(SHAPES["rgb"], torch.float32)[1:]))
+
+    def through_view(function: object) -> object:
+        return lambda base, weight, bias: function(view(base), weight, bias, padding=1)
+
+    actual = values_and_gradients(through_view(functional.conv_relu_pool2d), [base, weight, bias])
+    plain = values_and_gradients(through_view(reference.conv_relu_pool2d), [base, weight, bias])
+    truth = values_and_gradients(through_view(reference.conv_relu_pool2d), [base, weight, bias], torch.float64)
+    assert_conv_parity(actual, plain, truth, outputs=1, terms=base[:, 0].numel())
+
+
+INCOMING = {
+    "expanded": lambda output: torch.ones((), dtype=output.dtype).expand_as(output),
+    "transposed": lambda output: make(output.shape, output.dtype).transpose(2, 3).contiguous().transpose(2, 3),
+    "from-cat": lambda output: make((output.shape[0], 2 * output.shape[1], *output.shape[2:]))[:, output.shape[1] :],
+    "channels-last": lambda output: make(output.shape, output.dtype, layout="channels_last"),
+}
+
+
+@pytest.mark.parametrize("skip", [False, True], ids=["pooled", "with-skip"])
+@pytest.mark.parametrize("incoming", INCOMING.values(), ids=INCOMING)
+def test_strided_gradient(road: str, incoming: object, skip: bool) -> None:
+    arguments = list(map(representable, tensors(SHAPES["rgb"], torch.float32)))
+
+    def gradients(function: object, dtype: torch.dtype) -> list[Tensor]:
+        leaves = [t.detach().to(dtype).requires_grad_() for t in arguments]
+        outputs = function(*leaves, padding=1, return_skip=True)[: 1 + skip]
+        given = [incoming(output.detach().float()).to(dtype) for output in outputs]
+        return list(torch.autograd.grad(outputs, leaves, given))
+
+    actual = gradients(functional.conv_relu_pool2d, torch.float32)
+    plain = gradients(reference.conv_relu_pool2d, torch.float32)
+    truth = gradients(reference.conv_relu_pool2d, torch.float64)
+    assert_conv_parity(actual, plain, truth, outputs=0, terms=arguments[0][:, 0].numel())
+
+
+def test_gradient_of_skip_alone() -> None:
+    arguments = tensors(SHAPES["rgb"], torch.float64)
+    actual = torch.autograd.grad(functional.conv_relu_pool2d(*arguments, return_skip=True)[1].square().sum(), arguments)
+    plain = torch.autograd.grad(reference.conv_relu_pool2d(*arguments, return_skip=True)[1].square().sum(), arguments)
+    torch.testing.assert_close(actual, plain)
+
+
+def test_no_images(road: str) -> None:
+    arguments = [torch.randn(s, requires_grad=True) for s in ((0, 3, 9, 9), (4, 3, 3, 3), (4,))]
+    output = functional.conv_relu_pool2d(*arguments)
+    assert output.shape == (0, 4, 3, 3)
+    for gradient, argument in zip(torch.autograd.grad(output.sum(), arguments), arguments, strict=True):
+        assert torch.equal(gradient, torch.zeros_like(argument))
+
+
+# ---- the pool's hard cases, on an identity convolution so that the map is known ----
+
+
+MAPS = {
+    "ties": torch.ones(6, 6),
+    "cut-by-relu": -torch.ones(6, 6),
+    "zeros": torch.zeros(6, 6),
+    "negative-zero": torch.full((6, 6), -0.0),
+    "one-nan": torch.ones(6, 6).index_put((torch.tensor(2), torch.tensor(3)), torch.tensor(float("nan"))),
+    "nan-after-larger": torch.arange(36.0).flip(0).view(6, 6).index_fill(1, torch.tensor([3]), float("nan")),
+    "all-nan": torch.full((6, 6), float("nan")),
+    "below-float32": torch.full((6, 6), 1e-60, dtype=torch.float64),  # above zero all the same
+    "infinities": torch.tensor([float("inf"), -float("inf"), 1.0]).repeat(12).view(6, 6),
+    "all-negative-infinity": torch.full((6, 6), -float("inf")),
+}
+
+
+@pytest.mark.parametrize("window", [(2, 2, 0), (3, 2, 1), (2, 1, 1)], ids=["2x2", "3x3-stride-2", "2x2-stride-1"])
+@pytest.mark.parametrize("map", MAPS.values(), ids=MAPS)
+def test_window_maximum(road: str, isa: str, map: Tensor, window: tuple[int, int, int]) -> None:
+    size, stride, padding = window
+    leaf = map[None, None].clone().requires_grad_()
+    identity = torch.ones(1, 1, 1, 1, dtype=map.dtype)
+    options = {"pool_size": size, "pool_stride": stride, "pool_padding": padding, "return_indices": True}
+    check([leaf, identity, None], **options)
+    indices = (module.conv_relu_pool2d(leaf, identity, **options)[1] for module in (functional, reference))
+    assert torch.equal(*indices)
+
+
+def test_large_window_takes_plain_pytorch_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    _native.log_slow_road.cache_clear()
+    check([make((1, 1, 33, 40), requires_grad=True), make((2, 1, 2, 2), requires_grad=True), None], pool_size=16)
+    assert "more than 255 positions" in caplog.text
+
+
+def test_largest_window_of_the_kernels(road: str) -> None:
+    check([make((1, 1, 20, 36), requires_grad=True), make((9, 1, 2, 2), seed=1, requires_grad=True), None],
+          pool_size=(15, 17), pool_stride=(2, 9), return_indices=True)  # fmt: skip
+
+
+# ---- determinism, memory, graphs ----
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_bitwise_equal_for_any_number_of_threads(road: str, dtype: torch.dtype, threads: Callable[[int], None]) -> None:
+    arguments = tensors((3, 3, 33, 31, 19, 3, 3), dtype)
+    results = []
+    for count in (1, 2, 3, 2):
+        threads(count)
+        results.append(values_and_gradients(functional.conv_relu_pool2d, arguments, padding=1))
+    # oneDNN's own convolution divides its sums by thread, so that on its road the same number must give the same.
+    pairs = [(1, 3)] if road == "library" else [(0, 1), (0, 2), (1, 3)]
+    for first, second in pairs:
+        torch.testing.assert_close(results[first], results[second], rtol=0, atol=0)
+
+
+def test_fresh_memory_filled_with_nan_changes_nothing(road: str) -> None:
+    arguments = tensors(SHAPES["blocks"], torch.float32)
+    expected = values_and_gradients(functional.conv_relu_pool2d, arguments, **STEM)
+    with fresh_memory_of_nan():
+        poisoned = values_and_gradients(functional.conv_relu_pool2d, arguments, **STEM)
+    torch.testing.assert_close(poisoned, expected, rtol=0, atol=0)
+
+
+def test_arguments_are_left_alone_and_graph_can_be_retained(road: str) -> None:
+    arguments = tensors(SHAPES["rgb"], torch.float32)
+    copies = [t.detach().clone() for t in arguments]
+    outputs = functional.conv_relu_pool2d(*arguments, padding=1, return_skip=True)
+    loss = sum(output.sum() for output in outputs)
+    first = torch.autograd.grad(loss, arguments, retain_graph=True)
+    torch.testing.assert_close(first, torch.autograd.grad(loss, arguments), rtol=0, atol=0)
+    torch.testing.assert_close([t.detach() for t in arguments], copies, rtol=0, atol=0)
+
+
+def test_gradcheck_first_and_second_order(road: str) -> None:
+    arguments = tensors((1, 2, 6, 7, 3, 3, 2), torch.float64)
+    for options in ({"padding": 1}, {"return_skip": True}):
+        function = lambda *a, options=options: functional.conv_relu_pool2d(*a, **options)  # noqa: E731
+        assert torch.autograd.gradcheck(function, arguments)
+        assert torch.autograd.gradgradcheck(function, arguments)
+
+
+def test_instruction_set_override_in_a_fresh_process() -> None:
+    import os
+    import subprocess
+    import sys
+
+    script = "import fastseg; print(fastseg.info()['cpu_isa'])"
+    for name in fastseg.info()["cpu_isas"]:
+        environment = {**os.environ, "FASTSEG_CPU_ISA": name}
+        run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+        assert run.stdout.strip() == name
+    run = subprocess.run(
+        [sys.executable, "-c", script], env={**os.environ, "FASTSEG_CPU_ISA": "sse9"}, capture_output=True, text=True
+    )
+    assert "sse9" in run.stderr
+    assert "portable" in run.stderr
+
+
+# ---- errors ----
+
+BAD = {
+    "rank": ({"input": torch.ones(3, 3)}, ValueError, "input: expected"),
+    "channels": ({"input": torch.ones(1, 2, 8, 8)}, ValueError, "expected 3 channels"),
+    "weight-rank": ({"weight": torch.ones(4, 3, 3)}, ValueError, "weight: expected"),
+    "no-kernels": ({"weight": torch.ones(0, 3, 3, 3)}, ValueError, "at least one output channel"),
+    "groups": ({"groups": 3}, ValueError, "groups: expected a divisor"),
+    "bias": ({"bias": torch.ones(5)}, ValueError, "bias: expected shape"),
+    "integers": ({"input": torch.ones(1, 3, 8, 8, dtype=torch.int32)}, TypeError, "input: expected float32"),
+    "dtypes": ({"weight": torch.ones(4, 3, 3, 3, dtype=torch.float64)}, TypeError, "weight: expected input's dtype"),
+    "stride": ({"stride": 0}, ValueError, "stride: expected"),
+    "three-numbers": ({"dilation": (1, 1, 1)}, ValueError, "dilation: expected"),
+    "padding-word": ({"padding": "full"}, ValueError, "padding: expected"),
+    "same-stride": ({"padding": "same", "stride": 2}, ValueError, "needs stride 1"),
+    "kernel-too-large": ({"input": torch.ones(1, 3, 2, 8)}, ValueError, "reaches over 3 pixels of height"),
+    "pool-too-large": ({"pool_size": 7}, ValueError, "leaves no output"),
+    "pool-padding": ({"pool_padding": 2}, ValueError, "at most half"),
+}
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), BAD.values(), ids=BAD)
+def test_errors_name_the_argument(changes: dict, error: type[Exception], message: str) -> None:
+    arguments = {"input": torch.ones(1, 3, 8, 8), "weight": torch.ones(4, 3, 3, 3)} | changes
+    with pytest.raises(error, match=message):
+        functional.conv_relu_pool2d(**arguments)
