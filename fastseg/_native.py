@@ -24,7 +24,7 @@ logger = logging.getLogger("fastseg")
 # tensors run through them instead of the C++ kernels: slowly, to test the kernels where there is no GPU.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
-# The numbers are csrc/tensor.h's DType.
+# The numbers are csrc/core/tensor.h's DType.
 DTYPE_CODES = {
     torch.float32: 0,
     torch.float64: 1,

@@ -31,7 +31,8 @@ def choose_road(weight: Tensor, groups: int, with_skip: bool, most_taps: int) ->
 # Bytes of padded input that the direct kernels may pack for one row of windows: a thread keeps them in memory of its
 # own. Where strides, dilations or padding are so large, most of it would be skipped.
 DIRECT_MAX_BYTES = 2**25
-DIRECT_COLUMNS = 24  # to a multiple of which the forward rounds the convolution's columns: csrc/register_tile.h's most
+# To a multiple of which the forward rounds the convolution's columns: csrc/convolution/register_tile-inl.h's most.
+DIRECT_COLUMNS = 24
 
 
 def packs_few_bytes(input: Tensor, weight: Tensor, geometry: Geometry) -> bool:
@@ -49,7 +50,7 @@ def packs_few_bytes(input: Tensor, weight: Tensor, geometry: Geometry) -> bool:
 WINOGRAD_MIN_PIXELS = 200
 
 # Input channels up to which it takes loops of its own, which know neither a skip nor how not to pool.
-WINOGRAD_FEW_CHANNELS = 4  # csrc/winograd_windows.h's kFewChannels
+WINOGRAD_FEW_CHANNELS = 4  # csrc/convolution/winograd_windows-inl.h's kFewChannels
 
 # Kernel, stride, dilation and pool of what it serves: plain layers, with and without a pool, and the stem of a ResNet.
 WINOGRAD_POOLED = ((3, 3), (1, 1), (1, 1), ((2, 2), (2, 2), (0, 0)))

@@ -19,9 +19,9 @@ from fastseg._native import INTERPRETED, describe, log_slow_road, native
 from fastseg.ops.layouts import lie_alike
 from fastseg.ops.registration import register_gradient, register_plain
 
-REDUCTIONS = ("none", "mean", "sum")  # in the order of csrc/cross_entropy.h's Reduction
-MAX_DIMS = 8  # csrc/tensor.h's kMaxDims
-# The ignore_index where no label is to be ignored: the operators' (csrc/upsample_confusion_matrix.h's kIgnoreNone).
+REDUCTIONS = ("none", "mean", "sum")  # in the order of csrc/loss/cross_entropy.h's Reduction
+MAX_DIMS = 8  # csrc/core/tensor.h's kMaxDims
+# The ignore_index where no label is to be ignored: kIgnoreNone of csrc/upsampling/upsample_confusion_matrix.h.
 IGNORE_NONE = torch.iinfo(torch.int64).min
 
 # Logits up to which torch's own operator is ahead on a CPU: it spares the way through Python (about 0.1 ms forward and

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-MODES = ("nearest", "bilinear")  # in the order of csrc/upsampling.h's Mode
+MODES = ("nearest", "bilinear")  # in the order of csrc/upsampling/upsampling.h's Mode
 
 
 def grid_between(

@@ -1,0 +1,76 @@
+// conv_relu_pool2d, the Winograd road: 3x3 convolutions under 2x2 pools. A pooling window is one tile of Winograd's
+// output, so that it is pooled in registers and nothing of full resolution is stored that wasn't asked for. Also serves
+// conv2d alone, without ReLU and pool; its gradients are those of conv_relu_pool2d where they are dense (of a skip, or
+// where nothing is pooled).
+#include "convolution/conv_relu_pool2d.h"
+#include "convolution/winograd_channels-inl.h"
+#include "convolution/winograd_stem-inl.h"
+#include "convolution/winograd_weight-inl.h"
+#include "convolution/winograd_windows-inl.h"
+
+namespace fastseg {
+namespace FASTSEG_ISA {
+namespace {
+
+// Whether it did.
+template <class Kernel>
+bool forward(const ConvReluPool2dWinogradForward& call) {
+  Kernel kernel(call);
+  if (kernel.tasks() == 0) return true;
+  const int64_t bytes = kernel.workspace_elements() * int64_t{sizeof(*kernel.weights)};
+  Workspace workspace(bytes);
+  advise_huge_pages(workspace.data(), bytes);  // 17 MB for 512 by 512 channels, fresh at every call
+  kernel.prepare(workspace.data());
+  bool safe = kernel.largest_input >= 0;
+  kernel.safe = &safe;
+  if (safe) for_each_task(kernel.tasks(), call.threads, [&](int64_t task) { return kernel.run(task); });
+  return safe;
+}
+
+template <class T>
+bool forward_of(const ConvReluPool2dWinogradForward& call) {
+  if (call.weight.size[2] == kStemKernel) return forward<WinogradStem<T>>(call);
+  const bool all_channels = call.skip || call.geometry.pool_size[0] != kPoolSide || call.input.size[1] > kFewChannels;
+  return all_channels ? forward<WinogradChannels<T>>(call) : forward<WinogradWindows<T>>(call);
+}
+
+// The gradient of the input is a convolution too: of grad_output, by the kernels turned by 180 degrees, with output
+// channels for input channels.
+ConvReluPool2dWinogradForward input_gradient(const Conv2dWinogradBackward& call) {
+  ConvReluPool2dWinogradForward result = {};
+  result.input = call.grad_output;
+  result.weight = call.weight;
+  result.weight.size[0] = call.weight.size[1], result.weight.size[1] = call.weight.size[0];
+  result.weight.stride[0] = call.weight.stride[1], result.weight.stride[1] = call.weight.stride[0];
+  ConvPoolGeometry& g = result.geometry;
+  for (int i = 0; i < 2; ++i) {
+    const int64_t step = call.weight.stride[2 + i];
+    result.weight.data = at_mutable(result.weight, (kKernelSide - 1) * step);
+    result.weight.stride[2 + i] = -step;
+    g.padding[i] = kKernelSide - 1 - call.padding[i];
+    g.stride[i] = g.dilation[i] = g.pool_size[i] = g.pool_stride[i] = 1;
+  }
+  result.output = call.grad_input;
+  result.relu = false;
+  result.threads = call.threads;
+  return result;
+}
+
+template <class T>
+bool backward_of(const Conv2dWinogradBackward& call) {
+  if (call.grad_input && !forward<WinogradChannels<T>>(input_gradient(call))) return false;
+  return !(call.grad_weight || call.grad_bias) || WinogradWeight<T>(call).run_all();
+}
+
+}  // namespace
+
+void conv_relu_pool2d_winograd_forward(const ConvReluPool2dWinogradForward& call) {
+  *call.done = call.input.dtype == DType::kFloat64 ? forward_of<double>(call) : forward_of<float>(call);
+}
+
+void conv2d_winograd_backward(const Conv2dWinogradBackward& call) {
+  *call.done = call.input.dtype == DType::kFloat64 ? backward_of<double>(call) : backward_of<float>(call);
+}
+
+}  // namespace FASTSEG_ISA
+}  // namespace fastseg

@@ -1,0 +1,33 @@
+// What the bindings of all operators share: tensors as Python describes them, and the checks of their shapes.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include "core/tensor.h"
+
+namespace fastseg {
+namespace python {
+
+namespace py = pybind11;
+
+// Throws std::invalid_argument, in Python a ValueError.
+void require(bool condition, const char* what);
+
+// From (address, dtype, sizes, strides), which it checks; None is a tensor without memory.
+Tensor from_python(const py::object& description);
+
+bool is_floating(const Tensor& tensor);
+bool same_shape(const Tensor& a, const Tensor& b);
+bool is_dense(const Tensor& tensor);
+
+// From a floating-point tensor's first element to its last, in bytes.
+int64_t byte_span(const Tensor& tensor);
+
+// One function for each operator's file.
+void bind_conv_relu_pool2d(py::module_& m);
+void bind_cross_entropy(py::module_& m);
+void bind_upsample_cross_entropy(py::module_& m);
+void bind_upsample_argmax(py::module_& m);
+
+}  // namespace python
+}  // namespace fastseg

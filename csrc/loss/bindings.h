@@ -1,0 +1,46 @@
+// What the bindings of the operators on labels and upsampled logits share.
+#pragma once
+
+#include <string>
+
+#include "core/bindings.h"
+#include "loss/cross_entropy.h"
+#include "upsampling/upsample_confusion_matrix.h"
+#include "upsampling/upsampling.h"
+
+namespace fastseg {
+namespace python {
+
+// Logits [N, C, h, w] and, of the output's size, labels [N, H, W].
+inline void check_map(const Tensor& input, const Tensor& labels) {
+  require(input.ndim == 4 && is_floating(input) && input.size[1] > 0 && input.size[2] > 0 && input.size[3] > 0,
+          "input is a floating-point [N, C, h, w] with classes, rows and columns");
+  require(labels.ndim == 3 && !is_floating(labels) && labels.size[0] == input.size[0] && labels.size[1] > 0 &&
+              labels.size[2] > 0,
+          "labels are integers [N, H, W] with rows and columns");
+}
+
+inline Upsampling read_grid(int mode, bool align_corners, double step_h, double step_w) {
+  const bool known = mode == static_cast<int>(Mode::kNearest) || mode == static_cast<int>(Mode::kBilinear);
+  require(known && step_h >= 0 && step_w >= 0, "a mode is known, and a step is not negative");
+  return {static_cast<Mode>(mode), align_corners, {step_h, step_w}};
+}
+
+// Runs a kernel without the interpreter lock; raises an IndexError for a label that is neither a class nor ignored.
+template <class Call>
+void run_with_labels(Call& call, void (*kernel)(const Call&)) {
+  InvalidLabel invalid = {};
+  call.invalid = &invalid;
+  {
+    py::gil_scoped_release unlocked;
+    kernel(call);
+  }
+  if (!invalid.found) return;
+  const std::string ignored =
+      call.ignore_index == kIgnoreNone ? "" : " or ignore_index (" + std::to_string(call.ignore_index) + ")";
+  throw py::index_error("target: expected classes in [0, " + std::to_string(call.input.size[1]) + ")" + ignored +
+                        ", got " + std::to_string(invalid.value));
+}
+
+}  // namespace python
+}  // namespace fastseg

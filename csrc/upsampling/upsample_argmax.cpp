@@ -1,0 +1,76 @@
+// upsample_argmax's kernel: an output row at a time, its pixels' logits never leave the registers.
+#include "upsampling/upsample_argmax.h"
+
+#include "simd/vector_math-inl.h"
+#include "upsampling/argmax_rows-inl.h"
+
+namespace fastseg {
+namespace FASTSEG_ISA {
+namespace {
+
+// confidence[x] = 1 / sum(exp(logit - largest)), the softmax value of the largest logit, up to kPixelMultiple beyond
+// count.
+template <class T, class Row>
+void confidence_row(const UpsampledMap<T>& map, const Row logits, int64_t count, T* confidence) {
+  for (int64_t x = 0; x < count; x += kLanes<T>) {
+    Vec<T> largest = logits(0, x), sum = {};
+    for (int64_t c = 1; c < map.classes; ++c) largest = maximum<T>(largest, logits(c, x));
+    for (int64_t c = 0; c < map.classes; ++c) sum += exp_of_nonpositive<T>(logits(c, x) - largest);
+    store(confidence + x, T(1) / sum);
+  }
+}
+
+template <class I>
+void store_labels(const I* labels, int64_t count, const Tensor& target, int64_t first) {
+  const auto to = [&](auto* typed) {
+    for (int64_t x = 0; x < count; ++x) typed[first + x] = static_cast<decltype(typed[0] + 0)>(labels[x]);
+  };
+  if (target.dtype == DType::kUInt8) to(static_cast<uint8_t*>(target.data));
+  if (target.dtype == DType::kInt16) to(static_cast<int16_t*>(target.data));
+  if (target.dtype == DType::kInt32) to(static_cast<int32_t*>(target.data));
+  if (target.dtype == DType::kInt64) to(static_cast<int64_t*>(target.data));
+}
+
+template <class T>
+bool argmax_band(const UpsampleArgmax& call, const UpsampledMap<T>& map, const Bands& bands, int64_t band) {
+  const auto padded = Pieces<T>::padded;
+  const int64_t elements = padded(ExpandedRows<T>::elements(map)) + 2 * padded(map.tile_columns);
+  void* const memory = scratch(elements * static_cast<int64_t>(sizeof(T)));
+  if (memory == nullptr) return false;
+  Pieces<T> pieces(memory);
+  ExpandedRows<T> source(map, call.input, false, pieces.take(ExpandedRows<T>::elements(map)));
+  T* const confidence = pieces.take(map.tile_columns);
+  Int<T>* const labels = reinterpret_cast<Int<T>*>(pieces.take(map.tile_columns));
+  for_each_tile_row(
+      map, bands, band, &source, [&](int64_t image, int64_t y, const RowPair<T>& pair, int64_t begin, int64_t count) {
+        const int64_t first = (image * map.output_height + y) * map.output_width + begin;
+        const bool with_confidence = call.confidence.size[0] > 0;
+        with_upsampled_row(map, pair, 0, [&](const auto row) {
+          argmax_row(map, pair, row, count, labels);
+          if (with_confidence) confidence_row(map, row, count, confidence);
+        });
+        store_labels(labels, count, call.labels, first);
+        if (with_confidence)
+          unpack(confidence, 0, 1, count, at_mutable(call.confidence, first), call.confidence.dtype, 0, 1);
+        return true;
+      });
+  return true;
+}
+
+template <class T>
+void argmax(const UpsampleArgmax& call) {
+  const int64_t output_height = call.labels.size[1], output_width = call.labels.size[2];
+  const Bands bands(call.input.size[0], output_height);
+  const Workspace tables(UpsampledMap<T>::table_bytes(output_height, output_width));
+  const UpsampledMap<T> map(call.grid, call.input, output_height, output_width, kArgmaxRowsInCache, tables.data());
+  for_each_task(bands.count, call.threads, [&](int64_t band) { return argmax_band(call, map, bands, band); });
+}
+
+}  // namespace
+
+void upsample_argmax(const UpsampleArgmax& call) {
+  return call.input.dtype == DType::kFloat64 ? argmax<double>(call) : argmax<float>(call);
+}
+
+}  // namespace FASTSEG_ISA
+}  // namespace fastseg

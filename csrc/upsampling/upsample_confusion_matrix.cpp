@@ -1,0 +1,76 @@
+// upsample_confusion_matrix's kernel: an output row's predictions, counted before the next row's are made.
+#include "upsampling/upsample_confusion_matrix.h"
+
+#include "loss/cross_entropy_terms-inl.h"
+#include "upsampling/argmax_rows-inl.h"
+
+namespace fastseg {
+namespace FASTSEG_ISA {
+namespace {
+
+// Every task counts in a matrix of its own: threads that shared one would wait for each other's cache lines. Counts
+// don't depend on who counts, so that few tasks will do: enough to even out threads that are slower than others.
+constexpr int64_t kTasksPerThread = 4;
+constexpr int64_t kMatricesBytes = 64 << 20;
+
+template <class T>
+bool count_band(const UpsampleConfusionMatrix& call, const UpsampledMap<T>& map, const Bands& bands, int64_t band,
+                int64_t* counts, InvalidLabel* invalid) {
+  const auto padded = Pieces<T>::padded;
+  const int64_t elements = padded(ExpandedRows<T>::elements(map)) + 2 * padded(map.tile_columns);
+  void* const memory = scratch(elements * static_cast<int64_t>(sizeof(T)));
+  if (memory == nullptr) return false;
+  Pieces<T> pieces(memory);
+  ExpandedRows<T> source(map, call.input, false, pieces.take(ExpandedRows<T>::elements(map)));
+  Int<T>* const labels = reinterpret_cast<Int<T>*>(pieces.take(map.tile_columns));
+  Int<T>* const predictions = reinterpret_cast<Int<T>*>(pieces.take(map.tile_columns));
+  for_each_tile_row(
+      map, bands, band, &source, [&](int64_t image, int64_t y, const RowPair<T>& pair, int64_t begin, int64_t count) {
+        const Tensor& target = call.target;
+        const int64_t offset = image * target.stride[0] + y * target.stride[1] + begin * target.stride[2];
+        if (!read_label_run(call, offset, count, target.stride[2], labels, invalid)) return false;
+        with_upsampled_row(map, pair, 0, [&](const auto row) { argmax_row(map, pair, row, count, predictions); });
+        for (int64_t x = 0; x < count; ++x)
+          if (labels[x] != kIgnored) ++counts[labels[x] * map.classes + predictions[x]];
+        return true;
+      });
+  return true;
+}
+
+template <class T>
+void confusion_matrix(const UpsampleConfusionMatrix& call) {
+  const int64_t output_height = call.target.size[1], output_width = call.target.size[2];
+  const int64_t cells = call.input.size[1] * call.input.size[1];
+  const Bands bands(call.input.size[0], output_height);
+  const int64_t matrices = kMatricesBytes / (cells * static_cast<int64_t>(sizeof(int64_t)));
+  const int64_t tasks = least(bands.count, most(1, least(kTasksPerThread * call.threads, matrices)));
+  const Workspace tables(UpsampledMap<T>::table_bytes(output_height, output_width));
+  const UpsampledMap<T> map(call.grid, call.input, output_height, output_width, kArgmaxRowsInCache, tables.data());
+  const int64_t invalid_bytes = tasks * static_cast<int64_t>(sizeof(InvalidLabel));
+  const int64_t count_bytes = tasks * cells * static_cast<int64_t>(sizeof(int64_t));
+  const Workspace workspace(invalid_bytes + count_bytes);
+  memset(workspace.data(), 0, invalid_bytes + count_bytes);
+  InvalidLabel* const invalid = static_cast<InvalidLabel*>(workspace.data());
+  int64_t* const counts = reinterpret_cast<int64_t*>(invalid + tasks);
+  for_each_task(tasks, call.threads, [&](int64_t task) {
+    for (int64_t band = task * bands.count / tasks; band < (task + 1) * bands.count / tasks; ++band)
+      if (!count_band(call, map, bands, band, counts + task * cells, &invalid[task])) return false;
+    return true;
+  });
+  *call.invalid = {};
+  int64_t* const matrix = static_cast<int64_t*>(call.matrix.data);
+  memset(matrix, 0, cells * sizeof(int64_t));
+  for (int64_t task = 0; task < tasks; ++task) {
+    keep_first(invalid[task], call.invalid);
+    for (int64_t i = 0; i < cells; ++i) matrix[i] += counts[task * cells + i];
+  }
+}
+
+}  // namespace
+
+void upsample_confusion_matrix(const UpsampleConfusionMatrix& call) {
+  return call.input.dtype == DType::kFloat64 ? confusion_matrix<double>(call) : confusion_matrix<float>(call);
+}
+
+}  // namespace FASTSEG_ISA
+}  // namespace fastseg

@@ -1,0 +1,247 @@
+// The transposed upsampling: gradients of an output row's pixels, summed to the input's. It has two steps: an output
+// row is added to the gradients of its two expanded input rows, and these are contracted to the input's columns once
+// all output rows have been added.
+//
+// A task owns a band of input rows, and the output rows that begin there. The row after its last one gets a gradient
+// too, so that bands keep their first row's and that row's gradient, and those are added in the end.
+#pragma once
+
+#include "loss/cross_entropy_terms-inl.h"
+#include "upsampling/upsampled_rows-inl.h"
+
+namespace fastseg {
+namespace FASTSEG_ISA {
+namespace {
+
+constexpr int kGradientRowsInCache = 4;  // a tile's two expanded input rows, and their gradients
+
+// Classes whose gradients lie side by side: their rows are turned, four columns at a time, into columns of so many
+// classes, which are then summed at once.
+template <class T>
+constexpr int kGroup = FASTSEG_VECTOR_BYTES > 16 && sizeof(T) == sizeof(float) ? 8 : 4;
+template <class T>
+struct ClassGroup {
+  typedef T type __attribute__((vector_size(kGroup<T> * sizeof(T))));
+};
+
+struct InputBands {
+  int64_t rows, per_image, count;
+  bool share_rows;  // whether output rows lie between input rows
+
+  InputBands(int64_t images, int64_t height, int64_t output_height, Mode mode)
+      : rows(least(height, most(ceil_div(images * height, kBands), ceil_div(kLeastBandRows * height, output_height)))),
+        per_image(ceil_div(height, rows)),
+        count(images * per_image),
+        share_rows(mode == Mode::kBilinear && height != output_height) {}
+};
+
+// The gradient that a call makes, and what its tasks share.
+template <class T>
+struct GradientSum {
+  const UpsampledMap<T>& map;
+  const InputBands& bands;
+  const Tensor& gradient;  // [N, C, h, w], any strides
+  T* edges;                // [bands][2]: the gradients of each band's first row, and of the one after its last
+
+  // Of the gradient of an input row: [groups of classes][width][kGroup<T>].
+  int64_t row_elements() const { return ceil_div(map.classes, kGroup<T>) * map.width * kGroup<T>; }
+  T* edge(int64_t band, int which) const { return edges + (2 * band + which) * row_elements(); }
+  int64_t edge_elements() const { return bands.share_rows ? bands.count * 2 * row_elements() : 0; }
+};
+
+// Where an output row's gradients go to: those of its two expanded input rows, which may be one.
+template <class T>
+class GradientsToRows {
+ public:
+  GradientsToRows(const UpsampledMap<T>& map, const Position<T>& position, T* expanded)
+      : first_(expanded + position.first % 2 * map.row_elements()),
+        second_(expanded + position.second % 2 * map.row_elements()),
+        class_stride_(map.row_stride),
+        first_weight_(broadcast<T>(position.first_weight)),
+        second_weight_(broadcast<T>(position.second_weight)) {}
+
+  FASTSEG_INLINE void operator()(int64_t c, int64_t x, Vec<T> gradient) const {
+    T *const first = first_ + c * class_stride_ + x, *const second = second_ + c * class_stride_ + x;
+    store(first, load(first) + gradient * first_weight_);
+    store(second, load(second) + gradient * second_weight_);
+  }
+
+ private:
+  T *first_, *second_;
+  int64_t class_stride_;
+  Vec<T> first_weight_, second_weight_;
+};
+
+// Adds an expanded row's gradient, of the tile's columns [begin, begin + count) and of those that fill them up, which
+// have none, to the input row's.
+template <class T>
+FASTSEG_NOINLINE void contract(const UpsampledMap<T>& map, const T* expanded, int64_t begin, int64_t count,
+                               T* gradient) {
+  using Classes = typename ClassGroup<T>::type;
+  constexpr int kColumns = 4;
+  const Columns<T>& columns = map.columns;
+  const Int<T>* const left = columns.left + begin;
+  const T *left_weight = columns.left_weight + begin, *right_weight = columns.right_weight + begin;
+  const Int<T> to_right = columns.blends && map.width != map.output_width;  // 0: a column counts alone
+  const Int<T> last = static_cast<Int<T>>(map.width - 1);                   // which has none to its right
+  for (int64_t c = 0; c < map.classes; c += kGroup<T>, gradient += map.width * kGroup<T>) {
+    const T* rows[kGroup<T>];
+    for (int i = 0; i < kGroup<T>; ++i) rows[i] = expanded + least(c + i, map.classes - 1) * map.row_stride;
+    // The sums for a pair of input columns stay in registers until the next pair comes, which mostly begins where this
+    // one ends.
+    Classes left_sum = {}, right_sum = {};
+    Int<T> column = left[0];
+    const auto add = [&](Int<T> to, Classes value) {
+      T* const target = gradient + least(to, last) * kGroup<T>;
+      Classes sum;
+      memcpy(&sum, target, sizeof sum);
+      sum += value;
+      memcpy(target, &sum, sizeof sum);
+    };
+    for (int64_t x = 0; x < count; x += kColumns) {
+      Classes at_column[kColumns];
+      for (int i = 0; i < kGroup<T>; ++i)
+        memcpy(reinterpret_cast<T*>(&at_column[i % kColumns]) + i / kColumns * kColumns, rows[i] + x,
+               kColumns * sizeof(T));
+      transpose4(at_column);
+      for (int i = 0; i < kColumns; ++i) {
+        const Int<T> next = left[x + i];
+        if (next != column) {
+          add(column, left_sum);
+          if (next != column + to_right) {
+            add(column + to_right, right_sum);
+            right_sum = Classes{};
+          }
+          left_sum = right_sum;
+          right_sum = Classes{};
+          column = next;
+        }
+        left_sum += at_column[i] * left_weight[x + i];
+        right_sum += at_column[i] * right_weight[x + i];
+      }
+    }
+    add(column, left_sum);
+    add(column + to_right, right_sum);
+  }
+}
+
+template <class T>
+void store_row(const GradientSum<T>& sum, int64_t image, int64_t y, const T* row) {
+  const Tensor& gradient = sum.gradient;
+  const int64_t classes = sum.map.classes, width = sum.map.width;
+  for (int64_t c = 0; c < classes; c += kGroup<T>)
+    unpack(row + c * width, kGroup<T>, width, least(kGroup<T>, classes - c),
+           at_mutable(gradient, image * gradient.stride[0] + c * gradient.stride[1] + y * gradient.stride[2]),
+           gradient.dtype, gradient.stride[3], gradient.stride[1]);
+}
+
+// The first output row that is made of input row y and later ones.
+template <class T>
+int64_t first_output_row(const UpsampledMap<T>& map, int64_t y) {
+  int64_t low = 0, high = map.output_height;
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    if (map.rows[middle].first < y)
+      low = middle + 1;
+    else
+      high = middle;
+  }
+  return low;
+}
+
+// A band, and one of its tiles.
+struct Place {
+  int64_t band, image, begin, end;  // begin, end: of the band's input rows
+  int64_t column, columns;          // of the output
+};
+
+// Sums the gradients of a tile's columns over the band's output rows into rows, [input rows of the band + 1].
+template <class T, class Work>
+bool sum_tile(const GradientSum<T>& sum, const Place& place, ExpandedRows<T>* source, Work* work, T* expanded,
+              T* rows) {
+  const UpsampledMap<T>& map = sum.map;
+  source->select(place.image, place.column, place.columns);
+  memset(expanded, 0, 2 * map.row_elements() * sizeof(T));
+  int64_t row = place.begin;  // of the input: its gradient and the next row's are being summed
+  const auto finish_row = [&] {
+    T* const done = expanded + row % 2 * map.row_elements();
+    contract(map, done, place.column, place.columns, rows + (row - place.begin) * sum.row_elements());
+    memset(done, 0, map.row_elements() * sizeof(T));
+    ++row;
+  };
+  const int64_t last = first_output_row(map, place.end);
+  for (int64_t y = first_output_row(map, place.begin); y < last; ++y) {
+    while (row < map.rows[y].first) finish_row();
+    const RowPair<T> pair(map, source, map.rows[y]);
+    if (!work->row(place, y, pair, GradientsToRows<T>(map, map.rows[y], expanded))) return false;
+  }
+  while (row < place.end) finish_row();
+  if (sum.bands.share_rows && place.end < map.height) finish_row();
+  return true;
+}
+
+// Work: what is done to an output row. Its static elements(map) is the scratch memory that it takes from pieces.
+template <class T, class Work, class Call>
+bool sum_band(const GradientSum<T>& sum, const Call& call, Partial* partial, int64_t band) {
+  const UpsampledMap<T>& map = sum.map;
+  const auto padded = Pieces<T>::padded;
+  const int64_t rows_elements = (sum.bands.rows + 1) * sum.row_elements();
+  const int64_t elements = padded(ExpandedRows<T>::elements(map)) + padded(2 * map.row_elements()) +
+                           padded(rows_elements) + Work::elements(map);
+  void* const memory = scratch(elements * static_cast<int64_t>(sizeof(T)));
+  if (memory == nullptr) return false;
+  Pieces<T> pieces(memory);
+  ExpandedRows<T> source(map, call.input, true, pieces.take(ExpandedRows<T>::elements(map)));
+  T* const expanded = pieces.take(2 * map.row_elements());
+  T* const rows = pieces.take(rows_elements);
+  memset(rows, 0, rows_elements * sizeof(T));
+  const int64_t begin = band % sum.bands.per_image * sum.bands.rows;
+  Place place = {band, band / sum.bands.per_image, begin, least(begin + sum.bands.rows, map.height), 0, 0};
+  Work work(call, map, place, partial, &pieces);
+  for (; place.column < map.output_width; place.column += map.tile_columns) {
+    place.columns = least(map.tile_columns, map.output_width - place.column);
+    if (!sum_tile(sum, place, &source, &work, expanded, rows)) return true;
+  }
+  const bool shares_first = sum.bands.share_rows && begin > 0,
+             shares_last = sum.bands.share_rows && place.end < map.height;
+  const int64_t row_bytes = sum.row_elements() * static_cast<int64_t>(sizeof(T));
+  if (shares_first) memcpy(sum.edge(band, 0), rows, row_bytes);
+  for (int64_t y = begin + shares_first; y < place.end; ++y)
+    store_row(sum, place.image, y, rows + (y - begin) * sum.row_elements());
+  if (shares_last) memcpy(sum.edge(band, 1), rows + (place.end - begin) * sum.row_elements(), row_bytes);
+  return true;
+}
+
+// Adds the two gradients of the band's first row.
+template <class T>
+void join_band(const GradientSum<T>& sum, int64_t band) {
+  const int64_t image = band / sum.bands.per_image, begin = band % sum.bands.per_image * sum.bands.rows;
+  if (begin == 0) return;
+  T* const own = sum.edge(band, 0);
+  const T* const other = sum.edge(band - 1, 1);
+  for (int64_t i = 0; i < sum.row_elements(); ++i) own[i] += other[i];
+  store_row(sum, image, begin, own);
+}
+
+// Calls work for every row of every tile and sums the gradients that it keeps. Nothing is stored of a band where it
+// returned false, having put an invalid label into its partial.
+template <class T, class Work, class Call>
+void sum_gradients(const Call& call, const UpsampledMap<T>& map, const InputBands& bands, const Tensor& gradient,
+                   Partial* partials) {
+  GradientSum<T> sum = {map, bands, gradient, nullptr};
+  const Workspace edges(sum.edge_elements() * static_cast<int64_t>(sizeof(T)));
+  sum.edges = static_cast<T*>(edges.data());
+  for_each_task(bands.count, call.threads,
+                [&](int64_t band) { return sum_band<T, Work>(sum, call, &partials[band], band); });
+  if (!bands.share_rows) return;
+  for (int64_t band = 0; band < bands.count; ++band)
+    if (partials[band].invalid.found) return;
+  for_each_task(bands.count, call.threads, [&](int64_t band) {
+    join_band(sum, band);
+    return true;
+  });
+}
+
+}  // namespace
+}  // namespace FASTSEG_ISA
+}  // namespace fastseg
