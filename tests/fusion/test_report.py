@@ -51,7 +51,7 @@ def test_where_and_why(net: Net, caplog: pytest.LogCaptureFixture) -> None:
     text = str(report)
     assert text.splitlines()[:2] == [
         "fastseg: 4 replaced, 66.0 KiB not kept, 0 left",
-        "fusion_networks.Net.forward, 1 graph",
+        "tests.fusion.networks.Net.forward, 1 graph",
     ]
     assert "  replaced conv2d + [batch_norm] + relu + max_pool2d -> conv_relu_pool2d, 6.0 KiB not kept" in text
     assert f"at the outermost forward ({source})" in text
@@ -197,7 +197,8 @@ def test_of_graphs_without_parameters() -> None:
         assert (len(report.graphs), operators(report)) == (2, ["upsample_cross_entropy"])
     assert not fastseg.report(Broken()).graphs
     names = [
-        graph.name.removeprefix("test_fusion_report.test_of_graphs_without_parameters.") for graph in report.graphs
+        graph.name.removeprefix("tests.fusion.test_report.test_of_graphs_without_parameters.")
+        for graph in report.graphs
     ]
     assert names == ["Broken.forward", "loss"]
 
@@ -219,7 +220,7 @@ def test_of_functions() -> None:
         report = fastseg.report(fused)
         assert (len(report.graphs), operators(report)) == (1, ["cross_entropy"])
     names = [graph.name for graph in fastseg.report().graphs]
-    assert names == ["test_fusion_report.loss", "test_fusion_report.test_of_functions.<lambda>"]
+    assert names == ["tests.fusion.test_report.loss", "tests.fusion.test_report.test_of_functions.<lambda>"]
 
 
 def test_of_other_things() -> None:
