@@ -32,7 +32,7 @@ def info() -> dict[str, Any]:
         "cpu_isas": _native._C.runnable_isas() if _native._C is not None else [],
         "openmp": _native._C.openmp if _native._C is not None else False,
         "threads": torch.get_num_threads(),
-        "gpu": "Triton kernels" if (reason := _triton.unusable()) is None else f"plain PyTorch ({reason})",
+        "gpu": "Triton kernels" if (reason := missing_kernels("cuda")) is None else f"plain PyTorch ({reason})",
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
     }
 
@@ -46,7 +46,16 @@ def cpu_isa() -> str | None:
     return _native._C.active_isa() if _native._C is not None else None
 
 
+def missing_kernels(device: str) -> str | None:
+    """Why a type of device has no kernels, so that its tensors run plain PyTorch; None where it has them."""
+    if device == "cuda":
+        return _triton.unusable()
+    if device == "cpu":
+        return None if _native.INTERPRETED else _native.load_error
+    return f"no kernel for device type {device!r}"
+
+
 def _describe_cpu() -> str:
     if _native.INTERPRETED:
         return "Triton kernels, interpreted"
-    return "C++ kernels" if _native._C is not None else f"plain PyTorch ({_native.load_error})"
+    return "C++ kernels" if (reason := missing_kernels("cpu")) is None else f"plain PyTorch ({reason})"

@@ -6,6 +6,8 @@ import functools
 import importlib
 import logging
 import os
+import warnings
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch  # before _C: the extension then shares torch's OpenMP thread pool
@@ -17,6 +19,16 @@ except ImportError as error:
     load_error: str | None = f"{type(error).__name__}: {error}"
 else:
     load_error = None
+
+_ROOT = Path(__file__).parents[1]
+if _C is None and (_ROOT / "csrc" / "CMakeLists.txt").exists():
+    # Python looks into the folder that it is started in first: a checkout there hides the installed package.
+    warnings.warn(
+        f"this fastseg is the checkout at {_ROOT}, which isn't built: it computes in plain PyTorch. Build it "
+        f"(pip install -e {_ROOT}), or start Python in another folder to use an installed fastseg",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 logger = logging.getLogger("fastseg")
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
+from fastseg._info import missing_kernels
 from fastseg.fusion import effects, trial
-from fastseg.fusion.calls import Call, recognise, value_of
+from fastseg.fusion.calls import Call, recognise, tensor_of, value_of
 from fastseg.fusion.pattern import Match, Pattern, Unfit
 from fastseg.fusion.patterns import PATTERNS
 from fastseg.fusion.report import Leftover, Replacement, bytes_of, place_of
@@ -127,7 +128,7 @@ class _Search:
             for user in node.users:
                 if user not in match.nodes:
                     return self._has_user(node, user)
-        return effects.obstacle(match) or trial.obstacle(match)
+        return _without_kernel(match) or effects.obstacle(match) or trial.obstacle(match)
 
     def _escaping(self, chosen: list[_Candidate]) -> Iterator[tuple[_Candidate, str]]:
         """The candidates of which a shared value has a user that isn't replaced, and why that can't be."""
@@ -151,6 +152,13 @@ class _Search:
         place = place_of(anchor)
         if not any((leftover.reason, leftover.place) == (reason, place) for leftover in self.left):
             self.left.append(Leftover(pattern.name, reason, place))  # said once, of the more valuable pattern
+
+
+def _without_kernel(match: Match) -> str | None:
+    """Why a match stays on a device where the operator is plain PyTorch itself, or None."""
+    tensor = next((value for node in match.nodes if (value := tensor_of(node)) is not None), None)
+    reason = None if tensor is None else missing_kernels(tensor.device.type)
+    return None if reason is None else f"the operator would run as plain PyTorch ({reason})"
 
 
 # ---- replacing ----

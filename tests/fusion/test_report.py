@@ -68,6 +68,14 @@ def test_what_was_left() -> None:
     assert str(fastseg.report(fused)).endswith(expected)
 
 
+def test_a_device_without_kernels_keeps_its_calls() -> None:
+    fused = compiled(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.MaxPool2d(2)).to("meta"))
+    fused(torch.empty(1, 3, 8, 8, device="meta"))
+    report = fastseg.report(fused)
+    reason = "the operator would run as plain PyTorch (no kernel for device type 'meta')"
+    assert (report.replaced, [left.reason for left in report.left]) == ([], [reason])
+
+
 def test_nothing_matches() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GELU())
     fused, x = compiled(model), torch.randn(1, 3, 8, 8)
