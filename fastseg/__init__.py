@@ -4,6 +4,7 @@ from fastseg import functional, losses, metrics, models, reference
 from fastseg._info import info
 from fastseg._version import __version__
 from fastseg.fusion import recording, report
+from fastseg.inference import sliding_window
 from fastseg.modules import (
     Conv2d,
     ConvReLUPool2d,
@@ -39,4 +40,5 @@ __all__ = [
     "recording",
     "reference",
     "report",
+    "sliding_window",
 ]

@@ -1,0 +1,144 @@
+"""Sliding windows: against the same sums made with the whole image's logits at once, and their memory."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fastseg
+from fastseg.inference import GAUSSIAN_SIGMA
+
+CLASSES = 5
+
+
+class Net(nn.Module):
+    """A network that sees its neighbours, so that a tile's logits at its edge aren't the image's."""
+
+    def __init__(self, dimensions: int = 2, stride: int = 1) -> None:
+        super().__init__()
+        self.conv = (nn.Conv2d, nn.Conv3d)[dimensions - 2](3, CLASSES, 5, padding=2, stride=stride)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.conv(images)
+
+
+def weighted_mean(model: nn.Module, image: Tensor, tile: Sequence[int], steps: Sequence[int], blend: str) -> Tensor:
+    """The definition, with all logits of the image in memory: tiles every ``steps``, the last flush with the end."""
+    size = image.shape[1:]
+    padded = [max(extent, side) for extent, side in zip(size, tile, strict=True)]
+    image = F.pad(
+        image, [n for extent, whole in zip(size[::-1], padded[::-1], strict=True) for n in (0, whole - extent)]
+    )
+    window = torch.ones(tuple(tile), dtype=torch.float64)
+    if blend == "gaussian":
+        for axis, side in enumerate(tile):
+            offsets = torch.arange(side, dtype=torch.float64) - (side - 1) / 2
+            bell = torch.exp(-((offsets / (GAUSSIAN_SIGMA * side)) ** 2) / 2)
+            window = window * bell.view([-1 if other == axis else 1 for other in range(len(tile))])
+    sums, total = torch.zeros((CLASSES, *padded), dtype=torch.float64), torch.zeros(padded, dtype=torch.float64)
+    starts = [
+        sorted({*range(0, extent - side, step), extent - side})
+        for extent, side, step in zip(padded, tile, steps, strict=True)
+    ]
+    for corner in itertools.product(*starts):
+        at = tuple(slice(start, start + side) for start, side in zip(corner, tile, strict=True))
+        logits = model(image[(slice(None), *at)][None])
+        if logits.shape[2:] != window.shape:
+            logits = F.interpolate(logits, size=tuple(tile), mode="bilinear" if len(tile) == 2 else "trilinear")
+        sums[(slice(None), *at)] += (logits[0] * window).detach()
+        total[at] += window
+    return (sums / total)[(slice(None), *(slice(extent) for extent in size))]
+
+
+@pytest.mark.parametrize("blend", ["gaussian", "constant"])
+@pytest.mark.parametrize(
+    ("size", "tile", "overlap", "steps", "stride"),
+    [
+        ((40, 56), (16, 16), 0.25, (12, 12), 1),
+        ((41, 57), (16, 20), 0.5, (8, 10), 1),
+        ((33, 29), (16, 16), 0.8, (3, 3), 1),  # more than two tiles over a pixel
+        ((40, 56), (16, 16), 0.0, (16, 16), 1),
+        ((16, 30), (16, 16), 0.25, (12, 12), 1),  # one row of tiles
+        ((9, 30), (16, 16), 0.25, (12, 12), 1),  # smaller than a tile
+        ((40, 56), (16, 16), 0.25, (12, 12), 2),  # logits of half the size
+        ((12, 20, 17), (8, 8, 8), 0.25, (6, 6, 6), 1),
+        ((12, 6, 17), (8, 8, 8), 0.5, (4, 4, 4), 2),
+    ],
+)
+def test_is_the_weighted_mean_of_the_tiles(
+    size: tuple[int, ...], tile: tuple[int, ...], overlap: float, steps: tuple[int, ...], stride: int, blend: Any
+) -> None:
+    model, image = Net(len(size), stride), torch.randn(3, *size)
+    mean = weighted_mean(model.double(), image.double(), tile, steps, blend)
+    labels, confidence = fastseg.sliding_window(
+        model.float(), image, tile, overlap=overlap, blend=blend, batch_size=3, return_confidence=True
+    )
+    assert labels.dtype == torch.uint8
+    assert confidence.dtype == torch.float32
+    best = mean.topk(2, dim=0)
+    clear = best.values[0] - best.values[1] > 1e-4
+    assert clear.float().mean() > 0.99
+    assert torch.equal(labels[clear].long(), best.indices[0][clear])
+    torch.testing.assert_close(confidence.double(), mean.softmax(0).amax(0), rtol=1e-4, atol=1e-5)
+    assert torch.equal(labels, fastseg.sliding_window(model, image, tile, overlap=overlap, blend=blend))
+
+
+@pytest.mark.parametrize("wrap", [lambda x: {"out": x}, lambda x: SimpleNamespace(logits=x)], ids=["out", "logits"])
+def test_of_what_libraries_return(wrap: Any) -> None:
+    model, image = Net(), torch.randn(3, 40, 56)
+    expected = fastseg.sliding_window(model, image, 16)
+    assert torch.equal(fastseg.sliding_window(lambda tiles: wrap(model(tiles)), image, 16), expected)
+
+
+def test_preprocess_makes_the_networks_input_of_bytes() -> None:
+    model, image = Net(), torch.randint(256, (3, 9, 40), dtype=torch.uint8)
+    expected = fastseg.sliding_window(model, image / 255 - 0.5, 16)
+    found = fastseg.sliding_window(model, image, 16, preprocess=lambda tiles: tiles / 255 - 0.5, batch_size=2)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"image": torch.zeros(40, 56)}, r"image: expected \[channels, H, W\]"),
+        ({"image": torch.zeros(3, 0, 56)}, r"image: expected"),
+        ({"tile": (16, 16, 16)}, "tile: expected one number or 2"),
+        ({"tile": 0}, "tile: expected"),
+        ({"overlap": 1.0}, r"overlap: expected a number in \[0, 1\), got 1.0"),
+        ({"blend": "linear"}, "blend: expected"),
+        ({"batch_size": 0}, "batch_size: expected at least 1, got 0"),
+        ({"model": lambda tiles: tiles[:, :1]}, r"model: expected logits .* at least 2 classes, got \[1, 1, 16, 16\]"),
+        ({"model": lambda tiles: 3}, "model: expected logits .* got int"),
+    ],
+)
+def test_refuses(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fastseg.sliding_window(**({"model": Net(), "image": torch.zeros(3, 40, 56), "tile": 16} | arguments))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from Linux' /proc")
+def test_memory_is_a_bands() -> None:
+    code = """
+import torch, fastseg
+peak = lambda: int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) * 1024
+classes, tile, size = 19, 128, (512, 8192)
+image = torch.zeros(3, *size, dtype=torch.uint8)
+model = lambda tiles: tiles[:, :1].expand(-1, classes, -1, -1)
+run = lambda image: fastseg.sliding_window(model, image, tile, preprocess=lambda tiles: tiles / 255)
+run(image[:, :tile, :tile])
+before = peak()
+run(image)
+band = classes * tile * size[1] * 4  # of the image: four times that
+grown = peak() - before
+assert grown < 1.3 * band + 2 * size[0] * size[1], (grown, band)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
