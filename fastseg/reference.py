@@ -230,7 +230,7 @@ def combine_dice(
 
 
 def overlap(input: Tensor, target: Tensor, ignore_index: int) -> Tensor:
-    """Of each image and class, ``[3, N, C]``: with P = softmax(input), sum(P [target = c]), sum(P), |{target = c}|."""
+    """``[3, N, C]``: each image's sums of P [target = c], P and [target = c] for each class c, P = softmax(input)."""
     labels = target.long().unsqueeze(-1).flatten(1)  # the new dimension lets [N, C] be images of one pixel
     # Half types hold neither the sums over many pixels nor the quotients of small ones.
     dtype = torch.promote_types(input.dtype, torch.float32)

@@ -124,8 +124,8 @@ def assert_parity(
         factor: The factor.
         eps: What a product is rounded by, relative to it; None: the dtype's epsilon. `TF32_EPS` where tensor cores may
             cut a factor that plain PyTorch's own convolution, of which nobody knows whether it takes TF32, may not. Of
-            products p that add up to t, that loses up to eps * sum|p| <= eps * sqrt(terms) * |p|, the norm |p| being
-            the size of t where signs are random.
+            products p that add up to t, that loses up to ``eps * sum|p| <= eps * sqrt(terms) * |p|``, the norm ``|p|``
+            being the size of t where signs are random.
 
     Raises:
         AssertionError: The bound doesn't hold, or shapes or dtypes differ.
