@@ -26,7 +26,7 @@ How it is measured:
 * The roofline (`roofline`) has two ceilings, the peaks of bandwidth and arithmetic, which the run measures before the
   cases of each operator; the highest count.
 
-``python -m benchmarks.models_of_others`` is a suite of its own, of models that other libraries hold.
+``python -m benchmarks.third_party`` is a suite of its own, of models that other libraries hold.
 
 A case is one line in the ``CASES`` of a ``bench_<operator>.py``.
 """

@@ -10,8 +10,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks import report, sweep_report
-from benchmarks.devices import DEVICES
+from benchmarks.harness.devices import DEVICES
+from benchmarks.reports import report, sweep
 
 SUITE = Path(__file__).parent
 
@@ -51,7 +51,7 @@ def main() -> int:
 
 def write(run: dict[str, Any], path: Path) -> None:
     """Write the report of a run, of the tables' cases or of the sweeps."""
-    (sweep_report if run["sweep"] else report).write(run, path)
+    (sweep if run["sweep"] else report).write(run, path)
 
 
 if __name__ == "__main__":

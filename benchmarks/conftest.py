@@ -11,11 +11,11 @@ import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 import fastseg
-from benchmarks import memory, openvino_peer
-from benchmarks.compile_time import OutOfTimeError
-from benchmarks.devices import DEVICES, Device
-from benchmarks.roofline import Ceilings, measure_ceilings
-from benchmarks.suite import (
+from benchmarks.harness import memory, openvino_peer
+from benchmarks.harness.compile_time import OutOfTimeError
+from benchmarks.harness.devices import DEVICES, Device
+from benchmarks.harness.roofline import Ceilings, measure_ceilings
+from benchmarks.harness.suite import (
     COMPILERS,
     FORWARD,
     FULL,

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.devices import DEVICES, Device
 from benchmarks.gpu import timing
 from benchmarks.gpu.stages import MARK, REPOSITORY
-from benchmarks.suite import BOTH, FASTSEG, FORWARD, Contestant, Job
+from benchmarks.harness.devices import DEVICES, Device
+from benchmarks.harness.suite import BOTH, FASTSEG, FORWARD, Contestant, Job
 
 CASES = 5
 LINES = 10  # kernels of a case

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.suite import BACKWARD, BOTH, FASTSEG, FORWARD
+from benchmarks.harness.suite import BACKWARD, BOTH, FASTSEG, FORWARD
 
 HEADER = (
     "case", "format", "pass", "fastseg ms", "quartiles", "eager ms", "torch.compile ms", "x best peer", "floor ms",

@@ -14,18 +14,18 @@ from typing import Any
 
 import torch
 
-from benchmarks.bench_conv_relu_pool2d import ConvReLUPool2dCase
-from benchmarks.bench_cross_entropy import CrossEntropyCase
-from benchmarks.bench_relu_pool2d import ReLUPool2dCase
-from benchmarks.bench_upsample_argmax import UpsampleArgmaxCase
-from benchmarks.bench_upsample_confusion_matrix import UpsampleConfusionMatrixCase
-from benchmarks.bench_upsample_cross_entropy import UpsampleCrossEntropyCase
-from benchmarks.compile_time import COMPILE
-from benchmarks.devices import DEVICES, Device
+from benchmarks.cases.bench_conv_relu_pool2d import ConvReLUPool2dCase
+from benchmarks.cases.bench_cross_entropy import CrossEntropyCase
+from benchmarks.cases.bench_relu_pool2d import ReLUPool2dCase
+from benchmarks.cases.bench_upsample_argmax import UpsampleArgmaxCase
+from benchmarks.cases.bench_upsample_confusion_matrix import UpsampleConfusionMatrixCase
+from benchmarks.cases.bench_upsample_cross_entropy import UpsampleCrossEntropyCase
 from benchmarks.gpu import results
 from benchmarks.gpu.stages import MARK
-from benchmarks.roofline import Ceilings, measure_ceilings
-from benchmarks.suite import (
+from benchmarks.harness.compile_time import COMPILE
+from benchmarks.harness.devices import DEVICES, Device
+from benchmarks.harness.roofline import Ceilings, measure_ceilings
+from benchmarks.harness.suite import (
     BACKWARD,
     BOTH,
     EAGER,
@@ -85,7 +85,7 @@ class Row:
 
 def operator_of(case: Case) -> str:
     """The operator's name in tables."""
-    return type(case).__module__.removeprefix("benchmarks.bench_")
+    return type(case).__module__.removeprefix("benchmarks.cases.bench_")
 
 
 def host_microseconds(job: Job, device: Device) -> tuple[float, float]:

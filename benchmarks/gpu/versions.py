@@ -8,8 +8,8 @@ import subprocess
 import torch
 
 import fastseg
-from benchmarks.devices import CUDA
 from benchmarks.gpu.stages import MARK, REPOSITORY
+from benchmarks.harness.devices import CUDA
 
 
 def main() -> None:

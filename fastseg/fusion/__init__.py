@@ -1,4 +1,4 @@
-"""Models that others wrote: a pass that finds the places fastseg's operators serve, and puts them there."""
+"""Third-party models: a pass that finds the places fastseg's operators serve, and puts them there."""
 
 from fastseg.fusion.record import recording, report
 from fastseg.fusion.report import Graph, Leftover, Place, Replacement, Report

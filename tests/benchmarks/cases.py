@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 pytest.importorskip("benchmarks", reason="benchmarks/ is part of a checkout, not of the installed package")
-from benchmarks import suite
-from benchmarks.devices import CPU, CUDA, Processor
+from benchmarks.harness import suite
+from benchmarks.harness.devices import CPU, CUDA, Processor
 
 
 class HalfProcessor(Processor):

@@ -10,10 +10,10 @@ from torch import Tensor
 from fastseg.testing import MEMORY_FORMATS
 
 pytest.importorskip("benchmarks", reason="benchmarks/ is part of a checkout, not of the installed package")
-from benchmarks import openvino_peer, suite
-from benchmarks.bench_conv_relu_pool2d import ConvReLUPool2dCase
-from benchmarks.bench_models import ModelCase
-from benchmarks.devices import CPU, Device
+from benchmarks.cases.bench_conv_relu_pool2d import ConvReLUPool2dCase
+from benchmarks.cases.bench_models import ModelCase
+from benchmarks.harness import openvino_peer, suite
+from benchmarks.harness.devices import CPU, Device
 from tests.benchmarks.cases import HALF_CPU, ONE_ROUND, off_by
 
 FIRST_LAYER = ConvReLUPool2dCase((1, 3, 12, 14), 5)

@@ -9,12 +9,14 @@ import pytest
 
 pytest.importorskip("benchmarks", reason="benchmarks/ is part of a checkout, not of the installed package")
 pytest.importorskip("matplotlib", reason="matplotlib isn't installed: it comes with the extra [train]")
-from benchmarks import bench_models, report, roofline, suite
-from benchmarks.bench_conv_relu_pool2d import ConvReLUPool2dCase
-from benchmarks.bench_cross_entropy import CrossEntropyCase
-from benchmarks.bench_models import ModelCase
-from benchmarks.devices import CPU, CUDA, Device, Processor
-from benchmarks.roofline import Ceilings, Work, measure_ceilings
+from benchmarks.cases import bench_models
+from benchmarks.cases.bench_conv_relu_pool2d import ConvReLUPool2dCase
+from benchmarks.cases.bench_cross_entropy import CrossEntropyCase
+from benchmarks.cases.bench_models import ModelCase
+from benchmarks.harness import roofline, suite
+from benchmarks.harness.devices import CPU, CUDA, Device, Processor
+from benchmarks.harness.roofline import Ceilings, Work, measure_ceilings
+from benchmarks.reports import report
 from tests.benchmarks.cases import RUN
 
 # ---- roofline ----

@@ -15,8 +15,8 @@ from fastseg.testing import make, make_labels
 
 pytest.importorskip("benchmarks", reason="benchmarks/ is part of a checkout, not of the installed package")
 pytest.importorskip("matplotlib", reason="matplotlib isn't installed: it comes with the extra [train]")
-from benchmarks import (
-    __main__,
+from benchmarks import __main__
+from benchmarks.cases import (
     bench_conv2d,
     bench_conv_relu_pool2d,
     bench_cross_entropy,
@@ -25,16 +25,13 @@ from benchmarks import (
     bench_upsample_argmax,
     bench_upsample_confusion_matrix,
     bench_upsample_cross_entropy,
-    compile_time,
-    memory,
-    openvino_peer,
-    report,
-    suite,
 )
-from benchmarks.bench_conv_relu_pool2d import ConvReLUPool2dCase
-from benchmarks.bench_cross_entropy import CrossEntropyCase, count_partial_sums
-from benchmarks.bench_models import ModelCase
-from benchmarks.devices import CPU, CUDA, Device, Processor
+from benchmarks.cases.bench_conv_relu_pool2d import ConvReLUPool2dCase
+from benchmarks.cases.bench_cross_entropy import CrossEntropyCase, count_partial_sums
+from benchmarks.cases.bench_models import ModelCase
+from benchmarks.harness import compile_time, memory, openvino_peer, suite
+from benchmarks.harness.devices import CPU, CUDA, Device, Processor
+from benchmarks.reports import report
 from tests.benchmarks.cases import DEVICES, HALF_CPU, ONE_ROUND, gradient_off_by, off_by
 
 

@@ -19,14 +19,18 @@ from fastseg import functional
 
 pytest.importorskip("benchmarks", reason="benchmarks/ is part of a checkout, not of the installed package")
 pytest.importorskip("matplotlib", reason="matplotlib isn't installed: it comes with the extra [train]")
-from benchmarks import __main__, conftest, memory, report, suite, sweep_report, upsampling
-from benchmarks.bench_upsample_argmax import UpsampleArgmaxCase
-from benchmarks.bench_upsample_confusion_matrix import IGNORED, UpsampleConfusionMatrixCase
-from benchmarks.bench_upsample_cross_entropy import UpsampleCrossEntropyCase
-from benchmarks.devices import CPU, CUDA, Device
-from benchmarks.roofline import Ceilings, Work
-from benchmarks.suite import BACKWARD, BOTH, EAGER, FASTSEG, FORWARD, Contestant, Swept
-from benchmarks.upsampling import UpsamplingCase
+from benchmarks import __main__, conftest
+from benchmarks.cases import upsampling
+from benchmarks.cases.bench_upsample_argmax import UpsampleArgmaxCase
+from benchmarks.cases.bench_upsample_confusion_matrix import IGNORED, UpsampleConfusionMatrixCase
+from benchmarks.cases.bench_upsample_cross_entropy import UpsampleCrossEntropyCase
+from benchmarks.cases.upsampling import UpsamplingCase
+from benchmarks.harness import memory, suite
+from benchmarks.harness.devices import CPU, CUDA, Device
+from benchmarks.harness.roofline import Ceilings, Work
+from benchmarks.harness.suite import BACKWARD, BOTH, EAGER, FASTSEG, FORWARD, Contestant, Swept
+from benchmarks.reports import report
+from benchmarks.reports import sweep as sweep_report
 from tests.benchmarks.cases import DEVICES, HALF_CPU, ONE_ROUND, RUN, gradient_off_by, off_by
 
 LOSS = UpsampleCrossEntropyCase((2, 5, 6, 8), (24, 32))
@@ -240,7 +244,7 @@ def test_an_error_of_the_measured_call_is_raised() -> None:
 @needs_linux
 @pytest.mark.parametrize("known", [True, False], ids=["import before threads", "threads before import"])
 def test_growth_is_unknown_where_threads_have_arenas_of_their_own(known: bool) -> None:
-    load, start = "from benchmarks import memory", "threading.Thread(target=list).start()"
+    load, start = "from benchmarks.harness import memory", "threading.Thread(target=list).start()"
     show = "print(memory.unknown() is None, memory.peak_growth(list) is None)"
     program = "; ".join(["import threading", *([load, start] if known else [start, load]), show])
     answer = subprocess.run(

@@ -1,4 +1,4 @@
-"""torch.compile(..., backend="fastseg") on models that others wrote: the same training and the same predictions."""
+"""torch.compile(..., backend="fastseg") on third-party models: the same training and the same predictions."""
 
 import copy
 import importlib.util
@@ -12,7 +12,7 @@ import fastseg
 from fastseg.testing import ERROR_FACTOR, assert_parity
 from tests.fusion.cases import compiled, operators
 from tests.fusion.networks import trained
-from tests.fusion.third_party import OTHERS, batch, build
+from tests.fusion.third_party import MODELS, batch, build
 
 pytestmark = [
     pytest.mark.models,
@@ -29,9 +29,9 @@ PIXELS = 4 * 64 * 64
 RATE = 0.001
 
 
-@pytest.fixture(params=OTHERS)
+@pytest.fixture(params=MODELS)
 def name(request: pytest.FixtureRequest) -> str:
-    package = OTHERS[request.param].package
+    package = MODELS[request.param].package
     if importlib.util.find_spec(package) is None:
         pytest.skip(f"needs {package}: pip install '.[models]'")
     return request.param
@@ -45,17 +45,17 @@ class Step(nn.Module):
         self.name, self.model = name, build(name)
 
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
-        return OTHERS[self.name].run(self.model, images, labels)[0]
+        return MODELS[self.name].run(self.model, images, labels)[0]
 
 
 def test_three_training_steps(name: str) -> None:
-    train(name, Step(name).train(), OTHERS[name].training)
+    train(name, Step(name).train(), MODELS[name].training)
 
 
 @pytest.mark.parametrize("name", ["smp.Unet-resnet18", "transformers.UperNet"], indirect=True)
 def test_training_steps_with_frozen_statistics(name: str) -> None:
     """As in fine-tuning: batch normalisation is folded into the convolution then, and both get their gradients."""
-    train(name, Step(name).eval(), OTHERS[name].evaluation)
+    train(name, Step(name).eval(), MODELS[name].evaluation)
 
 
 def train(name: str, step: nn.Module, expected: list[str]) -> None:
@@ -96,7 +96,7 @@ def assert_alike_in_float64(
 
 
 def test_predictions_and_losses(name: str) -> None:
-    model, run = build(name).eval(), OTHERS[name].run
+    model, run = build(name).eval(), MODELS[name].run
     fused, (images, labels) = compiled(run), batch(name, 0)
     with fastseg.recording() as report:
         actual = fused(model, images, labels)
@@ -105,7 +105,7 @@ def test_predictions_and_losses(name: str) -> None:
     assert_parity(actual[0], plain[0], truth[0], terms=PIXELS)
     different = (actual[1] != truth[1]).sum()
     assert different <= ERROR_FACTOR * (plain[1] != truth[1]).sum() + 1  # of logits that are equal but for rounding
-    assert operators(report) == OTHERS[name].evaluation
+    assert operators(report) == MODELS[name].evaluation
     assert all(replacement.place.source for replacement in report.replaced), report
 
 

@@ -1,4 +1,4 @@
-"""Models of `benchmarks.others` that are small enough for the tests, and what the pass is to find in them."""
+"""Third-party models that are small enough for the tests, and what the pass is to find in them."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 pytest.importorskip("benchmarks", reason="benchmarks/ is part of a checkout, not of the installed package")
-from benchmarks.others import Builder, basic_unet, made, segformer, smp, torchvision, upernet
+from benchmarks.third_party.models import Builder, basic_unet, made, segformer, smp, torchvision, upernet
 
 CLASSES = 5
 
 
-class Other(NamedTuple):
+class Model(NamedTuple):
     """A model of another library.
 
     Attributes:
@@ -64,56 +64,56 @@ _BACK, _BACK_AUXILIARY = [_ARGMAX, _UP_LOSS], [_ARGMAX, _UP_LOSS, _UP_LOSS]
 _SMP, _VISION = "segmentation_models_pytorch", "torchvision"
 
 # Convolutions without a pool are taken where there are pixels enough, at these small sizes in a few levels.
-OTHERS = {
-    "smp.Unet-resnet18": Other(
+MODELS = {
+    "smp.Unet-resnet18": Model(
         _SMP, smp("Unet", "resnet18"), _loss_of_logits, [*[_PLAIN] * 11, _LOSS, _POOL],
         [*[_PLAIN] * 3, *[_CONV] * 9, _LOSS],
     ),
-    "smp.Unet-vgg11": Other(
+    "smp.Unet-vgg11": Model(
         _SMP, smp("Unet", "vgg11"), _loss_of_logits, [*[_PLAIN] * 7, *[_CONV] * 6, _LOSS],
         [_PLAIN, *[_CONV] * 12, _LOSS],
     ),
-    "smp.FPN-resnet18": Other(
+    "smp.FPN-resnet18": Model(
         _SMP, smp("FPN", "resnet18"), _loss_of_logits, [*[_PLAIN] * 5, _POOL, *_BACK],
         [*[_PLAIN] * 3, *[_CONV] * 3, *_BACK],
     ),
-    "smp.FPN-vgg11": Other(
+    "smp.FPN-vgg11": Model(
         _SMP, smp("FPN", "vgg11"), _loss_of_logits, [_PLAIN, *[_CONV] * 6, *_BACK], [_PLAIN, *[_CONV] * 6, *_BACK]
     ),
     # SMP has no DeepLabV3Plus on VGG.
-    "smp.DeepLabV3Plus-resnet18": Other(
+    "smp.DeepLabV3Plus-resnet18": Model(
         _SMP, smp("DeepLabV3Plus", "resnet18"), _loss_of_logits, [*[_PLAIN] * 7, _POOL, *_BACK],
         [*[_PLAIN] * 4, *[_CONV] * 4, *_BACK], (4, 3, 64, 64),
     ),
-    "torchvision.fcn_resnet50": Other(
+    "torchvision.fcn_resnet50": Model(
         _VISION, torchvision("fcn_resnet50"), _loss_with_auxiliary, [*[_PLAIN] * 3, _POOL, *_BACK_AUXILIARY],
         [*[_CONV] * 4, *_BACK_AUXILIARY], (4, 3, 32, 32),
     ),
-    "torchvision.deeplabv3_resnet50": Other(
+    "torchvision.deeplabv3_resnet50": Model(
         _VISION, torchvision("deeplabv3_resnet50"), _loss_with_auxiliary, [*[_PLAIN] * 3, _POOL, *_BACK_AUXILIARY],
         [*[_CONV] * 4, *_BACK_AUXILIARY], (4, 3, 32, 32),
     ),
-    "transformers.Segformer-b0": Other("transformers", segformer, _loss_within, _BACK, _BACK),
-    "transformers.UperNet": Other(
+    "transformers.Segformer-b0": Model("transformers", segformer, _loss_within, _BACK, _BACK),
+    "transformers.UperNet": Model(
         "transformers", _UPERNET, _loss_within, [*[_PLAIN] * 4, _POOL, *_BACK_AUXILIARY],
         [_PLAIN, *[_CONV] * 4, *_BACK_AUXILIARY],
     ),
-    "monai.BasicUNet": Other(
+    "monai.BasicUNet": Model(
         "monai", _BASIC_UNET, _loss_of_logits, [*[_PLAIN] * 7, _LOSS], [*[_PLAIN] * 7, _LOSS], (2, 1, 64, 64)
     ),
 }  # fmt: skip
 
 
 def build(name: str) -> nn.Module:
-    """The model, as `benchmarks.others.made` makes it."""
-    return made(OTHERS[name].build, CLASSES)
+    """The model, as `benchmarks.third_party.models.made` makes it."""
+    return made(MODELS[name].build, CLASSES)
 
 
 def batch(name: str, seed: int) -> tuple[Tensor, Tensor]:
     """Images and their labels."""
     generator = torch.Generator().manual_seed(seed)
-    count, _, height, width = OTHERS[name].shape
-    images = torch.randn(OTHERS[name].shape, generator=generator)
+    count, _, height, width = MODELS[name].shape
+    images = torch.randn(MODELS[name].shape, generator=generator)
     labels = torch.randint(CLASSES, (count, height, width), generator=generator)
     labels[:, :4] = 255
     return images, labels

@@ -20,12 +20,14 @@ SHAPES = {"image": (2, 5, 9, 13), "volume": (2, 5, 3, 4, 7)}
 IGNORED = 255
 
 with contextlib.suppress(ModuleNotFoundError):  # benchmarks/ is part of a checkout alone
-    importlib.import_module("benchmarks.memory")  # before the originals start threads, which it has to be
+    importlib.import_module("benchmarks.harness.memory")  # before the originals start threads, which it has to be
 
 
 def original(name: str) -> Any:
     """A module of another library; a skip where that isn't installed."""
-    benchmarks = pytest.importorskip("benchmarks.torchvision_import", reason="benchmarks/ is part of a checkout alone")
+    benchmarks = pytest.importorskip(
+        "benchmarks.harness.torchvision_import", reason="benchmarks/ is part of a checkout alone"
+    )
     benchmarks.import_torchvision()
     return pytest.importorskip(name, reason=f"{name.partition('.')[0]} isn't installed")
 

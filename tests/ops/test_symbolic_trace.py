@@ -96,7 +96,9 @@ def test_traced_stages_train() -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("torchvision") is None, reason="torchvision isn't installed")
 def test_torchvisions_feature_extractor_names_layers() -> None:
-    benchmarks = pytest.importorskip("benchmarks.torchvision_import", reason="benchmarks/ is part of a checkout alone")
+    benchmarks = pytest.importorskip(
+        "benchmarks.harness.torchvision_import", reason="benchmarks/ is part of a checkout alone"
+    )
     benchmarks.import_torchvision()
     from torchvision.models.feature_extraction import create_feature_extractor
 

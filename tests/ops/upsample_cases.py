@@ -101,7 +101,7 @@ def labels_for(input: Tensor, size: Size, dtype: torch.dtype = torch.int64, **op
 
 def peak_growth(call: Callable[[], object]) -> int:
     """Bytes by which memory in use grows at most during ``call``."""
-    devices = pytest.importorskip("benchmarks.devices", reason="benchmarks/ is part of a checkout alone")
+    devices = pytest.importorskip("benchmarks.harness.devices", reason="benchmarks/ is part of a checkout alone")
     grown = devices.DEVICES[torch.get_default_device().type].peak_growth(call)
     if grown is None:
         pytest.skip("the peak of the resident set is known on Linux alone")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import fastseg
-from benchmarks.memory import peak_growth
+from benchmarks.harness.memory import peak_growth
 from fastseg.testing import MEMORY_FORMATS
 
 # What a GPU reads before each call that is timed. At 4 TB/s that takes a millisecond, more than a host needs to launch

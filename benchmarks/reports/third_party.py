@@ -1,4 +1,4 @@
-"""From what `models_of_others` measured to tables, in a file of their own and in the README."""
+"""From what `benchmarks.third_party` measured to tables, in a file of their own and in the README."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.report import MIB, NOTHING, environment, factor, format_table, significant, spread
-from benchmarks.suite import COMPILE, EAGER, FASTSEG
+from benchmarks.harness.suite import COMPILE, EAGER, FASTSEG
+from benchmarks.reports.report import MIB, NOTHING, environment, factor, format_table, significant, spread
 
 STEP, PREDICTION = TIMINGS = ("step", "prediction")
 KINDS = {EAGER: "eager", COMPILE: "torch.compile", FASTSEG: "fastseg"}
 
-BEGIN = "<!-- models of others: from here on written by python -m benchmarks.models_of_others -->"
-END = "<!-- models of others: up to here -->"
+BEGIN = "<!-- third-party models: from here on written by python -m benchmarks.third_party -->"
+END = "<!-- third-party models: up to here -->"
 
 READING = """\
 A step is the loss and the gradients of all parameters, a prediction goes from images to class numbers. Every result was
@@ -38,7 +38,7 @@ def insert(text: str, table: str) -> str:
 def write(run: dict[str, Any], path: Path) -> None:
     """Write all tables to ``path``."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    parts = ["# Models that others wrote\n", machine(run), summary(run), details(run), missing(run)]
+    parts = ["# Third-party models\n", machine(run), summary(run), details(run), missing(run)]
     path.write_text("\n".join(filter(None, parts)))
 
 

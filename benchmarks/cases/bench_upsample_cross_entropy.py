@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks.bench_cross_entropy import count_partial_sums
-from benchmarks.devices import CPU, CUDA
-from benchmarks.roofline import Work
-from benchmarks.suite import BACKWARD, BOTH, FORWARD, TIMINGS, Job
-from benchmarks.upsampling import UpsamplingCase, sweep
+from benchmarks.cases.bench_cross_entropy import count_partial_sums
+from benchmarks.cases.upsampling import UpsamplingCase, sweep
+from benchmarks.harness.devices import CPU, CUDA
+from benchmarks.harness.roofline import Work
+from benchmarks.harness.suite import BACKWARD, BOTH, FORWARD, TIMINGS, Job
 from fastseg import functional, reference
 
 

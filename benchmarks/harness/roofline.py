@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.devices import Device
+from benchmarks.harness.devices import Device
 
 # Each call is repeated for this long: a GPU's clock needs some time to rise.
 SECONDS = 0.2

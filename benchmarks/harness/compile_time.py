@@ -10,7 +10,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from benchmarks.suite import Case
+    from benchmarks.harness.suite import Case
 
 COMPILE, MAX_AUTOTUNE = "compile", "max-autotune"
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.devices import Device
-from benchmarks.suite import EAGER, FASTSEG, Case, Contestant, Swept
+from benchmarks.harness.devices import Device
+from benchmarks.harness.suite import EAGER, FASTSEG, Case, Contestant, Swept
 from fastseg import reference
 
 # A sweep's cases are of one image, upsampled fourfold: one of them grows, the other stays.

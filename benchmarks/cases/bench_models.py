@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.bench_cross_entropy import count_partial_sums
-from benchmarks.devices import CUDA
-from benchmarks.roofline import Work
-from benchmarks.suite import BACKWARD, FORWARD, Case, Job
+from benchmarks.cases.bench_cross_entropy import count_partial_sums
+from benchmarks.harness.devices import CUDA
+from benchmarks.harness.roofline import Work
+from benchmarks.harness.suite import BACKWARD, FORWARD, Case, Job
 from fastseg import models
 from fastseg.testing import MEMORY_FORMATS
 

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.report import (
+from benchmarks.harness.suite import EAGER, FASTSEG, Contestant, Swept
+from benchmarks.reports.report import (
     NOTHING,
     Row,
     factor,
@@ -24,7 +25,6 @@ from benchmarks.report import (
     read_rows,
     significant,
 )
-from benchmarks.suite import EAGER, FASTSEG, Contestant, Swept
 
 OWN, PEER = (Contestant(kind, "nchw") for kind in (FASTSEG, EAGER))
 

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.devices import CUDA
-from benchmarks.roofline import Work
-from benchmarks.suite import BACKWARD, FORWARD, Case, Job
+from benchmarks.harness.devices import CUDA
+from benchmarks.harness.roofline import Work
+from benchmarks.harness.suite import BACKWARD, FORWARD, Case, Job
 from fastseg import functional, reference
 from fastseg.testing import MEMORY_FORMATS
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.devices import CPU, CUDA
-from benchmarks.roofline import Work
-from benchmarks.suite import FORWARD, Job
-from benchmarks.upsampling import UpsamplingCase, sweep
+from benchmarks.cases.upsampling import UpsamplingCase, sweep
+from benchmarks.harness.devices import CPU, CUDA
+from benchmarks.harness.roofline import Work
+from benchmarks.harness.suite import FORWARD, Job
 from fastseg import functional, reference
 
 

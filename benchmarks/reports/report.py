@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.roofline import Ceilings, Work
-from benchmarks.suite import BACKWARD, BOTH, EAGER, FASTSEG, FORWARD, KINDS, TIMINGS, Contestant
+from benchmarks.harness.roofline import Ceilings, Work
+from benchmarks.harness.suite import BACKWARD, BOTH, EAGER, FASTSEG, FORWARD, KINDS, TIMINGS, Contestant
 
 LAYOUTS = {"nchw": "NCHW", "channels_last": "channels_last"}
 CONTESTANTS = [Contestant(kind, layout) for kind in KINDS for layout in LAYOUTS]

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks.devices import CUDA
-from benchmarks.roofline import Work
-from benchmarks.suite import BACKWARD, FORWARD, Case, Job
+from benchmarks.harness.devices import CUDA
+from benchmarks.harness.roofline import Work
+from benchmarks.harness.suite import BACKWARD, FORWARD, Case, Job
 from fastseg import functional, reference
 
 # Pixels whose losses one block of PyTorch's CUDA kernel (nll_loss2d) sums, before it adds its sum to the other blocks'

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.torchvision_import import import_torchvision
+from benchmarks.harness.torchvision_import import import_torchvision
 
 IGNORED = 255  # the label of pixels that don't count
 AUXILIARY_WEIGHT = 0.5  # of the loss of torchvision's second head, as in its reference training

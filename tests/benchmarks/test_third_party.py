@@ -1,4 +1,4 @@
-"""The benchmark of models of other libraries: what is measured of one, and its tables in a file and in the README."""
+"""The benchmark of third-party models: what is measured of one, and its tables in a file and in the README."""
 
 import dataclasses
 import json
@@ -11,11 +11,12 @@ from torch import nn
 
 pytest.importorskip("benchmarks", reason="benchmarks/ is part of a checkout, not of the installed package")
 pytest.importorskip("matplotlib", reason="matplotlib isn't installed: it comes with the extra [train]")
-from benchmarks import models_of_others, models_of_others_report
-from benchmarks.models_of_others import OtherCase
-from benchmarks.models_of_others_report import BEGIN, END
-from benchmarks.others import LOGITS
-from benchmarks.suite import COMPILE, EAGER, FASTSEG, Effort
+from benchmarks.harness.suite import COMPILE, EAGER, FASTSEG, Effort
+from benchmarks.reports import third_party as report
+from benchmarks.reports.third_party import BEGIN, END
+from benchmarks.third_party import __main__, measuring
+from benchmarks.third_party.cases import ThirdPartyCase
+from benchmarks.third_party.models import LOGITS
 
 ONE_ROUND = Effort(0, 1, 1)
 README = f"before\n{BEGIN}\nold\n{END}\nafter\n"
@@ -29,13 +30,13 @@ def up() -> nn.Module:
     return nn.Upsample(scale_factor=2, mode="bilinear")
 
 
-CASE = OtherCase("torch.Sequential", (2, 3, 16, 24), "torch", network, LOGITS, 5)
-ABSENT = OtherCase("absent.Net", (2, 3, 16, 24), "no_such_package", network, LOGITS, 5)
-BROKEN = OtherCase("torch.Broken", (2, 3, 16, 24), "torch", lambda classes: nn.Identity(), LOGITS, 5)
+CASE = ThirdPartyCase("torch.Sequential", (2, 3, 16, 24), "torch", network, LOGITS, 5)
+ABSENT = ThirdPartyCase("absent.Net", (2, 3, 16, 24), "no_such_package", network, LOGITS, 5)
+BROKEN = ThirdPartyCase("torch.Broken", (2, 3, 16, 24), "torch", lambda classes: nn.Identity(), LOGITS, 5)
 
 
 def measured(name: str, fastseg: float) -> dict[str, Any]:
-    """What `models_of_others.measure` gives: 3, 2 and ``fastseg`` seconds, and MiB."""
+    """What `measuring.measure` gives: 3, 2 and ``fastseg`` seconds, and MiB."""
     rounds = {kind: {"rounds": [value] * 3, "peak": int(value * 2**20)} for kind, value in times(fastseg).items()}
     return {
         "name": name,
@@ -81,7 +82,7 @@ def cells(text: str, name: str) -> list[str]:
 
 
 def test_a_line_for_each_model() -> None:
-    text = models_of_others_report.summary(RUN)
+    text = report.summary(RUN)
     common = ["1x3x8x8", "4", "3", "0"]
     assert cells(text, "a.Fast") == [
         "a.Fast", *common, "0.0e+00", "1.3e-06", *["3000", "2000", "1000"] * 2, "3.00", "2.00", "1.00",
@@ -93,9 +94,9 @@ def test_a_line_for_each_model() -> None:
 
 
 def test_the_file(tmp_path: Path) -> None:
-    models_of_others_report.write(RUN, path := tmp_path / "results" / "models.md")
+    report.write(RUN, path := tmp_path / "results" / "models.md")
     text = path.read_text()
-    assert models_of_others_report.summary(RUN) in text
+    assert report.summary(RUN) in text
     assert "* avx2 kernels, 2 threads\n* A chip, 2 cores, Linux\n* fastseg 0.1.0 (commit 0123456789 with local" in text
     assert "30 s in all, 12 s to compile and verify torch.compile, 9 s to compile and verify fastseg\n" in text
     details = text[text.index("## Times") :]
@@ -112,26 +113,26 @@ def test_the_file(tmp_path: Path) -> None:
 
 
 def test_the_readme_keeps_what_is_around_the_table() -> None:
-    text = models_of_others_report.insert(README, "new")
+    text = report.insert(README, "new")
     assert text == f"before\n{BEGIN}\n\nnew\n{END}\nafter\n"
-    assert models_of_others_report.insert(text, "new") == text
+    assert report.insert(text, "new") == text
 
 
 @pytest.mark.parametrize("text", ["", BEGIN, END, f"{END}\n{BEGIN}", f"{BEGIN}\n{BEGIN}\n{END}"])
 def test_without_the_marks_nothing_is_written(text: str) -> None:
     with pytest.raises(ValueError, match=r"expected the lines .*from here on.*up to here.*each once"):
-        models_of_others_report.insert(text, "new")
+        report.insert(text, "new")
 
 
 def test_the_projects_readme_has_the_marks() -> None:
-    models_of_others_report.insert((Path(__file__).parents[2] / "README.md").read_text(), "new")
+    report.insert((Path(__file__).parents[2] / "README.md").read_text(), "new")
 
 
 # ---- measuring ----
 
 
 def test_a_model_is_verified_and_measured() -> None:
-    result = json.loads(json.dumps(models_of_others.measure(CASE, ONE_ROUND)))
+    result = json.loads(json.dumps(measuring.measure(CASE, ONE_ROUND)))
     assert result["missing"] == []
     assert result["replaced"] == {
         "step": {"conv_relu_pool2d": 1, "upsample_cross_entropy": 1},
@@ -148,7 +149,7 @@ def test_a_wrong_gradient_is_not_measured() -> None:
     case = dataclasses.replace(CASE)
     images, labels = case.fused_step.arguments
     vars(case)["fused_step"] = case.fused_step._replace(arguments=(1.01 * images, labels))
-    result = models_of_others.measure(case, ONE_ROUND)
+    result = measuring.measure(case, ONE_ROUND)
     (entry,) = result["missing"]
     assert (entry["timing"], entry["kind"]) == ("step", FASTSEG)
     assert "exceeds" in entry["reason"]
@@ -159,13 +160,13 @@ def test_a_wrong_gradient_is_not_measured() -> None:
 # ---- the command ----
 
 
-def command(monkeypatch: pytest.MonkeyPatch, cases: list[OtherCase], *arguments: str) -> int:
+def command(monkeypatch: pytest.MonkeyPatch, cases: list[ThirdPartyCase], *arguments: str) -> int:
     """Runs the command on ``cases``, each in this process."""
-    monkeypatch.setattr(models_of_others, "CASES", cases)
+    monkeypatch.setattr(__main__, "CASES", cases)
     outcomes = {"torch.Sequential": measured("torch.Sequential", 1.0), "torch.Broken": "its process ended"}
-    monkeypatch.setattr(models_of_others, "_in_new_process", outcomes.__getitem__)
-    monkeypatch.setattr(sys, "argv", ["benchmarks.models_of_others", *arguments])
-    return models_of_others.main()
+    monkeypatch.setattr(measuring, "in_new_process", outcomes.__getitem__)
+    monkeypatch.setattr(sys, "argv", ["benchmarks.third_party", *arguments])
+    return __main__.main()
 
 
 def test_the_command_writes_file_and_readme(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

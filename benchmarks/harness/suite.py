@@ -15,10 +15,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks import openvino_peer
-from benchmarks.compile_time import COMPILE, MAX_AUTOTUNE, MODES, Compilers
-from benchmarks.devices import CPU, Device
-from benchmarks.roofline import Work
+from benchmarks.harness import openvino_peer
+from benchmarks.harness.compile_time import COMPILE, MAX_AUTOTUNE, MODES, Compilers
+from benchmarks.harness.devices import CPU, Device
+from benchmarks.harness.roofline import Work
 from fastseg.testing import assert_parity
 
 FASTSEG, EAGER, OPENVINO = "fastseg", "eager", "openvino"

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.devices import CUDA
-from benchmarks.roofline import Work
-from benchmarks.suite import BACKWARD, FORWARD, Case, Job
+from benchmarks.harness.devices import CUDA
+from benchmarks.harness.roofline import Work
+from benchmarks.harness.suite import BACKWARD, FORWARD, Case, Job
 from fastseg import functional, reference
 
 

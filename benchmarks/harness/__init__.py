@@ -1,0 +1,1 @@
+"""What verifies, times and counts: the same for all cases."""

@@ -1,0 +1,1 @@
+"""From the JSON of a run to tables and pictures."""

@@ -1,0 +1,119 @@
+"""One model measured in this process, or all of them, each in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+import torch._dynamo.config
+import torch._inductor.config
+from pytest_benchmark.plugin import pytest_benchmark_generate_machine_info
+from pytest_benchmark.utils import get_commit_info
+
+import fastseg
+from benchmarks.harness.compile_time import COMPILE
+from benchmarks.harness.devices import CPU
+from benchmarks.harness.suite import COMPILERS, FASTSEG, Effort, Measured, verify_and_time
+from benchmarks.reports.third_party import STEP, TIMINGS
+from benchmarks.third_party.cases import ThirdPartyCase
+
+# Of one function: what breaks TorchDynamo's graph is compiled apart for each module that calls it, for each contestant
+# and each mode. Beyond torch's own limit, 8, they would run without a compiler.
+ENOUGH_GRAPHS = 64
+
+# A step of these models takes a second, not a millisecond.
+EFFORT = Effort(seconds=6, least_rounds=5, most_rounds=30)
+
+
+def measure(case: ThirdPartyCase, effort: Effort = EFFORT) -> dict[str, Any]:
+    """What `benchmarks.reports.third_party` writes of a model."""
+    start = perf_counter()
+    result: dict[str, Any] = {"name": case.name, "images": case.images, "classes": case.classes, "missing": []}
+    timings: dict[str, dict[str, Any]] = {timing: {} for timing in TIMINGS}
+    replaced: dict[str, Counter[str]] = {}
+    for timing in TIMINGS:
+        with (
+            torch._inductor.config.patch(dict(case.inductor)),
+            torch._dynamo.config.patch(recompile_limit=ENOUGH_GRAPHS),
+            fastseg.recording() as found,
+        ):
+            outcomes = verify_and_time(case, timing == STEP, effort)
+        for contestant, outcome in outcomes.items():
+            if isinstance(outcome, Measured):
+                seconds = [sum(passes) for passes in outcome.rounds]
+                timings[timing][contestant.kind] = {"rounds": seconds, "peak": outcome.peak}
+            else:
+                reason = f"{type(outcome).__name__}: {outcome}"
+                result["missing"].append({"timing": timing, "kind": contestant.kind, "reason": reason})
+        replaced[timing] = Counter(replacement.operator for replacement in found.replaced)
+    result |= {"timings": timings, "replaced": replaced}
+    result["difference"] = difference(case) if FASTSEG in timings[STEP] else {}  # of what was verified
+    compiling = {kind: COMPILERS.spent[type(case), kind] for kind in (COMPILE, FASTSEG)}
+    return result | {"seconds": perf_counter() - start, "compiling": compiling}
+
+
+def difference(case: ThirdPartyCase) -> dict[str, float]:
+    """The largest difference between the backend's and eager PyTorch's loss and gradients, over the largest of eager's.
+
+    In float64: in float32 some of millions of values fall to the other side of a ReLU or a pool in whatever is not
+    eager PyTorch to the last bit, and the gradient jumps (see `ModelCase.plain`). Without Inductor, whose roundings are
+    its own.
+    """
+    job = case.job(False, "nchw", True, torch.float64)
+    fused = torch.compile(job.function, dynamic=False, backend="fastseg", options={"inner": "eager"})
+    results = (case.judged(of.results()) for of in (job._replace(function=fused), job))
+    return {
+        name: ((f - e).abs().max() / e.abs().max()).item()
+        for name, f, e in zip(("loss", "gradients"), *results, strict=True)
+    }
+
+
+def run(chosen: list[ThirdPartyCase], cases: list[ThirdPartyCase], earlier: dict[str, Any] | None) -> dict[str, Any]:
+    """The results of the ``chosen`` of ``cases``, beside those that an earlier run had of the rest."""
+    order = [case.name for case in cases]
+    known = earlier or {"models": [], "absent": {}}
+    results = {result["name"]: result for result in known["models"] if result["name"] in order}
+    absent = {name: why for name, why in known["absent"].items() if name in order}
+    for case in chosen:
+        results.pop(case.name, None)
+        absent.pop(case.name, None)
+        if missing := case.missing():
+            absent[case.name] = missing
+            print(f"{case.name}: {missing}")
+            continue
+        outcome = in_new_process(case.name)
+        if isinstance(outcome, str):
+            absent[case.name] = outcome
+        else:
+            results[case.name] = outcome
+    info = pytest_benchmark_generate_machine_info() | {"fastseg": fastseg.info()}
+    packages = sorted({case.package for case in cases if not case.missing()})
+    return {
+        "models": sorted(results.values(), key=lambda result: order.index(result["name"])),
+        "absent": absent,
+        "machine_info": info,
+        "commit_info": get_commit_info(),
+        "device": CPU.describe(),
+        "datetime": datetime.now(timezone.utc).isoformat(),
+        "peers": {package: version(package.replace("_", "-")) for package in packages},
+    }
+
+
+def in_new_process(name: str) -> dict[str, Any] | str:
+    """The results of one model, or why there are none."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "result.json")
+        command = [sys.executable, "-m", "benchmarks.third_party", "--one", name, "--json", str(path)]
+        start = perf_counter()
+        status = subprocess.run(command, check=False).returncode
+        print(f"{name}: {perf_counter() - start:.0f} s, exit status {status}", flush=True)
+        return json.loads(path.read_text()) if status == 0 else f"its process ended with exit status {status}"
