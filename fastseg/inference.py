@@ -90,6 +90,15 @@ def sliding_window(
     return (labels, confidence[0]) if return_confidence else labels
 
 
+def logits_of(output: Any) -> Tensor:
+    """A network's logits ``[N, C, *size]``, from what it returns: themselves, or as in `sliding_window`."""
+    logits = output["out"] if isinstance(output, dict) and "out" in output else getattr(output, "logits", output)
+    if not isinstance(logits, Tensor) or logits.ndim < 3 or logits.shape[1] < 2:
+        found = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(f"model: expected logits [N, classes, *size] of at least 2 classes, got {found}")
+    return logits
+
+
 class _Band:
     """The weighted sums of the logits of the image rows that one row of tiles covers, from the rows not yet done on."""
 
@@ -185,10 +194,9 @@ def _logits(model: Callable[[Tensor], Any], tiles: Tensor, sides: Sequence[int],
     """The network's logits of a batch of tiles, in their size; the tiles are padded to ``sides`` for it."""
     missing = [(0, side - extent) for side, extent in zip(sides, size, strict=True)]
     output = model(F.pad(tiles, [number for pair in reversed(missing) for number in pair]))
-    logits = output["out"] if isinstance(output, dict) else getattr(output, "logits", output)
-    if not isinstance(logits, Tensor) or logits.ndim != tiles.ndim or logits.shape[1] < 2:
-        found = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise ValueError(f"model: expected logits [B, classes, *size] of at least 2 classes, got {found}")
+    logits = logits_of(output)
+    if logits.ndim != tiles.ndim:
+        raise ValueError(f"model: expected logits of {tiles.ndim} dimensions, as its input, got {list(logits.shape)}")
     if tuple(logits.shape[2:]) != tuple(sides):
         mode = "bilinear" if len(sides) == 2 else "trilinear"
         logits = F.interpolate(logits, size=tuple(sides), mode=mode, align_corners=False)

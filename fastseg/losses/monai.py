@@ -37,7 +37,7 @@ def _check_factor(name: str, factor: float) -> float:
 def _check(input: Tensor, target: Tensor, to_onehot_y: bool) -> None:
     check_scores("input", input, 3)
     channels = target.shape[1] if target.ndim > 1 else None
-    pixels = target.ndim == input.ndim and target.shape[2:] == input.shape[2:] and len(target) == len(input)
+    pixels = target.ndim == input.ndim and target.shape[2:] == input.shape[2:] and target.shape[0] == input.shape[0]
     labels = to_onehot_y and input.shape[1] > 1
     if not pixels or channels != (1 if labels else input.shape[1]):
         wanted = (input.shape[0], 1 if labels else input.shape[1], *input.shape[2:])

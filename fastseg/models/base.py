@@ -35,7 +35,7 @@ class PixelClassifier(nn.Conv2d):
         if not (input.is_cpu and input.is_contiguous()):
             return super().forward(input)
         assert self.bias is not None
-        weight = self.weight.flatten(1).expand(len(input), -1, -1)  # [N, num_classes, in_channels]
+        weight = self.weight.flatten(1).expand(input.shape[0], -1, -1)  # [N, num_classes, in_channels]
         logits = torch.baddbmm(self.bias.unsqueeze(1), weight, input.flatten(2))
         return logits.unflatten(2, input.shape[2:])
 
