@@ -59,7 +59,7 @@ def describe(tensor: torch.Tensor | None) -> TensorDescription | None:
 
 
 @functools.cache
-def log_slow_road(operator: str, reason: str) -> None:
+def log_fallback(operator: str, reason: str) -> None:
     """Say once per reason, on the logger `fastseg`, that calls run plain PyTorch instead of a fastseg kernel."""
     logger.warning("%s runs as plain PyTorch: %s", operator, reason)
 
@@ -67,11 +67,11 @@ def log_slow_road(operator: str, reason: str) -> None:
 def log_missing_kernel(operator: str, input: torch.Tensor) -> None:
     """Say that an operator has no kernel for input's device; where CPUs and GPUs come here, it has been said why."""
     if input.device.type not in ("cpu", "cuda"):
-        log_slow_road(operator, f"no kernel for device type {input.device.type!r}")
+        log_fallback(operator, f"no kernel for device type {input.device.type!r}")
 
 
 def native(operator: str) -> Any:
     """The extension module, or None (and a log line) where it couldn't be loaded."""
     if _C is None:
-        log_slow_road(operator, f"the C++ extension couldn't be loaded ({load_error})")
+        log_fallback(operator, f"the C++ extension couldn't be loaded ({load_error})")
     return _C

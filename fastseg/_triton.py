@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fastseg._native import INTERPRETED, log_slow_road
+from fastseg._native import INTERPRETED, log_fallback
 
 # The oldest version that the kernels were compiled and interpreted with.
 OLDEST_TRITON = (3, 6)
@@ -49,7 +49,7 @@ def kernels(operator: str, module: str | None = None) -> Any:
     """A module of Triton kernels, or None (and a log line) where they can't be used."""
     loaded = _load(module or operator)
     if isinstance(loaded, str):
-        log_slow_road(operator, f"the Triton kernels can't be used ({loaded})")
+        log_fallback(operator, f"the Triton kernels can't be used ({loaded})")
         return None
     return loaded
 

@@ -19,7 +19,7 @@ from fastseg.kernels import (
 )
 from fastseg.kernels.specimen import Call, Specimen, describe, fill, make_tensor
 from fastseg.kernels.specimens_upsampling import UPSAMPLING
-from fastseg.ops.conv_relu_pool2d_geometry import Geometry, output_shapes, resolve
+from fastseg.ops.convolution.geometry import Geometry, output_shapes, resolve
 
 # ---- cross_entropy ----
 

@@ -11,7 +11,6 @@ import torch
 
 from fastseg import _native, reference
 from fastseg.ops import (
-    conv_relu_pool2d_roads,
     cross_entropy,
     relu_pool2d,
     upsample_argmax,
@@ -19,6 +18,7 @@ from fastseg.ops import (
     upsample_cross_entropy,
     upsample_cross_entropy_with_gradient,
 )
+from fastseg.ops.convolution import algorithms
 
 OPERATORS = (
     cross_entropy,
@@ -155,7 +155,7 @@ def plain_upsampling_of_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def kernels_for_small_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leads conv2d's small calls, too, to the kernels: in all tests, whose networks are small."""
-    monkeypatch.setattr(conv_relu_pool2d_roads, "CONV2D_MIN_PRODUCTS", 0)
+    monkeypatch.setattr(algorithms, "CONV2D_MIN_PRODUCTS", 0)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ namespace fastseg {
 namespace python {  // the functions' names are the kernels' names
 namespace {
 
-// In the order of fastseg/ops/conv_relu_pool2d_geometry.py's flatten(); groups and ceil_mode, the last two, are
+// In the order of fastseg/ops/convolution/geometry.py's flatten(); groups and ceil_mode, the last two, are
 // Python's.
 constexpr size_t kGeometryNumbers = 14;
 

@@ -1,5 +1,6 @@
-// conv_relu_pool2d, forward, the direct road: a band of the input is packed, the convolution's rows are computed into a
-// ring buffer that holds one pooling window's height, and pooled from there. Only pooled values are written to memory.
+// conv_relu_pool2d, forward, the direct algorithm: a band of the input is packed, the convolution's rows are computed
+// into a ring buffer that holds one pooling window's height, and pooled from there. Only pooled values are written to
+// memory.
 #include "convolution/conv_relu_pool2d.h"
 
 #include "convolution/conv_tile-inl.h"
@@ -47,7 +48,7 @@ struct Forward {
   int64_t choose_band() const {
     const int64_t row_bytes = packed_w * shape.c * static_cast<int64_t>(sizeof(T));
     int64_t rows = 1;
-    while (rows < least(kLargestBand, shape.pooled_h) && band_rows(rows + 1) * row_bytes <= kBandBytes) ++rows;
+    while (rows < min_of(kLargestBand, shape.pooled_h) && band_rows(rows + 1) * row_bytes <= kBandBytes) ++rows;
     return rows;
   }
 
@@ -89,7 +90,7 @@ struct Forward {
   bool run(int64_t task) const {
     const ConvPoolGeometry& g = call.geometry;
     const int64_t bands = ceil_div(shape.pooled_h, band), image = task / bands;
-    const Span pooled = {task % bands * band, least((task % bands + 1) * band, shape.pooled_h)};
+    const Span pooled = {task % bands * band, min_of((task % bands + 1) * band, shape.pooled_h)};
     const Span rows = input_rows(shape, g,
                                  {window_span(g, 0, pooled.begin, shape.convolved_h).begin,
                                   window_span(g, 0, pooled.end - 1, shape.convolved_h).end});
@@ -117,7 +118,7 @@ struct Forward {
         }
         next = span.end;
         pool_row(window_rows, span, window, shape.convolved_w, g, shape.pooled_w, lanes, values, positions);
-        unpack_pooled(values, positions, lanes, image, block * kBlock<T>, least(lanes, shape.k - block * kBlock<T>),
+        unpack_pooled(values, positions, lanes, image, block * kBlock<T>, min_of(lanes, shape.k - block * kBlock<T>),
                       window, call.output, call.positions);
       }
     }

@@ -35,7 +35,7 @@ struct PackedRows {
   int64_t features, block, slots, rows;
 
   int64_t blocks() const { return ceil_div(features, block); }
-  int64_t length(int64_t b) const { return least(block, features - b * block); }
+  int64_t length(int64_t b) const { return min_of(block, features - b * block); }
   int64_t begin(int64_t b) const { return b * block * slots * rows; }
   int64_t row(int64_t b, int64_t r) const { return begin(b) + r * slots * length(b); }
   int64_t elements() const { return features * slots * rows; }
@@ -132,18 +132,18 @@ struct BackwardLayout {
         features(folded ? shape.kernel_h * shape.c : shape.c),
         block(choose_block()),
         slots_per_phase(
-            ceil_div(most(packed_width(shape, g, shape.convolved_w), shape.w + g.padding[1]), g.dilation[1])),
+            ceil_div(max_of(packed_width(shape, g, shape.convolved_w), shape.w + g.padding[1]), g.dilation[1])),
         slots(slots_per_phase * g.dilation[1]),
         group(ceil_div(shape.k, ceil_div(shape.k, kGroup))) {}
 
   // A block's chunk fills the registers; blocks are equally long, in whole vectors where there are several.
   int64_t choose_block() const {
-    const int64_t longest = most(kMostVectors / shape.kernel_w, 1) * kLanes<T>;
+    const int64_t longest = max_of(kMostVectors / shape.kernel_w, 1) * kLanes<T>;
     const int64_t blocks = ceil_div(features, longest);
-    return blocks <= 1 ? most(features, 1) : round_up(ceil_div(features, blocks), kLanes<T>);
+    return blocks <= 1 ? max_of(features, 1) : round_up(ceil_div(features, blocks), kLanes<T>);
   }
 
-  PackedRows input_like(int64_t rows) const { return {shape.c, folded ? most(shape.c, 1) : block, slots, rows}; }
+  PackedRows input_like(int64_t rows) const { return {shape.c, folded ? max_of(shape.c, 1) : block, slots, rows}; }
   PackedRows patch_rows(int64_t rows) const { return {features, block, slots, rows}; }
 
   // Rows that the patches of `pooled` rows of windows lie in: the input's, or, folded, the convolution's.
@@ -163,7 +163,7 @@ struct BackwardLayout {
 
   int64_t padded(int64_t length) const { return round_up(shape.kernel_w * length, kLanes<T>); }
 
-  Span channels(int64_t task) const { return {task * group, least((task + 1) * group, shape.k)}; }
+  Span channels(int64_t task) const { return {task * group, min_of((task + 1) * group, shape.k)}; }
 
   // Where the kernels of a group, or the sums of their gradients, have a piece: [piece][channel of the group][taps].
   int64_t piece_begin(const Piece& piece, Span group_channels) const {
@@ -173,7 +173,7 @@ struct BackwardLayout {
   // Taps of one kernel: [block][kernel row][kernel column, feature, rounded up to whole vectors].
   int64_t packed_taps() const {
     const PackedRows rows = patch_rows(1);
-    const int64_t whole = most(rows.blocks() - 1, 0);
+    const int64_t whole = max_of(rows.blocks() - 1, 0);
     return kernel_rows * (whole * padded(block) + padded(features - whole * block));
   }
 
@@ -186,9 +186,9 @@ struct BackwardLayout {
       const int64_t step = ceil_div(vectors, ceil_div(vectors, kMostVectors));
       for (int64_t row = 0; row < kernel_rows; ++row, taps += padded(length))
         for (int64_t v = 0; v < vectors; v += step) {
-          const int64_t count = least(step, vectors - v), last = (v + count - 1) * kLanes<T>;
+          const int64_t count = min_of(step, vectors - v), last = (v + count - 1) * kLanes<T>;
           visit(Piece{rows.row(b, row * g.dilation[0]) + v * kLanes<T>, length, taps + v * kLanes<T>,
-                      static_cast<int>(count), least(kLanes<T>, shape.kernel_w * length - last)});
+                      static_cast<int>(count), min_of(kLanes<T>, shape.kernel_w * length - last)});
         }
     }
   }
@@ -196,9 +196,9 @@ struct BackwardLayout {
   // Calls visit(kernel row, first channel, channels, offset) for the runs of channels in a column of block b.
   template <class Visit>
   void for_each_run(int64_t b, Visit visit) const {
-    const int64_t end = least((b + 1) * block, features);
+    const int64_t end = min_of((b + 1) * block, features);
     for (int64_t f = b * block; f < end;) {
-      const int64_t channel = f % shape.c, channels = least(shape.c - channel, end - f);
+      const int64_t channel = f % shape.c, channels = min_of(shape.c - channel, end - f);
       visit(f / shape.c, channel, channels, f - b * block);
       f += channels;
     }
@@ -223,8 +223,8 @@ struct BackwardLayout {
   void for_each_phase(Visit visit) const {
     const int64_t left = g.padding[1], step = g.dilation[1];
     for (int64_t phase = 0; phase < step; ++phase) {
-      const int64_t begin = ceil_div(most(left - phase, 0), step),
-                    end = ceil_div(most(left + shape.w - phase, 0), step);
+      const int64_t begin = ceil_div(max_of(left - phase, 0), step),
+                    end = ceil_div(max_of(left + shape.w - phase, 0), step);
       visit(phase * slots_per_phase, begin, end, phase + begin * step - left);
     }
   }
@@ -263,7 +263,7 @@ struct BackwardLayout {
   void unpack_rows(int64_t image, Span input_rows, int64_t base, const PackedRows& rows, const T* source) const {
     const Tensor& gradient = call.grad_input;
     for (int64_t b = 0; b < rows.blocks(); ++b)
-      for (int64_t y = most(input_rows.begin, 0); y < least(input_rows.end, shape.h); ++y)
+      for (int64_t y = max_of(input_rows.begin, 0); y < min_of(input_rows.end, shape.h); ++y)
         for_each_phase([&](int64_t slot, int64_t begin, int64_t end, int64_t column) {
           const int64_t length = rows.length(b);
           unpack(source + rows.row(b, y - base) + (slot + begin) * length, length, end - begin, length,
@@ -309,7 +309,7 @@ struct BackwardLayout {
           for (int64_t x = 0; x < g.pool_size[1]; ++x) {
             const int64_t column = window * g.pool_stride[1] - g.pool_padding[1] + x;
             *target++ = static_cast<int32_t>((base + (row * g.pool_stride[0] + y) * patch_row_step()) * slots +
-                                             slot(least(most(column, 0), shape.convolved_w - 1) * g.stride[1]));
+                                             slot(min_of(max_of(column, 0), shape.convolved_w - 1) * g.stride[1]));
           }
   }
 

@@ -1,6 +1,6 @@
-// conv_relu_pool2d, backward, the direct road. The gradient after a pool is sparse: at most one position of a window
-// carries any. So per pooled pixel and channel there is one patch of the input to weigh, not one for every position,
-// and the dense gradient of the full-resolution map is never built.
+// conv_relu_pool2d, backward, the direct algorithm. The gradient after a pool is sparse: at most one position of a
+// window carries any. So per pooled pixel and channel there is one patch of the input to weigh, not one for every
+// position, and the dense gradient of the full-resolution map is never built.
 //
 //   grad_weight[k] = sum over windows of grad_output[k] * patch(position of the maximum)
 //   grad_input     = sum over windows and k of grad_output[k] * weight[k], added where that patch lies

@@ -18,9 +18,9 @@ struct BackwardInput {
   const int64_t taps = layout.packed_taps();
   // Each band of pooled rows has its own rows of the gradient, from those where its first window begins to those where
   // the next band's does, and reaches that many more: bands are so large that a row belongs to at most two.
-  const int64_t shared = most(layout.input_rows_of(1) - g.pool_stride[0] * g.stride[0], 0);
+  const int64_t shared = max_of(layout.input_rows_of(1) - g.pool_stride[0] * g.stride[0], 0);
   const int64_t band = choose_band();  // pooled rows
-  const int64_t bands = most(ceil_div(shape.pooled_h, band), 1);
+  const int64_t bands = max_of(ceil_div(shape.pooled_h, band), 1);
   const int64_t tile = choose_tile();  // windows of a row
   const PackedRows edge = layout.input_like(shared);
 
@@ -29,21 +29,21 @@ struct BackwardInput {
   int64_t choose_band() const {
     const int64_t step = g.pool_stride[0] * g.stride[0];
     const int64_t row_bytes = layout.slots * shape.c * int64_t{sizeof(T)};
-    const int64_t fitting = (kGradientBytes / most(row_bytes, 1) - shared) / step;
-    const int64_t rows = least(most(most(fitting, ceil_div(shared, step)), 1), most(shape.pooled_h, 1));
-    return most(ceil_div(shape.pooled_h, most(shape.pooled_h / rows, 1)), 1);
+    const int64_t fitting = (kGradientBytes / max_of(row_bytes, 1) - shared) / step;
+    const int64_t rows = min_of(max_of(max_of(fitting, ceil_div(shared, step)), 1), max_of(shape.pooled_h, 1));
+    return max_of(ceil_div(shape.pooled_h, max_of(shape.pooled_h / rows, 1)), 1);
   }
 
   int64_t choose_tile() const {
     const int64_t window_bytes = layout.positions * layout.group * int64_t{sizeof(T) + sizeof(int32_t)};
-    const int64_t tiles = ceil_div(shape.pooled_w, most(kListBytes / window_bytes, 1));
-    return ceil_div(shape.pooled_w, most(tiles, 1));
+    const int64_t tiles = ceil_div(shape.pooled_w, max_of(kListBytes / window_bytes, 1));
+    return ceil_div(shape.pooled_w, max_of(tiles, 1));
   }
 
   // Rows that the bands of an image begin and end with; the last one's end is the image's.
   Span band_rows(int64_t b) const {
     return {layout.first_row(b * band),
-            b + 1 < bands ? layout.first_row((b + 1) * band) : most(shape.h, layout.first_row(bands * band))};
+            b + 1 < bands ? layout.first_row((b + 1) * band) : max_of(shape.h, layout.first_row(bands * band))};
   }
 
   // Lists the channels of a group by the position of their maximum, for the windows of a tile.
@@ -73,7 +73,7 @@ struct BackwardInput {
     int32_t* counts = indices + most_lists * layout.group;
     int32_t* slots = counts + most_lists;
     for (int64_t first = 0; first < shape.pooled_w; first += tile) {
-      const Span windows = {first, least(first + tile, shape.pooled_w)};
+      const Span windows = {first, min_of(first + tile, shape.pooled_w)};
       layout.list_slots(base, {0, 1}, windows, slots);
       const Lists<T> lists = {gradients, indices, counts, slots, windows.size() * layout.positions, layout.group};
       for (int64_t task = 0; task < ceil_div(shape.k, layout.group); ++task) {
@@ -106,7 +106,7 @@ struct BackwardInput {
     T* folded = gradient + elements;
     T* lists = folded + folded_elements;
     memset(gradient, 0, static_cast<size_t>(elements) * sizeof(T));
-    for (int64_t row = b * band; row < least((b + 1) * band, shape.pooled_h); ++row) {
+    for (int64_t row = b * band; row < min_of((b + 1) * band, shape.pooled_h); ++row) {
       const int64_t base = layout.first_row(row) - rows.begin;
       if (!layout.folded) {
         add_row(image, row, kernels, gradient_rows, base, lists, gradient);

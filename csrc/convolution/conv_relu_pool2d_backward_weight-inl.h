@@ -40,17 +40,17 @@ struct BackwardWeight {
   void choose_tile() {
     int64_t most_windows = 1;
     while (most_windows < shape.pooled_w && fits(1, most_windows + 1)) ++most_windows;
-    const int64_t tiles = most(ceil_div(shape.pooled_w, most_windows), 1);
-    tile_windows = most(ceil_div(shape.pooled_w, tiles), 1);
+    const int64_t tiles = max_of(ceil_div(shape.pooled_w, most_windows), 1);
+    tile_windows = max_of(ceil_div(shape.pooled_w, tiles), 1);
     tile_rows = 1;
     while (tiles == 1 && tile_rows < shape.pooled_h && fits(tile_rows + 1, tile_windows)) ++tile_rows;
   }
 
   int64_t choose_parts() const {
     const int64_t rows = shape.n * shape.pooled_h, groups = ceil_div(shape.k, layout.group);
-    const int64_t by_bytes = kPartBytes / most(shape.k * taps * int64_t{sizeof(T)}, 1);
+    const int64_t by_bytes = kPartBytes / max_of(shape.k * taps * int64_t{sizeof(T)}, 1);
     const int64_t by_work = rows * shape.pooled_w / kLeastWindows;
-    return most(least(least(ceil_div(kTasks, groups), rows), least(by_bytes, by_work)), 1);
+    return max_of(min_of(min_of(ceil_div(kTasks, groups), rows), min_of(by_bytes, by_work)), 1);
   }
 
   // Lists the windows of a tile that carry gradient of channel k, and returns the sum of it.
@@ -108,14 +108,14 @@ struct BackwardWeight {
     const int64_t pooled_rows = shape.n * shape.pooled_h, end = (part + 1) * pooled_rows / parts;
     for (int64_t r = part * pooled_rows / parts, next; r < end; r = next) {
       const int64_t image = r / shape.pooled_h, row = r % shape.pooled_h;
-      next = least(least(r + tile_rows, end), (image + 1) * shape.pooled_h);
+      next = min_of(min_of(r + tile_rows, end), (image + 1) * shape.pooled_h);
       const Span rows = {row, row + next - r};
       if (call.grad_weight) {
         layout.pack_rows(image, layout.first_row(row), input_rows, input);
         if (layout.folded) fold(input_rows, patch_rows, input, folded);
       }
       for (int64_t first = 0; first < shape.pooled_w; first += tile_windows) {
-        const Span windows = {first, least(first + tile_windows, shape.pooled_w)};
+        const Span windows = {first, min_of(first + tile_windows, shape.pooled_w)};
         layout.list_slots(0, rows, windows, slots);
         for (int64_t k = 0; k < channels.size(); ++k)
           grad_bias[k] += list_windows(image, channels.begin + k, rows, windows, slots, gradients + k * tile,

@@ -13,20 +13,20 @@ namespace {
 // A half-open range of rows or columns.
 struct Span {
   int64_t begin, end;
-  int64_t size() const { return most(end - begin, 0); }
+  int64_t size() const { return max_of(end - begin, 0); }
 };
 
 // The convolution's rows (axis 0) or columns (axis 1) in pooling window `index`, clipped to those that exist.
 inline Span window_span(const ConvPoolGeometry& g, int axis, int64_t index, int64_t convolved) {
   const int64_t begin = index * g.pool_stride[axis] - g.pool_padding[axis];
-  return {most(begin, 0), least(begin + g.pool_size[axis], convolved)};
+  return {max_of(begin, 0), min_of(begin + g.pool_size[axis], convolved)};
 }
 
 // The pooling windows that hold any of the convolution's rows (or columns) in `span`.
 inline Span windows_of(const ConvPoolGeometry& g, int axis, Span span, int64_t pooled) {
   const int64_t last = span.end - 1 + g.pool_padding[axis];
   const int64_t past = span.begin + g.pool_padding[axis] - g.pool_size[axis];  // the last row that no window reaches
-  return {past < 0 ? 0 : past / g.pool_stride[axis] + 1, least(last / g.pool_stride[axis] + 1, pooled)};
+  return {past < 0 ? 0 : past / g.pool_stride[axis] + 1, min_of(last / g.pool_stride[axis] + 1, pooled)};
 }
 
 struct ConvShape {
@@ -68,7 +68,7 @@ inline int64_t packed_width(const ConvShape& shape, const ConvPoolGeometry& g, i
 template <class T>
 void pack_input(const Tensor& input, int64_t left_padding, int64_t image, Span rows, int64_t width, T* target) {
   const int64_t channels = input.size[1], pitch = width * channels;
-  const int64_t left = least(left_padding, width), inside = most(least(input.size[3], width - left), 0);
+  const int64_t left = min_of(left_padding, width), inside = max_of(min_of(input.size[3], width - left), 0);
   for (int64_t row = rows.begin; row < rows.end; ++row, target += pitch) {
     const bool exists = row >= 0 && row < input.size[2];
     memset(target, 0, static_cast<size_t>((exists ? left : width) * channels) * sizeof(T));

@@ -1,4 +1,4 @@
-// Max pooling of rows that lie in cache, a block of channels at a time: the tail of both roads of conv_relu_pool2d.
+// Max pooling of rows that lie in cache, a block of channels at a time: the end of both algorithms of conv_relu_pool2d.
 #pragma once
 
 #include "convolution/conv_tile-inl.h"

@@ -1,4 +1,4 @@
-// conv_relu_pool2d, the library road: what follows (and, backwards, precedes) a library's convolution. Forward is ReLU,
+// conv_relu_pool2d by a library: what follows (and, backwards, precedes) a library's convolution. Forward is ReLU,
 // pooling and positions in one pass; backward writes the dense gradient of the convolution's output in one pass.
 #include "convolution/conv_relu_pool2d.h"
 #include "convolution/pool_tile-inl.h"
@@ -79,7 +79,7 @@ bool forward_task(const ReluPool2dForward& call, int64_t task) {
   // Lanes past the last channel are pooled too.
   memset(buffer, 0, static_cast<size_t>(held * row_elements) * sizeof(T));
   for (int64_t channel = 0; channel < channels; channel += widest) {
-    const int64_t count = least(widest, channels - channel), block = round_up(count, kLanes<T>);
+    const int64_t count = min_of(widest, channels - channel), block = round_up(count, kLanes<T>);
     const T* window_rows[kCut];
     for (int64_t row = span.begin; row < span.end; ++row) {
       if (!dense) pack_row(call.input, image, channel, count, row, block, row_of(row));
@@ -111,7 +111,7 @@ void scatter_row(const ReluPool2dBackward& call, int64_t window, Span rows, int6
   const ConvPoolGeometry& g = call.geometry;
   const int64_t width = call.grad_input.size[3];
   const int64_t top = window * g.pool_stride[0] - g.pool_padding[0];
-  const Span span = {most(top, rows.begin), least(top + g.pool_size[0], rows.end)};
+  const Span span = {max_of(top, rows.begin), min_of(top + g.pool_size[0], rows.end)};
   for (int64_t p = 0; p < call.grad_output.size[3]; ++p) {
     const Span columns = window_span(g, 1, p, width);
     const int64_t left = p * g.pool_stride[1] - g.pool_padding[1];
@@ -158,7 +158,7 @@ void scatter_windows(const ReluPool2dBackward& call, const PlaneOffsets<T>& offs
     bits &= offsets.counts[*positions];
     T value;
     memcpy(&value, &bits, sizeof value);
-    plane[most(corner + offsets.offset[*positions], 0)] += value;  // a window that was cut may begin in the padding
+    plane[max_of(corner + offsets.offset[*positions], 0)] += value;  // a window that was cut may begin in the padding
   }
 }
 
@@ -180,7 +180,7 @@ bool backward_plane(const ReluPool2dBackward& call, const PlaneOffsets<T>& offse
                 pooled_w = call.grad_output ? call.grad_output.size[3] : 0;
   const bool in_place = output.dtype == kDType<T> && output.stride[2] == width;
   const int64_t fitting = kRowsBytes / (width * int64_t{sizeof(T)}) + 1;
-  const int64_t held = in_place ? height : least(fitting + call.geometry.pool_size[0], height);
+  const int64_t held = in_place ? height : min_of(fitting + call.geometry.pool_size[0], height);
   T* skip = static_cast<T*>(scratch((2 * width + pooled_w + (in_place ? 0 : held * width)) * int64_t{sizeof(T)}));
   if (skip == nullptr) return false;
   T *grad_skip = skip + width, *gradient = grad_skip + width;
@@ -200,11 +200,11 @@ bool backward_plane(const ReluPool2dBackward& call, const PlaneOffsets<T>& offse
   };
   const auto hold = [&](Span window) {  // no later window begins above it
     while (window.end > base + held) {
-      const int64_t done = least(window.begin - base, held), kept = held - done;
+      const int64_t done = min_of(window.begin - base, held), kept = held - done;
       finish_rows(base + done);
       memmove(plane, plane + done * width, static_cast<size_t>(kept * width) * sizeof(T));
       base += done;
-      begin_rows({base + kept, least(base + held, height)});
+      begin_rows({base + kept, min_of(base + held, height)});
     }
   };
   begin_rows({0, held});
@@ -248,7 +248,7 @@ bool backward_task(const ReluPool2dBackward& call, int64_t band, int64_t task) {
   const Tensor& output = call.grad_input;
   const int64_t height = output.size[2], width = output.size[3], channels = output.size[1];
   const int64_t bands = ceil_div(height, band), image = task / bands;
-  const Span rows = {task % bands * band, least((task % bands + 1) * band, height)};
+  const Span rows = {task % bands * band, min_of((task % bands + 1) * band, height)};
   const int64_t pooled_w = call.grad_output ? call.grad_output.size[3] : 0;
   const bool in_place = rows_are_dense<T>(output) && output.stride[2] == width * channels;
   const int64_t widest = in_place ? channels : kBlock<T>;
@@ -263,7 +263,7 @@ bool backward_task(const ReluPool2dBackward& call, int64_t band, int64_t task) {
   memset(skip, 0, static_cast<size_t>(elements - band_elements) * sizeof(T));  // lanes past the last channel
 
   for (int64_t channel = 0; channel < channels; channel += widest) {
-    const int64_t count = least(widest, channels - channel), block = round_up(count, kLanes<T>);
+    const int64_t count = min_of(widest, channels - channel), block = round_up(count, kLanes<T>);
     memset(dense, 0, static_cast<size_t>(rows.size() * width * block) * sizeof(T));
     for (int64_t row = rows.begin; call.grad_skip && row < rows.end; ++row) {
       T* target = dense + (row - rows.begin) * width * block;
@@ -292,7 +292,7 @@ void backward(const ReluPool2dBackward& call) {
     const int64_t all = output.size[0] * output.size[1] * output.size[2] * output.size[3];
     const int64_t piece = kRowsBytes / int64_t{sizeof(T)};
     return for_each_task(ceil_div(all, piece), call.threads, [&](int64_t task) {
-      backward_elements<T>(call, {task * piece, least((task + 1) * piece, all)});
+      backward_elements<T>(call, {task * piece, min_of((task + 1) * piece, all)});
       return true;
     });
   }
@@ -304,10 +304,10 @@ void backward(const ReluPool2dBackward& call) {
   }
   const int64_t widest = rows_are_dense<T>(output) ? output.size[1] : kBlock<T>;
   const int64_t row_bytes = output.size[3] * widest * int64_t{sizeof(T)};
-  const int64_t fitting = most(kRowsBytes / row_bytes, 1);
+  const int64_t fitting = max_of(kRowsBytes / row_bytes, 1);
   // Whole windows to a band, where they don't overlap, and few rows between them.
   const int64_t band =
-      round_up(fitting, least(call.geometry.pool_stride[0], most(fitting, call.geometry.pool_size[0])));
+      round_up(fitting, min_of(call.geometry.pool_stride[0], max_of(fitting, call.geometry.pool_size[0])));
   for_each_task(output.size[0] * ceil_div(output.size[2], band), call.threads,
                 [&](int64_t task) { return backward_task<T>(call, band, task); });
 }

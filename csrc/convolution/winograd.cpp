@@ -1,7 +1,7 @@
-// conv_relu_pool2d, the Winograd road: 3x3 convolutions under 2x2 pools. A pooling window is one tile of Winograd's
-// output, so that it is pooled in registers and nothing of full resolution is stored that wasn't asked for. Also serves
-// conv2d alone, without ReLU and pool; its gradients are those of conv_relu_pool2d where they are dense (of a skip, or
-// where nothing is pooled).
+// conv_relu_pool2d by Winograd's algorithm: 3x3 convolutions under 2x2 pools. A pooling window is one tile of
+// Winograd's output, so that it is pooled in registers and nothing of full resolution is stored that wasn't asked for.
+// Also serves conv2d alone, without ReLU and pool; its gradients are those of conv_relu_pool2d where they are dense (of
+// a skip, or where nothing is pooled).
 #include "convolution/conv_relu_pool2d.h"
 #include "convolution/winograd_channels-inl.h"
 #include "convolution/winograd_stem-inl.h"

@@ -43,12 +43,12 @@ struct WinogradChannels {
         packed_w(patches_width(windows_w)),
         band(choose_band()),
         bands(ceil_div(windows_h, band)),
-        groups(least(blocks, ceil_div(kTasksWanted, most(shape.n * bands, 1)))) {}
+        groups(min_of(blocks, ceil_div(kTasksWanted, max_of(shape.n * bands, 1)))) {}
 
   int64_t choose_band() const {
     const int64_t row_bytes = packed_w * shape.c * int64_t{sizeof(T)};
     const int64_t rows = (kBandBytes / row_bytes - (kSide - kPoolSide)) / kPoolSide;
-    return least(most(rows, ceil_div(kLeastWindows, windows_w)), windows_h);
+    return min_of(max_of(rows, ceil_div(kLeastWindows, windows_w)), windows_h);
   }
 
   int vectors(int64_t block) const { return vectors_of<T>(shape.k, block); }
@@ -64,7 +64,7 @@ struct WinogradChannels {
   T* maxima() const { return bias + blocks * kBlock<T>; }
 
   bool transform_weights(int64_t block) const {
-    const int64_t lanes = vectors(block) * kLanes<T>, first = block * kBlock<T>, count = least(shape.k - first, lanes);
+    const int64_t lanes = vectors(block) * kLanes<T>, first = block * kBlock<T>, count = min_of(shape.k - first, lanes);
     const int64_t elements = kKernelTaps * shape.c * lanes;
     T* taps = static_cast<T*>(scratch(elements * int64_t{sizeof(T)}));  // [a kernel's elements][lanes]
     if (taps == nullptr) return false;
@@ -186,14 +186,14 @@ struct WinogradChannels {
   bool run(int64_t task) const {
     const int64_t group = task % groups, image = task / groups / bands, top = task / groups % bands * band;
     const Span group_blocks = {group * blocks / groups, (group + 1) * blocks / groups};
-    const int64_t window_rows = least(band, windows_h - top), windows = window_rows * windows_w;
+    const int64_t window_rows = min_of(band, windows_h - top), windows = window_rows * windows_w;
     const Span rows = {kPoolSide * top - call.geometry.padding[0],
                        kPoolSide * (top + window_rows - 1) - call.geometry.padding[0] + kSide};
     const int64_t input_elements = round_up(rows.size() * packed_w * shape.c, kLanes<T>) + kLanes<T>;
 
     // As many windows at a time as fit the cache, evenly divided, in whole tiles of registers.
     const int64_t fitting = kPatchBytes / (kProducts * channels * int64_t{sizeof(T)});
-    const int64_t pieces = ceil_div(windows, least(most(fitting, kLeastWindows), kMostWindows));
+    const int64_t pieces = ceil_div(windows, min_of(max_of(fitting, kLeastWindows), kMostWindows));
     const int64_t piece = round_up(ceil_div(windows, pieces), kWidestTile);
     const int64_t patch_plane = piece * channels + kRowPadding, product_plane = piece * kBlock<T> + kRowPadding;
 
@@ -211,7 +211,7 @@ struct WinogradChannels {
     pack_input(call.input, call.geometry.padding[1], image, rows, packed_w, input);
     if (!may_go_on(largest_magnitude(input, input_elements) <= largest_input, safe)) return true;
     for (int64_t first = 0; first < windows; first += piece) {
-      const int64_t count = least(piece, windows - first);
+      const int64_t count = min_of(piece, windows - first);
       transform_patches(input, shape.c, windows_w, {first, first + count}, patch_plane, patches);
       for (int64_t block = group_blocks.begin; block < group_blocks.end; ++block) {
         vectors(block) == 2 ? multiply<2>(patches, patch_plane, count, block, products, product_plane)
@@ -225,16 +225,16 @@ struct WinogradChannels {
 
   void write(const Results& results, int64_t image, int64_t block, int64_t top, int64_t first, int64_t count) const {
     const int64_t lanes = vectors(block) * kLanes<T>, channel = block * kBlock<T>;
-    const int64_t channel_count = least(lanes, shape.k - channel);
+    const int64_t channel_count = min_of(lanes, shape.k - channel);
     for (int64_t done = 0, next; done < count; done = next) {
       const int64_t row = top + (first + done) / windows_w, column = (first + done) % windows_w;
-      next = least(done + windows_w - column, count);
-      const Span columns = {column, least(column + next - done, shape.pooled_w)};
+      next = min_of(done + windows_w - column, count);
+      const Span columns = {column, min_of(column + next - done, shape.pooled_w)};
       if (pools && row < shape.pooled_h && columns.size() > 0)
         unpack_pooled(results.pooled + done * lanes, results.positions + done * lanes, lanes, image, channel,
                       channel_count, row, part_of(call.output, 3, columns), part_of(call.positions, 3, columns));
       if (!full) continue;
-      const Span whole = {kPoolSide * column, least(kPoolSide * (column + next - done), shape.convolved_w)};
+      const Span whole = {kPoolSide * column, min_of(kPoolSide * (column + next - done), shape.convolved_w)};
       for (int64_t y = 0; y < kPoolSide && kPoolSide * row + y < shape.convolved_h; ++y) {
         const int64_t at = (y * results.columns + kPoolSide * done) * lanes;
         unpack_pooled(results.full + at, results.full_positions + at, lanes, image, channel, channel_count,

@@ -1,4 +1,4 @@
-// conv_relu_pool2d, forward, the Winograd road for the stem of a ResNet: a 7x7 convolution of stride 2 under an
+// conv_relu_pool2d, forward, by Winograd's algorithm for the stem of a ResNet: a 7x7 convolution of stride 2 under an
 // overlapping 3x3 pool of stride 2. Pixels of one row parity and one column parity see only every second tap of the
 // kernel: four convolutions of stride 1 whose kernels are at most 4x4, added up. Their 2x2 outputs come from
 // F(2x2, 4x4) at the points 0, 1, -1, 2 and infinity: 25 products, of which a kernel of three taps leaves out those at
@@ -54,8 +54,8 @@ struct WinogradStem {
         channels(round_up(4 * shape.c, kLanes<T>)),
         tiles(ceil_div(shape.convolved_w, 2)),
         packed_w(2 * tiles + kStemTaps - 1),
-        band(least(ceil_div(shape.pooled_h * shape.n, kTasksWanted), kLargestBand)),
-        bands(ceil_div(shape.pooled_h, most(band, 1))) {}
+        band(min_of(ceil_div(shape.pooled_h * shape.n, kTasksWanted), kLargestBand)),
+        bands(ceil_div(shape.pooled_h, max_of(band, 1))) {}
 
   int64_t tasks() const { return shape.n * bands; }
 
@@ -128,10 +128,10 @@ struct WinogradStem {
   void pack_parities(int64_t image, int64_t first, int64_t rows, T* target) const {
     const Tensor& input = call.input;
     memset(target, 0, static_cast<size_t>(rows * packed_w * channels) * sizeof(T));
-    for (int64_t row = most(first, 0); row < least(first + 2 * rows, shape.h); ++row) {
+    for (int64_t row = max_of(first, 0); row < min_of(first + 2 * rows, shape.h); ++row) {
       for (int parity = 0; parity < 2; ++parity) {
-        const int64_t left = call.geometry.padding[1], skip = most(ceil_div(left - parity, 2), 0);
-        const int64_t column = 2 * skip + parity - left, count = least(ceil_div(shape.w - column, 2), packed_w - skip);
+        const int64_t left = call.geometry.padding[1], skip = max_of(ceil_div(left - parity, 2), 0);
+        const int64_t column = 2 * skip + parity - left, count = min_of(ceil_div(shape.w - column, 2), packed_w - skip);
         if (count <= 0) continue;
         pack(at(input, image * input.stride[0] + row * input.stride[2] + column * input.stride[3]), input.dtype, count,
              shape.c, 2 * input.stride[3], input.stride[1],
@@ -207,8 +207,8 @@ struct WinogradStem {
 
   bool run(int64_t task) const {
     const ConvPoolGeometry& g = call.geometry;
-    const int64_t image = task / bands, top = task % bands * band, bottom = least(top + band, shape.pooled_h);
-    const int64_t first = most(top - 1, 0);  // row of tiles
+    const int64_t image = task / bands, top = task % bands * band, bottom = min_of(top + band, shape.pooled_h);
+    const int64_t first = max_of(top - 1, 0);  // row of tiles
     const int64_t packed_rows = 2 * (bottom - first) + kStemTaps - 1;
     const int64_t input_elements = packed_rows * packed_w * channels, row_elements = 2 * tiles * kBlock<T>;
     const int64_t piece = round_up(ceil_div(tiles, ceil_div(tiles, kPiece)), kWidestTile);
@@ -231,7 +231,7 @@ struct WinogradStem {
     if (!may_go_on(largest_magnitude(input, input_elements) <= largest_input, safe)) return true;
     for (int64_t row = first; row < bottom; ++row) {
       for (int64_t tile = 0; tile < tiles; tile += piece) {
-        const int64_t count = least(piece, tiles - tile);
+        const int64_t count = min_of(piece, tiles - tile);
         transform_patches(input + ((row - first) * packed_w + tile) * 2 * channels, count, patch_plane, patches);
         for (int64_t block = 0; block < blocks; ++block) {
           const int64_t lanes = vectors(block) * kLanes<T>, column = 2 * tile * lanes;
@@ -247,7 +247,7 @@ struct WinogradStem {
         const T* rows[3];
         for (int64_t y = span.begin; y < span.end; ++y) rows[y - span.begin] = row_of(block, y);
         pool_row(rows, span, row, shape.convolved_w, g, shape.pooled_w, lanes, values, positions);
-        unpack_pooled(values, positions, lanes, image, block * kBlock<T>, least(lanes, shape.k - block * kBlock<T>),
+        unpack_pooled(values, positions, lanes, image, block * kBlock<T>, min_of(lanes, shape.k - block * kBlock<T>),
                       row, call.output, call.positions);
       }
     }

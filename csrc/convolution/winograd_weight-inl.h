@@ -131,14 +131,14 @@ struct WinogradWeight {
 
   int64_t choose_band() const {
     const int64_t row_bytes = patches_width(tiles_w) * (c_group + k_group) * int64_t{sizeof(T)};
-    return least(most((kBandBytes / row_bytes - 1) / kPoolSide, ceil_div(kLeastWindows, tiles_w)), tiles_h);
+    return min_of(max_of((kBandBytes / row_bytes - 1) / kPoolSide, ceil_div(kLeastWindows, tiles_w)), tiles_h);
   }
 
   int64_t choose_parts() const {
     const int64_t by_bytes = kWeightPartBytes / (part_elements() * int64_t{sizeof(T)});
     const int64_t by_work = n * tiles_h * tiles_w / kWeightPartTiles;
-    const int64_t wanted = least(least(by_bytes, by_work), kWeightParts);
-    return most(least(most(wanted, ceil_div(kTasksWanted, c_groups * k_groups)), n * ceil_div(tiles_h, band)), 1);
+    const int64_t wanted = min_of(min_of(by_bytes, by_work), kWeightParts);
+    return max_of(min_of(max_of(wanted, ceil_div(kTasksWanted, c_groups * k_groups)), n * ceil_div(tiles_h, band)), 1);
   }
 
   // The sums of a pair of groups: [products][k_group][c_group]. A part: [k groups][c groups] of them.
@@ -152,7 +152,7 @@ struct WinogradWeight {
 
     // As many windows at a time as fit the cache, evenly divided.
     const int64_t fitting = kPatchBytes / (kProducts * (k_step + c_step) * int64_t{sizeof(T)});
-    const int64_t pieces = ceil_div(band * tiles_w, least(most(fitting, kLeastWindows), kMostWindows));
+    const int64_t pieces = ceil_div(band * tiles_w, min_of(max_of(fitting, kLeastWindows), kMostWindows));
     const int64_t piece = ceil_div(band * tiles_w, pieces);
     const int64_t k_plane = piece * k_step + kRowPadding, c_plane = piece * c_step + kRowPadding;
 
@@ -171,7 +171,7 @@ struct WinogradWeight {
 
     const int64_t bands = ceil_div(tiles_h, band), all = n * bands, begin = part * all / parts;
     for (int64_t b = begin; b < (part + 1) * all / parts; ++b) {
-      const int64_t image = b / bands, top = b % bands * band, rows = least(band, tiles_h - top);
+      const int64_t image = b / bands, top = b % bands * band, rows = min_of(band, tiles_h - top);
       const int64_t first = kPoolSide * top - call.padding[0];
       const bool continues = b > begin && top > 0;  // the band above is packed: its last rows are this one's first
       const int64_t kept = continues ? kSide - kPoolSide : 0;
@@ -183,7 +183,7 @@ struct WinogradWeight {
                                   packed_gradient);
       if (!may_go_on(largest <= largest_safe_product(), safe)) return true;
       for (int64_t window = 0; window < rows * tiles_w; window += piece) {
-        const Span windows = {window, least(window + piece, rows * tiles_w)};
+        const Span windows = {window, min_of(window + piece, rows * tiles_w)};
         transform_tiles(packed_gradient, k_span.size(), tiles_w, windows, k_plane, tiles, totals);
         if (!call.grad_weight) continue;
         transform_patches(packed_input, c_span.size(), tiles_w, windows, c_plane, patches);
@@ -233,7 +233,7 @@ struct WinogradWeight {
     if (taps == nullptr) return false;
     const T* source = sums + channel / k_group * c_groups * kProducts * plane() + channel % k_group * c_group;
     for (int64_t begin = 0; begin < c; begin += c_group, source += kProducts * plane()) {
-      const int64_t count = least(c_group, c - begin);
+      const int64_t count = min_of(c_group, c - begin);
       for (int64_t column = 0; column < count; column += kLanes<T>) transform_sums(source + column, taps + column);
       for (int64_t row = 0; row < kKernelSide; ++row)
         unpack(taps + row * kKernelSide * c_group, c_group, kKernelSide, count,
@@ -282,7 +282,7 @@ struct WinogradWeight {
       const int64_t pair = task / parts, part = task % parts, k_begin = pair / groups * k_group,
                     c_begin = pair % groups * c_group;
       T* totals_of = totals + (pair % groups * parts + part) * k_groups * k_group + k_begin;
-      return run(part, {k_begin, least(k_begin + k_group, k)}, {c_begin, least(c_begin + c_group, c)},
+      return run(part, {k_begin, min_of(k_begin + k_group, k)}, {c_begin, min_of(c_begin + c_group, c)},
                  sums + part * part_elements() + pair * kProducts * plane(), totals_of, &safe);
     });
     if (!safe) return false;

@@ -1,6 +1,6 @@
-// conv_relu_pool2d, forward, the Winograd road for few input channels (a network's first layer). Vectors run along a
-// row's windows: the transforms need no wide channels, sixteen products and the window made of them stay in registers,
-// and contiguous outputs are written without a transposition.
+// conv_relu_pool2d, forward, by Winograd's algorithm for few input channels (a network's first layer). Vectors run
+// along a row's windows: the transforms need no wide channels, sixteen products and the window made of them stay in
+// registers, and contiguous outputs are written without a transposition.
 #pragma once
 
 #include "convolution/conv_relu_pool2d.h"
@@ -44,7 +44,7 @@ struct WinogradWindows {
 
   int64_t choose_band() const {
     const int64_t fitting = kBandBytes / (2 * plane * shape.c * int64_t{sizeof(T)});
-    return least(most((fitting - (kSide - kPoolSide)) / kPoolSide, 1), least(kLargestBand, shape.pooled_h));
+    return min_of(max_of((fitting - (kSide - kPoolSide)) / kPoolSide, 1), min_of(kLargestBand, shape.pooled_h));
   }
 
   int64_t tasks() const { return shape.k == 0 ? 0 : shape.n * bands; }
@@ -84,7 +84,7 @@ struct WinogradWindows {
   void pack_planes(int64_t image, Span rows, T* row_buffer, T* target) const {
     const Tensor& input = call.input;
     const int64_t left = call.geometry.padding[1], pitch = 2 * plane;
-    const int64_t inside = most(least(shape.w, pitch - left), 0), pixels = shape.c * pitch;
+    const int64_t inside = max_of(min_of(shape.w, pitch - left), 0), pixels = shape.c * pitch;
     for (int64_t row = rows.begin; row < rows.end; ++row, target += pixels) {
       if (row < 0 || row >= shape.h) {
         memset(target, 0, static_cast<size_t>(pixels) * sizeof(T));
@@ -92,7 +92,7 @@ struct WinogradWindows {
       }
       memset(row_buffer, 0, static_cast<size_t>(pixels) * sizeof(T));
       pack(at(input, image * input.stride[0] + row * input.stride[2]), input.dtype, shape.c, inside, input.stride[1],
-           input.stride[3], row_buffer + least(left, pitch), pitch);
+           input.stride[3], row_buffer + min_of(left, pitch), pitch);
       for (int64_t c = 0; c < shape.c; ++c) {
         const T* source = row_buffer + c * pitch;
         T *even = target + c * pitch, *odd = even + plane;
@@ -166,7 +166,7 @@ struct WinogradWindows {
   }
 
   bool run(int64_t task) const {
-    const int64_t image = task / bands, top = task % bands * band, bottom = least(top + band, shape.pooled_h);
+    const int64_t image = task / bands, top = task % bands * band, bottom = min_of(top + band, shape.pooled_h);
     const Span rows = {kPoolSide * top - call.geometry.padding[0],
                        kPoolSide * (bottom - 1) - call.geometry.padding[0] + kSide};
     const int64_t row_elements = shape.c * 2 * plane, input_elements = rows.size() * row_elements;

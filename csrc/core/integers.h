@@ -7,10 +7,10 @@ namespace fastseg {
 namespace FASTSEG_ISA {
 namespace {
 
-inline int64_t least(int64_t a, int64_t b) {
+inline int64_t min_of(int64_t a, int64_t b) {
   return a < b ? a : b;
 }
-inline int64_t most(int64_t a, int64_t b) {
+inline int64_t max_of(int64_t a, int64_t b) {
   return a > b ? a : b;
 }
 inline int64_t ceil_div(int64_t a, int64_t b) {

@@ -71,7 +71,7 @@ void for_each_run(const Pixels& pixels, int64_t begin, int64_t count, Body body)
   }
   const int inner = pixels.ndim - 1;
   for (int64_t done = 0; done < count;) {
-    Run run = {done, least(count - done, pixels.size[inner] - index[inner]), {}};
+    Run run = {done, min_of(count - done, pixels.size[inner] - index[inner]), {}};
     for (int d = 0; d <= inner; ++d)
       for (int r = 0; r < kRoles; ++r) run.offset[r] += index[d] * pixels.stride[d][r];
     body(run);
@@ -96,8 +96,8 @@ struct Plan {
     plan.classes = call.input.size[1];
     const int64_t pixel_bytes = plan.classes * static_cast<int64_t>(sizeof(T)) * (probabilities ? 2 : 1);
     const int64_t fitting = kTileBytes / pixel_bytes / kPixelMultiple * kPixelMultiple;
-    plan.tile_pixels = fitting < kPixelMultiple ? kPixelMultiple : least(fitting, kMaxTilePixels);
-    plan.tile_pixels = least(plan.tile_pixels, round_up(pixels.count, kPixelMultiple));
+    plan.tile_pixels = fitting < kPixelMultiple ? kPixelMultiple : min_of(fitting, kMaxTilePixels);
+    plan.tile_pixels = min_of(plan.tile_pixels, round_up(pixels.count, kPixelMultiple));
     plan.tile_stride = plan.tile_pixels + kRowPadding;
     const int64_t tiles = plan.tile_pixels == 0 ? 0 : round_up(pixels.count, plan.tile_pixels) / plan.tile_pixels;
     plan.task_pixels = round_up(tiles, kMaxTasks) / kMaxTasks * plan.tile_pixels;
@@ -109,9 +109,9 @@ struct Plan {
 // Calls body(begin, count) for each tile of a task until one returns false.
 template <class Body>
 bool for_each_tile(const Plan& plan, const Pixels& pixels, int64_t task, Body body) {
-  const int64_t end = least(pixels.count, (task + 1) * plan.task_pixels);
+  const int64_t end = min_of(pixels.count, (task + 1) * plan.task_pixels);
   for (int64_t begin = task * plan.task_pixels; begin < end; begin += plan.tile_pixels)
-    if (!body(begin, least(plan.tile_pixels, end - begin))) return false;
+    if (!body(begin, min_of(plan.tile_pixels, end - begin))) return false;
   return true;
 }
 

@@ -17,7 +17,7 @@ template <class T>
 int64_t block_columns(const UpsampledMap<T>& map) {
   constexpr int64_t kBlockBytes = 16 * 1024;
   const int64_t fitting = kBlockBytes / (map.classes * static_cast<int64_t>(sizeof(T))) / kPixelMultiple;
-  return least(most(fitting, 1) * kPixelMultiple, map.tile_columns);
+  return min_of(max_of(fitting, 1) * kPixelMultiple, map.tile_columns);
 }
 
 template <class T>
@@ -167,7 +167,7 @@ bool forward_band(const UpsampleCrossEntropyForward& call, const UpsampledMap<T>
     for_each_tile_row(map, bands, band, &source,
                       [&](int64_t image, int64_t y, const RowPair<T>& pair, int64_t begin, int64_t columns) {
                         for (int64_t x = 0; x < columns; x += block)
-                          if (!blocks.reduce(image, y, begin, x, least(block, columns - x), pair, keep)) return false;
+                          if (!blocks.reduce(image, y, begin, x, min_of(block, columns - x), pair, keep)) return false;
                         return true;
                       });
   };
@@ -229,7 +229,7 @@ class GradientRows {
       return load(kept.rows.data + c * kept.rows.stride + p) * load(scale + p);
     };
     for (int64_t x = 0; x < place.columns; x += block_) {
-      const int64_t count = least(block_, place.columns - x);
+      const int64_t count = min_of(block_, place.columns - x);
       if (!blocks_.reduce(place.image, y, place.column, x, count, pair, kept)) return false;
       const int64_t filled = round_up(count, kPixelMultiple);  // pixels that fill the block up get gradients of zero
       for (int64_t p = 0; p < filled; ++p) tile.grad[p] = 1;

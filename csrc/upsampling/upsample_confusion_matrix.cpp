@@ -43,7 +43,7 @@ void confusion_matrix(const UpsampleConfusionMatrix& call) {
   const int64_t cells = call.input.size[1] * call.input.size[1];
   const Bands bands(call.input.size[0], output_height);
   const int64_t matrices = kMatricesBytes / (cells * static_cast<int64_t>(sizeof(int64_t)));
-  const int64_t tasks = least(bands.count, most(1, least(kTasksPerThread * call.threads, matrices)));
+  const int64_t tasks = min_of(bands.count, max_of(1, min_of(kTasksPerThread * call.threads, matrices)));
   const Workspace tables(UpsampledMap<T>::table_bytes(output_height, output_width));
   const UpsampledMap<T> map(call.grid, call.input, output_height, output_width, kArgmaxRowsInCache, tables.data());
   const int64_t invalid_bytes = tasks * static_cast<int64_t>(sizeof(InvalidLabel));

@@ -29,7 +29,8 @@ struct InputBands {
   bool share_rows;  // whether output rows lie between input rows
 
   InputBands(int64_t images, int64_t height, int64_t output_height, Mode mode)
-      : rows(least(height, most(ceil_div(images * height, kBands), ceil_div(kLeastBandRows * height, output_height)))),
+      : rows(min_of(height,
+                    max_of(ceil_div(images * height, kBands), ceil_div(kLeastBandRows * height, output_height)))),
         per_image(ceil_div(height, rows)),
         count(images * per_image),
         share_rows(mode == Mode::kBilinear && height != output_height) {}
@@ -86,13 +87,13 @@ FASTSEG_NOINLINE void contract(const UpsampledMap<T>& map, const T* expanded, in
   const Int<T> last = static_cast<Int<T>>(map.width - 1);                   // which has none to its right
   for (int64_t c = 0; c < map.classes; c += kGroup<T>, gradient += map.width * kGroup<T>) {
     const T* rows[kGroup<T>];
-    for (int i = 0; i < kGroup<T>; ++i) rows[i] = expanded + least(c + i, map.classes - 1) * map.row_stride;
+    for (int i = 0; i < kGroup<T>; ++i) rows[i] = expanded + min_of(c + i, map.classes - 1) * map.row_stride;
     // The sums for a pair of input columns stay in registers until the next pair comes, which mostly begins where this
     // one ends.
     Classes left_sum = {}, right_sum = {};
     Int<T> column = left[0];
     const auto add = [&](Int<T> to, Classes value) {
-      T* const target = gradient + least(to, last) * kGroup<T>;
+      T* const target = gradient + min_of(to, last) * kGroup<T>;
       Classes sum;
       memcpy(&sum, target, sizeof sum);
       sum += value;
@@ -130,7 +131,7 @@ void store_row(const GradientSum<T>& sum, int64_t image, int64_t y, const T* row
   const Tensor& gradient = sum.gradient;
   const int64_t classes = sum.map.classes, width = sum.map.width;
   for (int64_t c = 0; c < classes; c += kGroup<T>)
-    unpack(row + c * width, kGroup<T>, width, least(kGroup<T>, classes - c),
+    unpack(row + c * width, kGroup<T>, width, min_of(kGroup<T>, classes - c),
            at_mutable(gradient, image * gradient.stride[0] + c * gradient.stride[1] + y * gradient.stride[2]),
            gradient.dtype, gradient.stride[3], gradient.stride[1]);
 }
@@ -196,10 +197,10 @@ bool sum_band(const GradientSum<T>& sum, const Call& call, Partial* partial, int
   T* const rows = pieces.take(rows_elements);
   memset(rows, 0, rows_elements * sizeof(T));
   const int64_t begin = band % sum.bands.per_image * sum.bands.rows;
-  Place place = {band, band / sum.bands.per_image, begin, least(begin + sum.bands.rows, map.height), 0, 0};
+  Place place = {band, band / sum.bands.per_image, begin, min_of(begin + sum.bands.rows, map.height), 0, 0};
   Work work(call, map, place, partial, &pieces);
   for (; place.column < map.output_width; place.column += map.tile_columns) {
-    place.columns = least(map.tile_columns, map.output_width - place.column);
+    place.columns = min_of(map.tile_columns, map.output_width - place.column);
     if (!sum_tile(sum, place, &source, &work, expanded, rows)) return true;
   }
   const bool shares_first = sum.bands.share_rows && begin > 0,

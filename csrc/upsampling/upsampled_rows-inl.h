@@ -27,14 +27,14 @@ Position<T> locate(const Upsampling& grid, int axis, int64_t output, int64_t inp
   if (grid.mode == Mode::kNearest) {
     // In single precision, as torch does for every dtype: the floor jumps where the product's rounding does.
     const int64_t source = static_cast<int64_t>(static_cast<float>(output) * static_cast<float>(step));
-    const int64_t nearest = least(source, input_size - 1);
+    const int64_t nearest = min_of(source, input_size - 1);
     return {nearest, nearest, T(1), T(0)};
   }
   if (input_size == output_size) return {output, output, T(1), T(0)};
   const double place = static_cast<double>(output);
   double source = grid.align_corners ? step * place : step * (place + 0.5) - 0.5;
   if (source < 0) source = 0;
-  const int64_t first = least(static_cast<int64_t>(source), input_size - 1);
+  const int64_t first = min_of(static_cast<int64_t>(source), input_size - 1);
   double fraction = source - static_cast<double>(first);
   if (fraction > 1) fraction = 1;
   return {first, first + (first < input_size - 1), static_cast<T>(1 - fraction), static_cast<T>(fraction)};
@@ -61,7 +61,7 @@ struct Columns {
         blends(grid.mode == Mode::kBilinear),
         permutes(true) {
     for (int64_t x = 0; x < round_up(count, kPixelMultiple); ++x) {
-      const Position<T> position = locate<T>(grid, 1, least(x, count - 1), input_size, output_size);
+      const Position<T> position = locate<T>(grid, 1, min_of(x, count - 1), input_size, output_size);
       left[x] = static_cast<Int<T>>(position.first);
       lane[x] = left[x] - left[x / kLanes<T> * kLanes<T>];
       left_weight[x] = position.first_weight;
@@ -100,12 +100,12 @@ struct UpsampledMap {
         rows(reinterpret_cast<Position<T>*>(static_cast<char*>(tables) + Columns<T>::bytes(to_width))) {
     constexpr int64_t kTileBytes = 256 * 1024;  // half of a 512 KB L2 cache
     const int64_t fitting = kTileBytes / (rows_in_cache * classes * static_cast<int64_t>(sizeof(T)));
-    tile_columns = most(fitting / kPixelMultiple, 1) * kPixelMultiple;
-    tile_columns = least(tile_columns, round_up(output_width, kPixelMultiple));
+    tile_columns = max_of(fitting / kPixelMultiple, 1) * kPixelMultiple;
+    tile_columns = min_of(tile_columns, round_up(output_width, kPixelMultiple));
     row_stride = tile_columns + kRowPadding;
     int64_t span = 0;
     for (int64_t x = 0; x < output_width; x += tile_columns)
-      span = most(span, columns.left[least(x + tile_columns, output_width) - 1] - columns.left[x] + 1);
+      span = max_of(span, columns.left[min_of(x + tile_columns, output_width) - 1] - columns.left[x] + 1);
     source_stride = span + 1 + kLanes<T>;  // the next column, and what a vector may read beyond it
     for (int64_t y = 0; y < output_height; ++y) rows[y] = locate<T>(grid, 0, y, height, output_height);
   }
@@ -148,7 +148,7 @@ class ExpandedRows {
     padded_ = round_up(count, kPixelMultiple);
     first_ = map_.columns.left[begin];
     const int64_t last = map_.columns.left[begin + count - 1];
-    span_ = least(last + 2, map_.width) - first_;
+    span_ = min_of(last + 2, map_.width) - first_;
     repeats_last_ = last == map_.width - 1;
     held_[0] = held_[1] = -1;
   }
@@ -309,7 +309,7 @@ struct Bands {
   int64_t rows, per_image, count;
 
   Bands(int64_t images, int64_t output_height)
-      : rows(most(ceil_div(images * output_height, kBands), kLeastBandRows)),
+      : rows(max_of(ceil_div(images * output_height, kBands), kLeastBandRows)),
         per_image(ceil_div(output_height, rows)),
         count(images * per_image) {}
 };
@@ -320,9 +320,9 @@ template <class T, class Body>
 void for_each_tile_row(const UpsampledMap<T>& map, const Bands& bands, int64_t band, ExpandedRows<T>* source,
                        Body body) {
   const int64_t image = band / bands.per_image, first = band % bands.per_image * bands.rows;
-  const int64_t last = least(first + bands.rows, map.output_height);
+  const int64_t last = min_of(first + bands.rows, map.output_height);
   for (int64_t begin = 0; begin < map.output_width; begin += map.tile_columns) {
-    const int64_t count = least(map.tile_columns, map.output_width - begin);
+    const int64_t count = min_of(map.tile_columns, map.output_width - begin);
     source->select(image, begin, count);
     for (int64_t y = first; y < last; ++y)
       if (!body(image, y, RowPair<T>(map, source, map.rows[y]), begin, count)) return;

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastseg.ops.conv_relu_pool2d_geometry import resolve
-from fastseg.ops.conv_relu_pool2d_roads import WINOGRAD_FEW_CHANNELS, is_worth_conv2d, winograd_serves
+from fastseg.ops.convolution.algorithms import WINOGRAD_FEW_CHANNELS, is_worth_conv2d, winograd_serves
+from fastseg.ops.convolution.geometry import resolve
 
 IntOrPair = int | tuple[int, ...]
 

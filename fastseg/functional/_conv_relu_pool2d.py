@@ -7,11 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastseg import reference
-from fastseg._native import log_slow_road
+from fastseg._native import log_fallback
 from fastseg.functional._checks import FLOATING_DTYPES
 from fastseg.ops import conv_relu_pool2d as operator
-from fastseg.ops import conv_relu_pool2d_geometry as geometries
 from fastseg.ops.arguments import integer
+from fastseg.ops.convolution import geometry as geometries
 
 IntOrPair = int | tuple[int, ...]
 
@@ -87,7 +87,7 @@ def conv_relu_pool2d(
     geometries.output_shapes(input.shape, weight.shape, geometry)  # refuses sizes that don't fit
     if geometry.pool_size[0] * geometry.pool_size[1] > geometries.MAX_WINDOW:
         if not torch.compiler.is_compiling():
-            log_slow_road("conv_relu_pool2d", f"a pool window of more than {geometries.MAX_WINDOW} positions")
+            log_fallback("conv_relu_pool2d", f"a pool window of more than {geometries.MAX_WINDOW} positions")
         return reference.conv_relu_pool2d(
             input, weight, bias, *geometry[:4], pool_size=geometry.pool_size, pool_stride=geometry.pool_stride,
             pool_padding=geometry.pool_padding, ceil_mode=geometry.ceil_mode,

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastseg import reference
-from fastseg._native import log_slow_road
+from fastseg._native import log_fallback
 from fastseg.functional._checks import (
     FLOATING_DTYPES,
     check_class_weight,
@@ -41,7 +41,7 @@ def cross_entropy(
     bfloat16 logits as they are, in any memory format, computes in float32 (float64 for float64), and keeps two numbers
     a pixel for the backward pass, not the probabilities. Differentiable for ``input`` to any order. Second derivatives
     run as plain PyTorch, as do calls whose target or weight needs a gradient, or whose probabilities alone are float64;
-    small float32 logits take torch's own operator, which is faster there (`fastseg.ops.cross_entropy.choose_road`).
+    small float32 logits take torch's own operator, which is faster there (its module in fastseg.ops says up to where).
 
     Args:
         input: Logits ``[C]``, ``[N, C]`` or ``[N, C, d1, ...]``; float32, float64, bfloat16 or float16. Never
@@ -68,7 +68,7 @@ def cross_entropy(
         ValueError: Shapes, devices or numbers don't fit; the message names the argument.
         TypeError: A dtype that isn't supported.
     """
-    small = not torch.compiler.is_compiling() and operator.choose_road(input, target, weight) == "plain"
+    small = not torch.compiler.is_compiling() and operator.choose_algorithm(input, target, weight) == "plain"
     if small and 0 <= label_smoothing <= 1 and pixel_weight is None:
         try:
             return F.cross_entropy(
@@ -79,7 +79,7 @@ def cross_entropy(
     target = _check(input, target, weight, ignore_index, reduction, label_smoothing, pixel_weight)
     if target.dtype == torch.float64 and input.dtype != torch.float64:
         if not torch.compiler.is_compiling():
-            log_slow_road("cross_entropy", "float64 probabilities for logits of less precision")
+            log_fallback("cross_entropy", "float64 probabilities for logits of less precision")
         return reference.cross_entropy(
             input, target, weight, ignore_index, reduction, label_smoothing, pixel_weight=pixel_weight
         )

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from fastseg import reference
-from fastseg._native import log_slow_road
+from fastseg._native import log_fallback
 from fastseg.functional._checks import FLOATING_DTYPES
 from fastseg.ops import relu_pool2d as operator
-from fastseg.ops.conv_relu_pool2d_geometry import MAX_WINDOW
+from fastseg.ops.convolution.geometry import MAX_WINDOW
 
 IntOrPair = int | tuple[int, ...]
 
@@ -61,8 +61,8 @@ def relu_pool2d(
     geometry = operator.resolve(input.shape, pool_size, pool_stride, pool_padding, ceil_mode)
     large = geometry.pool_size[0] * geometry.pool_size[1] > MAX_WINDOW
     if large and not torch.compiler.is_compiling():
-        log_slow_road("relu_pool2d", f"a pool window of more than {MAX_WINDOW} positions")
-    if large or operator.choose_road(input) == "plain":
+        log_fallback("relu_pool2d", f"a pool window of more than {MAX_WINDOW} positions")
+    if large or operator.choose_algorithm(input) == "plain":
         return reference.relu_pool2d(
             input, *geometry.pool, ceil_mode, return_indices=return_indices, return_skip=return_skip
         )

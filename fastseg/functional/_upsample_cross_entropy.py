@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastseg import reference
-from fastseg._native import log_slow_road
+from fastseg._native import log_fallback
 from fastseg.functional._checks import (
     check_class_weight,
     check_grid,
@@ -70,7 +70,7 @@ def upsample_cross_entropy(
         return cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing, pixel_weight=pixel_weight)
     if target.is_floating_point():
         if not torch.compiler.is_compiling():
-            log_slow_road(
+            log_fallback(
                 "upsample_cross_entropy", "class probabilities hold the output's size for every class themselves"
             )
         logits = reference.upsample(input, target.shape[-2:], None, mode, align_corners)

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from fastseg._native import log_slow_road
+from fastseg._native import log_fallback
 from fastseg.functional._checks import (
     FLOATING_DTYPES,
     LABEL_DTYPES,
@@ -86,4 +86,4 @@ def softmax_sums(
 def log_plain(loss: str, reason: str) -> None:
     """Say once, on the logger `fastseg`, why plain PyTorch serves a loss whose softmax fastseg could have fused."""
     if not torch.compiler.is_compiling():
-        log_slow_road(f"fastseg.losses.{loss}", reason)
+        log_fallback(f"fastseg.losses.{loss}", reason)

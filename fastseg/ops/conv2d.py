@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastseg._native import describe, native
-from fastseg.ops.conv_relu_pool2d_roads import pays_for_winograd
+from fastseg.ops.convolution.algorithms import pays_for_winograd
 from fastseg.ops.layouts import ANY_LAYOUT, empty, memory_format_of
 from fastseg.ops.registration import register_gradient, register_plain
 

@@ -1,9 +1,9 @@
 """conv_relu_pool2d's registration: schemas, fake, CPU, GPU and fallback implementations, and the gradient.
 
-Three roads lead through the operator. "direct": one fused kernel; the full-resolution map is never in memory.
+The operator has three algorithms. "direct": one fused kernel; the full-resolution map is never in memory.
 "winograd": on a CPU, the forward of 3x3 convolutions and of a ResNet's stem, fused too, and the gradients of 3x3
 convolutions where they are dense. "library": torch's own convolution, then one kernel for (bias,) ReLU, pooling and
-positions. `choose_forward_road` and `choose_backward_road` decide on a CPU, `choose_gpu_road` on a GPU.
+positions. `choose_cpu_forward` and `choose_cpu_backward` decide on a CPU, `choose_gpu` on a GPU.
 """
 
 from __future__ import annotations
@@ -22,7 +22,14 @@ from fastseg.ops.conv2d import (
     output_format,
     winograd_backward,
 )
-from fastseg.ops.conv_relu_pool2d_geometry import (
+from fastseg.ops.convolution.algorithms import (
+    DIRECT_FORWARD_MAX_TAPS,
+    choose_cpu_backward,
+    choose_cpu_forward,
+    choose_gpu,
+    direct_or_library,
+)
+from fastseg.ops.convolution.geometry import (
     CUT,
     Geometry,
     expand_indices,
@@ -30,13 +37,6 @@ from fastseg.ops.conv_relu_pool2d_geometry import (
     local_positions,
     output_shapes,
     unflatten,
-)
-from fastseg.ops.conv_relu_pool2d_roads import (
-    DIRECT_FORWARD_MAX_TAPS,
-    choose_backward_road,
-    choose_forward_road,
-    choose_gpu_road,
-    choose_road,
 )
 from fastseg.ops.layouts import ANY_LAYOUT, empty
 from fastseg.ops.registration import register_gradient, register_plain
@@ -96,20 +96,20 @@ def _forward_cpu(
     if kernels is None:
         return forward_plain(input, weight, bias, numbers, with_positions, with_skip)
     geometry = unflatten(tuple(numbers))
-    road = choose_forward_road(input, weight, geometry, with_skip)
+    algorithm = choose_cpu_forward(input, weight, geometry, with_skip)
     output, positions, skip = _allocate_outputs(
-        input, weight, geometry, with_positions, with_skip and road == "winograd"
+        input, weight, geometry, with_positions, with_skip and algorithm == "winograd"
     )
     tensors = (describe(input), describe(weight), describe(bias))
     outputs = (describe(output), describe(positions) if with_positions else None)
     threads = torch.get_num_threads()
-    if road == "winograd":
+    if algorithm == "winograd":
         skipped = describe(skip) if with_skip else None
         if kernels.conv_relu_pool2d_winograd_forward(*tensors, *outputs, skipped, numbers, threads):
             return output, positions, skip
         # Its sums might overflow, or something isn't finite.
-        road = choose_road(weight, geometry.groups, with_skip, DIRECT_FORWARD_MAX_TAPS)
-    if road == "direct":
+        algorithm = direct_or_library(weight, geometry.groups, with_skip, DIRECT_FORWARD_MAX_TAPS)
+    if algorithm == "direct":
         kernels.conv_relu_pool2d_forward(*tensors, *outputs, numbers, threads)
         return output, positions, skip
 
@@ -130,9 +130,9 @@ def _backward_cpu(
     if kernels is None:
         return backward_plain(grad_output, grad_skip, input, weight, positions, skip, numbers, needs)
     geometry = unflatten(tuple(numbers))
-    road = choose_backward_road(input, weight, geometry, grad_skip is not None)
+    algorithm = choose_cpu_backward(input, weight, geometry, grad_skip is not None)
     threads = torch.get_num_threads()
-    if grad_output is not None and road == "direct":
+    if grad_output is not None and algorithm == "direct":
         gradients = allocate_gradients(input, weight, needs)
         kernels.conv_relu_pool2d_backward(
             describe(grad_output), describe(positions), describe(input), describe(weight),
@@ -147,7 +147,7 @@ def _backward_cpu(
         describe(skip) if grad_skip is not None else None, describe(grad_skip), describe(grad_convolved),
         numbers, threads,
     )  # fmt: skip
-    if road == "winograd":
+    if algorithm == "winograd":
         found = winograd_backward(kernels, grad_convolved, input, weight, geometry.padding, needs)
         if found is not None:
             return found
@@ -158,15 +158,15 @@ def _forward_triton(
     input: Tensor, weight: Tensor, bias: Tensor | None, numbers: list[int], with_positions: bool, with_skip: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     geometry = unflatten(tuple(numbers))
-    road = choose_gpu_road(weight, geometry, with_skip)
-    kernels = _triton.kernels("conv_relu_pool2d", "conv_relu_pool2d_fields" if road == "direct" else "relu_pool2d")
+    algorithm = choose_gpu(weight, geometry, with_skip)
+    kernels = _triton.kernels("conv_relu_pool2d", "conv_relu_pool2d_fields" if algorithm == "direct" else "relu_pool2d")
     if kernels is None:
         return forward_plain(input, weight, bias, numbers, with_positions, with_skip)
-    if road == "direct" and not kernels.serves(weight, geometry):
+    if algorithm == "direct" and not kernels.serves(weight, geometry):
         kernels = _triton.kernels("conv_relu_pool2d")
     output, positions, skip = _allocate_outputs(input, weight, geometry, with_positions, False)
     kept_positions = positions if with_positions else None
-    if road == "direct":
+    if algorithm == "direct":
         _, convolved_shape = output_shapes(input.shape, weight.shape, geometry)
         tensors = kernels.ForwardTensors(input, weight, bias, output, kept_positions)
         kernels.forward(tensors, kernels.options_of(weight, convolved_shape[2:], geometry))
@@ -188,7 +188,7 @@ def _backward_triton(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     geometry = unflatten(tuple(numbers))
     _, convolved = output_shapes(input.shape, weight.shape, geometry)
-    direct = choose_gpu_road(weight, geometry, grad_skip is not None) == "direct" and grad_output is not None
+    direct = choose_gpu(weight, geometry, grad_skip is not None) == "direct" and grad_output is not None
     kernels = _triton.kernels("conv_relu_pool2d", "conv_relu_pool2d_backward" if direct else "relu_pool2d")
     if kernels is None:
         return backward_plain(grad_output, grad_skip, input, weight, positions, skip, numbers, needs)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastseg import _triton, reference
-from fastseg._native import INTERPRETED, describe, log_slow_road, native
+from fastseg._native import INTERPRETED, describe, log_fallback, native
 from fastseg.ops.layouts import lie_alike
 from fastseg.ops.registration import register_gradient, register_plain
 
@@ -34,8 +34,8 @@ def accumulation_dtype(input: Tensor) -> torch.dtype:
     return torch.float64 if input.dtype == torch.float64 else torch.float32
 
 
-def choose_road(input: Tensor, target: Tensor, weight: Tensor | None) -> Literal["kernel", "plain"]:
-    """Which road serves a call on a CPU, from shapes and dtypes alone: "plain" is torch's own operator."""
+def choose_algorithm(input: Tensor, target: Tensor, weight: Tensor | None) -> Literal["kernel", "plain"]:
+    """Which algorithm serves a call on a CPU, from shapes and dtypes alone: "plain" is torch's own operator."""
     small = 0 < input.numel() <= PLAIN_MAX_LOGITS and input.ndim > 1 and input.is_cpu and not INTERPRETED
     usual = input.dtype == torch.float32 and target.dtype == torch.int64  # what torch has no other operator for
     return "plain" if small and usual and (weight is None or weight.dtype == torch.float32) else "kernel"
@@ -81,7 +81,7 @@ def _backward_fake(grad_output: Tensor, input: Tensor, *rest: Any) -> Tensor:
 def _kernels(input: Tensor) -> Any:
     """The extension where it serves the call, else None and a line in the log."""
     if input.ndim > MAX_DIMS:
-        log_slow_road("cross_entropy", f"the kernels take at most {MAX_DIMS} dimensions")
+        log_fallback("cross_entropy", f"the kernels take at most {MAX_DIMS} dimensions")
         return None
     return native("cross_entropy")
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fastseg.ops.conv_relu_pool2d_geometry import output_shapes, unflatten
+from fastseg.ops.convolution.geometry import output_shapes, unflatten
 
 Shape = Sequence[int]
 

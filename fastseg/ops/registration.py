@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._decomp import register_decomposition
 from torch.autograd import forward_ad
 
-from fastseg._native import log_missing_kernel, log_slow_road
+from fastseg._native import log_fallback, log_missing_kernel
 from fastseg.ops import sharding
 
 # The dispatch keys of what lies below autograd: kernels, and the modes that trace them.
@@ -100,18 +100,18 @@ def register_gradient(
 
     def differentiate(keyset: Any, *args: Any) -> Any:
         if forward_ad._current_level >= 0 and any(map(_has_tangent, args[:tensors])):
-            log_slow_road(operator, "forward-mode differentiation")
+            log_fallback(operator, "forward-mode differentiation")
             return plain(*args)
         kernel = kernel_of(keyset.raw_repr())
         call = kernel or below(keyset)
         if torch.is_grad_enabled():
             needing = [tensor is not None and tensor.requires_grad for tensor in args[:tensors]]
             if True in needing[differentiable:]:
-                log_slow_road(operator, "another argument than its input needs a gradient")
+                log_fallback(operator, "another argument than its input needs a gradient")
                 return plain(*args)
             if True in needing:
                 if kernel is None and torch._C._are_functorch_transforms_active():
-                    log_slow_road(operator, "a transform of torch.func")
+                    log_fallback(operator, "a transform of torch.func")
                     return plain(*args)
                 return record(call, *args)
         return call(*args)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastseg import _triton, reference
 from fastseg._native import INTERPRETED, describe, native
-from fastseg.ops.conv_relu_pool2d_geometry import (
+from fastseg.ops.convolution.geometry import (
     CUT,
     Geometry,
     clamp_strides,
@@ -23,7 +23,7 @@ from fastseg.ops.conv_relu_pool2d_geometry import (
     pooled_size,
     unflatten,
 )
-from fastseg.ops.conv_relu_pool2d_geometry import resolve as resolve_convolution
+from fastseg.ops.convolution.geometry import resolve as resolve_convolution
 from fastseg.ops.layouts import ANY_LAYOUT, empty, is_channels_last, memory_format_of
 from fastseg.ops.registration import register_gradient, register_plain
 
@@ -33,8 +33,8 @@ PLAIN_MAX_VALUES = 2**14
 PLAIN_MAX_VALUES_CHANNELS_LAST = 2**17
 
 
-def choose_road(input: Tensor) -> Literal["kernel", "plain"]:
-    """Which road serves a call on a CPU, from shape and dtype alone: "plain" is torch's own operators.
+def choose_algorithm(input: Tensor) -> Literal["kernel", "plain"]:
+    """Which algorithm serves a call on a CPU, from shape and dtype alone: "plain" is torch's own operators.
 
     A graph for any size takes the kernels: it is compiled once.
     """

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 import fastseg
 from fastseg.fusion import trial
-from fastseg.ops import conv_relu_pool2d_roads
+from fastseg.ops.convolution import algorithms
 from fastseg.testing import make
 from tests.fusion.cases import compiled, logits, loss_and_prediction, operators
 
@@ -46,7 +46,7 @@ def test_a_small_convolution_alone_stays(monkeypatch: pytest.MonkeyPatch) -> Non
 
     called = make((1, 8, 16, 17)), make((4, 8, 3, 3))
     for least, expected in ((16 * 17 * 8 * 4 * 9, ["conv2d"]), (16 * 17 * 8 * 4 * 9 + 1, [])):
-        monkeypatch.setattr(conv_relu_pool2d_roads, "CONV2D_MIN_PRODUCTS", least)
+        monkeypatch.setattr(algorithms, "CONV2D_MIN_PRODUCTS", least)
         fused = compiled(convolve)
         fused(*called)
         assert operators(fastseg.report(fused)) == expected

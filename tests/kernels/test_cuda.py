@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastseg import functional, reference
-from fastseg.ops.conv_relu_pool2d_geometry import flatten, resolve
+from fastseg.ops.convolution.geometry import flatten, resolve
 from fastseg.testing import assert_parity, make, make_labels, values_and_gradients
 from tests.kernels.poison import fresh_memory_of_nan
 
@@ -56,9 +56,11 @@ def test_parity_suite(request: pytest.FixtureRequest, arguments: list[str]) -> N
 Call = Callable[..., Tensor]
 
 
-def conv(road: str, layout: str = "channels_last", dtype: torch.dtype = torch.bfloat16) -> tuple[Call, list[Tensor]]:
-    """conv_relu_pool2d on a road, and its tensors: with 16 channels under 3x3 "direct", with 64 "library"."""
-    channels = {"fields": 3, "direct": 16, "library": 64}[road]
+def conv(
+    algorithm: str, layout: str = "channels_last", dtype: torch.dtype = torch.bfloat16
+) -> tuple[Call, list[Tensor]]:
+    """conv_relu_pool2d by an algorithm, and its tensors: with 16 channels under 3x3 "direct", with 64 "library"."""
+    channels = {"fields": 3, "direct": 16, "library": 64}[algorithm]
     shapes = {"input": (2, channels, 40, 56), "weight": (32, channels, 3, 3), "bias": (32,)}
     tensors = [
         make(shapes["input"], dtype, layout=layout).to(CUDA),
@@ -186,10 +188,10 @@ def test_compile_with_dynamic_sizes(make_call: Callable[..., tuple[Call, list[Te
     torch.testing.assert_close(results(compiled, tensors), results(function, tensors))
 
 
-@pytest.mark.parametrize("road", ["fields", "direct", "library"])
+@pytest.mark.parametrize("algorithm", ["fields", "direct", "library"])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
-def test_opcheck_conv_relu_pool2d(road: str) -> None:
-    _, (input, weight, bias) = conv(road, dtype=torch.float32)
+def test_opcheck_conv_relu_pool2d(algorithm: str) -> None:
+    _, (input, weight, bias) = conv(algorithm, dtype=torch.float32)
     input, weight, bias = input.detach(), weight.detach(), bias.detach()
     geometry = flatten(resolve((3, 3), 1, 1, 1, 1, 2, None, 0, False)[0])
     forward = torch.ops.fastseg.conv_relu_pool2d.default

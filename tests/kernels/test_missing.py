@@ -15,7 +15,7 @@ from fastseg.ops import (
     upsample_confusion_matrix,
     upsample_cross_entropy,
 )
-from fastseg.ops.conv_relu_pool2d_geometry import flatten, resolve
+from fastseg.ops.convolution.geometry import flatten, resolve
 from fastseg.testing import make, make_labels
 
 GEOMETRY = flatten(resolve((3, 3), 1, 1, 1, 1, 2, None, 0, False)[0])
@@ -25,7 +25,7 @@ GEOMETRY = flatten(resolve((3, 3), 1, 1, 1, 1, 2, None, 0, False)[0])
 def no_triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(_triton, "version", lambda: None)
     _triton._load.cache_clear()
-    _native.log_slow_road.cache_clear()
+    _native.log_fallback.cache_clear()
     yield
     _triton._load.cache_clear()
 

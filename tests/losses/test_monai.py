@@ -301,8 +301,8 @@ REASONS = {
 
 
 @pytest.mark.parametrize(("options", "reason"), REASONS.values(), ids=REASONS)
-def test_plain_road_is_said_once(caplog: pytest.LogCaptureFixture, options: dict[str, Any], reason: str) -> None:
-    _native.log_slow_road.cache_clear()
+def test_fallback_is_said_once(caplog: pytest.LogCaptureFixture, options: dict[str, Any], reason: str) -> None:
+    _native.log_fallback.cache_clear()
     input, loss = logits(), monai.DiceFocalLoss(**options)
     for _ in range(2):
         loss(input, labels(input) if "to_onehot_y" in options else maps_for(input, soft=False))

@@ -304,8 +304,8 @@ def test_memory_is_the_gradient(case: str) -> None:
     assert grown < 1.5 * input.nbytes
 
 
-def test_plain_road_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
-    _native.log_slow_road.cache_clear()
+def test_fallback_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    _native.log_fallback.cache_clear()
     input = probabilities((1, 3, 4, 5), torch.float32)
     for _ in range(2):
         smp.DiceLoss("multiclass", from_logits=False)(input, labels_for(input))

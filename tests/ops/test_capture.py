@@ -216,7 +216,7 @@ def test_transforms_give_what_plain_pytorch_gives(transform: str, call: str) -> 
 
 
 def test_what_takes_plain_pytorch_says_so(caplog: pytest.LogCaptureFixture) -> None:
-    _native.log_slow_road.cache_clear()
+    _native.log_fallback.cache_clear()
     module, input = Call("relu_pool2d"), input_of("relu_pool2d")
     torch.func.grad(module)(input)
     torch.func.jvp(module, (input,), (input,))

@@ -11,7 +11,7 @@ from torch import Tensor
 import fastseg
 from fastseg import functional, reference
 from fastseg.ops import conv2d as operator
-from fastseg.ops import conv_relu_pool2d_roads
+from fastseg.ops.convolution import algorithms
 from fastseg.testing import assert_parity, make, values_and_gradients
 from tests.kernels.poison import fresh_memory_of_nan
 from tests.ops.test_conv_relu_pool2d_winograd import arguments
@@ -141,7 +141,7 @@ def test_other_calls_are_torchs_own(
 
 @pytest.mark.parametrize(("least", "own"), [(16 * 15 * 8 * 9 * 12, False), (16 * 15 * 8 * 9 * 12 + 1, True)])
 def test_few_products_are_torchs_own(least: int, own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(conv_relu_pool2d_roads, "CONV2D_MIN_PRODUCTS", least)
+    monkeypatch.setattr(algorithms, "CONV2D_MIN_PRODUCTS", least)
     output = functional.conv2d(*arguments((1, 8, 16, 15, 12)))
     assert ("_Conv2d" in type(output.grad_fn).__name__) != own
 

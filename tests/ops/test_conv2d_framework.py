@@ -80,7 +80,7 @@ def test_without_extension_it_is_plain_pytorch(
 ) -> None:
     monkeypatch.setattr(_native, "_C", None)
     monkeypatch.setattr(_native, "load_error", "ImportError: broken")
-    _native.log_slow_road.cache_clear()
+    _native.log_fallback.cache_clear()
     called = tensors(SHAPE, torch.float32)
     results = [values_and_gradients(module.conv2d, called, padding=1) for module in (functional, reference)]
     torch.testing.assert_close(*results, rtol=0, atol=0)

@@ -1,5 +1,5 @@
-"""conv_relu_pool2d against plain PyTorch: values and gradients, on the direct and the library's road and
-every instruction set. The Winograd road: test_conv_relu_pool2d_winograd.py.
+"""conv_relu_pool2d against plain PyTorch: values and gradients, by the direct and the library's algorithm and with
+every instruction set. Winograd's: test_conv_relu_pool2d_winograd.py.
 """
 
 from collections.abc import Callable
@@ -12,11 +12,11 @@ import fastseg
 from fastseg import _native, functional, reference
 from fastseg._tf32 import convolutions_take_tf32
 from fastseg.ops import conv_relu_pool2d as operator
-from fastseg.ops.conv_relu_pool2d_geometry import Geometry
+from fastseg.ops.convolution.geometry import Geometry
 from fastseg.testing import TF32_EPS, assert_parity, make, values_and_gradients
 from tests.kernels.poison import fresh_memory_of_nan
 
-ROADS = ("direct", "library")
+ALGORITHMS = ("direct", "library")
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SKIP = {"return_indices": True, "return_skip": True}
 STEM = {"stride": 2, "padding": 3, "pool_size": 3, "pool_stride": 2, "pool_padding": 1}
@@ -47,9 +47,9 @@ SHAPES = {
 }
 
 
-@pytest.fixture(params=ROADS)
-def road(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Leads calls down one road both ways; those that the direct one can't serve go by the library all the same."""
+@pytest.fixture(params=ALGORITHMS)
+def algorithm(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Serves calls by one algorithm both ways; those that the direct one can't serve go to the library all the same."""
 
     def choose(weight: Tensor, groups: int, with_skip: bool, most_taps: int) -> str:
         return "library" if groups > 1 or with_skip else request.param
@@ -61,10 +61,10 @@ def road(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     def choose_of_call(input: Tensor, weight: Tensor, geometry: Geometry, with_skip: bool) -> str:
         return choose(weight, geometry.groups, with_skip, 0)
 
-    monkeypatch.setattr(operator, "choose_road", choose)
-    monkeypatch.setattr(operator, "choose_forward_road", choose_of_call)
-    monkeypatch.setattr(operator, "choose_backward_road", choose_of_call)
-    monkeypatch.setattr(operator, "choose_gpu_road", choose_gpu)
+    monkeypatch.setattr(operator, "direct_or_library", choose)
+    monkeypatch.setattr(operator, "choose_cpu_forward", choose_of_call)
+    monkeypatch.setattr(operator, "choose_cpu_backward", choose_of_call)
+    monkeypatch.setattr(operator, "choose_gpu", choose_gpu)
     return request.param
 
 
@@ -122,7 +122,9 @@ def check(arguments: list[Tensor | None], **options: object) -> list[Tensor]:
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_parity(road: str, isa: str, options: dict, dtype: torch.dtype, layout: str, shape: tuple[int, ...]) -> None:
+def test_parity(
+    algorithm: str, isa: str, options: dict, dtype: torch.dtype, layout: str, shape: tuple[int, ...]
+) -> None:
     check(tensors(shape, dtype, layout), **options)
 
 
@@ -151,15 +153,15 @@ PIECES = {
 def test_patches_cut_into_pieces(
     monkeypatch: pytest.MonkeyPatch, isa: str, shape: tuple[int, ...], options: dict, dtype: torch.dtype, layout: str
 ) -> None:
-    monkeypatch.setattr(operator, "choose_backward_road", lambda *_: "direct")
+    monkeypatch.setattr(operator, "choose_cpu_backward", lambda *_: "direct")
     check(tensors(shape, dtype, layout), **options)
 
 
-def test_infinite_gradient_stays_in_its_patch(road: str, isa: str) -> None:
+def test_infinite_gradient_stays_in_its_patch(algorithm: str, isa: str) -> None:
     arguments = tensors((1, 5, 13, 16, 37, 3, 3), torch.float64)  # 15 taps in a row: vectors reach over its end
     device, dtypes = arguments[0].device, (torch.float32, torch.float64)
     if device.type == "cuda":
-        if road == "library":
+        if algorithm == "library":
             pytest.skip("cuDNN's algorithms may spread it")
         dtypes = (torch.float32,)  # float64 is the library's
 
@@ -186,19 +188,19 @@ def test_groups_and_no_bias(groups: int) -> None:
 @pytest.mark.parametrize(
     "wanted", [(True, False, False), (False, True, False), (False, False, True), (True, True, True)]
 )
-def test_gradients_only_where_needed(road: str, wanted: tuple[bool, ...]) -> None:
+def test_gradients_only_where_needed(algorithm: str, wanted: tuple[bool, ...]) -> None:
     arguments = [t.requires_grad_(w) for t, w in zip(tensors(SHAPES["rgb"], torch.float32), wanted, strict=True)]
     check(arguments, padding=1)
 
 
-def test_unbatched(road: str) -> None:
+def test_unbatched(algorithm: str) -> None:
     arguments = tensors(SHAPES["rgb"], torch.float32)
     arguments[0] = arguments[0].detach()[0].requires_grad_()
     check(arguments, padding=1, return_indices=True, return_skip=True)
 
 
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
-def test_output_layout_follows_input(road: str, layout: str) -> None:
+def test_output_layout_follows_input(algorithm: str, layout: str) -> None:
     arguments = tensors((2, 3, 8, 8, 4, 3, 3), torch.float32, layout)
     memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
     outputs = functional.conv_relu_pool2d(*arguments, padding=1, return_skip=True)
@@ -218,7 +220,7 @@ VIEWS = {
 
 
 @pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
-def test_strided_input(road: str, view: object) -> None:
+def test_strided_input(algorithm: str, view: object) -> None:
     base = make((4, 3, 18, 22), requires_grad=True)
     base, weight, bias = map(representable, (base, *tensors(SHAPES["rgb"], torch.float32)[1:]))
 
@@ -241,7 +243,7 @@ INCOMING = {
 
 @pytest.mark.parametrize("skip", [False, True], ids=["pooled", "with-skip"])
 @pytest.mark.parametrize("incoming", INCOMING.values(), ids=INCOMING)
-def test_strided_gradient(road: str, incoming: object, skip: bool) -> None:
+def test_strided_gradient(algorithm: str, incoming: object, skip: bool) -> None:
     arguments = list(map(representable, tensors(SHAPES["rgb"], torch.float32)))
 
     def gradients(function: object, dtype: torch.dtype) -> list[Tensor]:
@@ -263,7 +265,7 @@ def test_gradient_of_skip_alone() -> None:
     torch.testing.assert_close(actual, plain)
 
 
-def test_no_images(road: str) -> None:
+def test_no_images(algorithm: str) -> None:
     arguments = [torch.randn(s, requires_grad=True) for s in ((0, 3, 9, 9), (4, 3, 3, 3), (4,))]
     output = functional.conv_relu_pool2d(*arguments)
     assert output.shape == (0, 4, 3, 3)
@@ -290,7 +292,7 @@ MAPS = {
 
 @pytest.mark.parametrize("window", [(2, 2, 0), (3, 2, 1), (2, 1, 1)], ids=["2x2", "3x3-stride-2", "2x2-stride-1"])
 @pytest.mark.parametrize("map", MAPS.values(), ids=MAPS)
-def test_window_maximum(road: str, isa: str, map: Tensor, window: tuple[int, int, int]) -> None:
+def test_window_maximum(algorithm: str, isa: str, map: Tensor, window: tuple[int, int, int]) -> None:
     size, stride, padding = window
     leaf = map[None, None].clone().requires_grad_()
     identity = torch.ones(1, 1, 1, 1, dtype=map.dtype)
@@ -301,12 +303,12 @@ def test_window_maximum(road: str, isa: str, map: Tensor, window: tuple[int, int
 
 
 def test_large_window_takes_plain_pytorch_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
-    _native.log_slow_road.cache_clear()
+    _native.log_fallback.cache_clear()
     check([make((1, 1, 33, 40), requires_grad=True), make((2, 1, 2, 2), requires_grad=True), None], pool_size=16)
     assert "more than 255 positions" in caplog.text
 
 
-def test_largest_window_of_the_kernels(road: str) -> None:
+def test_largest_window_of_the_kernels(algorithm: str) -> None:
     check([make((1, 1, 20, 36), requires_grad=True), make((9, 1, 2, 2), seed=1, requires_grad=True), None],
           pool_size=(15, 17), pool_stride=(2, 9), return_indices=True)  # fmt: skip
 
@@ -315,19 +317,21 @@ def test_largest_window_of_the_kernels(road: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_bitwise_equal_for_any_number_of_threads(road: str, dtype: torch.dtype, threads: Callable[[int], None]) -> None:
+def test_bitwise_equal_for_any_number_of_threads(
+    algorithm: str, dtype: torch.dtype, threads: Callable[[int], None]
+) -> None:
     arguments = tensors((3, 3, 33, 31, 19, 3, 3), dtype)
     results = []
     for count in (1, 2, 3, 2):
         threads(count)
         results.append(values_and_gradients(functional.conv_relu_pool2d, arguments, padding=1))
-    # oneDNN's own convolution divides its sums by thread, so that on its road the same number must give the same.
-    pairs = [(1, 3)] if road == "library" else [(0, 1), (0, 2), (1, 3)]
+    # oneDNN's own convolution divides its sums by thread, so that there the same number must give the same.
+    pairs = [(1, 3)] if algorithm == "library" else [(0, 1), (0, 2), (1, 3)]
     for first, second in pairs:
         torch.testing.assert_close(results[first], results[second], rtol=0, atol=0)
 
 
-def test_fresh_memory_filled_with_nan_changes_nothing(road: str) -> None:
+def test_fresh_memory_filled_with_nan_changes_nothing(algorithm: str) -> None:
     arguments = tensors(SHAPES["blocks"], torch.float32)
     expected = values_and_gradients(functional.conv_relu_pool2d, arguments, **STEM)
     with fresh_memory_of_nan():
@@ -335,7 +339,7 @@ def test_fresh_memory_filled_with_nan_changes_nothing(road: str) -> None:
     torch.testing.assert_close(poisoned, expected, rtol=0, atol=0)
 
 
-def test_arguments_are_left_alone_and_graph_can_be_retained(road: str) -> None:
+def test_arguments_are_left_alone_and_graph_can_be_retained(algorithm: str) -> None:
     arguments = tensors(SHAPES["rgb"], torch.float32)
     copies = [t.detach().clone() for t in arguments]
     outputs = functional.conv_relu_pool2d(*arguments, padding=1, return_skip=True)
@@ -345,7 +349,7 @@ def test_arguments_are_left_alone_and_graph_can_be_retained(road: str) -> None:
     torch.testing.assert_close([t.detach() for t in arguments], copies, rtol=0, atol=0)
 
 
-def test_gradcheck_first_and_second_order(road: str) -> None:
+def test_gradcheck_first_and_second_order(algorithm: str) -> None:
     arguments = tensors((1, 2, 6, 7, 3, 3, 2), torch.float64)
     for options in ({"padding": 1}, {"return_skip": True}):
         function = lambda *a, options=options: functional.conv_relu_pool2d(*a, **options)  # noqa: E731

@@ -12,13 +12,13 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import fastseg
 from fastseg import _native, functional, reference
 from fastseg.ops import conv_relu_pool2d as operator
-from fastseg.ops.conv_relu_pool2d_geometry import flatten, resolve, unflatten
-from fastseg.ops.conv_relu_pool2d_roads import choose_forward_road
+from fastseg.ops.convolution.algorithms import choose_cpu_forward
+from fastseg.ops.convolution.geometry import flatten, resolve, unflatten
 from fastseg.testing import assert_parity, make, values_and_gradients
 
 GEOMETRY = flatten(resolve((3, 3), 1, 1, 1, 1, 2, None, 0, False)[0])
-# Images and input channels with which a 3x3 kernel takes each road forward.
-ROADS = {"winograd": (2, 3), "direct": (1, 3), "library": (1, 66)}
+# Images and input channels with which a 3x3 kernel is served by each algorithm forward.
+ALGORITHMS = {"winograd": (2, 3), "direct": (1, 3), "library": (1, 66)}
 
 
 def arguments(images: int = 2, channels: int = 3, layout: str = "nchw", **options: object) -> list[Tensor]:
@@ -30,12 +30,12 @@ def arguments(images: int = 2, channels: int = 3, layout: str = "nchw", **option
 
 
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
-@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("with_skip", [False, True], ids=["pooled", "with-skip"])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
-def test_opcheck(road: str, with_skip: bool, layout: str) -> None:
-    input, weight, bias = arguments(*ROADS[road], layout)
-    assert choose_forward_road(input, weight, unflatten(tuple(GEOMETRY)), False) == road
+def test_opcheck(algorithm: str, with_skip: bool, layout: str) -> None:
+    input, weight, bias = arguments(*ALGORITHMS[algorithm], layout)
+    assert choose_cpu_forward(input, weight, unflatten(tuple(GEOMETRY)), False) == algorithm
     forward = torch.ops.fastseg.conv_relu_pool2d
     torch.library.opcheck(forward.default, (input, weight, bias, GEOMETRY, True, with_skip))
     torch.library.opcheck(forward.default, (input.transpose(2, 3), weight, None, GEOMETRY, False, with_skip))
@@ -138,9 +138,9 @@ def test_checkpoint(reentrant: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("road", ROADS)
-def test_autocast(dtype: torch.dtype, road: str) -> None:
-    leaves = arguments(*ROADS[road], requires_grad=True)
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_autocast(dtype: torch.dtype, algorithm: str) -> None:
+    leaves = arguments(*ALGORITHMS[algorithm], requires_grad=True)
 
     def under_autocast(function: object, enabled: bool = True) -> object:
         def call(*tensors: Tensor) -> Tensor:
@@ -202,7 +202,7 @@ def test_import_without_extension_takes_plain_pytorch_and_says_so(
 ) -> None:
     monkeypatch.setattr(_native, "_C", None)
     monkeypatch.setattr(_native, "load_error", "ImportError: broken")
-    _native.log_slow_road.cache_clear()
+    _native.log_fallback.cache_clear()
     leaves = arguments(requires_grad=True)
     for options in ({"padding": 1}, {"return_skip": True, "return_indices": True, "pool_size": 3, "pool_stride": 1}):
         assert_parity(

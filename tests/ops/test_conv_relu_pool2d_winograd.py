@@ -1,4 +1,4 @@
-"""conv_relu_pool2d's Winograd road: parity, ties, what its transforms can't carry, and which calls take it."""
+"""conv_relu_pool2d's Winograd algorithm: parity, ties, what its transforms can't carry, and which calls take it."""
 
 from collections.abc import Callable
 
@@ -8,13 +8,13 @@ from torch import Tensor
 
 from fastseg import _native, functional, reference
 from fastseg.ops import conv_relu_pool2d as operator
-from fastseg.ops.conv_relu_pool2d_geometry import resolve
-from fastseg.ops.conv_relu_pool2d_roads import WINOGRAD_MIN_PIXELS, choose_forward_road
+from fastseg.ops.convolution.algorithms import WINOGRAD_MIN_PIXELS, choose_cpu_forward
+from fastseg.ops.convolution.geometry import resolve
 from fastseg.testing import make
 from tests.kernels.poison import fresh_memory_of_nan
 from tests.ops.test_conv_relu_pool2d import DTYPES, check, tensors
 
-pytestmark = pytest.mark.skipif(_native.INTERPRETED, reason="a road of the C++ kernels alone")
+pytestmark = pytest.mark.skipif(_native.INTERPRETED, reason="an algorithm of the C++ kernels alone")
 
 # N, C, H, W, K. Up to 4 input channels vectors run along the windows, beyond along the channels.
 SHAPES = {
@@ -29,7 +29,7 @@ SHAPES = {
 
 STEM = {"stride": 2, "padding": 3, "pool_size": 3, "pool_stride": 2, "pool_padding": 1}
 
-# How each of the road's kernels is reached: input channels, the kernel's side, and options.
+# How each of its kernels is reached: input channels, the kernel's side, and options.
 KERNELS = {
     "windows": (3, 3, {}),
     "channels": (12, 3, {}),
@@ -60,8 +60,8 @@ OPTIONS = {
 }
 
 
-def force(monkeypatch: pytest.MonkeyPatch, road: str) -> None:
-    monkeypatch.setattr(operator, "choose_forward_road", lambda *arguments: road)
+def force(monkeypatch: pytest.MonkeyPatch, algorithm: str) -> None:
+    monkeypatch.setattr(operator, "choose_cpu_forward", lambda *arguments: algorithm)
 
 
 @pytest.fixture(autouse=True)
@@ -219,7 +219,7 @@ def test_kernel_refuses_what_it_does_not_compute(options: dict) -> None:
         functional.conv_relu_pool2d(*arguments(SHAPES["rgb"]), **options)
 
 
-# Input, weight, options, whether there is a skip, and the road.
+# Input, weight, options, whether there is a skip, and the algorithm.
 CHOICES = {
     "first-layer": ((4, 3, 224, 224), (32, 3, 3, 3), {}, False, "winograd"),
     "deep-layer": ((4, 128, 56, 56), (128, 128, 3, 3), {}, False, "winograd"),
@@ -239,7 +239,7 @@ CHOICES = {
 }
 
 
-def chosen_road(
+def chosen_algorithm(
     choose: Callable[..., str], input: tuple[int, ...], weight: tuple[int, ...], options: dict, with_skip: bool
 ) -> str:
     numbers = {"stride": 1, "padding": 1, "dilation": 1, "groups": 1, "pool_size": 2, "pool_stride": None}
@@ -248,6 +248,8 @@ def chosen_road(
     return choose(*(torch.empty(shape, device="meta") for shape in (input, weight)), geometry, with_skip)
 
 
-@pytest.mark.parametrize(("input", "weight", "options", "with_skip", "road"), CHOICES.values(), ids=CHOICES)
-def test_choice(input: tuple[int, ...], weight: tuple[int, ...], options: dict, with_skip: bool, road: str) -> None:
-    assert chosen_road(choose_forward_road, input, weight, options, with_skip) == road
+@pytest.mark.parametrize(("input", "weight", "options", "with_skip", "algorithm"), CHOICES.values(), ids=CHOICES)
+def test_choice(
+    input: tuple[int, ...], weight: tuple[int, ...], options: dict, with_skip: bool, algorithm: str
+) -> None:
+    assert chosen_algorithm(choose_cpu_forward, input, weight, options, with_skip) == algorithm

@@ -1,4 +1,4 @@
-"""conv_relu_pool2d's Winograd road backward: parity, what its transforms can't carry, and which calls take it."""
+"""conv_relu_pool2d's Winograd algorithm backward: parity, what its transforms can't carry, and which calls take it."""
 
 from collections.abc import Callable
 
@@ -8,13 +8,13 @@ from torch import Tensor
 
 from fastseg import _native, functional, reference
 from fastseg.ops import conv_relu_pool2d as operator
-from fastseg.ops.conv_relu_pool2d_roads import WINOGRAD_MIN_PIXELS, choose_backward_road
+from fastseg.ops.convolution.algorithms import WINOGRAD_MIN_PIXELS, choose_cpu_backward
 from fastseg.testing import make
 from tests.kernels.poison import fresh_memory_of_nan
 from tests.ops.test_conv_relu_pool2d import DTYPES, check, tensors
-from tests.ops.test_conv_relu_pool2d_winograd import arguments, chosen_road
+from tests.ops.test_conv_relu_pool2d_winograd import arguments, chosen_algorithm
 
-pytestmark = pytest.mark.skipif(_native.INTERPRETED, reason="a road of the C++ kernels alone")
+pytestmark = pytest.mark.skipif(_native.INTERPRETED, reason="an algorithm of the C++ kernels alone")
 
 # N, C, H, W, K.
 SHAPES = {
@@ -40,7 +40,7 @@ NO_POOL = OPTIONS["no-pool-padded"]
 
 @pytest.fixture(autouse=True)
 def winograd(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(operator, "choose_backward_road", lambda *arguments: "winograd")
+    monkeypatch.setattr(operator, "choose_cpu_backward", lambda *arguments: "winograd")
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
@@ -98,7 +98,7 @@ def test_what_transforms_cannot_carry_takes_the_library(
     for tensor in called:
         tensor.requires_grad_()
     results = [gradients(functional.conv_relu_pool2d, called, incoming, **NO_POOL)]
-    monkeypatch.setattr(operator, "choose_backward_road", lambda *arguments: "library")
+    monkeypatch.setattr(operator, "choose_cpu_backward", lambda *arguments: "library")
     results.append(gradients(functional.conv_relu_pool2d, called, incoming, **NO_POOL))
     torch.testing.assert_close(*results, rtol=0, atol=0, equal_nan=True)
 
@@ -110,7 +110,7 @@ def test_other_numbers_take_winograd(isa: str, monkeypatch: pytest.MonkeyPatch) 
         tensor.requires_grad_()
     incoming = make((2, 20, 40, 38), seed=5)
     results = [gradients(functional.conv_relu_pool2d, called, incoming, **NO_POOL)]
-    monkeypatch.setattr(operator, "choose_backward_road", lambda *arguments: "library")
+    monkeypatch.setattr(operator, "choose_cpu_backward", lambda *arguments: "library")
     results.append(gradients(functional.conv_relu_pool2d, called, incoming, **NO_POOL))
     for winograd, library in zip(*results, strict=True):
         assert not torch.equal(winograd, library)  # rounded in other places
@@ -152,7 +152,7 @@ def test_kernel_refuses_what_it_does_not_compute(kernel: int, options: dict) -> 
         output.sum().backward()
 
 
-# Input, weight, options, whether the skip has a gradient, and the road.
+# Input, weight, options, whether the skip has a gradient, and the algorithm.
 CHOICES = {
     "no-pool": ((4, 64, 56, 56), (64, 64, 3, 3), {"pool_size": 1}, False, "winograd"),
     "no-pool-first-layer": ((4, 3, 224, 224), (32, 3, 3, 3), {"pool_size": 1}, False, "winograd"),
@@ -175,6 +175,8 @@ CHOICES = {
 }
 
 
-@pytest.mark.parametrize(("input", "weight", "options", "with_skip", "road"), CHOICES.values(), ids=CHOICES)
-def test_choice(input: tuple[int, ...], weight: tuple[int, ...], options: dict, with_skip: bool, road: str) -> None:
-    assert chosen_road(choose_backward_road, input, weight, options, with_skip) == road
+@pytest.mark.parametrize(("input", "weight", "options", "with_skip", "algorithm"), CHOICES.values(), ids=CHOICES)
+def test_choice(
+    input: tuple[int, ...], weight: tuple[int, ...], options: dict, with_skip: bool, algorithm: str
+) -> None:
+    assert chosen_algorithm(choose_cpu_backward, input, weight, options, with_skip) == algorithm

@@ -167,7 +167,7 @@ def test_offsets_beyond_32_bits() -> None:
 
 
 def test_more_dimensions_than_the_kernels_take(caplog: pytest.LogCaptureFixture) -> None:
-    _native.log_slow_road.cache_clear()
+    _native.log_fallback.cache_clear()
     input = logits((2, 3, *[1, 2] * 4))
     check(input, labels_for(input))
     if not _native.INTERPRETED and input.is_cpu:  # the C++ kernels' limit

@@ -84,14 +84,14 @@ def test_refused(
     arguments: tuple[Tensor, ...], options: dict, error: type[Exception], message: str, largest_plain: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(operator, "PLAIN_MAX_LOGITS", largest_plain)  # the road must not show
+    monkeypatch.setattr(operator, "PLAIN_MAX_LOGITS", largest_plain)  # the choice must not show
     with pytest.raises(error, match=message):
         functional.cross_entropy(*arguments, **options)
 
 
 # ---- small logits ----
 
-ROADS = {
+ALGORITHMS = {
     "small": (make((64, 10)), make_labels((64,), 10), None, "plain"),
     "largest-small": (torch.zeros(16, 2048), torch.zeros(16).long(), torch.ones(2048), "plain"),
     "large": (torch.zeros(16, 2049), torch.zeros(16).long(), None, "kernel"),
@@ -103,12 +103,12 @@ ROADS = {
 }
 
 
-@pytest.mark.parametrize(("input", "target", "weight", "road"), ROADS.values(), ids=ROADS)
+@pytest.mark.parametrize(("input", "target", "weight", "algorithm"), ALGORITHMS.values(), ids=ALGORITHMS)
 def test_small_logits_take_torchs_own_operator(
-    input: Tensor, target: Tensor, weight: Tensor | None, road: str, monkeypatch: pytest.MonkeyPatch
+    input: Tensor, target: Tensor, weight: Tensor | None, algorithm: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.undo()
-    assert operator.choose_road(input, target, weight) == road
+    assert operator.choose_algorithm(input, target, weight) == algorithm
     check(input.clone().requires_grad_(), target, weight, label_smoothing=0.1)
 
 
@@ -205,7 +205,7 @@ def test_second_derivative_equals_plain(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("learned", ["target", "weight"])
 def test_gradient_of_target_or_weight_takes_plain_pytorch(learned: str, caplog: pytest.LogCaptureFixture) -> None:
-    _native.log_slow_road.cache_clear()
+    _native.log_fallback.cache_clear()
     input = logits((2, 5, 6, 7))
     target, weight = probabilities_for(input), torch.rand(5)
     (target if learned == "target" else weight).requires_grad_()

@@ -252,7 +252,7 @@ def test_without_extension_takes_plain_pytorch_and_says_so(
 ) -> None:
     monkeypatch.setattr(_native, "_C", None)
     monkeypatch.setattr(_native, "load_error", "ImportError: broken")
-    _native.log_slow_road.cache_clear()
+    _native.log_fallback.cache_clear()
     for options in OPTIONS.values():
         check_compiled(functional.cross_entropy, *arguments(target, requires_grad=True), permitted(target, options))
     assert caplog.text.count("couldn't be loaded (ImportError: broken)") == 1

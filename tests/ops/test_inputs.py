@@ -47,7 +47,7 @@ def tagged(tensor: Tensor) -> Tensor:
 LAYERS: dict[str, Callable[[], nn.Module]] = {
     "conv2d": lambda: fastseg.Conv2d(8, 8, 3, padding=1),
     "conv_relu_pool2d": lambda: fastseg.ConvReLUPool2d(8, 4, 3, padding=1),
-    "library-road": lambda: fastseg.ConvReLUPool2d(8, 4, 5, padding=2, pool_size=3, pool_stride=2),
+    "library": lambda: fastseg.ConvReLUPool2d(8, 4, 5, padding=2, pool_size=3, pool_stride=2),
     "skip": lambda: fastseg.ConvReLUPool2d(8, 4, 3, padding=1, return_skip=True, return_indices=True),
     "relu_pool2d": lambda: fastseg.ReLUPool2d(2),
     "relu_pool2d-skip": lambda: fastseg.ReLUPool2d(2, return_skip=True),
@@ -254,7 +254,7 @@ def test_no_label_wraps_to_the_ignored_one(operator: str, dtype: torch.dtype, la
 
 
 @pytest.mark.parametrize("operator", OF_LABELS)
-@pytest.mark.parametrize("size", [12, 200])  # small logits of labels take torch's own road first
+@pytest.mark.parametrize("size", [12, 200])  # small logits of labels go to torch's own operator first
 def test_a_channel_of_labels_is_explained(operator: str, size: int) -> None:
     labels = torch.zeros(2, 1, size, size, dtype=torch.long)
     input = logits_for(operator, size).float()

@@ -163,7 +163,7 @@ def test_window_maximum(isa: str, map: Tensor, window: tuple[int, int, int], ski
 
 
 def test_large_window_takes_plain_pytorch_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
-    _native.log_slow_road.cache_clear()
+    _native.log_fallback.cache_clear()
     check(make((1, 2, 33, 40), requires_grad=True), pool_size=16, return_indices=True, return_skip=True)
     assert "relu_pool2d runs as plain PyTorch: a pool window of more than 255 positions" in caplog.text
 

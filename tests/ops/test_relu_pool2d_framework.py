@@ -7,7 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import fastseg
 from fastseg import _native, functional, reference
 from fastseg.ops import relu_pool2d as operator
-from fastseg.ops.conv_relu_pool2d_geometry import flatten
+from fastseg.ops.convolution.geometry import flatten
 from fastseg.testing import assert_parity, make, values_and_gradients
 
 pytestmark = pytest.mark.usefixtures("kernels_for_small_maps")
@@ -82,7 +82,7 @@ def test_without_extension_it_is_plain_pytorch(
 ) -> None:
     monkeypatch.setattr(_native, "_C", None)
     monkeypatch.setattr(_native, "load_error", "ImportError: broken")
-    _native.log_slow_road.cache_clear()
+    _native.log_fallback.cache_clear()
     input = make((2, 5, 13, 18), requires_grad=True)
     assert_parity(
         values_and_gradients(functional.relu_pool2d, [input], **options),

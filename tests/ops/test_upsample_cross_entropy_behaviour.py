@@ -200,7 +200,7 @@ def test_second_derivative_equals_plain(dtype: torch.dtype) -> None:
 
 
 def test_probabilities_take_plain_pytorch_and_the_log_says_why(caplog: pytest.LogCaptureFixture) -> None:
-    _native.log_slow_road.cache_clear()
+    _native.log_fallback.cache_clear()
     learned = make((2, 5, 12, 14)).softmax(1).requires_grad_()
     weight = torch.rand(5).requires_grad_()
     tensors = [logits((2, 5, 6, 7)), learned, weight]
@@ -217,7 +217,7 @@ def test_probabilities_take_plain_pytorch_and_the_log_says_why(caplog: pytest.Lo
 
 
 def test_weight_that_needs_a_gradient_takes_plain_pytorch(caplog: pytest.LogCaptureFixture) -> None:
-    _native.log_slow_road.cache_clear()
+    _native.log_fallback.cache_clear()
     input, weight = logits((2, 5, 6, 7)), torch.rand(5).requires_grad_()
     with pytest.raises(RuntimeError, match="not differentiable with respect to argument 'weight'"):
         functional.upsample_cross_entropy(input, labels_for(input, (12, 14)), weight)

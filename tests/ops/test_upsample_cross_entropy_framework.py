@@ -294,7 +294,7 @@ def test_without_extension_takes_plain_pytorch_and_says_so(
         pytest.skip("the Triton kernels run here, not the extension")
     monkeypatch.setattr(_native, "_C", None)
     monkeypatch.setattr(_native, "load_error", "ImportError: broken")
-    _native.log_slow_road.cache_clear()
+    _native.log_fallback.cache_clear()
     input, target = arguments()
     for mode in MODES.values():
         check_compiled(functional.upsample_cross_entropy, input, target, mode)

@@ -17,7 +17,7 @@ from fastseg.fusion.calls import Call, tensor_of
 from fastseg.fusion.pattern import Match, Pattern, demand
 from fastseg.fusion.patterns.conv_relu import is_served, looks_served
 from fastseg.fusion.patterns.conv_relu_pool2d import arguments_of, convolution, fold
-from fastseg.ops.conv_relu_pool2d_roads import is_worth_conv2d
+from fastseg.ops.convolution.algorithms import is_worth_conv2d
 
 
 def conv_batch_norm(

@@ -17,8 +17,8 @@ from fastseg.functional import conv_relu_pool2d
 from fastseg.fusion.calls import Call, has_nodes, sizes_of, tensor_of
 from fastseg.fusion.pattern import Match, Pattern, demand
 from fastseg.fusion.patterns.conv_relu_pool2d import NUMBERS, arguments_of, convolution, fold
-from fastseg.ops.conv_relu_pool2d_geometry import resolve
-from fastseg.ops.conv_relu_pool2d_roads import choose_forward_road
+from fastseg.ops.convolution.algorithms import choose_cpu_forward
+from fastseg.ops.convolution.geometry import resolve
 
 
 def conv_batch_norm_relu(
@@ -35,7 +35,7 @@ def is_served(input: Tensor, weight: Tensor, stride: Any, padding: Any, dilation
     if input.ndim != 4 or weight.ndim != 4 or weight.device.type != "cpu" or _native._C is None:
         return False
     geometry, _ = resolve(tuple(weight.shape[2:]), stride, padding, dilation, groups, 1, None, 0, False)
-    return choose_forward_road(input, weight, geometry, False) == "winograd"
+    return choose_cpu_forward(input, weight, geometry, False) == "winograd"
 
 
 def _match(relu: Call) -> Match:

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from fastseg.functional import conv_relu_pool2d
 from fastseg.fusion.calls import Call, has_nodes, tensor_of
 from fastseg.fusion.pattern import Match, Pattern, Unfit, demand, source
-from fastseg.ops.conv_relu_pool2d_geometry import MAX_WINDOW
+from fastseg.ops.convolution.geometry import MAX_WINDOW
 
 NUMBERS = ("stride", "padding", "dilation", "groups")  # of a convolution
 _STATISTICS = ("running_mean", "running_var", "weight", "bias", "eps")

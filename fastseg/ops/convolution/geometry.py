@@ -41,7 +41,7 @@ class Geometry(NamedTuple):
         return any(step < size for step, size in zip(self.pool_stride, self.pool_size, strict=True))
 
 
-def remember(function: F) -> F:
+def memoize(function: F) -> F:
     """`functools.cache` for a function of plain numbers that a call pays more for than its arithmetic is worth.
 
     Compilers trace through to the function; arguments without a hash (symbolic sizes, lists) go there as well.
@@ -60,14 +60,14 @@ def remember(function: F) -> F:
     return cast(F, call)
 
 
-@remember
+@memoize
 def flatten(geometry: Geometry) -> list[int]:
     """The numbers in a row, as the operator's schema and the C++ kernels take them: a call pays for each argument."""
     pairs = (geometry.stride, geometry.padding, geometry.dilation, *geometry.pool)
     return [*(number for pair in pairs for number in pair), geometry.groups, int(geometry.ceil_mode)]
 
 
-@remember
+@memoize
 def unflatten(numbers: tuple[int, ...]) -> Geometry:
     """The inverse of `flatten`."""
     stride, padding, dilation, size, pool_stride, pool_padding = zip(numbers[0:12:2], numbers[1:12:2], strict=True)
@@ -108,7 +108,7 @@ def resolve(
     )
 
 
-@remember
+@memoize
 def _resolve(
     kernel: tuple[int, ...], stride: Pair, padding: Pair | str, dilation: Pair, groups: int, pool_size: Pair,
     pool_stride: Pair, pool_padding: Pair, ceil_mode: bool,
@@ -130,7 +130,7 @@ def _resolve(
     return Geometry(stride, padding, dilation, groups, pool_size, pool_stride, pool_padding, ceil_mode), extra
 
 
-@remember
+@memoize
 def convolved_size(height: int, width: int, kernel_h: int, kernel_w: int, geometry: Geometry) -> Pair:
     """Height and width of the convolution's output, as conv2d counts them.
 
@@ -147,7 +147,7 @@ def convolved_size(height: int, width: int, kernel_h: int, kernel_w: int, geomet
     return sizes[0], sizes[1]
 
 
-@remember
+@memoize
 def pooled_size(convolved_h: int, convolved_w: int, geometry: Geometry) -> Pair:
     """Height and width of the pooled output, as max_pool2d counts them.
 
@@ -196,7 +196,7 @@ def _clamp(strides: Pair, extents: list[int]) -> Pair:
     return rows, columns
 
 
-@remember
+@memoize
 def output_shapes(
     input: tuple[int, ...], weight: tuple[int, ...], geometry: Geometry
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:

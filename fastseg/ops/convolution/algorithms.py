@@ -1,4 +1,4 @@
-"""Which of conv_relu_pool2d's roads serves a call, on a CPU and on a GPU: see `fastseg.ops.conv_relu_pool2d`."""
+"""Which algorithm serves a convolution, on a CPU and on a GPU: see `fastseg.ops.conv_relu_pool2d`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastseg._tf32 import convolutions_take_tf32
-from fastseg.ops.conv_relu_pool2d_geometry import Geometry
+from fastseg.ops.convolution.geometry import Geometry
 
 # Kernel taps (channels x height x width) up to which the direct kernels beat oneDNN's convolution and a pool. Measured
 # with AVX2 (AMD Zen 3, 2026-11-22), 2x2 pool. Forward, with more taps arithmetic is the limit, where oneDNN is ahead:
@@ -20,8 +20,8 @@ DIRECT_BACKWARD_MAX_TAPS = 9216
 DIRECT_DENSE_BACKWARD_MAX_TAPS = 288
 
 
-def choose_road(weight: Tensor, groups: int, with_skip: bool, most_taps: int) -> Literal["direct", "library"]:
-    """Which of these two roads serves a call on a CPU, from shapes alone."""
+def direct_or_library(weight: Tensor, groups: int, with_skip: bool, most_taps: int) -> Literal["direct", "library"]:
+    """Which of these two algorithms serves a call on a CPU, from shapes alone."""
     if groups > 1 or with_skip:  # the direct kernel has no groups, and a skip is the full-resolution map itself
         return "library"
     _, channels, height, width = weight.shape
@@ -58,10 +58,10 @@ WINOGRAD_UNPOOLED = ((3, 3), (1, 1), (1, 1), ((1, 1), (1, 1), (0, 0)))
 WINOGRAD_STEM = ((7, 7), (2, 2), (1, 1), ((3, 3), (2, 2), (1, 1)))
 
 
-def choose_forward_road(
+def choose_cpu_forward(
     input: Tensor, weight: Tensor, geometry: Geometry, with_skip: bool
 ) -> Literal["winograd", "direct", "library"]:
-    """Which road serves a forward call on a CPU, from shapes alone."""
+    """Which algorithm serves a forward call on a CPU, from shapes alone."""
     numbers = (tuple(weight.shape[2:]), geometry.stride, geometry.dilation, geometry.pool)
     many = input.shape[1] > WINOGRAD_FEW_CHANNELS
     if with_skip:
@@ -72,13 +72,13 @@ def choose_forward_road(
         return "winograd"
     if not packs_few_bytes(input, weight, geometry):
         return "library"
-    return choose_road(weight, geometry.groups, with_skip, DIRECT_FORWARD_MAX_TAPS)
+    return direct_or_library(weight, geometry.groups, with_skip, DIRECT_FORWARD_MAX_TAPS)
 
 
-def choose_backward_road(
+def choose_cpu_backward(
     input: Tensor, weight: Tensor, geometry: Geometry, with_skip: bool
 ) -> Literal["winograd", "direct", "library"]:
-    """Which road serves a backward call on a CPU, from shapes alone; ``with_skip``: the skip carries gradient.
+    """Which algorithm serves a backward call on a CPU, from shapes alone; ``with_skip``: the skip carries gradient.
 
     Where the gradient isn't sparse, Winograd's algorithm needs as little arithmetic as the direct kernels do where it
     is. Measured with AVX2 (AMD Zen 3, 2026-11-22): 1.1 to 3.7 times as fast as oneDNN, from 225 pixels and 5 channels.
@@ -91,7 +91,7 @@ def choose_backward_road(
     if not packs_few_bytes(input, weight, geometry):
         return "library"
     most_taps = DIRECT_BACKWARD_MAX_TAPS if sparse else DIRECT_DENSE_BACKWARD_MAX_TAPS
-    return choose_road(weight, geometry.groups, with_skip, most_taps)
+    return direct_or_library(weight, geometry.groups, with_skip, most_taps)
 
 
 def winograd_serves(weight: Tensor, geometry: Geometry) -> bool:
@@ -126,8 +126,8 @@ GPU_DIRECT_MAX_TAPS = 160
 GPU_DIRECT_MAX_TAPS_WITHOUT_TENSOR_CORES = 64
 
 
-def choose_gpu_road(weight: Tensor, geometry: Geometry, with_skip: bool) -> Literal["direct", "library"]:
-    """Which road serves a call on a GPU, from shapes and dtype (and torch's setting of TF32) alone."""
+def choose_gpu(weight: Tensor, geometry: Geometry, with_skip: bool) -> Literal["direct", "library"]:
+    """Which algorithm serves a call on a GPU, from shapes and dtype (and torch's setting of TF32) alone."""
     if geometry.groups > 1 or with_skip or weight.dtype == torch.float64:  # float64 products are the library's
         return "library"
     if geometry.windows_overlap:  # the direct kernels would convolve what windows share for each: 2.25 times, in a stem

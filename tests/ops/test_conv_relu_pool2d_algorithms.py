@@ -1,4 +1,4 @@
-"""Which road conv_relu_pool2d takes, and that torch's settings of TF32 reach it."""
+"""Which algorithm serves a call of conv_relu_pool2d, and that torch's settings of TF32 reach it."""
 
 from contextlib import AbstractContextManager
 from typing import Any
@@ -9,17 +9,17 @@ import torch.nn.functional as F
 
 from fastseg import functional
 from fastseg._tf32 import convolutions_take_tf32
-from fastseg.ops.conv_relu_pool2d_geometry import Geometry, resolve
-from fastseg.ops.conv_relu_pool2d_roads import (
+from fastseg.ops.convolution.algorithms import (
     DIRECT_BACKWARD_MAX_TAPS,
     DIRECT_FORWARD_MAX_TAPS,
     GPU_DIRECT_MAX_TAPS,
     GPU_DIRECT_MAX_TAPS_WITHOUT_TENSOR_CORES,
-    choose_backward_road,
-    choose_forward_road,
-    choose_gpu_road,
-    choose_road,
+    choose_cpu_backward,
+    choose_cpu_forward,
+    choose_gpu,
+    direct_or_library,
 )
+from fastseg.ops.convolution.geometry import Geometry, resolve
 from fastseg.testing import make, values_and_gradients
 
 
@@ -59,29 +59,29 @@ def test_more_taps_go_directly_on_tensor_cores(allowed: bool, dtype: torch.dtype
     tensor_cores = allowed or dtype != torch.float32
     most = GPU_DIRECT_MAX_TAPS if tensor_cores else GPU_DIRECT_MAX_TAPS_WITHOUT_TENSOR_CORES
     with tf32(allowed):
-        assert choose_gpu_road(weight(most, dtype), geometry(), False) == "direct"
-        assert choose_gpu_road(weight(most + 1, dtype), geometry(), False) == "library"
+        assert choose_gpu(weight(most, dtype), geometry(), False) == "direct"
+        assert choose_gpu(weight(most + 1, dtype), geometry(), False) == "library"
 
 
 @pytest.mark.parametrize("most", [DIRECT_FORWARD_MAX_TAPS, DIRECT_BACKWARD_MAX_TAPS], ids=["forward", "backward"])
 def test_taps_decide_on_a_cpu(most: int) -> None:
-    assert choose_road(weight(most, torch.float32), 1, False, most) == "direct"
-    assert choose_road(weight(most + 1, torch.float32), 1, False, most) == "library"
+    assert direct_or_library(weight(most, torch.float32), 1, False, most) == "direct"
+    assert direct_or_library(weight(most + 1, torch.float32), 1, False, most) == "library"
 
 
 def test_what_the_direct_kernels_do_not_serve_goes_by_the_library() -> None:
-    assert choose_road(weight(8, torch.float32), 2, False, DIRECT_BACKWARD_MAX_TAPS) == "library"  # groups
-    assert choose_road(weight(8, torch.float32), 1, True, DIRECT_BACKWARD_MAX_TAPS) == "library"  # a skip
-    assert choose_gpu_road(weight(8, torch.bfloat16), geometry(groups=2), False) == "library"
-    assert choose_gpu_road(weight(8, torch.bfloat16), geometry(), True) == "library"  # a skip
-    assert choose_gpu_road(weight(8, torch.float64), geometry(), False) == "library"
+    assert direct_or_library(weight(8, torch.float32), 2, False, DIRECT_BACKWARD_MAX_TAPS) == "library"  # groups
+    assert direct_or_library(weight(8, torch.float32), 1, True, DIRECT_BACKWARD_MAX_TAPS) == "library"  # a skip
+    assert choose_gpu(weight(8, torch.bfloat16), geometry(groups=2), False) == "library"
+    assert choose_gpu(weight(8, torch.bfloat16), geometry(), True) == "library"  # a skip
+    assert choose_gpu(weight(8, torch.float64), geometry(), False) == "library"
 
 
 def test_overlapping_windows_go_by_the_library_on_a_gpu() -> None:
     stem = torch.empty(64, 3, 7, 7, dtype=torch.bfloat16)  # few enough taps
-    assert choose_gpu_road(stem, geometry(stride=2, padding=3), False) == "direct"
-    assert choose_gpu_road(stem, geometry(stride=2, padding=3, pool=(3, 2, 1)), False) == "library"
-    assert choose_gpu_road(stem, geometry(pool=((1, 2), (1, 1), 0)), False) == "library"
+    assert choose_gpu(stem, geometry(stride=2, padding=3), False) == "direct"
+    assert choose_gpu(stem, geometry(stride=2, padding=3, pool=(3, 2, 1)), False) == "library"
+    assert choose_gpu(stem, geometry(pool=((1, 2), (1, 1), 0)), False) == "library"
 
 
 # Numbers that C++ multiplies, and torch takes: those of a pool up to 2^31 - 1 alone.
@@ -123,7 +123,7 @@ def test_numbers_past_32_bits_are_refused(name: str) -> None:
 
 def test_rows_that_would_mostly_be_skipped_are_not_packed() -> None:
     input, kernel = torch.empty(1, 16, 400, 4000, device="meta"), torch.empty(8, 16, 3, 3)
-    for stride, road in ((2, "direct"), (300, "library")):
+    for stride, algorithm in ((2, "direct"), (300, "library")):
         numbers = resolve((3, 3), stride, 1, 1, 1, 2, None, 0, False)[0]
-        for choose in (choose_forward_road, choose_backward_road):
-            assert choose(input, kernel, numbers, False) == road
+        for choose in (choose_cpu_forward, choose_cpu_backward):
+            assert choose(input, kernel, numbers, False) == algorithm
