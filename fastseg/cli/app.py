@@ -10,6 +10,7 @@ from rich.table import Table
 
 import fastseg
 from fastseg._info import cpu_isa
+from fastseg.cli.check import check
 from fastseg.cli.demo import demo
 from fastseg.cli.evaluate import evaluate
 from fastseg.cli.predict import predict
@@ -17,7 +18,7 @@ from fastseg.cli.train import train
 from fastseg.training import ConfigError
 
 app = typer.Typer(
-    help="Image segmentation on fused kernels: train, evaluate, predict.",
+    help="Image segmentation on fused kernels: check the data, train, evaluate, predict.",
     add_completion=False,
     pretty_exceptions_enable=False,  # a programming error shows Python's own traceback
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -49,6 +50,7 @@ def info() -> None:
 
 
 app.command()(demo)
+app.command()(check)
 app.command()(train)
 app.command()(evaluate)
 app.command()(predict)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
-from typer import Option
+from typer import BadParameter, Option
 
+from fastseg.data import LAYOUTS, DataError, read_label_map
+from fastseg.data.labels import ExifChoice, LabelMap
 from fastseg.training import ConfigError
 from fastseg.training import config as kinds
 
@@ -31,10 +33,39 @@ def parse_widths(text: str | None) -> tuple[int, ...] | None:
     return tuple(int(part) for part in parts)
 
 
-_CAMVID_DEFAULT = "11 for CamVid's layout, else {}"
-_LAYOUTS = "images/ + masks/ matched by stem, or train/ + trainannot/ and val/ + valannot/"
+def parse_label_map(path: str) -> LabelMap:
+    """The label map in a file."""
+    try:
+        return read_label_map(path)
+    except DataError as error:
+        raise BadParameter(str(error)) from error
 
-Data: TypeAlias = Annotated[Path, Option(help=f"Data set: {_LAYOUTS}.")]
+
+_CAMVID_DEFAULT = "11 for CamVid's layout, else {}"
+
+Data: TypeAlias = Annotated[Path, Option(help="Data set: images/ + masks/ matched by stem, or another --layout.")]
+Layout: TypeAlias = Annotated[
+    str, Option(metavar="NAME", help=f"Layout of the folder: {', '.join(LAYOUTS)}.", show_default="found out")
+]
+MaskSuffix: TypeAlias = Annotated[
+    str | None, Option(metavar="TEXT", help="What a mask's stem has after its image's, as in _mask.")
+]
+LabelMapFile: TypeAlias = Annotated[
+    Any,
+    Option(
+        metavar="FILE",
+        parser=parse_label_map,
+        help='JSON of the masks\' numbers or colours to class names: {"0": "ground", "255": "road"}; null: ignored.',
+    ),
+]
+Binary: TypeAlias = Annotated[bool, Option("--binary", help="Masks have 0 for the background; the rest is one class.")]
+ReduceLabels: TypeAlias = Annotated[
+    bool, Option("--reduce-labels", help="Label 0 of the masks doesn't count; the classes begin with 1.")
+]
+Exif: TypeAlias = Annotated[
+    ExifChoice, Option(help="Turn images as EXIF says, or not, or refuse those whose mask EXIF turns otherwise.")
+]
+MaxPixels: TypeAlias = Annotated[int | None, Option(min=1, help="Refuse larger images.", show_default="500 million")]
 Checkpoint: TypeAlias = Annotated[Path, Option(help="Checkpoint that training wrote.")]
 Model: TypeAlias = Annotated[kinds.ModelKind, Option(help="Network.")]
 RunFolder: TypeAlias = Annotated[
@@ -61,8 +92,8 @@ LabelSmoothing: TypeAlias = Annotated[float, Option(help="Label smoothing of ce.
 HorizontalFlip: TypeAlias = Annotated[float, Option(help="Probability of a horizontal flip.")]
 VerticalFlip: TypeAlias = Annotated[float, Option(help="Probability of a vertical flip.")]
 Rotation: TypeAlias = Annotated[float, Option(help="Largest rotation, in degrees.")]
-ValFraction: TypeAlias = Annotated[float, Option(help="Share of images/ that validates.")]
-TestFraction: TypeAlias = Annotated[float, Option(help="Share of images/ that is kept for a test.")]
+ValFraction: TypeAlias = Annotated[float, Option(help="Share that validates, where the layout has no splits.")]
+TestFraction: TypeAlias = Annotated[float, Option(help="Share that is kept for a test, likewise.")]
 Classes: TypeAlias = Annotated[
     int | None, Option(help="Number of classes.", show_default=_CAMVID_DEFAULT.format("from the masks"))
 ]

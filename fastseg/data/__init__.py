@@ -2,11 +2,15 @@
 
 from fastseg.data.balance import class_frequencies, class_weights
 from fastseg.data.camvid import CAMVID_CLASSES, CAMVID_COLORS, CAMVID_IGNORE_INDEX
+from fastseg.data.config import DataConfig, Splits, open_splits
+from fastseg.data.dataset import MaskDataset
 from fastseg.data.errors import DataError
-from fastseg.data.files import MaskDataset, infer_num_classes, read_image
-from fastseg.data.pairs import Pair, camvid_layout, find_pairs, images_by_stem
+from fastseg.data.files import read_image
+from fastseg.data.labels import PairReader, read_label_map
+from fastseg.data.pairs import LAYOUTS, Pair, find_layout, find_pairs, images_by_stem
 from fastseg.data.pictures import colorize, overlay, palette, save_mask
 from fastseg.data.shapes import ShapesDataset
+from fastseg.data.summary import Summary
 from fastseg.data.transforms import IMAGENET_MEAN, IMAGENET_STD, Augment, Normalize
 
 __all__ = [
@@ -15,21 +19,27 @@ __all__ = [
     "CAMVID_IGNORE_INDEX",
     "IMAGENET_MEAN",
     "IMAGENET_STD",
+    "LAYOUTS",
     "Augment",
+    "DataConfig",
     "DataError",
     "MaskDataset",
     "Normalize",
     "Pair",
+    "PairReader",
     "ShapesDataset",
-    "camvid_layout",
+    "Splits",
+    "Summary",
     "class_frequencies",
     "class_weights",
     "colorize",
+    "find_layout",
     "find_pairs",
     "images_by_stem",
-    "infer_num_classes",
+    "open_splits",
     "overlay",
     "palette",
     "read_image",
+    "read_label_map",
     "save_mask",
 ]

@@ -1,180 +1,202 @@
-"""Reading images and masks: files in, checked tensors out."""
+"""Reading image files: what they hold, as arrays and as checked tensors."""
 
+import contextlib
 import struct
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import numpy as np
+import tifffile
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from fastseg.data.errors import DataError
-from fastseg.data.pairs import Pair
+
+MAX_PIXELS = 500_000_000  # 1.5 GB of RGB; Pillow's own limit would refuse a scanned map
 
 # What Pillow raises on damaged files (found by damaging files of ten formats): OSError for most, SyntaxError for broken
-# PNG chunks, ValueError for broken headers, struct.error for broken EXIF data, and its own error for sizes that only a
-# damaged or hostile header claims.
-_UNREADABLE = (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
+# PNG chunks, ValueError for broken headers (tifffile, too), struct.error for broken EXIF data.
+_UNREADABLE = (OSError, SyntaxError, ValueError, struct.error)
 
-_INDEX_MODES = ("1", "L", "P", "I", "I;16", "I;16L", "I;16B", "I;16N")  # Pillow's modes with one integer for each pixel
-_DEEP_MODES = (
-    "I",
-    "I;16",
-    "I;16L",
-    "I;16B",
-    "I;16N",
-    "F",
-)  # more than 8 bits: Pillow clips instead of scaling them to RGB
+_DEEP_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N", "F")  # more than 8 bits: Pillow would clip them to RGB
+_INDEX_MODES = ("1", "L", "P")
+_ORIENTATION = 0x0112  # EXIF's and TIFF's tag
+_CMYK = 5  # TIFF's photometric interpretations that Pillow turns into RGB
+_ALPHA = (1, 2)  # TIFF's kinds of extra samples that are alpha channels
 
-_UINT8_MAX = 255
+_pillow_limit = threading.Lock()
 
 
-def read_image(path: str | Path, size: tuple[int, int] | None = None) -> Tensor:
-    """Read an image as RGB, turned as its EXIF orientation says.
-
-    Grayscale, palette and RGBA images are converted; an alpha channel is dropped.
+class Raster(NamedTuple):
+    """What an image file holds.
 
     Args:
-        path: Any file that Pillow reads with 8 bits a channel.
-        size: ``(height, width)`` to resize to, bilinear with antialiasing; None keeps the file's.
-
-    Returns:
-        uint8, shape (3, H, W).
-
-    Raises:
-        DataError: The file can't be read or has more than 8 bits a channel.
+        pixels: ``[H, W]`` or ``[H, W, C]``.
+        orientation: The EXIF orientation, 1 for none.
+        frames: The number of images in the file, of which this is the first.
+        lossy: Whether compression changed the values (JPEG).
     """
-    return _image_tensor(_load_image(Path(path)), size)
+
+    pixels: np.ndarray
+    orientation: int
+    frames: int
+    lossy: bool
 
 
-class MaskDataset(Dataset[tuple[Tensor, Tensor]]):
-    """Images and index masks from files.
-
-    An item is ``(image, mask)``: the image uint8 of shape (3, H, W), RGB; the mask of shape (H, W) with one class
-    number for each pixel. The mask is uint8, or int64 where labels may exceed 255: if ``num_classes`` or
-    ``ignore_index`` says so or, without ``num_classes``, if the file has more than 8 bits.
+def read_raster(
+    path: Path,
+    kind: Literal["image", "labels", "colors"],
+    *,
+    exif: str = "apply",
+    max_pixels: int | None = None,
+) -> Raster:
+    """Read a file by Pillow, or by tifffile where Pillow would lose channels or bits.
 
     Args:
-        pairs: The files, from :func:`find_pairs`.
-        size: ``(height, width)`` that items are resized to: the image bilinearly with antialiasing, the mask to the
-            nearest pixel. None keeps each file's size.
-        num_classes: If given, labels must lie in [0, num_classes) or equal ``ignore_index``.
-        ignore_index: Label of the pixels that don't count.
+        path: The file.
+        kind: ``"image"``: RGB where the file has up to 8 bits, an alpha channel is dropped; ``"labels"``: the numbers
+            of grayscale and palette files, RGB of others; ``"colors"``: RGB.
+        exif: ``"ignore"`` leaves the pixels as they are in the file; else its EXIF orientation turns them.
+        max_pixels: The largest file; None takes ``MAX_PIXELS``.
 
     Raises:
-        ValueError: ``size`` or ``num_classes`` is not positive.
-        DataError: When an item is read: a file can't be read, the sizes of image and mask differ, the mask is not an
-            index mask, or a label is outside the classes. The message names the file and the value.
+        DataError: The file can't be read, isn't a regular file or has more pixels.
     """
-
-    def __init__(
-        self,
-        pairs: Sequence[Pair],
-        size: tuple[int, int] | None = None,
-        num_classes: int | None = None,
-        ignore_index: int = 255,
-    ) -> None:
-        if size is not None and (len(size) != 2 or min(size) < 1):
-            raise ValueError(f"size must be two positive numbers (height, width), but it is {size}")
-        if num_classes is not None and num_classes < 1:
-            raise ValueError(f"num_classes must be positive, but it is {num_classes}")
-        self.pairs = list(pairs)
-        self.size = size
-        self.num_classes = num_classes
-        self.ignore_index = ignore_index
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        pair = self.pairs[index]
-        image, mask = _load_image(pair.image), _load_mask(pair.mask)
-        if image.size != mask.size:
-            raise DataError(
-                f"{pair.image} is {_extent(image)}, but its mask {pair.mask} is {_extent(mask)} (width x height)"
-            )
-        if self.num_classes is not None:
-            _check_labels(pair.mask, mask, self.num_classes, self.ignore_index)
-        if self.size is not None:
-            height, width = self.size
-            mask = mask.resize((width, height), Image.Resampling.NEAREST)
-        return _image_tensor(image, self.size), torch.from_numpy(np.array(mask, dtype=self._label_dtype(mask)))
-
-    def _label_dtype(self, mask: Image.Image) -> type[np.uint8] | type[np.int64]:
-        if self.num_classes is None:
-            return np.int64 if mask.mode in _DEEP_MODES else np.uint8
-        # one type for the whole data set, so that items of 8-bit and 16-bit files stack
-        return np.uint8 if max(self.num_classes - 1, self.ignore_index) <= _UINT8_MAX else np.int64
-
-
-def infer_num_classes(pairs: Sequence[Pair], ignore_index: int) -> int:
-    """The number of classes that the masks imply: the largest label other than ``ignore_index``, plus one.
-
-    Args:
-        pairs: The files, from :func:`find_pairs`; every mask is read.
-        ignore_index: Label of the pixels that don't count.
-
-    Returns:
-        The number of classes, at least 1.
-
-    Raises:
-        DataError: A mask can't be read or is not an index mask, or no mask has a label other than ``ignore_index``.
-    """
-    largest = -1
-    for pair in pairs:
-        labels = np.asarray(_load_mask(pair.mask), dtype=np.int64)
-        largest = max(largest, int(labels.max(where=labels != ignore_index, initial=-1)))
-    if largest < 0:
-        raise DataError(f"no label other than ignore_index {ignore_index} in {len(pairs)} masks")
-    return largest + 1
-
-
-def _open(path: Path) -> Image.Image:
+    if not path.is_file():  # opening a pipe would wait for ever
+        raise DataError(f"{path}: " + ("not a regular file" if path.exists() else "can't be read: no such file"))
     try:
-        with Image.open(path) as file:
-            file.load()  # decodes the pixels: a truncated file fails here, not later
-            return ImageOps.exif_transpose(file)
+        raster = _read_deep_tiff(path, max_pixels) if path.suffix.lower() in (".tif", ".tiff") else None
+        raster = raster or _read_by_pillow(path, kind, max_pixels)
+    except DataError:
+        raise
     except _UNREADABLE as error:
         raise DataError(f"{path}: can't be read as an image: {error}") from error
+    if raster.pixels.dtype.kind == "f" and not np.isfinite(raster.pixels).all():
+        raise DataError(f"{path}: holds values that are not finite")
+    turn = 1 if exif == "ignore" else raster.orientation
+    return raster._replace(pixels=_turned(raster.pixels, turn))
 
 
-def _load_image(path: Path) -> Image.Image:
-    image = _open(path)
-    if image.mode in _DEEP_MODES:
-        raise DataError(f"{path}: an image with 8 bits a channel is expected, but its mode is {image.mode}")
-    if "transparency" in image.info:
-        image = image.convert("RGBA")  # Pillow warns where such a palette goes to RGB at once
-    return image.convert("RGB")
+def read_image(
+    path: str | Path, size: tuple[int, int] | None = None, *, exif: str = "apply", max_pixels: int | None = None
+) -> Tensor:
+    """Read an image.
+
+    Files with up to 8 bits and the usual channels become RGB: grayscale, palette and CMYK are converted, an alpha
+    channel is dropped. Others are read as what they are: 16 bits, floating point, any number of channels. Of an
+    animation the first frame is read.
+
+    Args:
+        path: Any file that Pillow reads, or tifffile.
+        size: ``(height, width)`` to resize to, bilinear with antialiasing; None keeps the file's.
+        exif: ``"ignore"`` leaves the pixels as they are in the file; else its EXIF orientation turns them.
+        max_pixels: The largest file; None takes 500 million.
+
+    Returns:
+        Shape (C, H, W). uint8 for up to 8 bits; float32 else: integers as shares of their type's largest value,
+        floating point as it is.
+
+    Raises:
+        DataError: The file can't be read or has more pixels.
+    """
+    return image_tensor(read_raster(Path(path), "image", exif=exif, max_pixels=max_pixels).pixels, size)
 
 
-def _load_mask(path: Path) -> Image.Image:
-    mask = _open(path)
-    if mask.mode not in _INDEX_MODES:
-        raise DataError(
-            f"{path}: an index mask is expected (one class number for each pixel: grayscale or palette), "
-            f"but its mode is {mask.mode}"
-        )
-    return mask
+def image_tensor(pixels: np.ndarray, size: tuple[int, int] | None = None) -> Tensor:
+    """The tensor of an image: see :func:`read_image`."""
+    if pixels.ndim == 2:
+        pixels = pixels[..., None]
+    if pixels.dtype.kind in "iu" and pixels.dtype != np.uint8:
+        pixels = pixels.astype(np.float32) / np.iinfo(pixels.dtype).max
+    if pixels.dtype.kind == "f":
+        pixels = pixels.astype(np.float32, copy=False)
+    if size is not None and size != pixels.shape[:2]:
+        pixels = _resized(pixels, size)
+    return torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1).contiguous()
 
 
-def _image_tensor(image: Image.Image, size: tuple[int, int] | None) -> Tensor:
-    if size is not None:
-        height, width = size
-        image = image.resize((width, height), Image.Resampling.BILINEAR)  # Pillow's filters antialias
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+def _resized(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    height, width = size
+    if pixels.shape[2] == 3 and pixels.dtype == np.uint8:
+        return np.array(Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR))  # antialiases
+    planes = [Image.fromarray(np.ascontiguousarray(pixels[..., channel])) for channel in range(pixels.shape[2])]
+    return np.stack([np.asarray(plane.resize((width, height), Image.Resampling.BILINEAR)) for plane in planes], -1)
 
 
-def _check_labels(path: Path, mask: Image.Image, num_classes: int, ignore_index: int) -> None:
-    labels = np.asarray(mask, dtype=np.int64)
-    outside = ((labels < 0) | (labels >= num_classes)) & (labels != ignore_index)
-    if outside.any():
-        raise DataError(
-            f"{path}: label {labels[outside][0]} is outside the classes 0..{num_classes - 1} "
-            f"and is not the ignored label {ignore_index}"
-        )
+def _read_by_pillow(path: Path, kind: str, max_pixels: int | None) -> Raster:
+    with _open(path) as file:
+        _check_extent(path, file.width, file.height, max_pixels)
+        # taken out before loading, which turns TIFF files otherwise
+        orientation = file.getexif().pop(_ORIENTATION, 1)
+        frames, lossy = getattr(file, "n_frames", 1), file.format in ("JPEG", "MPO")
+        file.load()  # decodes the pixels: a truncated file fails here
+        image: Image.Image = file
+        if image.mode == "I" and image.format == "PNG":  # whose integers have 16 bits at most
+            pixels = np.asarray(image).astype(np.uint16)
+        elif image.mode in _DEEP_MODES:
+            pixels = np.array(image)
+        elif kind == "labels" and image.mode in _INDEX_MODES:
+            pixels = np.array(image, dtype=np.uint8)
+        else:
+            if "transparency" in image.info:
+                image = image.convert("RGBA")  # Pillow warns where such a palette goes to RGB at once
+            pixels = np.array(image.convert("RGB"))
+    return Raster(pixels, orientation if orientation in range(1, 9) else 1, 1 if lossy else frames, lossy)
 
 
-def _extent(image: Image.Image) -> str:
-    return f"{image.width}x{image.height}"
+@contextlib.contextmanager
+def _open(path: Path) -> Iterator[Image.Image]:
+    """Open a file by Pillow without its own limit of pixels, which is a setting of the whole process."""
+    with _pillow_limit:
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            file = Image.open(path)
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
+    with file:
+        yield file
+
+
+def _read_deep_tiff(path: Path, max_pixels: int | None) -> Raster | None:
+    """What Pillow can't read as it is: several channels of more than 8 bits, or more channels than RGB and alpha."""
+    try:
+        file = tifffile.TiffFile(path)
+    except tifffile.TiffFileError:  # no TIFF at all: Pillow says what is wrong
+        return None
+    with file:
+        page, series = file.pages.first, file.series[0]
+        samples, alpha = page.samplesperpixel, bool(set(page.extrasamples) & set(_ALPHA))
+        usual = page.bitspersample <= 8 and (samples <= 3 + alpha or page.photometric == _CMYK)
+        single = samples == 1 and page.bitspersample <= 32
+        if "C" not in series.axes and (usual or single):
+            return None
+        _check_extent(path, page.imagewidth, page.imagelength, max_pixels)
+        pixels, axes, frames = series.asarray(), series.axes, 1
+        while pixels.ndim > 2 + bool(set("CS") & set(axes)):
+            frames, axes, pixels = frames * len(pixels), axes[1:], pixels[0]
+        for axis in set("CS") & set(axes):
+            pixels = np.moveaxis(pixels, axes.index(axis), -1)
+        if alpha and pixels.ndim > 2:
+            pixels = pixels[..., : samples - 1]
+        tag = page.tags.get(_ORIENTATION)
+        return Raster(pixels, tag.value if tag else 1, frames, False)
+
+
+def _check_extent(path: Path, width: int, height: int, max_pixels: int | None) -> None:
+    largest = MAX_PIXELS if max_pixels is None else max_pixels
+    if width * height > largest:
+        raise DataError(f"{path}: {width}x{height} is more than {largest} pixels; --max-pixels raises the limit")
+
+
+def _turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """The pixels as an EXIF orientation says that they are to be shown."""
+    if orientation >= 5:
+        pixels = pixels.swapaxes(0, 1)
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    return np.ascontiguousarray(pixels)

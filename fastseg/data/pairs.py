@@ -21,42 +21,147 @@ class Pair(NamedTuple):
     mask: Path
 
 
-def camvid_layout(root: str | Path) -> bool:
-    """Whether ``root`` is laid out as CamVid: a folder of a split beside its ``...annot`` folder.
+class Layout(NamedTuple):
+    """Where a data set has its files; ``{split}`` stands for the name of a split.
+
+    Args:
+        images: Folder of the images.
+        masks: Folder of the masks.
+        lists: Text file that names the images of a split, one in each line: a stem, or an image and its mask.
+        splits: The layout's own names of ``train``, ``val`` and ``test``.
+        pattern: The files in both folders.
+        image_suffix: What the stem of an image has after the name that it shares with its mask.
+        mask_suffix: What the stem of a mask has after it.
+        label_map: Name of the label map in ``fastseg/data/label_maps`` that comes with the layout.
+        ignore_index: Label of the pixels that don't count, where none is given.
+    """
+
+    images: str
+    masks: str
+    lists: str = ""
+    splits: tuple[str, ...] = SPLITS
+    pattern: str = "*"
+    image_suffix: str = ""
+    mask_suffix: str = ""
+    label_map: str = ""
+    ignore_index: int = 255
+
+    def folders(self, root: Path, split: str) -> list[Path]:
+        """The folders of the images and of the masks of a split."""
+        own = self.splits[SPLITS.index(split)]
+        return [root / folder.format(split=own) for folder in (self.images, self.masks)]
+
+    def list_file(self, root: Path, split: str) -> Path:
+        """The text file that names the images of a split, in a layout with such files."""
+        return root / self.lists.format(split=self.splits[SPLITS.index(split)])
+
+    def has(self, root: Path, split: str) -> bool:
+        """Whether a split is there."""
+        if self.lists:
+            return self.list_file(root, split).is_file()
+        return all(folder.is_dir() for folder in self.folders(root, split))
+
+    def files(self, root: Path) -> list[Path]:
+        """All files in the folders of all splits."""
+        folders = {folder for split in SPLITS for folder in self.folders(root, split)}
+        return [path for folder in folders for path in folder.glob(self.pattern) if not path.is_dir()]
+
+    @property
+    def drawn(self) -> bool:
+        """Whether the splits are drawn at random, because the files don't say them."""
+        return "{split}" not in self.images + self.lists
+
+
+LAYOUTS = {  # tried in this order where none is named
+    "camvid": Layout("{split}", "{split}annot", label_map="camvid", ignore_index=11),
+    "voc": Layout("JPEGImages", "SegmentationClass", "ImageSets/Segmentation/{split}.txt", label_map="voc"),
+    "cityscapes": Layout(
+        "leftImg8bit/{split}",
+        "gtFine/{split}",
+        pattern="*/*",
+        image_suffix="_leftImg8bit",
+        mask_suffix="_gtFine_labelIds",
+        label_map="cityscapes",
+    ),
+    "ade20k": Layout(
+        "images/{split}",
+        "annotations/{split}",
+        splits=("training", "validation", "testing"),
+        label_map="ade20k",
+    ),
+    "lists": Layout("images", "masks", "{split}.txt"),
+    "split/images": Layout("{split}/images", "{split}/masks"),
+    "images/split": Layout("images/{split}", "masks/{split}"),
+    "images": Layout("images", "masks"),
+}
+
+
+def find_layout(root: str | Path, name: str = "auto") -> str:
+    """The name in ``LAYOUTS`` of a data set's layout.
 
     Args:
         root: Folder of the data set.
+        name: The layout that it must have; ``"auto"`` takes the first that fits.
 
-    Returns:
-        True where at least one of ``train`` + ``trainannot``, ``val`` + ``valannot``, ``test`` + ``testannot`` exists.
+    Raises:
+        DataError: The folder is missing, the name is unknown, or no layout fits.
     """
-    return any(_is_camvid_split(Path(root), split) for split in SPLITS)
+    root = Path(root)
+    if name != "auto" and name not in LAYOUTS:
+        raise DataError(f"layout must be auto or one of {', '.join(LAYOUTS)}, but it is {name!r}")
+    if not root.is_dir():
+        raise DataError(f"{root}: no such folder")
+    if name != "auto":
+        return name
+    for known, layout in LAYOUTS.items():
+        if any(layout.has(root, split) for split in SPLITS):
+            return known
+    raise DataError(
+        f"{root}: expected images/ + masks/ or train/ + trainannot/ or another layout of {', '.join(LAYOUTS)}; "
+        f"{_contents(root)}"
+    )
 
 
 def find_pairs(
-    root: str | Path, split: str, *, val_fraction: float = 0.2, test_fraction: float = 0.0, seed: int = 0
+    root: str | Path,
+    split: str,
+    *,
+    layout: str = "auto",
+    mask_suffix: str | None = None,
+    val_fraction: float = 0.2,
+    test_fraction: float = 0.0,
+    seed: int = 0,
 ) -> list[Pair]:
     """Find the images of one split and their masks; an image and its mask have the same stem.
 
-    Two layouts are known:
+    The layouts:
 
-    * CamVid's: ``train/`` + ``trainannot/``, ``val/`` + ``valannot/``, ``test/`` + ``testannot/``. The fractions and
-      the seed are not used.
-    * ``images/`` + ``masks/``: the sorted stems are shuffled with ``seed``, then the first ``round(n * test_fraction)``
-      are the test split, the next ``round(n * val_fraction)`` the validation split (each at least one where its
-      fraction is not zero) and the rest the training split. The splits of one seed never share a file.
+    * ``camvid``: ``train/`` + ``trainannot/``, ``val/`` + ``valannot/``, ``test/`` + ``testannot/``.
+    * ``voc``: ``JPEGImages/`` + ``SegmentationClass/``, lists in ``ImageSets/Segmentation/``.
+    * ``cityscapes``: ``leftImg8bit/train/CITY/`` + ``gtFine/train/CITY/``, masks ``..._gtFine_labelIds.png``.
+    * ``ade20k``: ``images/training/`` + ``annotations/training/``, ``validation`` likewise.
+    * ``lists``: ``train.txt``, ``val.txt``, ``test.txt``; a line is a name in ``images/`` + ``masks/``, or the paths of
+      an image and of its mask below ``root``.
+    * ``split/images``: ``train/images/`` + ``train/masks/``, ...; ``images/split``: ``images/train/`` +
+      ``masks/train/``, ...
+    * ``images``: ``images/`` + ``masks/``: the sorted stems are shuffled with ``seed``, then the first
+      ``round(n * test_fraction)`` are the test split, the next ``round(n * val_fraction)`` the validation split (each
+      at least one where its fraction is not zero) and the rest the training split. The splits of one seed never share
+      a file. Only this layout uses the fractions and the seed.
 
     Files whose suffix Pillow can't read and hidden files are passed over.
 
     Args:
         root: Folder of the data set.
         split: ``"train"``, ``"val"`` or ``"test"``.
+        layout: The name of a layout; ``"auto"`` takes the first of them that fits.
+        mask_suffix: What the stem of a mask has after that of its image; None takes the layout's.
         val_fraction: Share of the images for validation, in [0, 1).
         test_fraction: Share of the images for the test, in [0, 1); both fractions together stay below 1.
         seed: Seed of the shuffle.
 
     Returns:
-        The pairs of the split, sorted by stem; never an empty list.
+        The pairs of the split, sorted by stem, or in the order of its list; never an empty list.
 
     Raises:
         DataError: A folder is missing, an image has no mask or a mask no image, two files share a stem, the split is
@@ -65,26 +170,23 @@ def find_pairs(
     root = Path(root)
     if split not in SPLITS:
         raise DataError(f"split must be one of {', '.join(SPLITS)}, but it is {split!r}")
-    if not root.is_dir():
-        raise DataError(f"{root}: no such folder")
-    if camvid_layout(root):
-        if not _is_camvid_split(root, split):
-            raise DataError(f"{root}: the split {split!r} needs {split}/ and {split}annot/; {_contents(root)}")
-        return _match(root / split, root / f"{split}annot")
-    if not ((root / "images").is_dir() and (root / "masks").is_dir()):
-        raise DataError(f"{root}: expected images/ + masks/ or train/ + trainannot/; {_contents(root)}")
-    pairs = _match(root / "images", root / "masks")
-    chosen = _split(pairs, split, val_fraction, test_fraction, seed)
-    if not chosen:
-        raise DataError(
-            f"{root}: the split {split!r} is empty: {len(pairs)} images, "
-            f"val_fraction {val_fraction}, test_fraction {test_fraction}"
-        )
-    return chosen
-
-
-def _is_camvid_split(root: Path, split: str) -> bool:
-    return (root / split).is_dir() and (root / f"{split}annot").is_dir()
+    found = LAYOUTS[find_layout(root, layout)]
+    if mask_suffix is not None:
+        found = found._replace(mask_suffix=mask_suffix)
+    images, masks = found.folders(root, split)
+    if not found.has(root, split):
+        needs = [found.list_file(root, split)] if found.lists else [images, masks]
+        names = " and ".join(str(path.relative_to(root)) + "/" * (not found.lists) for path in needs)
+        raise DataError(f"{root}: the split {split!r} needs {names}; {_contents(root)}")
+    pairs = _listed(root, found, split) if found.lists else _match(images, masks, found)
+    if found.drawn:
+        every, pairs = len(pairs), _split(pairs, split, val_fraction, test_fraction, seed)
+        if not pairs:
+            raise DataError(
+                f"{root}: the split {split!r} is empty: {every} images, "
+                f"val_fraction {val_fraction}, test_fraction {test_fraction}"
+            )
+    return pairs
 
 
 def _split(pairs: list[Pair], split: str, val_fraction: float, test_fraction: float, seed: int) -> list[Pair]:
@@ -107,38 +209,64 @@ def _count(total: int, fraction: float) -> int:
     return max(1, round(total * fraction)) if fraction > 0 else 0
 
 
-def _match(images: Path, masks: Path) -> list[Pair]:
-    """Every image of the folder ``images`` with the mask of the same stem, sorted by stem."""
-    image_files, mask_files = images_by_stem(images), images_by_stem(masks)
+def _match(images: Path, masks: Path, layout: Layout) -> list[Pair]:
+    """Every image of the folder ``images`` with the mask of the same name, sorted by name."""
+    image_files = images_by_stem(images, layout.pattern, layout.image_suffix)
+    mask_files = images_by_stem(masks, layout.pattern, layout.mask_suffix)
     if not image_files:
         raise DataError(f"{images}: no images in this folder")
     if unmasked := image_files.keys() - mask_files.keys():
-        raise DataError(f"{images}: no mask in {masks} for {_names(image_files[stem].name for stem in unmasked)}")
+        raise DataError(f"{images}: no mask in {masks} for {list_names(image_files[stem].name for stem in unmasked)}")
     if unpictured := mask_files.keys() - image_files.keys():
-        raise DataError(f"{masks}: no image in {images} for {_names(mask_files[stem].name for stem in unpictured)}")
+        raise DataError(f"{masks}: no image in {images} for {list_names(mask_files[stem].name for stem in unpictured)}")
     return [Pair(image_files[stem], mask_files[stem]) for stem in sorted(image_files)]
 
 
-def images_by_stem(folder: Path) -> dict[str, Path]:
+def _listed(root: Path, layout: Layout, split: str) -> list[Pair]:
+    """The pairs that the split's list names, in its order."""
+    path = layout.list_file(root, split)
+    images, masks = (
+        images_by_stem(folder, layout.pattern, suffix) if folder.is_dir() else {}
+        for folder, suffix in zip(layout.folders(root, split), (layout.image_suffix, layout.mask_suffix), strict=True)
+    )
+    pairs = []
+    for line in filter(None, map(str.strip, path.read_text(encoding="utf-8").splitlines())):
+        name = line[: -len(Path(line).suffix)] if Path(line).suffix.lower() in _readable_suffixes() else line
+        if name in images and name in masks:
+            pairs.append(Pair(images[name], masks[name]))
+        elif len(files := line.split()) == 2:
+            pairs.append(Pair(*(root / file.lstrip("/") for file in files)))
+        else:
+            what = "no mask" if name in images else "no image"
+            raise DataError(f"{path}: {what} for {line!r} in {' or '.join(map(str, layout.folders(root, split)))}")
+    if not pairs:
+        raise DataError(f"{path}: the list is empty")
+    return pairs
+
+
+def images_by_stem(folder: Path, pattern: str = "*", suffix: str = "") -> dict[str, Path]:
     """The files of a folder whose suffix Pillow reads, hidden ones left out, in the order of their names.
 
     Args:
         folder: An existing folder.
+        pattern: The files in it, as for `pathlib.Path.glob`.
+        suffix: Only the files whose stem ends so.
 
     Returns:
-        The path of each file by its stem.
+        The path of each file by its stem, ``suffix`` left out, and by the folders before it where ``pattern`` has some.
 
     Raises:
         DataError: Two files share a stem.
     """
     files: dict[str, Path] = {}
     suffixes = _readable_suffixes()
-    for path in sorted(folder.iterdir()):
-        if path.suffix.lower() not in suffixes or path.name.startswith("."):
+    for path in sorted(folder.glob(pattern)):
+        if path.suffix.lower() not in suffixes or path.name.startswith(".") or not path.stem.endswith(suffix):
             continue
-        if path.stem in files:
-            raise DataError(f"{folder}: {files[path.stem].name} and {path.name} have the same stem")
-        files[path.stem] = path
+        name = str(path.relative_to(folder).with_name(path.stem.removesuffix(suffix)))
+        if name in files:
+            raise DataError(f"{folder}: {files[name].name} and {path.name} have the same stem")
+        files[name] = path
     return files
 
 
@@ -148,11 +276,11 @@ def _readable_suffixes() -> set[str]:
 
 def _contents(root: Path) -> str:
     names = [path.name + "/" * path.is_dir() for path in root.iterdir()]
-    return f"it holds {_names(names)}" if names else "it is empty"
+    return f"it holds {list_names(names)}" if names else "it is empty"
 
 
-def _names(names: Iterable[str]) -> str:
+def list_names(names: Iterable[object]) -> str:
     """The first few names in order, and how many more there are."""
-    ordered = sorted(names)
+    ordered = sorted(map(str, names))
     more = len(ordered) - _MAX_NAMES
     return ", ".join(ordered[:_MAX_NAMES]) + (f" and {more} more" if more > 0 else "")

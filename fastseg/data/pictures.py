@@ -73,7 +73,7 @@ def overlay(
     Pixels whose label has no colour, as the ignored ones, show the image alone.
 
     Args:
-        image: uint8, shape (3, H, W), or a picture of W x H pixels.
+        image: uint8 or floating point, shape (C, H, W) (see :func:`read_image`), or a picture of W x H pixels.
         mask: Integer, shape (H, W).
         palette: uint8, shape (C, 3), from :func:`palette`.
         alpha: Share of the colour, in [0, 1].
@@ -86,7 +86,7 @@ def overlay(
     """
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must be in [0, 1], but it is {alpha}")
-    picture = _picture(image)
+    picture = to_picture(image)
     labels = _labels(mask)
     if picture.size != labels.shape[::-1]:
         raise ValueError(f"image is {picture.width}x{picture.height}, but mask is {labels.shape[1]}x{labels.shape[0]}")
@@ -153,9 +153,14 @@ def _outside(labels: np.ndarray, palette: np.ndarray) -> np.ndarray:
     return (labels < 0) | (labels >= len(palette))
 
 
-def _picture(image: Tensor | Image.Image) -> Image.Image:
+def to_picture(image: Tensor | Image.Image) -> Image.Image:
+    """An image as RGB: its first three channels, or its first as gray; floating point from its least to its largest."""
     if isinstance(image, Image.Image):
         return image.convert("RGB")
-    if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
-        raise ValueError(f"image must be uint8 of shape (3, H, W), but it is {image.dtype} of {tuple(image.shape)}")
-    return Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy())
+    if image.ndim != 3 or not (image.dtype == torch.uint8 or image.is_floating_point()):
+        raise ValueError(f"image must be uint8 or float of shape (C, H, W), but it is {image.dtype} {image.shape}")
+    shown = image[: 3 if len(image) >= 3 else 1].expand(3, -1, -1).cpu()
+    if shown.is_floating_point():
+        least, largest = shown.aminmax()
+        shown = ((shown - least) / (largest - least).clamp(min=torch.finfo(shown.dtype).tiny) * 255).to(torch.uint8)
+    return Image.fromarray(shown.permute(1, 2, 0).contiguous().numpy())

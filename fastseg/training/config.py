@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
+from fastseg.data import DataConfig
 from fastseg.training.errors import ConfigError
 
 ModelKind: TypeAlias = Literal["fcn", "unet"]
@@ -23,11 +24,13 @@ _FREE_ON_RESUME = frozenset({"data", "out", "epochs", "resume", "device", "worke
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(DataConfig):
     """Everything that `fastseg.training.train` needs to know; the command line has an option for each field.
 
+    The fields of `fastseg.data.DataConfig` say what the data are; ``seed`` is also that of the initial weights, the
+    order of the images and the augmentation.
+
     Args:
-        data: Folder of the data set: ``images/`` + ``masks/``, or CamVid's layout (see `fastseg.data.find_pairs`).
         model: ``"fcn"`` or ``"unet"`` of `fastseg.models`.
         out: Folder for checkpoints, history and curves; None takes the first free one of ``runs/MODEL``,
             ``runs/MODEL-2``, ...
@@ -46,11 +49,6 @@ class TrainConfig:
         hflip: Probability of a horizontal flip, in [0, 1].
         vflip: Probability of a vertical flip, in [0, 1].
         rotation: Largest rotation in degrees, in [0, 180].
-        val_fraction: Share of the images that validate; CamVid's layout has its own split.
-        test_fraction: Share of the images that are kept for a test; CamVid's layout has its own split.
-        classes: Number of classes; None takes 11 for CamVid's layout, else what the masks imply.
-        ignore_index: Label of the pixels that don't count; None takes 11 for CamVid's layout, else 255.
-        seed: Seed of the initial weights, the split, the order of the images and the augmentation.
         resume: Continue the run in ``out``.
         backend: ``"fastseg"``, or ``"plain"`` for the same network in plain PyTorch.
         device: ``"cpu"``, ``"cuda"``, or ``"auto"`` for CUDA where there is a device.
@@ -61,7 +59,6 @@ class TrainConfig:
         ConfigError: A value is outside its range, or two contradict each other.
     """
 
-    data: Path
     model: ModelKind = "fcn"
     out: Path | None = None
     size: tuple[int, int] | None = None
@@ -79,11 +76,6 @@ class TrainConfig:
     hflip: float = 0.5
     vflip: float = 0.0
     rotation: float = 0.0
-    val_fraction: float = 0.2
-    test_fraction: float = 0.0
-    classes: int | None = None
-    ignore_index: int | None = None
-    seed: int = 0
     resume: bool = False
     backend: Backend = "fastseg"
     device: DeviceChoice = "auto"

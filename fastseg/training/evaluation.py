@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
-from fastseg.data import MaskDataset, Normalize, find_pairs
+from fastseg.data import Normalize
 from fastseg.training.batches import Preparation, make_loader
 from fastseg.training.checkpoint import Metadata, load_checkpoint
 from fastseg.training.config import Backend, DeviceChoice
@@ -42,9 +43,8 @@ def evaluate(
         DataError: The data can't be used, or has labels outside the checkpoint's classes.
     """
     model, metadata = load_checkpoint(checkpoint, backend=backend)
-    run = metadata.config
-    pairs = find_pairs(data, split, val_fraction=run.val_fraction, test_fraction=run.test_fraction, seed=run.seed)
-    dataset = MaskDataset(pairs, metadata.size, metadata.num_classes, metadata.ignore_index)
+    source = dataclasses.replace(metadata.config, data=Path(data), ignore_index=metadata.ignore_index)
+    dataset = source.dataset(split, metadata.size, metadata.num_classes)
     with join_world(device) as world:
         prepare = Preparation(world.device, Normalize(metadata.mean, metadata.std).to(world.device))
         network = with_loss(model, metadata).to(world.device)

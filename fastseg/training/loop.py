@@ -52,7 +52,7 @@ def train(config: TrainConfig, console: Console | None = None) -> History:
     """
     with join_world(config.device) as world, _deterministic_cudnn(world.device):
         shown = console if console is not None and world.is_main else Console(quiet=True)
-        session = open_session(config, world)
+        session = open_session(config, world, shown)
         shown.print(f"run folder: {session.out}", soft_wrap=True, highlight=False)
         if world.is_main and not config.resume:
             session.out.mkdir(parents=True, exist_ok=True)

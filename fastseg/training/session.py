@@ -7,11 +7,12 @@ import itertools
 from pathlib import Path
 
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
 
-from fastseg.data import IMAGENET_MEAN, IMAGENET_STD, Augment, Normalize
+from fastseg.data import IMAGENET_MEAN, IMAGENET_STD, Augment, Normalize, Splits, open_splits
 from fastseg.training.batches import Example, Preparation, make_loader
 from fastseg.training.checkpoint import Metadata, load_training_state, read_metadata
 from fastseg.training.config import TrainConfig
@@ -19,7 +20,7 @@ from fastseg.training.distributed import World
 from fastseg.training.engine import NetworkWithLoss, with_loss
 from fastseg.training.errors import ConfigError
 from fastseg.training.networks import complete_arguments, new_network, smallest_side
-from fastseg.training.splits import Splits, count_weights, open_splits
+from fastseg.training.splits import count_weights
 
 LAST, BEST, HISTORY, CURVES = "last.safetensors", "best.safetensors", "history.jsonl", "curves.png"
 
@@ -53,8 +54,8 @@ class Session:
     prepare_val: Preparation
 
 
-def open_session(config: TrainConfig, world: World) -> Session:
-    """Build a run from its settings, or the continuation of one.
+def open_session(config: TrainConfig, world: World, console: Console | None = None) -> Session:
+    """Build a run from its settings, or the continuation of one; ``console`` shows what is in the data.
 
     Raises:
         ConfigError: A setting doesn't go with the data or with the run to continue, or ``out`` holds a run already.
@@ -64,7 +65,7 @@ def open_session(config: TrainConfig, world: World) -> Session:
     out = _run_folder(config, world)
     if config.resume:
         config.check_same_run(read_metadata(out / LAST).config)
-    splits = open_splits(config)
+    splits = open_splits(config, config.size, console)
     metadata = _describe(config, splits)
     _check_image_size(metadata, splits.train[0][0])
     prepare = Preparation(world.device, Normalize().to(world.device), channels_last=config.channels_last)

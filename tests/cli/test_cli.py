@@ -181,7 +181,7 @@ def test_damaged_data_is_one_line(
         ("train --data {shapes} --out {file}", ["{file}"]),
         ("train --data {shapes} --resume", ["resume needs out"]),
         ("train --data {shapes} --resume --out {missing}", ["{missing}", "no such file"]),
-        ("train --data {shapes} --resume --out {trained} --model unet", ["model must be fcn"]),
+        ("train --data {shapes} --resume --out {trained} --test-fraction 0.2 --model unet", ["model must be fcn"]),
         ("evaluate --data {shapes} --checkpoint {missing}", ["{missing}: no such file"]),
         ("evaluate --data {shapes} --checkpoint {file}", ["{file}: can't be read as a checkpoint"]),
         ("evaluate --data {missing} --checkpoint {best}", ["{missing}: no such folder"]),

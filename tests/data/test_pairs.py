@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("PIL", reason="Pillow isn't installed: it comes with the extra [train]")
-from fastseg.data import DataError, Pair, camvid_layout, find_pairs
+from fastseg.data import DataError, Pair, find_layout, find_pairs
 from fastseg.data.pairs import SPLITS
 
 
@@ -30,7 +30,7 @@ def stems_of(pairs: list[Pair]) -> list[str]:
 def test_camvid_layout_pairs_the_folders_of_the_split(tmp_path: Path, split: str) -> None:
     write_files(tmp_path / split, "b.jpg", "a.png")
     write_files(tmp_path / f"{split}annot", "a.png", "b.png")
-    assert camvid_layout(tmp_path)
+    assert find_layout(tmp_path) == "camvid"
     assert find_pairs(tmp_path, split) == [
         Pair(tmp_path / split / "a.png", tmp_path / f"{split}annot" / "a.png"),
         Pair(tmp_path / split / "b.jpg", tmp_path / f"{split}annot" / "b.png"),
@@ -40,7 +40,7 @@ def test_camvid_layout_pairs_the_folders_of_the_split(tmp_path: Path, split: str
 def test_images_and_masks_match_by_stem_whatever_their_suffixes(tmp_path: Path) -> None:
     write_files(tmp_path / "images", "a.JPG", "b.tiff", "c.d.webp", ".hidden.png", "notes.txt")
     write_files(tmp_path / "masks", "a.png", "b.PNG", "c.d.bmp", "Thumbs.db", "._a.png")
-    assert not camvid_layout(tmp_path)
+    assert find_layout(tmp_path) == "images"
     pairs = find_pairs(str(tmp_path), "train", val_fraction=0)
     assert [(pair.image.name, pair.mask.name) for pair in pairs] == [
         ("a.JPG", "a.png"),

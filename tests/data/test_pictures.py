@@ -96,7 +96,11 @@ def test_overlay_takes_pictures_too() -> None:
             id="alpha",
         ),
         pytest.param(
-            torch.zeros(3, 2, 3), torch.zeros(2, 3, dtype=torch.uint8), 0.5, "image must be uint8", id="float-image"
+            torch.zeros(3, 2, 3, dtype=torch.int16),
+            torch.zeros(2, 3, dtype=torch.uint8),
+            0.5,
+            "image must be uint8 or float",
+            id="int16-image",
         ),
         pytest.param(
             torch.zeros(3, 2, 3, dtype=torch.uint8), torch.zeros(2, 3), 0.5, "mask must be integer", id="float-mask"

@@ -13,13 +13,21 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from fastseg import metrics
-from fastseg.data import DataError, MaskDataset, Normalize, ShapesDataset, class_frequencies, class_weights, find_pairs
+from fastseg.data import (
+    DataError,
+    MaskDataset,
+    Normalize,
+    ShapesDataset,
+    class_frequencies,
+    class_weights,
+    find_pairs,
+    open_splits,
+)
 from fastseg.training import ConfigError, DivergedError, TrainConfig, evaluate, load_checkpoint, loop, train
 from fastseg.training.batches import Preparation
 from fastseg.training.distributed import World
 from fastseg.training.engine import NetworkWithLoss, evaluate_batches, mean_squared_error
 from fastseg.training.progress import RunProgress
-from fastseg.training.splits import open_splits
 
 IGNORED = 255
 
@@ -210,7 +218,7 @@ def test_class_weights_come_from_the_training_split(shapes: Path, tmp_path: Path
     settings = config(shapes, tmp_path, class_weights=method)
     train(settings)
     metadata = load_checkpoint(tmp_path / "last.safetensors")[1]
-    counts = class_frequencies(open_splits(settings).train, 4, IGNORED)
+    counts = class_frequencies(open_splits(settings, settings.size).train, 4, IGNORED)
     assert metadata.class_weights == tuple(class_weights(*counts, method).tolist())
 
 
