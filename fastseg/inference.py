@@ -1,4 +1,4 @@
-"""Prediction of images that are larger than what a network takes at once."""
+"""Prediction of images that are larger than what a network takes at once, and of several versions of an image."""
 
 from __future__ import annotations
 
@@ -88,6 +88,50 @@ def sliding_window(
             found.append(tuple(part.to(image.device) for part in band.finish(row, following, return_confidence)))
     labels, *confidence = (torch.cat(parts) for parts in zip(*found, strict=True))
     return (labels, confidence[0]) if return_confidence else labels
+
+
+class TestTimeAugmentation(nn.Module):
+    """A network whose logits are the mean of those of an image's versions: mirrored, and of several sizes.
+
+    Args:
+        model: As in `sliding_window`.
+        flip: Whether images go in mirrored left to right, too.
+        scales: The versions' sizes in the image's, each rounded to a multiple of ``divisor``; 1 keeps it as it is.
+        divisor: What the network's sizes have to be multiples of.
+    """
+
+    __test__ = False  # pytest collects what is called Test...
+
+    def __init__(
+        self, model: nn.Module, *, flip: bool = True, scales: Sequence[float] = (1.0,), divisor: int = 32
+    ) -> None:  # fmt: skip
+        super().__init__()
+        if not scales or not all(0 < scale < math.inf for scale in scales):
+            raise ValueError(f"scales: expected numbers above 0, got {tuple(scales)}")
+        self.model = model
+        self.flip = flip
+        self.scales = tuple(scales)
+        self.divisor = divisor
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits ``[N, C, h, w]`` of images ``[N, channels, H, W]``, in the size of those of the first version."""
+        total: Tensor | None = None
+        for scale in self.scales:
+            scaled = images
+            if scale != 1:
+                size = [max(round(side * scale / self.divisor), 1) * self.divisor for side in images.shape[2:]]
+                scaled = F.interpolate(images, size=size, mode="bilinear", align_corners=False)
+            for mirrored in (False, True)[: 1 + self.flip]:
+                logits = logits_of(self.model(scaled.flip(3) if mirrored else scaled))
+                logits = logits.flip(3) if mirrored else logits
+                if total is None:
+                    total = logits
+                    continue
+                if logits.shape[2:] != total.shape[2:]:
+                    logits = F.interpolate(logits, size=total.shape[2:], mode="bilinear", align_corners=False)
+                total = total + logits
+        assert total is not None
+        return total / (len(self.scales) * (1 + self.flip))
 
 
 def logits_of(output: Any) -> Tensor:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastseg
-from fastseg.inference import GAUSSIAN_SIGMA
+from fastseg.inference import GAUSSIAN_SIGMA, TestTimeAugmentation
 
 CLASSES = 5
 
@@ -123,6 +123,30 @@ def test_preprocess_makes_the_networks_input_of_bytes() -> None:
 def test_refuses(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         fastseg.sliding_window(**({"model": Net(), "image": torch.zeros(3, 40, 56), "tile": 16} | arguments))
+
+
+@pytest.mark.parametrize(("flip", "scales"), [(True, (1.0,)), (False, (1.0, 0.5, 1.5)), (True, (0.5, 1.0))])
+def test_augmentation_is_the_mean_of_the_versions(flip: bool, scales: tuple[float, ...]) -> None:
+    model, images = Net(stride=2), torch.randn(2, 3, 64, 96)
+    versions = []
+    for scale in scales:
+        scaled = F.interpolate(images, size=[round(scale * side) for side in (64, 96)], mode="bilinear")
+        for version in (scaled, scaled.flip(3))[: 1 + flip]:
+            logits = model(version).flip(3) if version is not scaled else model(version)
+            versions.append(logits)
+    size = versions[0].shape[2:]
+    expected = torch.stack([F.interpolate(version, size=size, mode="bilinear") for version in versions]).mean(0)
+    torch.testing.assert_close(TestTimeAugmentation(model, flip=flip, scales=scales, divisor=16)(images), expected)
+
+
+def test_augmentation_keeps_sizes_that_the_network_takes() -> None:
+    sizes = []
+    TestTimeAugmentation(lambda images: sizes.append(images.shape[2:]) or Net()(images), scales=(1.0, 0.7, 0.1))(
+        torch.randn(1, 3, 64, 96)
+    )
+    assert sizes == [(64, 96)] * 2 + [(32, 64)] * 2 + [(32, 32)] * 2
+    with pytest.raises(ValueError, match=r"scales: expected numbers above 0, got \(0.5, 0\)"):
+        TestTimeAugmentation(Net(), scales=(0.5, 0))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from Linux' /proc")
