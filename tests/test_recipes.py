@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.torchvision_import import import_torchvision
+from benchmarks.harness.torchvision_import import import_torchvision
 from fastseg.fusion import backend
 
 RECIPES = {path.stem: path for path in sorted(Path(__file__).parents[1].glob("docs/recipes/*.py"))}

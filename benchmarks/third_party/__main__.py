@@ -48,7 +48,7 @@ def main() -> int:
         )
     report.write(results, arguments.out)
     if arguments.readme is not None:
-        arguments.readme.write_text(report.insert(arguments.readme.read_text(), report.summary(results)))
+        arguments.readme.write_text(report.insert(arguments.readme.read_text(), report.in_short(results)))
     return int(bool(results["absent"]) or any(result["missing"] for result in results["models"]))
 
 

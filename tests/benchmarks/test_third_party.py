@@ -93,6 +93,12 @@ def test_a_line_for_each_model() -> None:
     assert heads.count("|") == text.splitlines()[-1].count("|")
 
 
+def test_a_line_for_each_model_in_short() -> None:
+    text = report.in_short(RUN)
+    assert cells(text, "a.Slow") == ["a.Slow", "3 / 0", *["3000 / 2000 / **2500**"] * 2, "3.00 / 2.00 / **2.50**"]
+    assert cells(text, "a.Failed")[2] == "3000 / 2000 / -"
+
+
 def test_the_file(tmp_path: Path) -> None:
     report.write(RUN, path := tmp_path / "results" / "models.md")
     text = path.read_text()
@@ -181,7 +187,8 @@ def test_the_command_writes_file_and_readme(monkeypatch: pytest.MonkeyPatch, tmp
         "absent.Net": "needs no_such_package: pip install '.[models]'",
         "torch.Broken": "its process ended",
     }
-    assert cells(readme.read_text(), "torch.Sequential") == cells(out.read_text(), "torch.Sequential")
+    assert cells(readme.read_text(), "torch.Sequential")[1:3] == ["3 / 0", "3000 / 2000 / 1000"]
+    assert cells(out.read_text(), "torch.Sequential")[3:5] == ["3", "0"]
     assert command(monkeypatch, [CASE], f"--out={out}", f"--readme={readme}", f"--from={results}") == 1
     # What is measured again replaces what was there, the rest stays.
     assert command(monkeypatch, [CASE, ABSENT], f"--out={out}", f"--json={results}", "--only=torch.Sequential") == 1
