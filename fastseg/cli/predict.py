@@ -19,8 +19,18 @@ def predict(
     alpha: Annotated[float, Option(min=0, max=1, help="Share of the classes' colours in the overlays.")] = 0.5,
     backend: options.Backend = "fastseg",
     device: options.Device = "auto",
+    max_pixels: options.MaxPixels = None,
 ) -> None:
     """Segment images: a mask of class numbers and an overlay for each, in the image's size."""
     console = Console()
-    masks = run_prediction(checkpoint, images, out, alpha=alpha, backend=backend, device=device, console=console)
+    masks = run_prediction(
+        checkpoint,
+        images,
+        out,
+        alpha=alpha,
+        backend=backend,
+        device=device,
+        max_pixels=max_pixels,
+        console=console,
+    )
     console.print(f"{len(masks)} masks and overlays in {out}", soft_wrap=True, highlight=False)

@@ -34,6 +34,7 @@ def predict(
     alpha: float = 0.5,
     backend: Backend = "fastseg",
     device: DeviceChoice = "auto",
+    max_pixels: int | None = None,
     console: Console | None = None,
 ) -> list[Path]:
     """Write a mask and an overlay for each image, in the image's own size.
@@ -48,6 +49,7 @@ def predict(
         alpha: Share of the colours in the overlays, in [0, 1].
         backend: As in `TrainConfig`.
         device: As in `TrainConfig`.
+        max_pixels: The largest image; None takes 500 million pixels.
         console: Where progress is shown; None for nowhere.
 
     Returns:
@@ -56,7 +58,8 @@ def predict(
     Raises:
         CheckpointError: The file is no checkpoint that can be used.
         ConfigError: There is no such device.
-        DataError: An image is missing or can't be read, or a file to write is an image or would be written twice.
+        DataError: An image is missing, or a file to write is an image or would be written twice. After all others are
+            written: the images that can't be read.
     """
     out = Path(out)
     targets = _targets(_image_files([Path(path) for path in images]), out)
@@ -66,10 +69,17 @@ def predict(
     colors = palette(metadata.num_classes)
     out.mkdir(parents=True, exist_ok=True)
     shown = console if console is not None else Console(quiet=True)
+    failures: list[str] = []
     for source, target in track(targets.items(), "predict", console=shown, disable=not shown.is_terminal):
-        image, mask = _segment(source, model, metadata, place)
+        try:
+            image, mask = _segment(source, model, metadata, place, max_pixels)
+        except DataError as error:
+            failures.append(str(error))
+            continue
         save_mask(mask, target.mask, colors)
         overlay(image, mask, colors, alpha).save(target.overlay)
+    if failures:
+        raise DataError(f"{len(failures)} of {len(targets)} images can't be used: {'; '.join(failures)}")
     return [target.mask for target in targets.values()]
 
 
@@ -99,13 +109,17 @@ def _targets(files: list[Path], out: Path) -> dict[Path, Target]:
     return targets
 
 
-def _segment(path: Path, model: SegmentationModel, metadata: Metadata, device: torch.device) -> tuple[Tensor, Tensor]:
+def _segment(
+    path: Path, model: SegmentationModel, metadata: Metadata, device: torch.device, max_pixels: int | None
+) -> tuple[Tensor, Tensor]:
     """The image, uint8 ``[3, H, W]``, and the class of each pixel, ``[H, W]``, both in the file's size.
 
     The network sees the image in the size of its training; its own logits are upsampled once, to the file's.
     """
-    image = read_image(path)
-    seen = image if metadata.size is None else read_image(path, metadata.size)
+    exif = metadata.config.exif
+    image = read_image(path, exif=exif, max_pixels=max_pixels)
+    size = metadata.size
+    seen = image if size is None else read_image(path, size, exif=exif, max_pixels=max_pixels)
     height, width = image.shape[-2:]
     smallest = smallest_side(metadata.model, metadata.arguments)
     if min(seen.shape[-2:]) < smallest:
