@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from torch import Tensor
 
@@ -135,7 +136,7 @@ def _chart(name: str, values: Sequence[float]) -> str:
     axes = figure.subplots()
     axes.plot(range(1, len(values) + 1), values, marker="." if len(values) < 30 else "")
     axes.set(xlabel="epoch", title=name)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=110)
