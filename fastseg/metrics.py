@@ -1,4 +1,4 @@
-"""Scores of a segmentation: the confusion matrix and what follows from it."""
+"""Scores of a segmentation: the confusion matrix and what follows from it, boundaries, and calibration."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastseg import functional, reference
@@ -20,6 +21,9 @@ class Scores(NamedTuple):
     mean_iou: float  # over the classes whose iou is not nan
     dice: tuple[float, ...]  # one for each class, as iou
     mean_dice: float  # over the classes whose dice is not nan
+    precision: tuple[float, ...]  # one for each class; nan for a class that is never predicted
+    recall: tuple[float, ...]  # one for each class; nan for a class without a pixel
+    specificity: tuple[float, ...]  # one for each class; nan where every pixel is of the class
 
 
 def confusion_matrix(prediction: Tensor, target: Tensor, num_classes: int, ignore_index: int | None) -> Tensor:
@@ -67,6 +71,8 @@ def scores(matrix: Tensor) -> Scores:
       prediction
     * ``dice[c] = 2 * M[c, c] / (sum_p M[c, p] + sum_t M[t, c])``, nan where ``iou[c]`` is
     * mean IoU, mean Dice: the mean over the classes where it is not nan
+    * ``precision[c] = M[c, c] / sum_t M[t, c]``, ``recall[c] = M[c, c] / sum_p M[c, p]``, whose F1 is Dice, and
+      ``specificity[c]``: the share of the pixels of other classes that aren't taken for c
 
     Args:
         matrix: int64, shape (C, C), from `confusion_matrix` or `fastseg.functional.upsample_confusion_matrix`.
@@ -85,12 +91,15 @@ def scores(matrix: Tensor) -> Scores:
             "matrix has negative counts: fastseg.functional.upsample_confusion_matrix gives them on a GPU where target "
             "holds labels outside the classes that are not ignore_index"
         )
-    hits, sizes = counts.diagonal(), counts.sum(dim=1) + counts.sum(dim=0)
+    hits, true, predicted, total = counts.diagonal(), counts.sum(dim=1), counts.sum(dim=0), counts.sum()
+    sizes = true + predicted
     iou, dice = hits / (sizes - hits), 2 * hits / sizes  # 0 / 0 is nan
     return Scores(
-        pixel_accuracy=(hits.sum() / counts.sum()).item(),
+        pixel_accuracy=(hits.sum() / total).item(),
         iou=tuple(iou.tolist()), mean_iou=iou.nanmean().item(),
         dice=tuple(dice.tolist()), mean_dice=dice.nanmean().item(),
+        precision=tuple((hits / predicted).tolist()), recall=tuple((hits / true).tolist()),
+        specificity=tuple(((total - sizes + hits) / (total - true)).tolist()),
     )  # fmt: skip
 
 
@@ -156,6 +165,112 @@ class ConfusionMatrix:
     def reset(self) -> None:
         """Forget all batches."""
         self.counts.zero_()
+
+
+def boundary_f1(
+    prediction: Tensor, target: Tensor, num_classes: int, tolerance: int, ignore_index: int | None = None
+) -> Tensor:
+    """How well the outlines of each class fit: the F1 score of boundary pixels (Csurka et al., 2013).
+
+    A class's boundary pixels are those with a horizontal or vertical neighbour of another class. Precision is the share
+    of the predicted ones with a true one within ``tolerance`` rows and columns, recall the share of the true ones with
+    a predicted one. Usual is a tolerance of 0.75 % of the image's diagonal.
+
+    Args:
+        prediction: Integer ``[N, H, W]``: the predicted class of each pixel.
+        target: Integer ``[N, H, W]``: the true class of each pixel.
+        num_classes: Number of classes C.
+        tolerance: Distance in pixels.
+        ignore_index: Label of the pixels that neither have nor are a boundary; None where all do.
+
+    Returns:
+        float64 ``[N, C]``, of each image and class, to be averaged with `torch.nanmean`: nan where neither truth nor
+        prediction has a boundary.
+
+    Raises:
+        TypeError: ``prediction`` or ``target`` is not integer.
+        ValueError: The shapes differ or aren't ``[N, H, W]``, or a counted label is outside [0, C).
+    """
+    if prediction.shape != target.shape or target.ndim != 3:
+        raise ValueError(
+            f"prediction and target must be [N, H, W], but they are {tuple(prediction.shape)} and {tuple(target.shape)}"
+        )
+    prediction, target = widen_labels(prediction, None), widen_labels(target, ignore_index)
+    nowhere = torch.zeros_like(target, dtype=torch.bool)
+    ignored = nowhere if ignore_index is None else reference.is_ignored(target, ignore_index)
+    maps = [
+        _classes(name, labels.masked_fill(ignored, 0), num_classes).masked_fill(ignored, -1)
+        for name, labels in (("prediction", prediction), ("target", target))
+    ]
+    found, true = map(_boundary, maps)
+    result = torch.full((len(target), num_classes), torch.nan, dtype=torch.float64)
+    for label in range(num_classes):  # one after the other: a map of each would be C times the labels' memory
+        lines = [edges & (labels == label) for edges, labels in zip((found, true), maps, strict=True)]
+        near = [
+            F.max_pool2d(line.float(), 2 * tolerance + 1, stride=1, padding=tolerance).bool() if tolerance else line
+            for line in lines
+        ]
+        sizes = [line.sum((1, 2)).double() for line in lines]
+        hits = [(line & other).sum((1, 2)).double() for line, other in zip(lines, near[::-1], strict=True)]
+        precision, recall = (hit / size.clamp(min=1) for hit, size in zip(hits, sizes, strict=True))
+        f1 = 2 * precision * recall / (precision + recall).clamp(min=torch.finfo(torch.float64).tiny)
+        result[:, label] = f1.masked_fill(sizes[0] + sizes[1] == 0, torch.nan).cpu()
+    return result
+
+
+def _boundary(labels: Tensor) -> Tensor:
+    """Which pixels have a neighbour of another class; -1 is none."""
+    edges = torch.zeros_like(labels, dtype=torch.bool)
+    for dim in (1, 2):
+        first, second = labels.narrow(dim, 0, labels.shape[dim] - 1), labels.narrow(dim, 1, labels.shape[dim] - 1)
+        differ = (first != second) & (first >= 0) & (second >= 0)
+        edges.narrow(dim, 0, labels.shape[dim] - 1).logical_or_(differ)
+        edges.narrow(dim, 1, labels.shape[dim] - 1).logical_or_(differ)
+    return edges
+
+
+def calibration(
+    confidence: Tensor, prediction: Tensor, target: Tensor, ignore_index: int | None = None, bins: int = 15
+) -> Tensor:
+    """Sums of pixels by their confidence, which of batches, or of processes, add up; see `calibration_error`.
+
+    Args:
+        confidence: Floating-point, any shape: the probability of each pixel's predicted class, in [0, 1].
+        prediction: Integer, of that shape: the predicted class; as `fastseg.functional.upsample_argmax` gives both.
+        target: Integer, of that shape: the true class.
+        ignore_index: Label of the pixels that don't count; None where all do.
+        bins: Into which [0, 1] is divided evenly.
+
+    Returns:
+        float64 ``[bins, 3]``: number of pixels, number of right ones, sum of the confidence.
+
+    Raises:
+        ValueError: The shapes differ, or a confidence is outside [0, 1].
+    """
+    if not confidence.shape == prediction.shape == target.shape:
+        shapes = [tuple(tensor.shape) for tensor in (confidence, prediction, target)]
+        raise ValueError(f"confidence, prediction and target must have one shape, but they have {shapes}")
+    target = widen_labels(target, ignore_index)
+    counted = torch.ones_like(target, dtype=torch.bool)
+    if ignore_index is not None:
+        counted = ~reference.is_ignored(target, ignore_index)
+    confidence, right = confidence[counted].double(), (widen_labels(prediction, None) == target)[counted].double()
+    if not ((confidence >= 0) & (confidence <= 1)).all():
+        raise ValueError("confidence must be in [0, 1]")
+    bin = (confidence * bins).ceil().sub(1).clamp(min=0).long()  # a bin holds its upper end
+    return torch.stack(
+        [torch.bincount(bin, weights, bins) for weights in (torch.ones_like(right), right, confidence)], dim=1
+    )
+
+
+def calibration_error(sums: Tensor) -> float:
+    """The expected calibration error of sums from `calibration`: ``sum_b n_b / n * |accuracy_b - confidence_b|``.
+
+    0 where pixels of each confidence are right as often as it says (Guo et al., "On Calibration of Modern Neural
+    Networks", 2017); nan without any pixel.
+    """
+    count, right, confidence = sums.unbind(1)
+    return ((right - confidence).abs().sum() / count.sum()).item()
 
 
 def _classes(name: str, labels: Tensor, num_classes: int) -> Tensor:

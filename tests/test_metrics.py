@@ -6,7 +6,14 @@ import torch
 import torch.multiprocessing
 
 from fastseg import functional
-from fastseg.metrics import ConfusionMatrix, confusion_matrix, scores
+from fastseg.metrics import (
+    ConfusionMatrix,
+    boundary_f1,
+    calibration,
+    calibration_error,
+    confusion_matrix,
+    scores,
+)
 from fastseg.ops.upsample_confusion_matrix import POISON
 from fastseg.testing import make, make_labels
 from tests.losses import cases as losses_cases
@@ -137,7 +144,7 @@ def test_scores_agree_with_torchmetrics() -> None:
 
 def test_a_perfect_prediction_scores_one() -> None:
     target = labels(5, 0)
-    assert scores(confusion_matrix(target, target, 5, 255)) == (1.0, (1.0,) * 5, 1.0, (1.0,) * 5, 1.0)
+    assert scores(confusion_matrix(target, target, 5, 255)) == (1.0, *[(1.0,) * 5, 1.0] * 2, *[(1.0,) * 5] * 3)
 
 
 def test_counts_beyond_float32_are_exact() -> None:
@@ -234,3 +241,70 @@ def sum_over_ranks(rank: int, store: str) -> None:
 
 def test_ranks_add_up(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(sum_over_ranks, (str(tmp_path / "store"),), nprocs=2)
+
+
+# ---- precision and the like, boundaries, calibration ----
+
+
+@pytest.mark.parametrize("ignore_index", [255, None])
+def test_of_each_class_as_torchmetrics(ignore_index: int | None) -> None:
+    prediction, target = labels(5, 0), labels(5, 1)
+    if ignore_index is not None:
+        target[:, ::3] = ignore_index
+    found = scores(confusion_matrix(prediction, target, 5, ignore_index))
+    for name in ("precision", "recall", "specificity"):
+        function = getattr(torchmetrics, f"multiclass_{name}")
+        expected = function(prediction, target, 5, average="none", ignore_index=ignore_index)
+        torch.testing.assert_close(torch.tensor(getattr(found, name)), expected.double(), check_dtype=False)
+    assert math.isnan(scores(torch.tensor([[3, 0], [1, 0]])).precision[1])
+    assert math.isnan(scores(torch.tensor([[3, 1], [0, 0]])).recall[1])
+    assert math.isnan(scores(torch.tensor([[3, 1], [0, 0]])).specificity[0])
+
+
+def boundary_by_hand(labels: torch.Tensor, label: int) -> set[tuple[int, int]]:
+    rows, columns = labels.shape
+    near = ((0, 1), (1, 0), (0, -1), (-1, 0))
+    return {
+        (y, x)
+        for y in range(rows) for x in range(columns) if labels[y, x] == label
+        and any(
+            0 <= y + dy < rows and 0 <= x + dx < columns and labels[y + dy, x + dx] not in (label, 255)
+            for dy, dx in near
+        )
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("tolerance", [0, 1, 3])
+def test_boundary_f1_is_that_of_its_definition(tolerance: int) -> None:
+    blocks = [make_labels((2, 4, 5), 3, seed=seed).repeat_interleave(4, 1).repeat_interleave(4, 2) for seed in (0, 1)]
+    prediction, target = blocks
+    target[:, 5:7, 3:9] = 255
+    target[1][target[1] == 2] = 0
+    prediction[1][prediction[1] == 2] = 0  # a class that is nowhere
+    found = boundary_f1(prediction, target, 3, tolerance, 255)
+    prediction = prediction.masked_fill(target == 255, 255)
+    for image in range(2):
+        for label in range(3):
+            lines = [boundary_by_hand(labels[image], label) for labels in (prediction, target)]
+            shares = [
+                sum(any(max(abs(y - v), abs(x - u)) <= tolerance for v, u in other) for y, x in line)
+                / max(len(line), 1)
+                for line, other in (lines, lines[::-1])
+            ]
+            expected = 2 * shares[0] * shares[1] / max(sum(shares), 1e-300) if any(lines) else math.nan
+            assert found[image, label].item() == pytest.approx(expected, nan_ok=True)
+    assert math.isnan(found[1, 2].item())
+    with pytest.raises(ValueError, match=r"must be \[N, H, W\]"):
+        boundary_f1(prediction[0], target[0], 3, 1)
+
+
+def test_calibration_error_as_torchmetrics() -> None:
+    probabilities, target = make((2, 4, 9, 11), scale=2.0).softmax(1), make_labels((2, 9, 11), 4)
+    confidence, prediction = probabilities.max(1)
+    expected = torchmetrics.multiclass_calibration_error(probabilities, target, 4, n_bins=15, norm="l1")
+    halves = [calibration(confidence[i], prediction[i], target[i]) for i in range(2)]
+    assert calibration_error(sum(halves)) == pytest.approx(expected.item(), abs=1e-6)
+    target[0] = 255
+    assert torch.equal(calibration(confidence, prediction, target, 255), halves[1])
+    with pytest.raises(ValueError, match="confidence must be in"):
+        calibration(2 * confidence, prediction, target)
