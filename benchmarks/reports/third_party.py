@@ -25,9 +25,9 @@ The largest differences are the backend's to eager PyTorch in float64, over the 
 
 
 IN_SHORT = """\
-Eager PyTorch / `torch.compile` / `torch.compile(..., backend="fastseg")`: milliseconds of a step (the loss and the
-gradients of all parameters) and of a prediction, and the peak MiB of a step, gradients included. In bold: fastseg is
-slower, or needs more, than the better of the two. Every result was verified against a float64 truth first.
+Places replaced in a step (the loss and the gradients of all parameters) / in a prediction. Then eager PyTorch /
+`torch.compile` / `torch.compile(..., backend="fastseg")`: milliseconds, and the peak MiB of a step, gradients included.
+In bold: fastseg is slower, or needs more, than the better of the two. Every result was verified first.
 """
 
 

@@ -1,0 +1,40 @@
+"""README, CONTRIBUTING and docs/: every path and link that they name exists."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
+# What stands between backticks and has a slash or a known ending, without a placeholder (<machine>, *, FILE).
+PATH = re.compile(r"`([\w.-]+(?:/[\w.-]+)*(?:/|\.(?:py|md|toml|txt|json|png|cpp|h)))`")
+LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
+# What readers' own folders hold.
+THEIRS = re.compile(r"(images|masks|train|val)(annot)?/")
+
+
+def named(document: Path) -> list[tuple[str, Path]]:
+    """What a document names, and the folder that it is relative to."""
+    text = document.read_text()
+    paths = [(name, ROOT) for name in PATH.findall(text) if not THEIRS.fullmatch(name)]
+    return paths + [(name, document.parent) for name in LINK.findall(text) if not name.startswith("../../")]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
+def test_paths_exist(document: Path) -> None:
+    missing = [name for name, folder in named(document) if not (folder / name).exists()]
+    # A table's row may name folders inside of the one before: `fastseg/models/`, `data/`.
+    missing = [name for name in missing if not (ROOT / "fastseg" / name).exists()]
+    assert missing == []
+
+
+def test_an_operators_name_lists_the_whole_of_it() -> None:
+    """CONTRIBUTING says so of `git ls-files '*cross_entropy*'`."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a checkout")
+    for operator in ("conv_relu_pool2d", "relu_pool2d", "cross_entropy", "upsample_cross_entropy", "upsample_argmax"):
+        listing = subprocess.run(["git", "ls-files", f"*{operator}*"], cwd=ROOT, capture_output=True, text=True).stdout
+        folders = {name.partition("/")[0] for name in listing.splitlines()}
+        assert folders >= {"fastseg", "kernels", "csrc", "tests", "benchmarks"}, operator
