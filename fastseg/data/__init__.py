@@ -8,7 +8,7 @@ from fastseg.data.errors import DataError
 from fastseg.data.files import read_image
 from fastseg.data.labels import PairReader, read_label_map
 from fastseg.data.pairs import LAYOUTS, Pair, find_layout, find_pairs, images_by_stem
-from fastseg.data.pictures import colorize, overlay, palette, save_mask
+from fastseg.data.pictures import PALETTES, colorize, overlay, palette, save_mask, with_legend
 from fastseg.data.shapes import ShapesDataset
 from fastseg.data.summary import Summary
 from fastseg.data.transforms import IMAGENET_MEAN, IMAGENET_STD, Augment, Normalize
@@ -20,6 +20,7 @@ __all__ = [
     "IMAGENET_MEAN",
     "IMAGENET_STD",
     "LAYOUTS",
+    "PALETTES",
     "Augment",
     "DataConfig",
     "DataError",
@@ -42,4 +43,5 @@ __all__ = [
     "read_image",
     "read_label_map",
     "save_mask",
+    "with_legend",
 ]

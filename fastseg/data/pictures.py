@@ -1,17 +1,22 @@
 """Colours for classes, and the pictures and mask files made with them."""
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from matplotlib import colormaps
 from matplotlib.colors import hsv_to_rgb
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from fastseg.data.camvid import CAMVID_CLASSES, CAMVID_COLORS
 
 IGNORED_COLOR = (0, 0, 0)
+
+PALETTES = ("ade20k", "camvid", "cityscapes", "voc")  # data sets whose colours are known
+_VOC_CLASSES = 21
 
 _GOLDEN_RATIO = (5**0.5 - 1) / 2  # multiples of it, modulo 1, spread evenly over the hues for any number of classes
 _SATURATIONS = (0.9, 0.5)  # cycled with the values below so that near hues differ in strength
@@ -19,26 +24,73 @@ _VALUES = (0.95, 0.75, 0.55)
 _UINT8_LABELS = 256
 
 
-def palette(num_classes: int) -> np.ndarray:
+def palette(classes: int | str) -> np.ndarray:
     """A colour for each class.
 
-    CamVid's own colours for 11 classes; otherwise the colours of matplotlib's "tab10", continued with evenly spread
-    hues, so that a class has the same colour whatever the number of classes. The first 256 colours all differ.
-
     Args:
-        num_classes: Number of classes C.
+        classes: Number of classes C: CamVid's own colours for 11; otherwise the colours of matplotlib's "tab10",
+            continued with evenly spread hues, so that a class has the same colour whatever the number of classes, and
+            the first 256 all differ. Or the name of a data set whose colours are known: one of `PALETTES`.
 
     Returns:
         uint8, shape (C, 3): RGB.
 
     Raises:
-        ValueError: ``num_classes`` is not positive.
+        ValueError: The number is not positive, or there is no such name.
     """
-    if num_classes < 1:
-        raise ValueError(f"num_classes must be positive, but it is {num_classes}")
-    if num_classes == len(CAMVID_CLASSES):
+    if isinstance(classes, str):
+        if classes not in PALETTES:
+            raise ValueError(f"there is no palette {classes!r}, only {', '.join(PALETTES)}")
+        return _named(classes)
+    if classes < 1:
+        raise ValueError(f"num_classes must be positive, but it is {classes}")
+    if classes == len(CAMVID_CLASSES):
+        return _named("camvid")
+    return _qualitative(classes)
+
+
+def _named(name: str) -> np.ndarray:
+    if name == "camvid":
         return np.array(CAMVID_COLORS, dtype=np.uint8)
-    return _qualitative(num_classes)
+    if name == "voc":  # of a class's bits, three by three, each is one of red's, green's and blue's, the highest first
+        bits = [[sum((label >> 3 * bit + channel & 1) << 7 - bit for bit in range(3)) for channel in range(3)]
+                for label in range(_VOC_CLASSES)]  # fmt: skip
+        return np.array(bits, dtype=np.uint8)
+    colors = json.loads(Path(__file__).with_name("palettes.json").read_text())[name]
+    return np.array([list(bytes.fromhex(color)) for color in colors], dtype=np.uint8)
+
+
+def with_legend(
+    picture: Image.Image, labels: Tensor | np.ndarray, class_names: Sequence[str], palette: np.ndarray
+) -> Image.Image:
+    """A picture with the names and colours of the classes that occur in it, in columns beside it.
+
+    Args:
+        picture: Such as :func:`overlay` gives.
+        labels: Integer, shape (H, W): the mask. Labels without a name aren't in the legend.
+        class_names: A name for each class.
+        palette: uint8, shape (C, 3), from :func:`palette`.
+
+    Returns:
+        An RGB picture as high as ``picture``, and wider.
+    """
+    occurring = [int(label) for label in np.unique(_labels(labels)) if 0 <= label < len(class_names)]
+    size = min(max(picture.height // 30, 10), 32)  # of the letters, in pixels
+    line, font = 2 * size, ImageFont.load_default(size)
+    rows = max(picture.height // line, 1)
+    columns = [occurring[start : start + rows] for start in range(0, len(occurring), rows)]
+    widths = [line + round(max(font.getlength(class_names[label]) for label in column)) + size for column in columns]
+    result = Image.new("RGB", (picture.width + sum(widths), picture.height), "white")
+    result.paste(picture)
+    draw, left = ImageDraw.Draw(result), picture.width
+    for column, width in zip(columns, widths, strict=True):
+        for row, label in enumerate(column):
+            middle = row * line + size
+            box = (left + size // 2, middle - size // 2, left + size * 3 // 2, middle + size // 2)
+            draw.rectangle(box, fill=tuple(palette[label].tolist()), outline="black")
+            draw.text((left + line, middle), class_names[label], fill="black", font=font, anchor="lm")
+        left += width
+    return result
 
 
 def colorize(mask: Tensor | np.ndarray, palette: np.ndarray, ignore_index: int) -> Image.Image:

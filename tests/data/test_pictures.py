@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("PIL", reason="Pillow isn't installed: it comes with the extra [train]")
 from PIL import Image
 
-from fastseg.data import CAMVID_CLASSES, CAMVID_COLORS, colorize, overlay, palette, save_mask
+from fastseg.data import CAMVID_CLASSES, CAMVID_COLORS, PALETTES, colorize, overlay, palette, save_mask, with_legend
 
 IGNORE = 255
 
@@ -30,6 +30,31 @@ def test_a_class_keeps_its_colour_when_classes_are_added() -> None:
 def test_eleven_classes_have_camvids_colours() -> None:
     assert len(CAMVID_CLASSES) == len(CAMVID_COLORS) == 11
     assert palette(11).tolist() == [list(color) for color in CAMVID_COLORS]
+
+
+def test_palettes_by_name() -> None:
+    sizes = {name: palette(name).shape for name in PALETTES}
+    assert sizes == {"ade20k": (150, 3), "camvid": (11, 3), "cityscapes": (19, 3), "voc": (21, 3)}
+    person = {"ade20k": (12, (150, 5, 61)), "cityscapes": (11, (220, 20, 60)), "voc": (15, (192, 128, 128))}
+    for name, (label, color) in person.items():
+        assert tuple(palette(name)[label].tolist()) == color
+    with pytest.raises(ValueError, match="there is no palette 'kitti', only ade20k, camvid, cityscapes, voc"):
+        palette("kitti")
+
+
+def test_the_legend_names_what_occurs() -> None:
+    names, colors = ["road", "sidewalk of stone", "sky", "car"], palette(4)
+    picture, labels = Image.new("RGB", (40, 200), "gray"), torch.zeros(200, 40, dtype=torch.int64)
+    labels[:20], labels[20:30], labels[30:40] = 2, 3, 255
+    result = np.array(with_legend(picture, labels, names, colors))
+    assert result.shape[0] == 200
+    assert (result[:, :40] == 128).all()
+    shown = {tuple(color) for color in result[:, 40:].reshape(-1, 3).tolist()}
+    present = [tuple(color) in shown for color in colors.tolist()]
+    assert present == [True, False, True, True]
+    assert (result[:, 40:].min(2) < 60).any()  # letters
+    many = with_legend(picture, torch.arange(150).view(10, 15), ["class"] * 150, palette(150))
+    assert many.width > 40 + 15 * 20  # in columns
 
 
 def test_palette_refuses_no_classes() -> None:
