@@ -14,7 +14,8 @@ myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
 
 autodoc_member_order = "bysource"
-autodoc_typehints = "none"  # the signature has them; docstrings say dtypes and shapes
+autodoc_typehints_format = "short"
+python_maximum_signature_line_length = 100
 napoleon_use_ivar = True
 
 html_theme = "pydata_sphinx_theme"
