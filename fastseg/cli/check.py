@@ -39,7 +39,7 @@ def check(
     summary, console = config.survey(), Console()
     summary.show(console)
     if picture is not None:
-        summary.picture(config.reader()).save(picture, format="PNG")
+        summary.picture().save(picture, format="PNG")
         console.print(str(picture), soft_wrap=True, highlight=False)
     _ = summary.channels
     console.print(f"{summary.check_classes(config.classes)} classes")

@@ -13,7 +13,7 @@ from fastseg.data.dataset import MaskDataset
 from fastseg.data.errors import DataError
 from fastseg.data.labels import ExifChoice, LabelMap, PairReader
 from fastseg.data.pairs import LAYOUTS, Pair, find_layout, find_pairs
-from fastseg.data.summary import Summary
+from fastseg.data.summary import Summary, examine
 
 _LABEL_MAPS = Path(__file__).with_name("label_maps")  # those of the layouts that have one
 
@@ -87,10 +87,8 @@ class DataConfig:
             with contextlib.suppress(DataError):  # of some data sets the test's masks aren't public
                 splits["test"] = self.pairs("test")
         used = {path for pairs in splits.values() for pair in pairs for path in pair}
-        left_out = sorted(set(layout.files(self.data)) - used)
-        summary = Summary(f"{self.data}, layout {name}", reader.class_names or (), reader.ignore_index, left_out)
-        summary.count(reader, splits)
-        return summary
+        left_out = sorted(layout.files(self.data) - used)
+        return Summary(f"{self.data}, layout {name}", reader, *examine(reader, splits), left_out)
 
     def dataset(
         self, split: str, size: tuple[int, int] | None, num_classes: int, *, native_masks: bool = False
@@ -135,12 +133,12 @@ def open_splits(config: DataConfig, size: tuple[int, int] | None, console: Conso
     summary = config.survey()
     if console is not None:
         summary.show(console)
-    names, _ = summary.class_names, summary.channels
-    classes = summary.check_classes(len(names) if names else config.classes)
+    _ = summary.channels
+    classes = summary.check_classes(config.classes)
     return Splits(
         train=config.dataset("train", size, classes),
         val=config.dataset("val", size, classes),
-        class_names=names or tuple(f"class {label}" for label in range(classes)),
-        ignore_index=summary.ignore_index,
+        class_names=summary.class_names or tuple(f"class {label}" for label in range(classes)),
+        ignore_index=summary.reader.ignore_index,
         summary=summary,
     )

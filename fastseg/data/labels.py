@@ -23,6 +23,8 @@ LARGEST_LABEL = 65535  # masks are files of at most 16 bits
 _BINARY_NAMES = ("background", "foreground")
 _JPEG_FOREGROUND = 128  # halfway: what compression makes of 0 and 255 stays on its side
 
+_JPEG_SPREAD = 32  # between the channels of gray pixels, after compression
+
 REMEDY = (
     "--label-map FILE says which number or colour is which class, "
     "--binary takes 0 (black) for the background and the rest for one class"
@@ -128,8 +130,8 @@ class PairReader:
         if pixels.ndim == 2:
             pixels = pixels[..., None]
         if not colors and pixels.shape[2] > 1:
-            gray = (pixels == pixels[..., :1]).all()  # numbers, saved as colours
-            if self.label_map is None or not gray:
+            spread = int(np.ptp(pixels, axis=-1).max(initial=0))  # 0: numbers, saved as colours
+            if self.label_map is None or spread > (_JPEG_SPREAD if mask.lossy else 0):
                 raise DataError(
                     f"{path}: a mask holds one class number for each pixel (grayscale or palette), "
                     f"but this holds {_some_values(pixels)}; {REMEDY}"

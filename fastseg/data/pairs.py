@@ -22,49 +22,33 @@ class Pair(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """Where a data set has its files; ``{split}`` stands for the name of a split.
+    """Where a data set has its files; ``{split}`` stands for the name of a split."""
 
-    Args:
-        images: Folder of the images.
-        masks: Folder of the masks.
-        lists: Text file that names the images of a split, one in each line: a stem, or an image and its mask.
-        splits: The layout's own names of ``train``, ``val`` and ``test``.
-        pattern: The files in both folders.
-        image_suffix: What the stem of an image has after the name that it shares with its mask.
-        mask_suffix: What the stem of a mask has after it.
-        label_map: Name of the label map in ``fastseg/data/label_maps`` that comes with the layout.
-        ignore_index: Label of the pixels that don't count, where none is given.
-    """
+    images: str  # folder
+    masks: str  # folder
+    lists: str = ""  # text file that names the images of a split, one in each line
+    splits: tuple[str, ...] = SPLITS  # the layout's own names of these
+    pattern: str = "*"  # the files in both folders
+    image_suffix: str = ""  # what the stem of an image has after the name that it shares with its mask
+    mask_suffix: str = ""  # and the stem of a mask
+    label_map: str = ""  # what the masks' values mean: a file in fastseg/data/label_maps
+    ignore_index: int = 255  # label of the pixels that don't count, where none is given
 
-    images: str
-    masks: str
-    lists: str = ""
-    splits: tuple[str, ...] = SPLITS
-    pattern: str = "*"
-    image_suffix: str = ""
-    mask_suffix: str = ""
-    label_map: str = ""
-    ignore_index: int = 255
-
-    def folders(self, root: Path, split: str) -> list[Path]:
-        """The folders of the images and of the masks of a split."""
+    def places(self, root: Path, split: str) -> tuple[Path, Path, Path]:
+        """The folder of a split's images, that of its masks, and its list."""
         own = self.splits[SPLITS.index(split)]
-        return [root / folder.format(split=own) for folder in (self.images, self.masks)]
-
-    def list_file(self, root: Path, split: str) -> Path:
-        """The text file that names the images of a split, in a layout with such files."""
-        return root / self.lists.format(split=self.splits[SPLITS.index(split)])
+        images, masks, names = (root / text.format(split=own) for text in (self.images, self.masks, self.lists))
+        return images, masks, names
 
     def has(self, root: Path, split: str) -> bool:
         """Whether a split is there."""
-        if self.lists:
-            return self.list_file(root, split).is_file()
-        return all(folder.is_dir() for folder in self.folders(root, split))
+        images, masks, names = self.places(root, split)
+        return names.is_file() if self.lists else images.is_dir() and masks.is_dir()
 
-    def files(self, root: Path) -> list[Path]:
+    def files(self, root: Path) -> set[Path]:
         """All files in the folders of all splits."""
-        folders = {folder for split in SPLITS for folder in self.folders(root, split)}
-        return [path for folder in folders for path in folder.glob(self.pattern) if not path.is_dir()]
+        folders = {folder for split in SPLITS for folder in self.places(root, split)[:2]}
+        return {path for folder in folders for path in folder.glob(self.pattern) if not path.is_dir()}
 
     @property
     def drawn(self) -> bool:
@@ -173,12 +157,11 @@ def find_pairs(
     found = LAYOUTS[find_layout(root, layout)]
     if mask_suffix is not None:
         found = found._replace(mask_suffix=mask_suffix)
-    images, masks = found.folders(root, split)
     if not found.has(root, split):
-        needs = [found.list_file(root, split)] if found.lists else [images, masks]
-        names = " and ".join(str(path.relative_to(root)) + "/" * (not found.lists) for path in needs)
-        raise DataError(f"{root}: the split {split!r} needs {names}; {_contents(root)}")
-    pairs = _listed(root, found, split) if found.lists else _match(images, masks, found)
+        images, masks, names = (str(path.relative_to(root)) for path in found.places(root, split))
+        needs = names if found.lists else f"{images}/ and {masks}/"
+        raise DataError(f"{root}: the split {split!r} needs {needs}; {_contents(root)}")
+    pairs = (_listed if found.lists else _matched)(root, found, split)
     if found.drawn:
         every, pairs = len(pairs), _split(pairs, split, val_fraction, test_fraction, seed)
         if not pairs:
@@ -209,8 +192,9 @@ def _count(total: int, fraction: float) -> int:
     return max(1, round(total * fraction)) if fraction > 0 else 0
 
 
-def _match(images: Path, masks: Path, layout: Layout) -> list[Pair]:
-    """Every image of the folder ``images`` with the mask of the same name, sorted by name."""
+def _matched(root: Path, layout: Layout, split: str) -> list[Pair]:
+    """Every image of the split's folder with the mask of the same name, sorted by name."""
+    images, masks, _ = layout.places(root, split)
     image_files = images_by_stem(images, layout.pattern, layout.image_suffix)
     mask_files = images_by_stem(masks, layout.pattern, layout.mask_suffix)
     if not image_files:
@@ -224,21 +208,20 @@ def _match(images: Path, masks: Path, layout: Layout) -> list[Pair]:
 
 def _listed(root: Path, layout: Layout, split: str) -> list[Pair]:
     """The pairs that the split's list names, in its order."""
-    path = layout.list_file(root, split)
-    images, masks = (
-        images_by_stem(folder, layout.pattern, suffix) if folder.is_dir() else {}
-        for folder, suffix in zip(layout.folders(root, split), (layout.image_suffix, layout.mask_suffix), strict=True)
-    )
-    pairs = []
+    images, masks, path = layout.places(root, split)
+    image_files = images_by_stem(images, layout.pattern, layout.image_suffix)
+    mask_files = images_by_stem(masks, layout.pattern, layout.mask_suffix)
+    pairs, suffixes = [], _readable_suffixes()
     for line in filter(None, map(str.strip, path.read_text(encoding="utf-8").splitlines())):
-        name = line[: -len(Path(line).suffix)] if Path(line).suffix.lower() in _readable_suffixes() else line
-        if name in images and name in masks:
-            pairs.append(Pair(images[name], masks[name]))
+        name = str(Path(line).with_suffix("")) if Path(line).suffix.lower() in suffixes else line
+        if name in image_files and name in mask_files:
+            pairs.append(Pair(image_files[name], mask_files[name]))
         elif len(files := line.split()) == 2:
             pairs.append(Pair(*(root / file.lstrip("/") for file in files)))
         else:
-            what = "no mask" if name in images else "no image"
-            raise DataError(f"{path}: {what} for {line!r} in {' or '.join(map(str, layout.folders(root, split)))}")
+            raise DataError(
+                f"{path}: no {f'mask in {masks}' if name in image_files else f'image in {images}'} for {line}"
+            )
     if not pairs:
         raise DataError(f"{path}: the list is empty")
     return pairs
@@ -248,7 +231,7 @@ def images_by_stem(folder: Path, pattern: str = "*", suffix: str = "") -> dict[s
     """The files of a folder whose suffix Pillow reads, hidden ones left out, in the order of their names.
 
     Args:
-        folder: An existing folder.
+        folder: The folder; one that isn't there has no files.
         pattern: The files in it, as for `pathlib.Path.glob`.
         suffix: Only the files whose stem ends so.
 

@@ -23,98 +23,67 @@ from fastseg.data.pairs import Pair, list_names
 from fastseg.data.pictures import colorize, palette, to_picture
 from fastseg.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 
-_RGB = (3, "uint8")  # channels and type of the usual images
-_MOST = 10  # files that are printed; the rest is counted
+_RGB = "3 x uint8"
+_MOST = 10  # things of a kind that are printed; the rest is counted
 
 
-class _Facts(NamedTuple):
-    """What one pair holds; the moments, ``[2, C]``, are those of an unusual image's channels."""
+class Facts(NamedTuple):
+    """What an image and its mask hold: pixels of each label; moments ``[2, C]``, or ``[2, 0]`` of 8-bit RGB."""
 
-    size: tuple[int, int]
-    channels: tuple[int, str]
+    size: str
+    channels: str
     frames: int
     digest: bytes
     labels: dict[int, int]
-    moments: np.ndarray | None
+    moments: np.ndarray
 
 
-@dataclasses.dataclass
-class SplitSummary:
-    """What a split holds.
-
-    Args:
-        images: Number of images that could be read.
-        sizes: Images of each ``(height, width)``.
-        channels: Images of each number and type of channels, ``(3, "uint8")`` for the usual ones.
-        pixels: Pixels of each label.
-        moments: Sum of the images' mean values and mean squares by channel, ``[2, C]``, where they aren't 8-bit RGB.
-    """
-
-    images: int = 0
-    sizes: Counter[tuple[int, int]] = dataclasses.field(default_factory=Counter)
-    channels: Counter[tuple[int, str]] = dataclasses.field(default_factory=Counter)
-    pixels: Counter[int] = dataclasses.field(default_factory=Counter)
-    moments: np.ndarray | None = None
-
-    def _count(self, facts: _Facts) -> None:
-        self.images += 1
-        self.sizes[facts.size] += 1
-        self.channels[facts.channels] += 1
-        self.pixels.update(facts.labels)
-        if facts.moments is not None and len(self.channels) == 1:
-            self.moments = facts.moments if self.moments is None else self.moments + facts.moments
-
-
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class Summary:
     """What the files of a data set hold.
 
     Args:
         title: Folder and layout.
-        class_names: Names of the classes, as far as they are known.
-        ignore_index: Label of the pixels that don't count.
-        left_out: Files in the data set's folders that no split has.
-        splits: Each split by its name.
-        first: The first mask that has a label.
-        duplicates: Images whose pixels another split has, too: both files.
-        animated: Images with more than one frame, of which the first is read.
+        reader: How the files are read.
+        splits: What each pair of a split holds that can be used.
         problems: What is wrong with files that can't be used.
-        example: A pair that can be used.
+        left_out: Files in the data set's folders that no split has.
     """
 
     title: str
-    class_names: tuple[str, ...]
-    ignore_index: int
+    reader: PairReader
+    splits: dict[str, dict[Pair, Facts]]
+    problems: list[str]
     left_out: list[Path]
-    splits: dict[str, SplitSummary] = dataclasses.field(default_factory=dict)
-    first: dict[int, Path] = dataclasses.field(default_factory=dict)
-    duplicates: list[tuple[Path, Path]] = dataclasses.field(default_factory=list)
-    animated: list[Path] = dataclasses.field(default_factory=list)
-    problems: list[str] = dataclasses.field(default_factory=list)
-    example: Pair | None = None
 
-    def count(self, reader: PairReader, splits: dict[str, list[Pair]]) -> None:
-        """Read the files of all splits and count what they hold."""
-        seen: dict[bytes, tuple[str, Path]] = {}
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for name, pairs in splits.items():
-                split = self.splits[name] = SplitSummary()
-                for pair, facts in zip(pairs, pool.map(lambda pair: _examine(reader, pair), pairs), strict=True):
-                    if isinstance(facts, DataError):
-                        self.problems.append(str(facts))
-                        continue
-                    split._count(facts)
-                    self.example = self.example or pair
-                    for label in facts.labels:
-                        self.first.setdefault(label, pair.mask)
-                    if facts.frames > 1:
-                        self.animated.append(pair.image)
-                    other, path = seen.setdefault(facts.digest, (name, pair.image))
-                    if other != name:
-                        self.duplicates.append((path, pair.image))
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The names of the classes, as far as the reader knows them."""
+        return self.reader.class_names or ()
+
+    @property
+    def channels(self) -> str:
+        """Number and type of the images' channels, as in ``"3 x uint8"``.
+
+        Raises:
+            DataError: Not all images have the same.
+        """
+        kinds = Counter(facts.channels for facts in self._facts())
+        if len(kinds) > 1:
+            raise DataError(f"images must have the same channels, but there are {_counted(kinds)}")
+        return next(iter(kinds), _RGB)
+
+    @property
+    def normalization(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation of each channel: ImageNet's for 8-bit RGB, else those of the training split."""
+        if self.channels == _RGB:
+            return IMAGENET_MEAN, IMAGENET_STD
+        mean, square = np.mean([facts.moments for facts in self.splits["train"].values()], axis=0)
+        deviation = np.sqrt(np.maximum(square - mean**2, 0))
+        return tuple(mean.tolist()), tuple(np.where(deviation > 0, deviation, 1).tolist())
 
     def check_classes(self, classes: int | None) -> int:
-        """The number of classes: the given one, or what the labels imply.
+        """The number of classes: the reader's, the given one, or what the labels imply.
 
         Raises:
             DataError: A file can't be used, or the labels don't go with the number of classes, or imply none that
@@ -123,21 +92,22 @@ class Summary:
         if self.problems:
             more = len(self.problems) - 1
             raise DataError(self.problems[0] + f" (and {more} more files that can't be used)" * bool(more))
-        labels = sorted(self.first.keys() - {self.ignore_index})
-        if not labels and classes is None:
-            raise DataError(f"no label other than ignore_index {self.ignore_index} in the masks")
+        first = self._first_masks()
+        labels = sorted(first.keys() - {self.reader.ignore_index})
         implied = max(labels, default=-1) + 1
-        if classes is not None and implied > classes:
-            raise DataError(
-                f"{self.first[implied - 1]}: label {implied - 1} is outside the classes 0..{classes - 1} "
-                f"and is not the ignored label {self.ignore_index}"
-            )
+        classes = len(self.class_names) or classes
         if classes is not None:
+            if implied > classes:
+                raise DataError(
+                    f"{first[implied - 1]}: label {implied - 1} is outside the classes 0..{classes - 1} "
+                    f"and is not the ignored label {self.reader.ignore_index}"
+                )
             return classes
-        found = f"the masks hold the labels {list_names(labels)} (the last in {self.first[labels[-1]]})"
+        if not labels:
+            raise DataError(f"no label other than ignore_index {self.reader.ignore_index} in the masks")
+        found = f"the masks hold the labels {list_names(sorted(first))} (the last of them in {first[max(first)]})"
         if implied == 1:
-            ignored = f" beside the ignored {self.ignore_index}" * (self.ignore_index in self.first)
-            raise DataError(f"{found}{ignored}, which is a single class: {REMEDY}")
+            raise DataError(f"{found}, of which one alone counts; the ignored is {self.reader.ignore_index}: {REMEDY}")
         if 2 * len(labels) < implied:
             raise DataError(
                 f"{found}, which makes {implied} classes of which {implied - len(labels)} don't occur: {REMEDY}; "
@@ -145,87 +115,101 @@ class Summary:
             )
         return implied
 
-    @property
-    def channels(self) -> tuple[int, str]:
-        """Number and type of the images' channels.
-
-        Raises:
-            DataError: Not all images have the same.
-        """
-        kinds = sum((split.channels for split in self.splits.values()), Counter[tuple[int, str]]())
-        if len(kinds) > 1:
-            names = " and ".join(f"{count} of {number} x {kind}" for (number, kind), count in kinds.most_common())
-            raise DataError(f"images must have the same channels, but there are {names}")
-        return next(iter(kinds), _RGB)
-
-    @property
-    def normalization(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and standard deviation of each channel: ImageNet's for 8-bit RGB, else those of the training split."""
-        train = self.splits.get("train")
-        if train is None or train.moments is None:
-            return IMAGENET_MEAN, IMAGENET_STD
-        mean, square = train.moments / train.images
-        deviation = np.sqrt(np.maximum(square - mean**2, 0))
-        return tuple(mean.tolist()), tuple(np.where(deviation > 0, deviation, 1).tolist())
-
-    def picture(self, reader: PairReader) -> Image.Image:
+    def picture(self) -> Image.Image:
         """An image beside its mask in colours.
 
         Raises:
             DataError: No file can be used.
         """
-        if self.example is None:
+        pair = next((pair for split in self.splits.values() for pair in split), None)
+        if pair is None:
             raise DataError(f"{self.title}: no image and mask that can be used")
-        image, labels = reader.read(self.example)
+        image, labels = self.reader.read(pair)
         shown = to_picture(image_tensor(image.pixels))
         both = Image.new("RGB", (2 * shown.width, shown.height))
         both.paste(shown)
-        both.paste(colorize(labels, palette(int(labels.max()) + 1), self.ignore_index), (shown.width, 0))
+        both.paste(colorize(labels, palette(int(labels.max()) + 1), self.reader.ignore_index), (shown.width, 0))
         return both
 
     def show(self, console: Console) -> None:
         """Print all of it."""
-        table = Table("split", "images", "height x width", "channels", title=self.title, title_justify="left")
+        console.print(self.title, soft_wrap=True, highlight=False, markup=False)
+        table = Table("split", "images", "height x width", "channels")
         for name, split in self.splits.items():
-            sizes = (f"{height}x{width}{_times(count)}" for (height, width), count in split.sizes.most_common())
-            kinds = (f"{number} x {kind}{_times(count)}" for (number, kind), count in split.channels.most_common())
-            table.add_row(name, str(split.images), _few(sizes), _few(kinds))
-        console.print(table)
-        table = Table("label", "class", *self.splits)
-        for label in sorted({*range(len(self.class_names)), *self.first}):
-            named = self.class_names[label] if label < len(self.class_names) else f"class {label}"
-            shares = (split.pixels[label] / max(1, sum(split.pixels.values())) for split in self.splits.values())
-            table.add_row(
-                str(label),
-                "ignored" if label == self.ignore_index else named,
-                *(f"{share:.2%}" if share else "-" for share in shares),
+            sizes, kinds = (
+                Counter(getattr(facts, field) for facts in split.values()) for field in ("size", "channels")
             )
+            table.add_row(name, str(len(split)), _counted(sizes), _counted(kinds))
         console.print(table)
+        pixels = [sum((Counter(facts.labels) for facts in split.values()), Counter()) for split in self.splits.values()]
+        table = Table("label", "class", *self.splits)
+        for label in sorted({*range(len(self.class_names))}.union(*pixels)):
+            name = self.class_names[label] if label < len(self.class_names) else f"class {label}"
+            shares = (f"{count[label] / count.total():.2%}" if count[label] else "-" for count in pixels)
+            table.add_row(str(label), "ignored" if label == self.reader.ignore_index else name, *shares)
+        console.print(table)
+        animated = [pair.image for split in self.splits.values() for pair, facts in split.items() if facts.frames > 1]
         for title, things in (
             ("left out", self.left_out),
-            ("the same image in two splits", [f"{one} and {other}" for one, other in self.duplicates]),
-            ("the first frame alone is read", self.animated),
+            ("the same image in two splits", self._duplicates()),
+            ("the first frame alone is read", animated),
             ("can't be used", self.problems),
         ):
             if things:
-                text = f"{title}: {_few(map(str, things), '; ')}"
-                console.print(text, soft_wrap=True, highlight=False, markup=False)
+                console.print(f"{title}: {_few(things)}", soft_wrap=True, highlight=False, markup=False)
+
+    def _facts(self) -> list[Facts]:
+        return [facts for split in self.splits.values() for facts in split.values()]
+
+    def _first_masks(self) -> dict[int, Path]:
+        """The first mask that has a label, for each that occurs."""
+        first: dict[int, Path] = {}
+        for split in self.splits.values():
+            for pair, facts in split.items():
+                first.update((label, pair.mask) for label in facts.labels.keys() - first.keys())
+        return first
+
+    def _duplicates(self) -> list[str]:
+        """Images whose pixels an image of another split has, too."""
+        seen: dict[bytes, tuple[str, Path]] = {}
+        found = []
+        for name, split in self.splits.items():
+            for pair, facts in split.items():
+                other, path = seen.setdefault(facts.digest, (name, pair.image))
+                if other != name:
+                    found.append(f"{path} and {pair.image}")
+        return found
 
 
-def _examine(reader: PairReader, pair: Pair) -> _Facts | DataError:
-    try:
-        image, labels = reader.read(pair)
-    except DataError as error:
-        return error
-    pixels = image.pixels
-    channels = (pixels.shape[2] if pixels.ndim > 2 else 1, str(pixels.dtype))
-    moments = None
+def examine(reader: PairReader, splits: dict[str, list[Pair]]) -> tuple[dict[str, dict[Pair, Facts]], list[str]]:
+    """Read all pairs: what those hold that can be used, and what is wrong with the others."""
+
+    def facts_of(pair: Pair) -> Facts | DataError:
+        try:
+            return _facts_of(reader, pair)
+        except DataError as error:
+            return error
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = {name: dict(zip(pairs, pool.map(facts_of, pairs), strict=True)) for name, pairs in splits.items()}
+    usable = {
+        name: {pair: facts for pair, facts in split.items() if isinstance(facts, Facts)}
+        for name, split in found.items()
+    }
+    return usable, [str(facts) for split in found.values() for facts in split.values() if isinstance(facts, DataError)]
+
+
+def _facts_of(reader: PairReader, pair: Pair) -> Facts:
+    image, labels = reader.read(pair)
+    pixels = np.atleast_3d(image.pixels)
+    channels = f"{pixels.shape[2]} x {pixels.dtype}"
+    moments = np.empty((2, 0))
     if channels != _RGB:
         values = image_tensor(pixels).double() / (255 if pixels.dtype == np.uint8 else 1)
         moments = np.stack([values.mean((1, 2)).numpy(), values.square().mean((1, 2)).numpy()])
     counts = np.bincount(labels.ravel())
-    return _Facts(
-        size=labels.shape,
+    return Facts(
+        size=f"{labels.shape[0]}x{labels.shape[1]}",
         channels=channels,
         frames=image.frames,
         digest=hashlib.blake2b(pixels.data, key=str(pixels.shape).encode()).digest(),
@@ -234,10 +218,11 @@ def _examine(reader: PairReader, pair: Pair) -> _Facts | DataError:
     )
 
 
-def _times(count: int) -> str:
-    return f" ({count})" if count > 1 else ""
+def _counted(counter: Counter[str]) -> str:
+    """The commonest keys, each with its number."""
+    return _few((f"{key} ({count})" for key, count in counter.most_common()), ", ")
 
 
-def _few(texts: Iterable[str], between: str = ", ") -> str:
-    every = list(texts)
-    return between.join(every[:_MOST]) + (f"{between}and {len(every) - _MOST} more" if len(every) > _MOST else "")
+def _few(things: Iterable[object], between: str = "; ") -> str:
+    every = list(map(str, things))
+    return between.join(every[:_MOST]) + f"{between}and {len(every) - _MOST} more" * (len(every) > _MOST)

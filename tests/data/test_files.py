@@ -1,3 +1,4 @@
+import os
 import pickle
 import re
 from collections.abc import Callable
@@ -9,9 +10,11 @@ import torch
 from torch.utils.data import DataLoader
 
 pytest.importorskip("PIL", reason="Pillow isn't installed: it comes with the extra [train]")
-from PIL import Image
+import tifffile
+from PIL import Image, ImageOps
 
-from fastseg.data import DataError, MaskDataset, Pair, read_image
+from fastseg.data import DataError, MaskDataset, Pair, PairReader, read_image
+from fastseg.data.files import read_raster
 
 HEIGHT, WIDTH = 12, 20  # not square: swapped axes show
 
@@ -229,3 +232,120 @@ def test_a_label_that_resizing_would_drop_is_still_found(tmp_path: Path) -> None
 def test_bad_arguments_are_refused(pair: Pair, arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         MaskDataset([pair], **arguments)
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".tiff"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_an_image_that_exif_turns_otherwise_than_its_mask_needs_a_word(
+    tmp_path: Path, orientation: int, suffix: str
+) -> None:
+    turned = tmp_path / f"turned{suffix}"
+    source = Image.fromarray(np.kron(labels(2), np.full((16, 16), 255, np.uint8))).convert("RGB")
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    source.save(turned, exif=exif)
+    shown = ImageOps.exif_transpose(Image.open(turned)) if suffix == ".jpg" else Image.open(turned).copy()
+    as_shown, as_stored = (Image.fromarray((np.array(x.convert("L")) > 127).astype(np.uint8)) for x in (shown, source))
+    for choice, mask in (("apply", as_shown), ("ignore", as_stored)):
+        mask.save(tmp_path / "mask.png")
+        pair = Pair(turned, tmp_path / "mask.png")
+        image, read = MaskDataset([pair], reader=PairReader(exif=choice))[0]
+        assert torch.equal((image[0] > 127).to(torch.uint8), read)
+        if orientation != 1:
+            with pytest.raises(DataError, match=rf"EXIF orientation is {orientation}, .* is 1: --exif apply turns"):
+                MaskDataset([pair])[0]
+    # a mask that is turned as its image is no question
+    as_stored.save(tmp_path / "mask.png", exif=exif)
+    image, read = MaskDataset([pair])[0]
+    assert torch.equal((image[0] > 127).to(torch.uint8), read)
+
+
+RNG = np.random.default_rng(0)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "options"),
+    [
+        pytest.param(RNG.integers(0, 2**16, (9, 7, 3), np.uint16), {"photometric": "rgb"}, id="RGB-16-bit"),
+        pytest.param(RNG.integers(0, 2**8, (9, 7, 5), np.uint8), {"planarconfig": "contig"}, id="5-channels"),
+        pytest.param(
+            RNG.integers(0, 2**16, (9, 7, 4), np.uint16).transpose(2, 0, 1),
+            {"planarconfig": "separate", "photometric": "minisblack"},
+            id="4-planes-16-bit",
+        ),
+        pytest.param(
+            RNG.integers(0, 2**8, (9, 7, 4), np.uint8),
+            {"photometric": "rgb", "extrasamples": [0]},
+            id="RGB-and-infrared",
+        ),
+        pytest.param(RNG.random((9, 7), np.float32), {}, id="float32"),
+        pytest.param(RNG.random((9, 7, 2)), {"planarconfig": "contig"}, id="2-channels-float64"),
+        pytest.param(
+            RNG.integers(0, 2**16, (3, 9, 7), np.uint16), {"imagej": True, "metadata": {"axes": "CYX"}}, id="CYX"
+        ),
+    ],
+)
+@pytest.mark.parametrize("compression", [None, "zlib"])
+def test_tiff_files_are_read_as_what_they_are(
+    tmp_path: Path, pixels: np.ndarray, options: dict, compression: str | None
+) -> None:
+    if compression and "imagej" in options:
+        compression = None  # which the format doesn't have
+    path = tmp_path / "image.tif"
+    tifffile.imwrite(path, pixels, compression=compression, **options)
+    channels_first = options.get("planarconfig") == "separate" or "imagej" in options
+    expected = torch.from_numpy(np.atleast_3d(pixels.transpose(1, 2, 0) if channels_first else pixels)).permute(2, 0, 1)
+    image = read_image(path)
+    if pixels.dtype == np.uint8:
+        assert torch.equal(image, expected)
+    else:
+        share = expected.float() / 65535 if pixels.dtype == np.uint16 else expected.float()
+        torch.testing.assert_close(image, share)
+    assert read_image(path, (5, 4)).shape == (len(image), 5, 4)
+
+
+def test_an_alpha_channel_of_16_bits_is_dropped(tmp_path: Path) -> None:
+    pixels = RNG.integers(0, 2**16, (9, 7, 4), np.uint16)
+    tifffile.imwrite(tmp_path / "image.tif", pixels, photometric="rgb", extrasamples=["unassalpha"])
+    assert read_image(tmp_path / "image.tif").shape == (3, 9, 7)
+
+
+def test_values_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    tifffile.imwrite(tmp_path / "image.tif", np.array([[0.5, np.nan]], np.float32))
+    with pytest.raises(DataError, match=r"image\.tif: holds values that are not finite"):
+        read_image(tmp_path / "image.tif")
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".png", ".webp", ".tif"])
+def test_of_an_animation_the_first_frame_is_read(tmp_path: Path, suffix: str) -> None:
+    frames = [Image.fromarray(np.full((9, 7), value, np.uint8)) for value in (0, 255, 100)]
+    path = tmp_path / f"image{suffix}"
+    frames[0].save(path, save_all=True, append_images=frames[1:])
+    raster = read_raster(path, "image")
+    assert raster.frames == 3
+    assert raster.pixels.max() == 0
+
+
+def test_what_is_no_regular_file_is_named(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(DataError, match=r"pipe\.png: not a regular file"):
+        read_image(tmp_path / "pipe.png")
+
+
+def test_the_limit_of_pixels_is_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)  # Pillow's, which warns, and refuses twice as many
+    path = tmp_path / "image.png"
+    Image.fromarray(gradient()).save(path)
+    assert read_image(path, max_pixels=HEIGHT * WIDTH).shape == (3, HEIGHT, WIDTH)
+    with pytest.raises(DataError, match=r"image\.png: 20x12 is more than 239 pixels; --max-pixels raises the limit"):
+        read_image(path, max_pixels=HEIGHT * WIDTH - 1)
+    assert Image.MAX_IMAGE_PIXELS == 10
+    tifffile.imwrite(tmp_path / "deep.tif", gradient().astype(np.uint16), photometric="rgb")
+    with pytest.raises(DataError, match=r"deep\.tif: 20x12 is more than 239"):
+        read_image(tmp_path / "deep.tif", max_pixels=239)
+
+
+def test_masks_can_keep_their_size(pair: Pair) -> None:
+    image, mask = MaskDataset([pair], size=(6, 5), native_masks=True)[0]
+    assert image.shape == (3, 6, 5)
+    assert torch.equal(mask, torch.from_numpy(labels()))

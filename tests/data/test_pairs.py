@@ -193,3 +193,96 @@ def test_fractions_outside_their_range_are_refused(tmp_path: Path, fractions: di
     write_stems(tmp_path, 4)
     with pytest.raises(DataError, match=message):
         find_pairs(tmp_path, "train", **fractions)
+
+
+@pytest.mark.parametrize(
+    ("layout", "files", "pair"),
+    [
+        pytest.param("camvid", ["train/a.png", "trainannot/a.png"], ("train/a.png", "trainannot/a.png"), id="camvid"),
+        pytest.param(
+            "voc",
+            ["JPEGImages/2007_1.jpg", "JPEGImages/2007_2.jpg", "SegmentationClass/2007_1.png"],  # most have no mask
+            ("JPEGImages/2007_1.jpg", "SegmentationClass/2007_1.png"),
+            id="voc",
+        ),
+        pytest.param(
+            "cityscapes",
+            [
+                "leftImg8bit/train/ulm/ulm_0_1_leftImg8bit.png",
+                *(f"gtFine/train/ulm/ulm_0_1_gtFine_{kind}.png" for kind in ("color", "instanceIds", "labelIds")),
+                "gtFine/train/ulm/ulm_0_1_gtFine_polygons.json",
+            ],
+            ("leftImg8bit/train/ulm/ulm_0_1_leftImg8bit.png", "gtFine/train/ulm/ulm_0_1_gtFine_labelIds.png"),
+            id="cityscapes",
+        ),
+        pytest.param(
+            "ade20k",
+            ["images/training/ADE_train_1.jpg", "annotations/training/ADE_train_1.png"],
+            ("images/training/ADE_train_1.jpg", "annotations/training/ADE_train_1.png"),
+            id="ade20k",
+        ),
+        pytest.param("lists", ["images/b.jpg", "masks/b.png"], ("images/b.jpg", "masks/b.png"), id="list-of-stems"),
+        pytest.param("lists", ["x/c.jpg", "y/z.png"], ("x/c.jpg", "y/z.png"), id="list-of-paths"),
+        pytest.param(
+            "split/images",
+            ["train/images/a.png", "train/masks/a.png"],
+            ("train/images/a.png", "train/masks/a.png"),
+            id="split/images",
+        ),
+        pytest.param(
+            "images/split",
+            ["images/train/a.png", "masks/train/a.png"],
+            ("images/train/a.png", "masks/train/a.png"),
+            id="images/split",
+        ),
+        pytest.param("images", ["images/a.png", "masks/a.png"], ("images/a.png", "masks/a.png"), id="images"),
+    ],
+)
+def test_every_layout_is_found_out_and_has_its_pairs(
+    tmp_path: Path, layout: str, files: list[str], pair: tuple[str, str]
+) -> None:
+    lists = {
+        "voc": ("ImageSets/Segmentation/train.txt", "2007_1\n"),
+        "lists": ("train.txt", "b.jpg\n" if "masks/b.png" in files else "/x/c.jpg  /y/z.png\n\n"),
+    }
+    for name in files:
+        write_files((tmp_path / name).parent, (tmp_path / name).name)
+    if layout in lists:
+        name, text = lists[layout]
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    expected = [Pair(*(tmp_path / name for name in pair))]
+    assert find_layout(tmp_path) == layout
+    for named in ("auto", layout):
+        assert find_pairs(tmp_path, "train", layout=named, val_fraction=0) == expected
+    with pytest.raises(DataError, match=r"the split 'val' (needs|is empty)"):
+        find_pairs(tmp_path, "val", val_fraction=0)
+
+
+def test_a_suffix_of_the_masks(tmp_path: Path) -> None:
+    write_files(tmp_path / "images", "a.jpg", "b.jpg")
+    write_files(tmp_path / "masks", "a_mask.png", "b_mask.png", "a_edges.png")
+    pairs = find_pairs(tmp_path, "train", mask_suffix="_mask", val_fraction=0)
+    assert [pair.mask.name for pair in pairs] == ["a_mask.png", "b_mask.png"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a\nc\n", r"train.txt: no image in .*images for c$"),
+        ("b\n", r"train.txt: no mask in .*masks for b$"),
+        ("\n", r"train.txt: the list is empty"),
+    ],
+    ids=["no-image", "no-mask", "empty"],
+)
+def test_a_wrong_list_is_named(tmp_path: Path, text: str, message: str) -> None:
+    write_files(tmp_path / "images", "a.jpg", "b.jpg")
+    write_files(tmp_path / "masks", "a.png")
+    (tmp_path / "train.txt").write_text(text)
+    with pytest.raises(DataError, match=message):
+        find_pairs(tmp_path, "train")
+
+
+def test_an_unknown_layout_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"layout must be auto or one of camvid, voc, .*'pascal'"):
+        find_layout(tmp_path, "pascal")
