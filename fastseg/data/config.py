@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 from pathlib import Path
 
 from rich.console import Console
 
 from fastseg.data.dataset import MaskDataset
 from fastseg.data.errors import DataError
-from fastseg.data.labels import ExifChoice, LabelMap, PairReader
+from fastseg.data.labels import ExifChoice, LabelMap, PairReader, known_label_map
 from fastseg.data.pairs import LAYOUTS, Pair, find_layout, find_pairs
 from fastseg.data.summary import Summary, examine
-
-_LABEL_MAPS = Path(__file__).with_name("label_maps")  # those of the layouts that have one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,9 +24,10 @@ class DataConfig:
         layout: Name of its layout; ``"auto"`` finds it out.
         mask_suffix: What the stem of a mask has after that of its image; None takes the layout's.
         label_map: What the masks' values mean (see `read_label_map`); None takes the layout's, or class numbers.
-        binary: In masks, 0 is the background and every other value the one class.
-        reduce_labels: In masks, 0 doesn't count and the classes begin with 1.
-        exif: What an EXIF orientation does to an image whose mask has another (see `PairReader`).
+        binary: In masks, 0 (black) is the class 0 and every other value the class 1.
+        reduce_labels: In masks, 0 doesn't count and the other labels are one too high.
+        exif: What an EXIF orientation does to an image whose mask has another: ``"refuse"``, ``"apply"`` (each file is
+            turned by its own) or ``"ignore"`` (none is).
         max_pixels: The largest file; None takes 500 million pixels.
         val_fraction: Share of the images that validate, where the layout has no splits of its own.
         test_fraction: Share of the images that are kept for a test, likewise.
@@ -68,10 +66,11 @@ class DataConfig:
         """How the files are read."""
         layout, label_map = LAYOUTS[find_layout(self.data, self.layout)], self.label_map
         if layout.label_map and label_map is None and not (self.binary or self.reduce_labels):
-            known = json.loads(_LABEL_MAPS.joinpath(f"{layout.label_map}.json").read_text(encoding="utf-8"))
+            known = known_label_map(layout.label_map)
             if self.classes in (None, sum(name is not None for name in known.values())):
                 label_map = known
-        ignore_index = layout.ignore_index if self.ignore_index is None else self.ignore_index
+        default = 255 if self.label_map or self.binary else layout.ignore_index
+        ignore_index = default if self.ignore_index is None else self.ignore_index
         return PairReader(label_map, self.binary, self.reduce_labels, ignore_index, self.exif, self.max_pixels)
 
     def survey(self) -> Summary:
@@ -138,7 +137,7 @@ def open_splits(config: DataConfig, size: tuple[int, int] | None, console: Conso
     return Splits(
         train=config.dataset("train", size, classes),
         val=config.dataset("val", size, classes),
-        class_names=summary.class_names or tuple(f"class {label}" for label in range(classes)),
+        class_names=summary.reader.class_names or tuple(f"class {label}" for label in range(classes)),
         ignore_index=summary.reader.ignore_index,
         summary=summary,
     )

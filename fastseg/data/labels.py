@@ -22,13 +22,22 @@ LARGEST_LABEL = 65535  # masks are files of at most 16 bits
 
 _BINARY_NAMES = ("background", "foreground")
 _JPEG_FOREGROUND = 128  # halfway: what compression makes of 0 and 255 stays on its side
-
 _JPEG_SPREAD = 32  # between the channels of gray pixels, after compression
 
 REMEDY = (
     "--label-map FILE says which number or colour is which class, "
     "--binary takes 0 (black) for the background and the rest for one class"
 )
+
+
+def known_label_map(name: str) -> LabelMap:
+    """The label map of a layout."""
+    path = Path(__file__).with_name("label_maps") / f"{name}.json"
+    return dict(json.loads(path.read_text(encoding="utf-8")))
+
+
+CAMVID_CLASSES = tuple(name for name in known_label_map("camvid").values() if name is not None)
+CAMVID_IGNORE_INDEX = 11  # pixels that the annotators left unlabelled
 
 
 def read_label_map(path: str | Path) -> LabelMap:
@@ -53,7 +62,7 @@ def read_label_map(path: str | Path) -> LabelMap:
     if not isinstance(entries, dict) or not all(isinstance(name, str | None) for name in entries.values()):
         raise DataError(f"{path}: a label map is a JSON object of numbers or colours to names")
     try:
-        PairReader(label_map=entries)
+        PairReader(label_map=entries, ignore_index=-1)
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
     return entries
@@ -63,18 +72,11 @@ def read_label_map(path: str | Path) -> LabelMap:
 class PairReader:
     """Reads an image and the class numbers of its mask.
 
-    Args:
-        label_map: What the masks' values mean (see :func:`read_label_map`); None: they are class numbers. The values
-            of a JPEG file, which compression changes, count as the nearest in the map.
-        binary: 0 (black) is the class 0, every other value the class 1.
-        reduce_labels: The label 0 doesn't count and the others are one too high, as in ADE20K.
-        ignore_index: Label of the pixels that don't count.
-        exif: What an EXIF orientation does to an image whose mask has another: ``"refuse"``, ``"apply"`` (each file is
-            turned by its own) or ``"ignore"`` (none is).
-        max_pixels: The largest file; None takes 500 million pixels.
+    The arguments are fields of :class:`DataConfig`. The values of a JPEG file, which compression changes, count as the
+    nearest in the map. Without map, ``binary`` and ``reduce_labels``, masks hold class numbers.
 
     Raises:
-        DataError: The map isn't one, or more than one of the first three is given.
+        DataError: The map isn't one, more than one of the first three is given, or ``ignore_index`` is a class.
     """
 
     label_map: LabelMap | None = None
@@ -89,13 +91,17 @@ class PairReader:
             raise DataError("only one of label_map, binary and reduce_labels can be given")
         if self.label_map is not None:
             _ = self._table
+        if self.ignore_index in range(len(self.class_names)):
+            raise DataError(
+                f"ignore_index must be none of {len(self.class_names)} classes, but it is {self.ignore_index}"
+            )
 
     @property
-    def class_names(self) -> tuple[str, ...] | None:
-        """The names of the classes, where the map says them."""
+    def class_names(self) -> tuple[str, ...]:
+        """The names of the classes; empty where nothing says them."""
         if self.binary:
             return _BINARY_NAMES
-        return None if self.label_map is None else tuple(name for name in self.label_map.values() if name is not None)
+        return tuple(name for name in (self.label_map or {}).values() if name is not None)
 
     def read(self, pair: Pair) -> tuple[Raster, np.ndarray]:
         """The image, and the class of each pixel, integer ``[H, W]``.
@@ -146,6 +152,8 @@ class PairReader:
             if not 0 <= wrong <= LARGEST_LABEL:
                 raise DataError(f"{path}: labels must be in 0..{LARGEST_LABEL}, but one is {wrong}")
         if self.reduce_labels:
+            if (labels == self.ignore_index + 1).any():
+                raise DataError(f"{path}: label {self.ignore_index + 1}, one less, would be the ignored label")
             counted = (labels != 0) & (labels != self.ignore_index)
             labels = np.where(counted, labels.astype(np.int64) - 1, self.ignore_index)
         return labels
@@ -154,14 +162,15 @@ class PairReader:
     def _table(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The map's values, ``[K, 1]`` or ``[K, 3]``, the same as one sorted number each, and the class of each."""
         assert self.label_map is not None
-        values, classes = [], list[int]()
+        values, classes, named = [], list[int](), 0
         for key, name in self.label_map.items():
             parts = key.replace(" ", "").split(",")
             largest = LARGEST_LABEL if len(parts) == 1 else 255
             if len(parts) not in (1, 3) or not all(part.isdecimal() and int(part) <= largest for part in parts):
                 raise DataError(f"a label map's keys are numbers (7) or colours (128,64,128), but one is {key!r}")
             values.append([int(part) for part in parts])
-            classes.append(self.ignore_index if name is None else len(classes) - classes.count(self.ignore_index))
+            classes.append(self.ignore_index if name is None else named)
+            named += name is not None
         if len({len(value) for value in values}) != 1 or not self.class_names:
             raise DataError("a label map needs a name for a class, and keys that are all numbers or all colours")
         table = np.array(values, dtype=np.int64)

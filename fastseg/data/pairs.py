@@ -60,24 +60,17 @@ LAYOUTS = {  # tried in this order where none is named
     "camvid": Layout("{split}", "{split}annot", label_map="camvid", ignore_index=11),
     "voc": Layout("JPEGImages", "SegmentationClass", "ImageSets/Segmentation/{split}.txt", label_map="voc"),
     "cityscapes": Layout(
-        "leftImg8bit/{split}",
-        "gtFine/{split}",
-        pattern="*/*",
-        image_suffix="_leftImg8bit",
-        mask_suffix="_gtFine_labelIds",
-        label_map="cityscapes",
+        "leftImg8bit/{split}", "gtFine/{split}", pattern="*/*", image_suffix="_leftImg8bit",
+        mask_suffix="_gtFine_labelIds", label_map="cityscapes",
     ),
     "ade20k": Layout(
-        "images/{split}",
-        "annotations/{split}",
-        splits=("training", "validation", "testing"),
-        label_map="ade20k",
+        "images/{split}", "annotations/{split}", splits=("training", "validation", "testing"), label_map="ade20k"
     ),
     "lists": Layout("images", "masks", "{split}.txt"),
     "split/images": Layout("{split}/images", "{split}/masks"),
     "images/split": Layout("images/{split}", "masks/{split}"),
     "images": Layout("images", "masks"),
-}
+}  # fmt: skip
 
 
 def find_layout(root: str | Path, name: str = "auto") -> str:

@@ -11,12 +11,10 @@ from matplotlib.colors import hsv_to_rgb
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from fastseg.data.camvid import CAMVID_CLASSES, CAMVID_COLORS
-
 IGNORED_COLOR = (0, 0, 0)
 
 PALETTES = ("ade20k", "camvid", "cityscapes", "voc")  # data sets whose colours are known
-_VOC_CLASSES = 21
+_CAMVID_CLASSES, _VOC_CLASSES = 11, 21
 
 _GOLDEN_RATIO = (5**0.5 - 1) / 2  # multiples of it, modulo 1, spread evenly over the hues for any number of classes
 _SATURATIONS = (0.9, 0.5)  # cycled with the values below so that near hues differ in strength
@@ -44,14 +42,12 @@ def palette(classes: int | str) -> np.ndarray:
         return _named(classes)
     if classes < 1:
         raise ValueError(f"num_classes must be positive, but it is {classes}")
-    if classes == len(CAMVID_CLASSES):
+    if classes == _CAMVID_CLASSES:
         return _named("camvid")
     return _qualitative(classes)
 
 
 def _named(name: str) -> np.ndarray:
-    if name == "camvid":
-        return np.array(CAMVID_COLORS, dtype=np.uint8)
     if name == "voc":  # of a class's bits, three by three, each is one of red's, green's and blue's, the highest first
         bits = [[sum((label >> 3 * bit + channel & 1) << 7 - bit for bit in range(3)) for channel in range(3)]
                 for label in range(_VOC_CLASSES)]  # fmt: skip

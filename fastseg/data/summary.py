@@ -57,11 +57,6 @@ class Summary:
     left_out: list[Path]
 
     @property
-    def class_names(self) -> tuple[str, ...]:
-        """The names of the classes, as far as the reader knows them."""
-        return self.reader.class_names or ()
-
-    @property
     def channels(self) -> str:
         """Number and type of the images' channels, as in ``"3 x uint8"``.
 
@@ -95,7 +90,7 @@ class Summary:
         first = self._first_masks()
         labels = sorted(first.keys() - {self.reader.ignore_index})
         implied = max(labels, default=-1) + 1
-        classes = len(self.class_names) or classes
+        classes = len(self.reader.class_names) or classes
         if classes is not None:
             if implied > classes:
                 raise DataError(
@@ -143,8 +138,8 @@ class Summary:
         console.print(table)
         pixels = [sum((Counter(facts.labels) for facts in split.values()), Counter()) for split in self.splits.values()]
         table = Table("label", "class", *self.splits)
-        for label in sorted({*range(len(self.class_names))}.union(*pixels)):
-            name = self.class_names[label] if label < len(self.class_names) else f"class {label}"
+        for label in sorted({*range(len(self.reader.class_names))}.union(*pixels)):
+            name = self.reader.class_names[label] if label < len(self.reader.class_names) else f"class {label}"
             shares = (f"{count[label] / count.total():.2%}" if count[label] else "-" for count in pixels)
             table.add_row(str(label), "ignored" if label == self.reader.ignore_index else name, *shares)
         console.print(table)

@@ -158,7 +158,17 @@ def test_a_named_layout_brings_its_classes(
         (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "ImageSets/Segmentation/train.txt").write_text("a") if "ImageSets" in folders[0] else None
     reader = DataConfig(data=tmp_path).reader()
-    assert reader.class_names is not None
     assert (len(reader.class_names), reader.class_names[0]) == (classes, first)
     assert np.array_equal(read(tmp_path, quarters(*values), reader), quarters(*expected))
-    assert DataConfig(data=tmp_path, classes=classes + 5).reader().class_names is None  # the files' own numbers
+    assert not DataConfig(data=tmp_path, classes=classes + 5).reader().class_names  # the files' own numbers
+
+
+def test_the_ignored_label_is_no_class(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="ignore_index must be none of 3 classes, but it is 2"):
+        PairReader(label_map=NUMBERS, ignore_index=2)
+    with pytest.raises(DataError, match="label 8, one less, would be the ignored label"):
+        read(tmp_path, quarters(0, 1, 7, 8), PairReader(reduce_labels=True, ignore_index=7))
+    (tmp_path / "train").mkdir()
+    (tmp_path / "trainannot").mkdir()
+    twelve = {str(value): f"class {value}" for value in range(12)}
+    assert DataConfig(data=tmp_path, label_map=twelve).reader().ignore_index == IGNORE  # not CamVid's 11
