@@ -190,11 +190,11 @@ def _qualitative(num_classes: int) -> np.ndarray:
 
 
 def _labels(mask: Tensor | np.ndarray) -> np.ndarray:
-    """The mask as an int64 array of shape (H, W)."""
+    """The mask as an integer array of shape (H, W)."""
     labels = mask.detach().cpu().numpy() if isinstance(mask, torch.Tensor) else np.asarray(mask)
     if labels.ndim != 2 or labels.dtype.kind not in "iu":
         raise ValueError(f"mask must be integer of shape (H, W), but it is {labels.dtype} of shape {labels.shape}")
-    return labels.astype(np.int64)
+    return labels
 
 
 def _outside(labels: np.ndarray, palette: np.ndarray) -> np.ndarray:
