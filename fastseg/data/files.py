@@ -1,6 +1,7 @@
 """Reading image files: what they hold, as arrays and as checked tensors."""
 
 import contextlib
+import logging
 import struct
 import threading
 from collections.abc import Iterator
@@ -26,6 +27,8 @@ _INDEX_MODES = ("1", "L", "P")
 _ORIENTATION = 0x0112  # EXIF's and TIFF's tag
 _CMYK = 5  # TIFF's photometric interpretations that Pillow turns into RGB
 _ALPHA = (1, 2)  # TIFF's kinds of extra samples that are alpha channels
+
+_logger = logging.getLogger("fastseg")
 
 _pillow_limit = threading.Lock()
 
@@ -87,7 +90,7 @@ def read_image(
 
     Files with up to 8 bits and the usual channels become RGB: grayscale, palette and CMYK are converted, an alpha
     channel is dropped. Others are read as what they are: 16 bits, floating point, any number of channels. Of an
-    animation the first frame is read.
+    animation the first frame is read, which the logger ``fastseg`` says.
 
     Args:
         path: Any file that Pillow reads, or tifffile.
@@ -102,7 +105,10 @@ def read_image(
     Raises:
         DataError: The file can't be read or has more pixels.
     """
-    return image_tensor(read_raster(Path(path), "image", exif=exif, max_pixels=max_pixels).pixels, size)
+    raster = read_raster(Path(path), "image", exif=exif, max_pixels=max_pixels)
+    if raster.frames > 1:
+        _logger.warning("%s: the first of its %d frames is read", path, raster.frames)
+    return image_tensor(raster.pixels, size)
 
 
 def image_tensor(pixels: np.ndarray, size: tuple[int, int] | None = None) -> Tensor:

@@ -14,7 +14,6 @@ import tifffile
 from PIL import Image, ImageOps
 
 from fastseg.data import DataError, MaskDataset, Pair, PairReader, read_image
-from fastseg.data.files import read_raster
 
 HEIGHT, WIDTH = 12, 20  # not square: swapped axes show
 
@@ -317,13 +316,12 @@ def test_values_that_are_not_finite_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".gif", ".png", ".webp", ".tif"])
-def test_of_an_animation_the_first_frame_is_read(tmp_path: Path, suffix: str) -> None:
+def test_of_an_animation_the_first_frame_is_read(tmp_path: Path, suffix: str, caplog: pytest.LogCaptureFixture) -> None:
     frames = [Image.fromarray(np.full((9, 7), value, np.uint8)) for value in (0, 255, 100)]
     path = tmp_path / f"image{suffix}"
     frames[0].save(path, save_all=True, append_images=frames[1:])
-    raster = read_raster(path, "image")
-    assert raster.frames == 3
-    assert raster.pixels.max() == 0
+    assert read_image(path).max() == 0
+    assert caplog.messages == [f"{path}: the first of its 3 frames is read"]
 
 
 def test_what_is_no_regular_file_is_named(tmp_path: Path) -> None:
