@@ -11,14 +11,13 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("do
 # What stands between backticks and has a slash or a known ending, without a placeholder (<machine>, *, FILE).
 PATH = re.compile(r"`([\w.-]+(?:/[\w.-]+)*(?:/|\.(?:py|md|toml|txt|json|png|cpp|h)))`")
 LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
-# What readers' own folders hold.
-THEIRS = re.compile(r"(images|masks|train|val)(annot)?/")
+READERS_OWN = {"data.md", "training.md"}  # their paths are of readers' data sets
 
 
 def named(document: Path) -> list[tuple[str, Path]]:
     """What a document names, and the folder that it is relative to."""
     text = document.read_text()
-    paths = [(name, ROOT) for name in PATH.findall(text) if not THEIRS.fullmatch(name)]
+    paths = [(name, ROOT) for name in PATH.findall(text)] if document.name not in READERS_OWN else []
     return paths + [(name, document.parent) for name in LINK.findall(text) if not name.startswith("../../")]
 
 
