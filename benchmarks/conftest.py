@@ -11,7 +11,7 @@ import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 import fastseg
-from benchmarks.harness import memory, openvino_peer
+from benchmarks.harness import deployment, memory, openvino_peer
 from benchmarks.harness.compile_time import OutOfTimeError
 from benchmarks.harness.devices import DEVICES, Device
 from benchmarks.harness.roofline import Ceilings, measure_ceilings
@@ -158,6 +158,6 @@ def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list[Any], o
         absent["peak memory"] = memory.unknown()
         if not config.getoption("--sweep"):
             peers["OpenVINO"] = openvino_peer.version()
-            absent["OpenVINO"] = None if peers["OpenVINO"] else f"not installed ({openvino_peer.INSTALL})"
+            absent["OpenVINO"] = None if peers["OpenVINO"] else f"not installed ({deployment.INSTALL})"
     output_json |= {"peers": peers, "absent": absent}
     output_json |= {"seconds": perf_counter() - COMPILERS.start, "compiling": COMPILERS.seconds()}

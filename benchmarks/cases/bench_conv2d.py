@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.harness.devices import CUDA
 from benchmarks.harness.roofline import Work
-from benchmarks.harness.suite import BACKWARD, FORWARD, Case, Job
+from benchmarks.harness.suite import BACKWARD, FORWARD, OPENVINO, Case, Job
 from fastseg import functional, reference
 
 
@@ -39,9 +39,9 @@ class Conv2dCase(Case):
         return max(self.input[0] * math.prod(self.input[2:]), 9 * max(self.weight_shape[:2]))
 
     @property
-    def deployable(self) -> bool:
+    def deployments(self) -> tuple[str, ...]:
         """A layer of a network."""
-        return True
+        return (OPENVINO,)
 
     def job(self, fused: bool, layout: str, training: bool, dtype: torch.dtype | None = None) -> Job:
         """One call of the operator."""

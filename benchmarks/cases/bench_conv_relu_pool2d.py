@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks.harness.devices import CUDA
 from benchmarks.harness.roofline import Work
-from benchmarks.harness.suite import BACKWARD, FORWARD, Case, Job
+from benchmarks.harness.suite import BACKWARD, FORWARD, OPENVINO, Case, Job
 from fastseg import functional, reference
 from fastseg.testing import MEMORY_FORMATS
 
@@ -53,9 +53,9 @@ class ConvReLUPool2dCase(Case):
         return max(torch.Size(size).numel(), max(self.input[1], self.channels) * self.kernel**2)
 
     @property
-    def deployable(self) -> bool:
+    def deployments(self) -> tuple[str, ...]:
         """The layers as one stage of a network."""
-        return True
+        return (OPENVINO,)
 
     def job(self, fused: bool, layout: str, training: bool, dtype: torch.dtype | None = None) -> Job:
         """One call of the operator."""

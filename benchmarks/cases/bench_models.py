@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.cases.bench_cross_entropy import count_partial_sums
 from benchmarks.harness.devices import CUDA
 from benchmarks.harness.roofline import Work
-from benchmarks.harness.suite import BACKWARD, FORWARD, Case, Job
+from benchmarks.harness.suite import BACKWARD, FORWARD, OPENVINO, Case, Job
 from fastseg import models
 from fastseg.testing import MEMORY_FORMATS
 
@@ -52,9 +52,9 @@ class ModelCase(Case):
         return count_partial_sums(self.labels)
 
     @property
-    def deployable(self) -> bool:
+    def deployments(self) -> tuple[str, ...]:
         """A prediction is an inference."""
-        return True
+        return (OPENVINO,)
 
     def job(self, fused: bool, layout: str, training: bool, dtype: torch.dtype | None = None) -> Job:
         """The loss with its gradients, or the prediction."""

@@ -7,10 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from time import perf_counter
-from typing import TYPE_CHECKING, NamedTuple
-
-if TYPE_CHECKING:
-    from benchmarks.harness.suite import Case
+from typing import NamedTuple
 
 COMPILE, MAX_AUTOTUNE = "compile", "max-autotune"
 
@@ -51,7 +48,7 @@ class Compilers:
 
     def __init__(self) -> None:
         self.start = perf_counter()
-        self.spent: defaultdict[tuple[type[Case], str], float] = defaultdict(float)
+        self.spent: defaultdict[tuple[type[object], str], float] = defaultdict(float)
 
     def seconds(self) -> dict[str, float]:
         """What each of torch.compile's modes took so far."""
@@ -62,9 +59,15 @@ class Compilers:
         }
 
     @contextmanager
-    def turn(self, case: Case, kind: str) -> Iterator[None]:
-        """Counts the time that passes inside; raises OutOfTimeError instead where there is none left."""
-        limits, key = COMPILE_TIME[case.device.name], (type(case), kind)
+    def turn(self, operator: type[object], device: str, kind: str) -> Iterator[None]:
+        """Counts the time that passes inside; raises OutOfTimeError instead where there is none left.
+
+        Args:
+            operator: The class of its cases.
+            device: What is compiled for, `COMPILE_TIME` says.
+            kind: The kind of contestant.
+        """
+        limits, key = COMPILE_TIME[device], (operator, kind)
         if kind in MODES and perf_counter() - self.start > limits.until:
             raise OutOfTimeError(f"no compilation is begun {limits.until:g} s after the start of the run")
         if self.spent[key] > limits.seconds.get(kind, math.inf):

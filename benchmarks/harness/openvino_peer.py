@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.harness.deployment import OfImages
+
 if TYPE_CHECKING:
     import openvino
-
-INSTALL = "pip install -e '.[test,bench]'"
 
 # By default OpenVINO computes in what is fastest on the CPU at hand, whatever the model's dtype.
 PRECISIONS = {torch.float32: "f32", torch.bfloat16: "bf16"}
@@ -42,16 +42,15 @@ class Inference:
     Args:
         compiled: OpenVINO's compiled model, of one input and one output.
         input: What it is called on, contiguous.
-        layout: The memory format of the input and of the output: "channels_last" is [N, H, W, C] to the model.
+        model: What was compiled.
     """
 
-    def __init__(self, compiled: openvino.CompiledModel, input: Tensor, layout: str) -> None:
+    def __init__(self, compiled: openvino.CompiledModel, input: Tensor, model: OfImages) -> None:
         self.input = input  # OpenVINO knows the address alone
         self.request = compiled.create_infer_request()
         self.request.set_input_tensor(_lend(input))
         self.request.infer()  # makes the output
-        output = _borrow(self.request.get_output_tensor())
-        self.output = output.permute(0, 3, 1, 2) if layout == "channels_last" and output.ndim == 4 else output
+        self.output = model.as_nchw(_borrow(self.request.get_output_tensor()))
 
     def __call__(self, *_: Tensor) -> Tensor:
         """The output; the arguments are what is bound already."""
@@ -72,17 +71,12 @@ def deploy(function: Callable[..., Tensor], arguments: Sequence[Tensor], layout:
     openvino = _import()
     images, *constants = arguments
 
-    permuted = layout == "channels_last"
-
-    def call(images: Tensor) -> Tensor:
-        output = function(images.permute(0, 3, 1, 2) if permuted else images, *constants)
-        return output.permute(0, 2, 3, 1) if permuted and output.ndim == 4 else output
-
-    images = images.permute(0, 2, 3, 1).contiguous() if permuted else images
+    of_images = OfImages(function, constants, layout).eval()
+    images = of_images.lay_out(images)
     with torch.no_grad(), warnings.catch_warnings():
         # A trace holds for tensors of these sizes alone, which are all that it will get.
         warnings.simplefilter("ignore", torch.jit.TracerWarning)
-        model = openvino.convert_model(torch.jit.trace(call, (images,)), input=[tuple(images.shape)])
+        model = openvino.convert_model(torch.jit.trace(of_images, (images,)), input=[tuple(images.shape)])
     options = {
         "INFERENCE_PRECISION_HINT": PRECISIONS[images.dtype],
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
@@ -92,7 +86,7 @@ def deploy(function: Callable[..., Tensor], arguments: Sequence[Tensor], layout:
     compiled = openvino.Core().compile_model(model, "CPU", options)
     if (threads := compiled.get_property("INFERENCE_NUM_THREADS")) != torch.get_num_threads():
         raise RuntimeError(f"OpenVINO takes {threads} threads, torch {torch.get_num_threads()}")
-    return Inference(compiled, images, layout)
+    return Inference(compiled, images, of_images)
 
 
 def _import() -> ModuleType:

@@ -15,14 +15,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.harness import openvino_peer
+from benchmarks.harness import onnxruntime_peer, openvino_peer
 from benchmarks.harness.compile_time import COMPILE, MAX_AUTOTUNE, MODES, Compilers
 from benchmarks.harness.devices import CPU, Device
 from benchmarks.harness.roofline import Work
 from fastseg.testing import assert_parity
 
-FASTSEG, EAGER, OPENVINO = "fastseg", "eager", "openvino"
-KINDS = (FASTSEG, EAGER, COMPILE, MAX_AUTOTUNE, OPENVINO)
+FASTSEG, EAGER, OPENVINO, ONNXRUNTIME = "fastseg", "eager", "openvino", "onnxruntime"
+KINDS = (FASTSEG, EAGER, COMPILE, MAX_AUTOTUNE, OPENVINO, ONNXRUNTIME)
+DEPLOYMENTS = {OPENVINO: openvino_peer, ONNXRUNTIME: onnxruntime_peer}  # on CPUs, with fixed weights
 FORWARD, BACKWARD, BOTH = TIMINGS = ("forward", "backward", "forward+backward")
 
 WARM_UP_CALLS = 2
@@ -46,7 +47,7 @@ class Effort(NamedTuple):
     warm_up_seconds: float = 0
 
 
-# Seconds after which the threads of OpenMP and of OpenVINO, which spin for up to 10 ms for more work, surely sleep.
+# Seconds after which the threads of OpenMP, OpenVINO and ONNX Runtime, which spin for up to 10 ms for more work, sleep.
 SETTLED = 0.02
 
 # A GPU's clock falls while the host compiles, and takes some 10 ms of work to rise again.
@@ -194,19 +195,20 @@ class Case(ABC):
         return results
 
     @property
-    def deployable(self) -> bool:
-        """Whether its forward pass is an inference on images, its first argument, so that OpenVINO is a peer."""
-        return False
+    def deployments(self) -> tuple[str, ...]:
+        """Of `DEPLOYMENTS` the peers of its forward pass, where that is an inference on images, its first argument."""
+        return ()
 
     def contestants(self, training: bool) -> list[Contestant]:
         """Who is measured, in training or forward alone."""
-        deployed = self.deployable and not training and self.device.name == "cpu" and openvino_peer.version()
-        return [
-            Contestant(kind, layout)
-            for kind in KINDS
-            for layout in self.layouts
-            if {MAX_AUTOTUNE: layout in self.max_autotune, OPENVINO: deployed}.get(kind, True)
-        ]
+        deployed = self.deployments if self.device.name == "cpu" and not training else ()
+
+        def takes_part(kind: str, layout: str) -> bool:
+            if kind in DEPLOYMENTS:
+                return kind in deployed and DEPLOYMENTS[kind].version() is not None
+            return kind != MAX_AUTOTUNE or layout in self.max_autotune
+
+        return [Contestant(kind, layout) for kind in KINDS for layout in self.layouts if takes_part(kind, layout)]
 
 
 class Contestant(NamedTuple):
@@ -217,9 +219,9 @@ class Contestant(NamedTuple):
 
     def job(self, case: Case, training: bool) -> Job:
         """Its call for ``case``."""
-        if self.kind == OPENVINO:
+        if self.kind in DEPLOYMENTS:
             job = case.job(False, "nchw", training)
-            return job._replace(function=openvino_peer.deploy(job.function, job.arguments, self.layout))
+            return job._replace(function=DEPLOYMENTS[self.kind].deploy(job.function, job.arguments, self.layout))
         job = case.job(self.kind == FASTSEG, self.layout, training)
         if self.kind in MODES:
             compiled = torch.compile(job.function, fullgraph=case.fullgraph, dynamic=False, mode=MODES[self.kind])
@@ -295,7 +297,7 @@ def verify_and_time(case: Case, training: bool, effort: Effort) -> dict[Contesta
     jobs = {}
     for contestant in case.contestants(training):
         try:
-            with COMPILERS.turn(case, contestant.kind):
+            with COMPILERS.turn(type(case), case.device.name, contestant.kind):
                 job = contestant.job(case, training)
                 verifier.verify(job)
         except Exception as error:  # a wrong result or a failing compilation: reported, and the others are measured
@@ -306,8 +308,8 @@ def verify_and_time(case: Case, training: bool, effort: Effort) -> dict[Contesta
     for contestant, rounds in time_rounds(jobs, effort, case.device, case.led).items():
         results = jobs[contestant].results
         returned = sum(result.untyped_storage().nbytes() for result in results())
-        # OpenVINO has what it needs from its compilation on.
-        peak = None if contestant.kind == OPENVINO else case.device.peak_growth(results)
+        # What is deployed has the memory that it needs before it is called.
+        peak = None if contestant.kind in DEPLOYMENTS else case.device.peak_growth(results)
         outcomes[contestant] = Measured(rounds, peak, returned)
     return outcomes
 
@@ -317,8 +319,8 @@ def time_rounds(
 ) -> dict[Contestant, list[tuple[float, float]]]:
     """Seconds of the passes of every job in each round; a round is all jobs once, in an order drawn anew.
 
-    OpenVINO's threads are not those of all others. Where it takes part, each job is called untimed before, so that the
-    threads of the one before sleep and its own are awake.
+    The threads of OpenVINO and of ONNX Runtime are not those of all others. Where one of them takes part, each job is
+    called untimed before, so that the threads of the one before sleep and its own are awake.
     """
     if not jobs:
         return {}
@@ -330,7 +332,7 @@ def time_rounds(
     seconds: dict[Contestant, list[tuple[float, float]]] = {contestant: [] for contestant in jobs}
     order = list(jobs)
     shuffle = random.Random(0).shuffle
-    foreign = any(contestant.kind == OPENVINO for contestant in jobs)
+    foreign = any(contestant.kind in DEPLOYMENTS for contestant in jobs)
     gc.collect()
     gc.disable()
     try:

@@ -1,23 +1,19 @@
-"""From pytest-benchmark's JSON to Markdown tables and a chart."""
+"""From pytest-benchmark's JSON to Markdown tables, and from those to a chart."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import median
 from typing import Any, NamedTuple
-
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from benchmarks.harness.roofline import Ceilings, Work
 from benchmarks.harness.suite import BACKWARD, BOTH, EAGER, FASTSEG, FORWARD, KINDS, TIMINGS, Contestant
+from benchmarks.reports import charts
+from benchmarks.reports.formatting import NOTHING, factor, format_table, mebibytes, significant, spread
 
 LAYOUTS = {"nchw": "NCHW", "channels_last": "channels_last"}
 CONTESTANTS = [Contestant(kind, layout) for kind in KINDS for layout in LAYOUTS]
-NOTHING = "-"
-MIB = 2**20
 
 # Bytes of extra memory below which a measurement is noise: Linux counts the peak of resident pages in batches of 32 for
 # each core. (A GPU's allocator is exact.)
@@ -132,13 +128,12 @@ def write(run: dict[str, Any], path: Path) -> None:
     rows, ceilings = read_rows(run), Ceilings(**run["ceilings"])
     path.parent.mkdir(parents=True, exist_ok=True)
     chart = path.with_suffix(".png")
-    draw(rows, chart)
     parts = [
         "# Benchmarks\n",
         machine(run),
         READING,
         READING_OF[run["device"]["type"]],
-        f"![time over the best peer's, for every case]({chart.name})\n",
+        f"![how many times faster than the best peer, for every case]({chart.name})\n",
         summary(rows, ceilings),
     ]
     for operator in dict.fromkeys(operator for operator, _ in rows):
@@ -146,6 +141,7 @@ def write(run: dict[str, Any], path: Path) -> None:
         parts += [f"## {operator}\n", time_table(own), roofline_table(own, ceilings), memory_table(own)]
     parts += [missing(run, rows), log(run["log"])]
     path.write_text("\n".join(filter(None, parts)))
+    charts.draw(path, chart)
 
 
 # ---- tables ----
@@ -243,9 +239,8 @@ def memory_table(cases: dict[str, dict[str, Row]]) -> str:
     own = [contestant for contestant in everyone if contestant.kind == FASTSEG]
     lines = [["case", "timing", *map(label, everyone), *(f"eager's extra over {label(one)}'s" for one in own)]]
     for case, timings in cases.items():
-        for timing in (FORWARD, BOTH):
-            row = timings[timing]
-            if not contestants([row]):
+        for timing, row in timings.items():
+            if timing == BACKWARD or not contestants([row]):
                 continue
             sizes = (f"{mebibytes(row.peaks.get(one))} ({mebibytes(row.extras.get(one))})" for one in everyone)
             lines.append([case, timing, *sizes, *(row.extra_over(one, Contestant(EAGER, one.layout)) for one in own)])
@@ -286,21 +281,6 @@ def milliseconds(row: Row, contestant: Contestant | None) -> str:
     return spread(row.rounds[contestant])
 
 
-def spread(rounds: Sequence[float]) -> str:
-    """The median and the quartiles of seconds, in milliseconds."""
-    first, middle, third = (significant(1e3 * value) for value in quartiles(rounds))
-    return f"{middle} ({first} - {third})"
-
-
-def factor(values: Sequence[float]) -> str:
-    """A median factor and its quartiles; bold below 1."""
-    if not values:
-        return NOTHING
-    first, middle, third = quartiles(values)
-    text = f"{middle:.2f}x"
-    return f"{text if middle >= 1 else f'**{text}**'} ({first:.2f} - {third:.2f})"
-
-
 def share(row: Row, contestant: Contestant | None, ceilings: Ceilings) -> str:
     """The roofline's time over a contestant's median."""
     if contestant not in row.rounds or not row.work:
@@ -316,60 +296,6 @@ def rate(row: Row, contestant: Contestant, amount: int, peak: float) -> str:
     return f"{significant(achieved / 1e9)} ({100 * achieved / peak:.0f}%{', effective' if achieved > peak else ''})"
 
 
-def mebibytes(size: int | None) -> str:
-    """Bytes as MiB."""
-    return NOTHING if size is None else f"{size / MIB:.1f}"
-
-
 def lowest_mebibytes(peaks: dict[Contestant, int], kinds: Iterable[str]) -> str:
     """The lowest peak of some kinds of contestants."""
     return mebibytes(min((peak for contestant, peak in peaks.items() if contestant.kind in kinds), default=None))
-
-
-def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    """The first quartile, the median and the third."""
-    first, middle, third = quantiles(values, n=4, method="inclusive") if len(values) > 1 else [*values] * 3
-    return first, middle, third
-
-
-def significant(value: float, digits: int = 3) -> str:
-    """A number of zero or more in a few significant digits, without an exponent."""
-    return f"{value:.{max(0, digits - 1 - math.floor(math.log10(value)))}f}" if value else "0"
-
-
-def format_table(lines: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; the first line is its head."""
-    rule = ["---"] + ["---:"] * (len(lines[0]) - 1)
-    return "\n".join(f"| {' | '.join(line)} |" for line in (lines[0], rule, *lines[1:])) + "\n"
-
-
-# ---- chart ----
-
-
-def draw(rows: Rows, path: Path) -> None:
-    """Every contestant's time over the best peer's: a panel for each timing, a line for each case."""
-    figure = Figure(figsize=(13, 1.5 + 0.4 * len(rows)), layout="constrained")
-    panels: Sequence[Axes] = figure.subplots(1, len(TIMINGS), sharey=True)
-    colours = dict(zip(KINDS, ("C3", "C0", "C2", "C4", "C1"), strict=True))
-    everyone = contestants(row for timings in rows.values() for row in timings.values())
-    markers = dict(zip(LAYOUTS, ("s", "o"), strict=True))
-    for panel, timing in zip(panels, TIMINGS, strict=True):
-        for contestant in everyone:
-            # How many times faster the best peer is; NaN, where there is no such contestant, isn't drawn.
-            points = [
-                median(row.speedups(row.fastest(KINDS[1:]), contestant) or [math.nan])
-                for row in (timings[timing] for timings in rows.values())
-            ]
-            panel.plot(
-                points, range(len(rows)), linestyle="none", marker=markers[contestant.layout],
-                color=colours[contestant.kind], alpha=0.8, label=label(contestant),
-            )  # fmt: skip
-        panel.axvline(1, color="black", linewidth=0.8)
-        panel.set(title=timing, xscale="log", xlabel="time over the best peer's (left is faster)")
-        panel.set_xticks(ticks := [0.01, 0.03, 0.1, 0.3, 1, 3, 10], map(str, ticks))
-        panel.minorticks_off()
-        panel.grid(alpha=0.3)
-    panels[0].set_yticks(range(len(rows)), [" ".join(names) for names in rows])
-    panels[0].invert_yaxis()
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(everyone))
-    figure.savefig(path, dpi=80)

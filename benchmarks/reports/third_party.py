@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.harness.suite import COMPILE, EAGER, FASTSEG
-from benchmarks.reports.report import MIB, NOTHING, environment, factor, format_table, significant, spread
+from benchmarks.harness.suite import COMPILE, EAGER, FASTSEG, KINDS, ONNXRUNTIME, OPENVINO, Contestant
+from benchmarks.reports.formatting import MIB, NOTHING, factor, format_table, significant
+from benchmarks.reports.report import Row, environment, label, memory_table, time_table
 
 STEP, PREDICTION = TIMINGS = ("step", "prediction")
-KINDS = {EAGER: "eager", COMPILE: "torch.compile", FASTSEG: "fastseg"}
+NAMES = {
+    FASTSEG: "fastseg", EAGER: "eager", COMPILE: "torch.compile", OPENVINO: "OpenVINO", ONNXRUNTIME: "ONNX Runtime",
+}  # fmt: skip
+SECTION = "Models"  # the heading of the tables of times and memory
 
 BEGIN = "<!-- third-party models: from here on written by python -m benchmarks.third_party -->"
 END = "<!-- third-party models: up to here -->"
 
 READING = """\
-A step is the loss and the gradients of all parameters, a prediction goes from images to class numbers. Every result was
-verified against a float64 truth before it was timed. Milliseconds and MiB, for eager PyTorch, `torch.compile` and
-`torch.compile(..., backend="fastseg")`: medians of interleaved rounds; peak memory is the growth of the process's
-resident set during a step, gradients included. In bold: fastseg is slower, or needs more, than the better of the two.
-The largest differences are the backend's to eager PyTorch in float64, over the largest value of eager's.
-"""
-
-
-IN_SHORT = """\
-Places replaced in a step (the loss and the gradients of all parameters) / in a prediction. Then eager PyTorch /
-`torch.compile` / `torch.compile(..., backend="fastseg")`: milliseconds, and the peak MiB of a step, gradients included.
-In bold: fastseg is slower, or needs more, than the better of the two. Every result was verified first.
+Places replaced in a training step (the loss and all gradients), and in a prediction (from images to class numbers). "x"
+is how many times faster fastseg is than the fastest other (of {peers}), or how many times less memory a step needs (the
+growth of the process's resident set), and which other that is; in bold where it is slower, or needs more. Every result
+was verified against a float64 truth first.
 """
 
 
@@ -45,81 +42,96 @@ def insert(text: str, table: str) -> str:
 def write(run: dict[str, Any], path: Path) -> None:
     """Write all tables to ``path``."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    parts = ["# Third-party models\n", machine(run), summary(run), details(run), missing(run)]
+    rows = {result["name"]: rows_of(result) for result in run["models"]}
+    parts = ["# Third-party models\n", machine(run), summary(run), f"## {SECTION}\n", time_table(rows),
+             memory_table(rows), places(run), missing(run)]  # fmt: skip
     path.write_text("\n".join(filter(None, parts)))
+
+
+def rows_of(result: dict[str, Any]) -> dict[str, Row]:
+    """A model's training step and its prediction."""
+    rows = {timing: Row({}, {}, {}, {}, []) for timing in TIMINGS}
+    for entry in result["measured"]:
+        row, contestant = rows[entry["timing"]], Contestant(entry["kind"], entry["layout"])
+        row.rounds[contestant] = entry["rounds"]
+        if entry["peak"] is not None:
+            row.peaks[contestant] = entry["peak"]
+            row.extras[contestant] = max(entry["peak"] - entry["returned"], 0)
+    for entry in result["missing"]:
+        rows[entry["timing"]].missing[Contestant(entry["kind"], entry["layout"])] = ("failed", entry["reason"])
+    return rows
 
 
 def machine(run: dict[str, Any]) -> str:
     """What was measured, where and when."""
     seconds = sum(result["seconds"] for result in run["models"])
     spent = {kind: sum(result["compiling"][kind] for result in run["models"]) for kind in (COMPILE, FASTSEG)}
-    compiling = "".join(f", {seconds:.0f} s to compile and verify {KINDS[kind]}" for kind, seconds in spent.items())
+    compiling = "".join(f", {seconds:.0f} s to compile and verify {NAMES[kind]}" for kind, seconds in spent.items())
     return environment(run, seconds, compiling)
 
 
 def summary(run: dict[str, Any]) -> str:
     """How to read it, and a line for each model."""
-    names = list(KINDS.values())
-    head = ["model", "images", "classes", "replaced: step", "prediction", "difference: loss", "gradients"]
-    for what in ("step ms", "prediction ms", "peak MiB"):
-        head += [f"{what}: {names[0]}", *names[1:]]
-    lines = [head]
-    for result in run["models"]:
-        line = [result["name"], "x".join(map(str, result["images"])), str(result["classes"])]
-        line += [str(sum(result["replaced"][timing].values())) for timing in TIMINGS]
-        line += [scientific(result["difference"].get(name)) for name in ("loss", "gradients")]
-        lines.append([*line, *milliseconds(result, STEP), *milliseconds(result, PREDICTION), *mebibytes(result)])
-    return READING + "\n" + format_table(lines)
+    return _reading(run) + "\n" + format_table(_lines(run, "images", "classes"))
 
 
 def in_short(run: dict[str, Any]) -> str:
-    """`summary` for the README: the places replaced, step, prediction and memory."""
-    lines = [["model", "places", "step ms", "prediction ms", "peak MiB"]]
+    """`summary` for the README, whose lines should fit a screen."""
+    return _reading(run) + "\n" + format_table(_lines(run))
+
+
+def _reading(run: dict[str, Any]) -> str:
+    kinds = {entry["kind"] for result in run["models"] for entry in result["measured"]}
+    peers = ", ".join(name for kind, name in NAMES.items() if kind in kinds - {FASTSEG})
+    return textwrap.fill(READING.format(peers=peers), 120) + "\n"
+
+
+def _lines(run: dict[str, Any], *beside: str) -> list[list[str]]:
+    """A line for each model, with what it is measured on where that is asked for."""
+    lines = [["model", *beside, "places: step, prediction", "training step", "prediction", "memory"]]
     for result in run["models"]:
-        places = [str(sum(result["replaced"][timing].values())) for timing in TIMINGS]
-        triples = [[places[0], places[1]], *(milliseconds(result, timing) for timing in TIMINGS), mebibytes(result)]
-        lines.append([result["name"], *(" / ".join(triple) for triple in triples)])
-    return IN_SHORT + "\n" + format_table(lines)
+        rows, sizes = rows_of(result), {"images": "x".join(map(str, result["images"])), "classes": result["classes"]}
+        places = ", ".join(str(sum(result["replaced"][timing].values())) for timing in TIMINGS)
+        figures = (time(rows[STEP]), time(rows[PREDICTION]), memory(rows[STEP]))
+        lines.append([result["name"], *(str(sizes[name]) for name in beside), places, *figures])
+    return lines
 
 
-def milliseconds(result: dict[str, Any], timing: str) -> list[str]:
-    """A model's median times, `compared`."""
-    return compared({kind: 1e3 * median(of["rounds"]) for kind, of in result["timings"][timing].items()})
+def time(row: Row) -> str:
+    """Fastseg's milliseconds, and how many times faster it is than the fastest other."""
+    own, other = row.fastest([FASTSEG]), row.fastest(KINDS[1:])
+    if own is None:
+        return NOTHING
+    return f"{significant(1e3 * median(row.rounds[own]))} ms" + _compared(row.speedups(own, other), other)
 
 
-def mebibytes(result: dict[str, Any]) -> list[str]:
-    """The peak memory of a model's step, `compared`."""
-    peaks = {kind: of["peak"] for kind, of in result["timings"][STEP].items()}
-    return compared({kind: peak / MIB for kind, peak in peaks.items() if peak is not None})
+def memory(row: Row) -> str:
+    """Fastseg's MiB, and how many times less they are than the lowest peak of another."""
+    own = min((one for one in row.peaks if one.kind == FASTSEG), key=row.peaks.__getitem__, default=None)
+    other = min((one for one in row.peaks if one.kind != FASTSEG), key=row.peaks.__getitem__, default=None)
+    if own is None:
+        return NOTHING
+    ratio = [] if other is None else [row.peaks[other] / row.peaks[own]]
+    return f"{significant(row.peaks[own] / MIB)} MiB" + _compared(ratio, other)
 
 
-def compared(values: dict[str, float]) -> list[str]:
-    """A cell for each of `KINDS`; fastseg's bold where another's is lower."""
-    cells = [significant(values[kind]) if kind in values else NOTHING for kind in KINDS]
-    if FASTSEG in values and values[FASTSEG] > min(values.values()):
-        cells[-1] = f"**{cells[-1]}**"
-    return cells
+def _compared(values: list[float], other: Contestant | None) -> str:
+    return "" if other is None or not values else f", {factor(values).partition(' (')[0]} {NAMES[other.kind]}"
 
 
-def details(run: dict[str, Any]) -> str:
-    """The spread of the times, fastseg's factors within each round, and what was replaced by what."""
-    lines = [["model", "timing", *KINDS.values(), "x eager", "x torch.compile", "replaced by"]]
+def places(run: dict[str, Any]) -> str:
+    """What was replaced by what, and the backend's distance from eager PyTorch."""
+    lines = [["model", *TIMINGS, "difference of the loss", "of the gradients"]]
     for result in run["models"]:
+        line = [result["name"]]
         for timing in TIMINGS:
-            rounds = {kind: of["rounds"] for kind, of in result["timings"][timing].items()}
-            line = [result["name"], timing, *(spread(rounds[kind]) if kind in rounds else NOTHING for kind in KINDS)]
-            line += [factor(speedups(rounds, kind)) for kind in (EAGER, COMPILE)]
             counts = result["replaced"][timing].items()
-            lines.append([*line, ", ".join(f"{count} {operator}" for operator, count in counts) or "nothing"])
+            line.append(", ".join(f"{count} {operator}" for operator, count in counts) or "nothing")
+        lines.append([*line, *(scientific(result["difference"].get(name)) for name in ("loss", "gradients"))])
     return (
-        "## Times\n\nMilliseconds with the first and the third quartile; how many times faster fastseg is, within each "
-        f"round\n\n{format_table(lines)}"
+        "## Places\n\nWhat was replaced; the largest difference between the backend and eager PyTorch in float64, over "
+        f"the largest value of eager's\n\n{format_table(lines)}"
     )
-
-
-def speedups(rounds: dict[str, list[float]], kind: str) -> list[float]:
-    """How many times faster fastseg is in each round."""
-    return [theirs / ours for theirs, ours in zip(rounds.get(kind, ()), rounds.get(FASTSEG, ()), strict=False)]
 
 
 def scientific(value: float | None) -> str:
@@ -133,5 +145,6 @@ def missing(run: dict[str, Any]) -> str:
     for result in run["models"]:
         for entry in result["missing"]:
             reason = " ".join(entry["reason"].splitlines()[:2])
-            lines.append(f"* {result['name']}, {entry['timing']}, {KINDS[entry['kind']]}: `{reason}`\n")
+            contestant = label(Contestant(entry["kind"], entry["layout"]))
+            lines.append(f"* {result['name']}, {entry['timing']}, {contestant}: `{reason}`\n")
     return "".join(["## Not measured\n\n", *lines]) if lines else ""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.cases.bench_models import ModelCase
-from benchmarks.harness.suite import Job
+from benchmarks.harness.suite import ONNXRUNTIME, OPENVINO, Contestant, Job
 from benchmarks.third_party.models import (
     LOGITS,
     OWN_LOSS,
@@ -25,6 +25,7 @@ from benchmarks.third_party.models import (
     torchvision,
     upernet,
 )
+from fastseg.testing import MEMORY_FORMATS
 
 INSTALL = "pip install '.[models]'"
 
@@ -67,19 +68,19 @@ class ThirdPartyCase(ModelCase):
         return self.network
 
     @property
-    def layouts(self) -> tuple[str, ...]:
-        """As the libraries make them."""
-        return ("nchw",)
-
-    @property
     def fullgraph(self) -> bool:
         """Some do what TorchDynamo can't capture, between graphs."""
         return False
 
     @property
-    def deployable(self) -> bool:
-        """OpenVINO isn't asked."""
-        return False
+    def deployments(self) -> tuple[str, ...]:
+        """Both."""
+        return (OPENVINO, ONNXRUNTIME)
+
+    def contestants(self, training: bool) -> list[Contestant]:
+        """Predictions in both memory formats; steps as the libraries make the models, to end in time."""
+        everyone = super().contestants(training)
+        return [contestant for contestant in everyone if not training or contestant.layout == "nchw"]
 
     def missing(self) -> str | None:
         """Why it can't be measured, or None."""
@@ -87,32 +88,19 @@ class ThirdPartyCase(ModelCase):
 
     def job(self, fused: bool, layout: str, training: bool, dtype: torch.dtype | None = None) -> Job:
         """The loss with its gradients, or the prediction."""
-        if fused and dtype is None:
-            return self.fused_step if training else self.fused_prediction
-        model = Called(self.made(dtype), self.use)
-        images = self.device.make(self.images, dtype)
+        model: nn.Module = Called(self.made(dtype), self.use)
+        model.to(memory_format=MEMORY_FORMATS[layout])  # type: ignore[call-overload]
+        images = self.device.make(self.images, dtype, layout=layout)
         # transformers' models prepare themselves in their first call, in a way that breaks TorchDynamo's graphs.
         with torch.no_grad():
             model.eval()(images)
         model.train(training)
+        call = torch.compile(model, dynamic=False, backend="fastseg") if fused else model
         if not training:
-            return Job(model, (images,))
+            model.requires_grad_(False)  # what is deployed takes the weights as constants
+            return Job(call, (images,))
         labels = self.device.make_labels(self.labels, self.classes, seed=1)
-        return Job(model, (images, labels), tuple(model.parameters()))
-
-    @functools.cached_property
-    def fused_step(self) -> Job:
-        """A training step through the backend: one, compiled once."""
-        return self._fused(training=True)
-
-    @functools.cached_property
-    def fused_prediction(self) -> Job:
-        """A prediction through the backend."""
-        return self._fused(training=False)
-
-    def _fused(self, training: bool) -> Job:
-        job = self.job(False, "nchw", training)
-        return job._replace(function=torch.compile(job.function, dynamic=False, backend="fastseg"))
+        return Job(call, (images, labels), tuple(model.parameters()))
 
     def made(self, dtype: torch.dtype | None) -> nn.Module:
         """The model, with the same weights every time."""

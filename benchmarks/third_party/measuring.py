@@ -37,28 +37,37 @@ EFFORT = Effort(seconds=6, least_rounds=5, most_rounds=30)
 def measure(case: ThirdPartyCase, effort: Effort = EFFORT) -> dict[str, Any]:
     """What `benchmarks.reports.third_party` writes of a model."""
     start = perf_counter()
-    result: dict[str, Any] = {"name": case.name, "images": case.images, "classes": case.classes, "missing": []}
-    timings: dict[str, dict[str, Any]] = {timing: {} for timing in TIMINGS}
-    replaced: dict[str, Counter[str]] = {}
+    result: dict[str, Any] = {"name": case.name, "images": case.images, "classes": case.classes}
+    measured: list[dict[str, Any]] = []
+    missing: list[dict[str, Any]] = []
     for timing in TIMINGS:
         with (
             torch._inductor.config.patch(dict(case.inductor)),
             torch._dynamo.config.patch(recompile_limit=ENOUGH_GRAPHS),
-            fastseg.recording() as found,
         ):
             outcomes = verify_and_time(case, timing == STEP, effort)
         for contestant, outcome in outcomes.items():
+            entry = {"timing": timing, **contestant._asdict()}
             if isinstance(outcome, Measured):
                 seconds = [sum(passes) for passes in outcome.rounds]
-                timings[timing][contestant.kind] = {"rounds": seconds, "peak": outcome.peak}
+                measured.append(entry | {"rounds": seconds, "peak": outcome.peak, "returned": outcome.returned})
             else:
-                reason = f"{type(outcome).__name__}: {outcome}"
-                result["missing"].append({"timing": timing, "kind": contestant.kind, "reason": reason})
-        replaced[timing] = Counter(replacement.operator for replacement in found.replaced)
-    result |= {"timings": timings, "replaced": replaced}
-    result["difference"] = difference(case) if FASTSEG in timings[STEP] else {}  # of what was verified
+                missing.append(entry | {"reason": f"{type(outcome).__name__}: {outcome}"})
+    result |= {"measured": measured, "missing": missing}
+    result["replaced"] = {timing: replaced(case, timing == STEP) for timing in TIMINGS}
+    verified = any(entry["timing"] == STEP and entry["kind"] == FASTSEG for entry in measured)
+    result["difference"] = difference(case) if verified else {}
     compiling = {kind: COMPILERS.spent[type(case), kind] for kind in (COMPILE, FASTSEG)}
     return result | {"seconds": perf_counter() - start, "compiling": compiling}
+
+
+def replaced(case: ThirdPartyCase, training: bool) -> Counter[str]:
+    """How many places each operator serves, in NCHW; without Inductor, which doesn't change them."""
+    job = case.job(False, "nchw", training)
+    compiled = torch.compile(job.function, dynamic=False, backend="fastseg", options={"inner": "eager"})
+    with fastseg.recording() as found:
+        job._replace(function=compiled).results()
+    return Counter(replacement.operator for replacement in found.replaced)
 
 
 def difference(case: ThirdPartyCase) -> dict[str, float]:

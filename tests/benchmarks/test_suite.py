@@ -247,16 +247,16 @@ def test_compilers_are_left_out_when_their_time_is_up(monkeypatch: pytest.Monkey
     for contestant, outcome in suite.measure.__wrapped__(LOGITS, False, ONE_ROUND).items():
         left_out = contestant.kind == suite.COMPILE
         assert isinstance(outcome, compile_time.OutOfTimeError if left_out else suite.Measured)
-    with suite.COMPILERS.turn(FIRST_LAYER, suite.COMPILE):  # another operator has time of its own
+    with suite.COMPILERS.turn(ConvReLUPool2dCase, "cpu", suite.COMPILE):  # another operator has time of its own
         pass
     assert suite.COMPILERS.spent[ConvReLUPool2dCase, suite.COMPILE] > 0
     monkeypatch.setitem(compile_time.COMPILE_TIME, "cpu", compile_time.CompileTime({}, until=0))
     with (
         pytest.raises(compile_time.OutOfTimeError, match="0 s after the start"),
-        suite.COMPILERS.turn(LOGITS, "max-autotune"),
+        suite.COMPILERS.turn(CrossEntropyCase, "cpu", "max-autotune"),
     ):
         pass
-    with suite.COMPILERS.turn(LOGITS, suite.EAGER):
+    with suite.COMPILERS.turn(CrossEntropyCase, "cpu", suite.EAGER):
         pass
 
 

@@ -1,17 +1,17 @@
 """The benchmark of third-party models: what is measured of one, and its tables in a file and in the README."""
 
-import dataclasses
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 pytest.importorskip("benchmarks", reason="benchmarks/ is part of a checkout, not of the installed package")
 pytest.importorskip("matplotlib", reason="matplotlib isn't installed: it comes with the extra [train]")
-from benchmarks.harness.suite import COMPILE, EAGER, FASTSEG, Effort
+from benchmarks.harness.suite import COMPILE, DEPLOYMENTS, EAGER, FASTSEG, OPENVINO, Effort, Job
 from benchmarks.reports import third_party as report
 from benchmarks.reports.third_party import BEGIN, END
 from benchmarks.third_party import __main__, measuring
@@ -30,25 +30,35 @@ def up() -> nn.Module:
     return nn.Upsample(scale_factor=2, mode="bilinear")
 
 
-CASE = ThirdPartyCase("torch.Sequential", (2, 3, 16, 24), "torch", network, LOGITS, 5)
+SEQUENTIAL = "torch.Sequential", (2, 3, 16, 24), "torch", network, LOGITS, 5
+CASE = ThirdPartyCase(*SEQUENTIAL)
 ABSENT = ThirdPartyCase("absent.Net", (2, 3, 16, 24), "no_such_package", network, LOGITS, 5)
 BROKEN = ThirdPartyCase("torch.Broken", (2, 3, 16, 24), "torch", lambda classes: nn.Identity(), LOGITS, 5)
 
 
 def measured(name: str, fastseg: float) -> dict[str, Any]:
-    """What `measuring.measure` gives: 3, 2 and ``fastseg`` seconds, and MiB."""
-    rounds = {kind: {"rounds": [value] * 3, "peak": int(value * 2**20)} for kind, value in times(fastseg).items()}
+    """What `measuring.measure` gives: ``fastseg`` and 3, 2 seconds and MiB; of OpenVINO 1.5 seconds of a prediction."""
+    entries = [entry("step", kind, seconds) for kind, seconds in times(fastseg).items()]
+    entries += [entry("prediction", kind, seconds) for kind, seconds in times(fastseg).items()]
+    entries += [entry("prediction", OPENVINO, 1.5, "channels_last") | {"peak": None}]
     return {
         "name": name,
         "images": [1, 3, 8, 8],
         "classes": 4,
         "missing": [],
         "replaced": {"step": {"cross_entropy": 1, "conv_relu_pool2d": 2}, "prediction": {}},
-        "timings": {"step": rounds, "prediction": rounds},
+        "measured": entries,
         "difference": {"loss": 0.0, "gradients": 1.3e-6},
         "seconds": 10.0,
         "compiling": {COMPILE: 4.0, FASTSEG: 3.0},
     }
+
+
+def entry(timing: str, kind: str, seconds: float, layout: str = "nchw") -> dict[str, Any]:
+    return {
+        "timing": timing, "kind": kind, "layout": layout, "rounds": [seconds] * 3, "peak": int(seconds * 2**20),
+        "returned": 2**19,
+    }  # fmt: skip
 
 
 def times(fastseg: float) -> dict[str, float]:
@@ -57,9 +67,10 @@ def times(fastseg: float) -> dict[str, float]:
 
 def failed(name: str) -> dict[str, Any]:
     result = measured(name, 1.0)
-    del result["timings"]["step"][FASTSEG]
-    entry = {"timing": "step", "kind": FASTSEG, "reason": "AssertionError: result 0: too far\nfrom the truth"}
-    return result | {"missing": [entry], "difference": {}}
+    of_step = {"timing": "step", "kind": FASTSEG, "layout": "nchw"}
+    result["measured"] = [entry for entry in result["measured"] if not of_step.items() <= entry.items()]
+    missing = of_step | {"reason": "AssertionError: result 0: too far\nfrom the truth"}
+    return result | {"missing": [missing], "difference": {}}
 
 
 RUN = {
@@ -83,20 +94,23 @@ def cells(text: str, name: str) -> list[str]:
 
 def test_a_line_for_each_model() -> None:
     text = report.summary(RUN)
-    common = ["1x3x8x8", "4", "3", "0"]
     assert cells(text, "a.Fast") == [
-        "a.Fast", *common, "0.0e+00", "1.3e-06", *["3000", "2000", "1000"] * 2, "3.00", "2.00", "1.00",
+        "a.Fast", "1x3x8x8", "4", "3, 0", "1000 ms, 2.00x torch.compile", "1000 ms, 1.50x OpenVINO",
+        "1.00 MiB, 2.00x torch.compile",
     ]  # fmt: skip
-    assert cells(text, "a.Slow")[-9:] == [*["3000", "2000", "**2500**"] * 2, "3.00", "2.00", "**2.50**"]
-    assert cells(text, "a.Failed")[5:10] == ["-", "-", "3000", "2000", "-"]
+    assert cells(text, "a.Slow")[-3:] == [
+        "2500 ms, **0.80x** torch.compile", "2500 ms, **0.60x** OpenVINO", "2.50 MiB, **0.80x** torch.compile",
+    ]  # fmt: skip
+    assert cells(text, "a.Failed")[-3:] == ["-", "1000 ms, 1.50x OpenVINO", "-"]
     heads = next(line for line in text.splitlines() if line.startswith("| model"))
     assert heads.count("|") == text.splitlines()[-1].count("|")
 
 
 def test_a_line_for_each_model_in_short() -> None:
     text = report.in_short(RUN)
-    assert cells(text, "a.Slow") == ["a.Slow", "3 / 0", *["3000 / 2000 / **2500**"] * 2, "3.00 / 2.00 / **2.50**"]
-    assert cells(text, "a.Failed")[2] == "3000 / 2000 / -"
+    whole = cells(report.summary(RUN), "a.Fast")
+    assert cells(text, "a.Fast") == [whole[0], *whole[3:]]
+    assert "the fastest other (of eager, torch.compile, OpenVINO)" in " ".join(text.split())
 
 
 def test_the_file(tmp_path: Path) -> None:
@@ -105,16 +119,21 @@ def test_the_file(tmp_path: Path) -> None:
     assert report.summary(RUN) in text
     assert "* avx2 kernels, 2 threads\n* A chip, 2 cores, Linux\n* fastseg 0.1.0 (commit 0123456789 with local" in text
     assert "30 s in all, 12 s to compile and verify torch.compile, 9 s to compile and verify fastseg\n" in text
-    details = text[text.index("## Times") :]
+    details, memory = text[text.index("## Models") :], text[text.index("Peak memory") :]
+    assert "| fastseg NCHW | eager NCHW | compile NCHW | openvino channels_last | fastseg NCHW x best" in details
     assert cells(details, "a.Slow | step")[2:] == [
-        "3000 (3000 - 3000)", "2000 (2000 - 2000)", "2500 (2500 - 2500)", "1.20x (1.20 - 1.20)",
-        "**0.80x** (0.80 - 0.80)", "1 cross_entropy, 2 conv_relu_pool2d",
+        "2500 (2500 - 2500)", "3000 (3000 - 3000)", "2000 (2000 - 2000)", "-", "**0.80x** (0.80 - 0.80)",
     ]  # fmt: skip
-    assert cells(details, "a.Slow | prediction")[-1] == "nothing"
-    assert cells(details, "a.Failed | step")[4:7] == ["-", "-", "-"]
+    assert cells(details, "a.Failed | step")[2] == "failed"
+    assert cells(memory, "a.Slow | prediction")[2:6] == ["2.5 (2.0)", "3.0 (2.5)", "2.0 (1.5)", "- (-)"]
+    places = text[text.index("## Places") :]
+    assert cells(places, "a.Slow") == [
+        "a.Slow", "1 cross_entropy, 2 conv_relu_pool2d", "nothing", "0.0e+00", "1.3e-06",
+    ]  # fmt: skip
+    assert cells(places, "a.Failed")[-2:] == ["-", "-"]
     assert text.endswith(
         "## Not measured\n\n* b.Absent: needs b: pip install '.[models]'\n"
-        "* a.Failed, step, fastseg: `AssertionError: result 0: too far from the truth`\n"
+        "* a.Failed, step, fastseg NCHW: `AssertionError: result 0: too far from the truth`\n"
     )
 
 
@@ -137,6 +156,19 @@ def test_the_projects_readme_has_the_marks() -> None:
 # ---- measuring ----
 
 
+class Wrong(ThirdPartyCase):
+    """A model whose training step fastseg gets wrong."""
+
+    def job(self, fused: bool, layout: str, training: bool, dtype: torch.dtype | None = None) -> Job:
+        job = super().job(fused, layout, training, dtype)
+        wrong = fused and training
+        return job._replace(arguments=(1.01 * job.arguments[0], *job.arguments[1:])) if wrong else job
+
+
+def contestants(result: dict[str, Any], timing: str) -> set[tuple[str, str]]:
+    return {(entry["kind"], entry["layout"]) for entry in result["measured"] if entry["timing"] == timing}
+
+
 def test_a_model_is_verified_and_measured() -> None:
     result = json.loads(json.dumps(measuring.measure(CASE, ONE_ROUND)))
     assert result["missing"] == []
@@ -144,22 +176,22 @@ def test_a_model_is_verified_and_measured() -> None:
         "step": {"conv_relu_pool2d": 1, "upsample_cross_entropy": 1},
         "prediction": {"conv_relu_pool2d": 1, "upsample_argmax": 1},
     }
-    for timing in ("step", "prediction"):
-        assert set(result["timings"][timing]) == {FASTSEG, EAGER, COMPILE}
-        assert all(len(of["rounds"]) == 1 and min(of["rounds"]) > 0 for of in result["timings"][timing].values())
+    assert contestants(result, "step") == {(kind, "nchw") for kind in (FASTSEG, EAGER, COMPILE)}
+    deployed = [kind for kind, peer in DEPLOYMENTS.items() if peer.version() is not None]
+    assert contestants(result, "prediction") == {
+        (kind, layout) for kind in (FASTSEG, EAGER, COMPILE, *deployed) for layout in ("nchw", "channels_last")
+    }
+    assert all(len(entry["rounds"]) == 1 and min(entry["rounds"]) > 0 for entry in result["measured"])
     assert set(result["difference"]) == {"loss", "gradients"}
     assert all(0 <= value < 1e-12 for value in result["difference"].values())
 
 
 def test_a_wrong_gradient_is_not_measured() -> None:
-    case = dataclasses.replace(CASE)
-    images, labels = case.fused_step.arguments
-    vars(case)["fused_step"] = case.fused_step._replace(arguments=(1.01 * images, labels))
-    result = measuring.measure(case, ONE_ROUND)
+    result = measuring.measure(Wrong(*SEQUENTIAL), ONE_ROUND)
     (entry,) = result["missing"]
     assert (entry["timing"], entry["kind"]) == ("step", FASTSEG)
     assert "exceeds" in entry["reason"]
-    assert set(result["timings"]["step"]) == {EAGER, COMPILE}
+    assert contestants(result, "step") == {(EAGER, "nchw"), (COMPILE, "nchw")}
     assert result["difference"] == {}
 
 
@@ -187,8 +219,8 @@ def test_the_command_writes_file_and_readme(monkeypatch: pytest.MonkeyPatch, tmp
         "absent.Net": "needs no_such_package: pip install '.[models]'",
         "torch.Broken": "its process ended",
     }
-    assert cells(readme.read_text(), "torch.Sequential")[1:3] == ["3 / 0", "3000 / 2000 / 1000"]
-    assert cells(out.read_text(), "torch.Sequential")[3:5] == ["3", "0"]
+    assert cells(readme.read_text(), "torch.Sequential")[1:3] == ["3, 0", "1000 ms, 2.00x torch.compile"]
+    assert cells(out.read_text(), "torch.Sequential")[1:4] == ["1x3x8x8", "4", "3, 0"]
     assert command(monkeypatch, [CASE], f"--out={out}", f"--readme={readme}", f"--from={results}") == 1
     # What is measured again replaces what was there, the rest stays.
     assert command(monkeypatch, [CASE, ABSENT], f"--out={out}", f"--json={results}", "--only=torch.Sequential") == 1
