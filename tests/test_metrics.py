@@ -3,7 +3,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing
 
 from fastseg import functional
 from fastseg.metrics import (
@@ -17,6 +16,7 @@ from fastseg.metrics import (
 from fastseg.ops.upsample_confusion_matrix import POISON
 from fastseg.testing import make, make_labels
 from tests.losses import cases as losses_cases
+from tests.ranks import run_two_ranks
 
 torchmetrics = losses_cases.original("torchmetrics.functional.classification")
 
@@ -224,9 +224,8 @@ def test_what_does_not_fit_is_refused() -> None:
         ConfusionMatrix(5).update(target, target)
 
 
-def sum_over_ranks(rank: int, store: str) -> None:
+def sum_over_ranks(rank: int) -> None:
     """One of two ranks, which see different numbers of batches: both must come to the scores of all batches."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     alone, shared = ConfusionMatrix(5, 255), ConfusionMatrix(5, 255)
     for seed in range(3):
         logits, target = batch(seed)
@@ -236,11 +235,10 @@ def sum_over_ranks(rank: int, store: str) -> None:
     assert torch.equal(shared.total(), alone.counts)
     assert torch.equal(shared.total(), alone.counts)  # a total does not add itself to the counts
     assert shared.scores() == scores(alone.counts)
-    torch.distributed.destroy_process_group()
 
 
 def test_ranks_add_up(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(sum_over_ranks, (str(tmp_path / "store"),), nprocs=2)
+    run_two_ranks(sum_over_ranks, tmp_path)
 
 
 # ---- precision and the like, boundaries, calibration ----

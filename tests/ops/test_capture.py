@@ -15,6 +15,7 @@ import fastseg
 from fastseg import _native, functional, models, reference
 from fastseg.losses import monai, smp
 from fastseg.testing import make, make_labels
+from tests.ranks import run_two_ranks
 
 CLASSES = 5
 
@@ -308,11 +309,10 @@ def test_packages_of_aotinductor_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
     torch.testing.assert_close(list(torch._inductor.aoti_load_package(package)(logits)), list(module(logits)))
 
 
-def check_shards(rank: int, store: str) -> None:
+def check_shards(rank: int) -> None:
     """Values and gradients of every call with tensors on a mesh of two processes."""
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     mesh = torch.distributed.init_device_mesh("cpu", (2,))
 
     def run(call: str, place: Callable[[Tensor, bool], Tensor]) -> list[Tensor]:
@@ -325,23 +325,20 @@ def check_shards(rank: int, store: str) -> None:
         result = results[0] if isinstance(results, tuple) else results
         return [result, *torch.autograd.grad(result.sum(), [leaf for leaf in leaves if leaf.requires_grad])]
 
-    try:
-        for call in CALLS:
-            whole = run(call, lambda tensor, _: tensor)
-            for placement in (Shard(0), Replicate()):
-                shards = run(
-                    call,
-                    lambda tensor, has_images, placement=placement: distribute_tensor(
-                        tensor, mesh, [placement if has_images else Replicate()]
-                    ),
+    for call in CALLS:
+        whole = run(call, lambda tensor, _: tensor)
+        for placement in (Shard(0), Replicate()):
+            shards = run(
+                call,
+                lambda tensor, has_images, placement=placement: distribute_tensor(
+                    tensor, mesh, [placement if has_images else Replicate()]
+                ),
+            )
+            for actual, expected in zip(shards, whole, strict=True):
+                torch.testing.assert_close(
+                    actual.full_tensor(), expected, rtol=1e-3, atol=1e-4, msg=lambda m, call=call: f"{call}: {m}"
                 )
-                for actual, expected in zip(shards, whole, strict=True):
-                    torch.testing.assert_close(
-                        actual.full_tensor(), expected, rtol=1e-3, atol=1e-4, msg=lambda m, call=call: f"{call}: {m}"
-                    )
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 def test_shards_of_a_batch_give_what_the_batch_gives(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(check_shards, (str(tmp_path / "store"),), nprocs=2)
+    run_two_ranks(check_shards, tmp_path)

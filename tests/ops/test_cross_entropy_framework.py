@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing
 import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor, nn
@@ -19,6 +18,7 @@ import fastseg
 from fastseg import _native, functional, reference
 from fastseg.ops import cross_entropy as operator
 from fastseg.testing import assert_parity, make, make_labels, values_and_gradients
+from tests.ranks import run_two_ranks
 
 pytestmark = pytest.mark.usefixtures("kernels_for_small_logits")
 
@@ -261,11 +261,9 @@ def test_without_extension_takes_plain_pytorch_and_says_so(
 # ---- two processes ----
 
 
-def train_one_step(rank: int, store: str) -> None:
+def train_one_step(rank: int) -> None:
     """One rank: its gradients after DistributedDataParallel's average must be plain PyTorch's."""
     operator.PLAIN_MAX_LOGITS = 0  # a process of its own, without the fixture
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     images, target = make((2, 3, 8, 8), seed=rank), make_labels((2, 8, 8), 5, seed=rank)
     target[:, : 1 + 5 * rank] = 255  # the ranks differ in their numbers of valid pixels
     mine, plain = (
@@ -277,8 +275,7 @@ def train_one_step(rank: int, store: str) -> None:
     for gradient in first:
         torch.distributed.broadcast(gradient, 0)
     torch.testing.assert_close(mine, first, rtol=0, atol=0)
-    torch.distributed.destroy_process_group()
 
 
 def test_two_ranks_with_different_numbers_of_valid_pixels(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(train_one_step, (str(tmp_path / "store"),), nprocs=2)
+    run_two_ranks(train_one_step, tmp_path)
