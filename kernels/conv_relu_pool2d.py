@@ -164,11 +164,6 @@ def _takes_tf32(weight: Tensor) -> bool:
     return weight.dtype == torch.float32 and not weight.is_cpu and convolutions_take_tf32()
 
 
-def uses_tensor_cores(weight: Tensor) -> bool:
-    """Whether a product with the weight runs on tensor cores: half types, and float32 where torch allows TF32."""
-    return weight.dtype.itemsize == 2 or _takes_tf32(weight)
-
-
 def sizes_of(input: Tensor, convolved: tuple[int, int], output: Tensor) -> dict[str, int]:
     """Height and width of the three maps."""
     return {

@@ -8,11 +8,8 @@ no more reading. Products with the zeros between them are the price. What that s
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from fastseg.kernels.conv_relu_pool2d import (
     ForwardTensors,
@@ -21,7 +18,6 @@ from fastseg.kernels.conv_relu_pool2d import (
     forward_arguments,
     load_patches,
     taps,
-    uses_tensor_cores,
     window_pixels,
     within,
 )
@@ -187,8 +183,6 @@ def conv_relu_pool2d_forward_fields(
 
 # ---- launcher ----
 
-MOST_INPUTS = 64  # in a field: one tile of a product
-
 # 0.35 ms for 32 x 3 x 512^2 to 64 channels in bfloat16 (H100, 2026-11-26); no other tiles were tried yet. 64 windows by
 # four positions of 64 channels are 128 sums for each thread of four warps.
 FORWARD_PLANS = {
@@ -202,32 +196,15 @@ FORWARD_PLANS = {
 SHARES_PER_MULTIPROCESSOR = 2
 
 
-def field_of(kernel: tuple[int, ...], geometry: Any) -> tuple[int, int]:
-    """Height and width of what a window sees of the input."""
-    height, width = (
-        (geometry.pool_size[axis] - 1) * geometry.stride[axis] + (kernel[axis] - 1) * geometry.dilation[axis] + 1
-        for axis in (0, 1)
-    )
-    return height, width
-
-
-def serves(weight: Tensor, geometry: Any) -> bool:
-    """Whether this kernel serves a call: small fields of four positions, on tensor cores."""
-    height, width = field_of(tuple(weight.shape[2:]), geometry)
-    positions = geometry.pool_size[0] * geometry.pool_size[1]
-    small = height * width * weight.shape[1] <= MOST_INPUTS
-    return positions == POSITIONS.value and small and uses_tensor_cores(weight)
-
-
 @replayed
 def forward(tensors: ForwardTensors, options: Options) -> None:
-    """As `fastseg.kernels.conv_relu_pool2d.forward`, for calls that this kernel `serves`."""
+    """As `fastseg.kernels.conv_relu_pool2d.forward`, for calls that `algorithms.fits_fields` of."""
     input, weight, _, output, _ = tensors
     if output.numel() == 0:
         return
-    field, device = field_of(tuple(weight.shape[2:]), options.geometry), input.device
+    field, device = options.geometry.field(weight.shape[2:]), input.device
     block_k = next_power_of_2(field[0] * field[1] * weight.shape[1], 16)
-    bucket = bucket_of(weight, weight.shape[0], block_k, MOST_INPUTS)
+    bucket = bucket_of(weight, weight.shape[0], block_k, block_k)
     plan = choose(conv_relu_pool2d_forward_fields, bucket, FORWARD_PLANS, device)
     images, out_channels, pooled_h, pooled_w = output.shape
     tiling = tile_map(plan.tile["BLOCK_P"], pooled_h, pooled_w)

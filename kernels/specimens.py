@@ -19,6 +19,7 @@ from fastseg.kernels import (
 )
 from fastseg.kernels.specimen import Call, Specimen, describe, fill, make_tensor
 from fastseg.kernels.specimens_upsampling import UPSAMPLING
+from fastseg.ops.convolution.algorithms import fits_fields
 from fastseg.ops.convolution.geometry import Geometry, output_shapes, resolve
 
 # ---- cross_entropy ----
@@ -175,7 +176,7 @@ class _Convolution:
         """Whether the kernel for first layers serves the call."""
         with _tf32(self.allow_tf32):
             geometry, _, (_, weight, *_) = self.tensors(torch.device("meta"))
-            return conv_relu_pool2d_fields.serves(weight, geometry)
+            return fits_fields(weight, geometry)
 
     def tensors(self, device: torch.device) -> tuple[Geometry, tuple[int, int], tuple[Tensor, ...]]:
         """The geometry, the convolution's height and width, and input, weight, bias, output and positions."""

@@ -12,7 +12,6 @@ import torch
 from fastseg import _native, reference
 from fastseg.ops import (
     cross_entropy,
-    relu_pool2d,
     upsample_argmax,
     upsample_confusion_matrix,
     upsample_cross_entropy,
@@ -137,8 +136,8 @@ def kernels_for_small_logits(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def kernels_for_small_maps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leads relu_pool2d's small maps, too, to the kernels."""
-    monkeypatch.setattr(relu_pool2d, "PLAIN_MAX_VALUES", 0)
-    monkeypatch.setattr(relu_pool2d, "PLAIN_MAX_VALUES_CHANNELS_LAST", 0)
+    monkeypatch.setattr(algorithms, "PLAIN_POOL_MAX_VALUES", 0)
+    monkeypatch.setattr(algorithms, "PLAIN_POOL_MAX_VALUES_CHANNELS_LAST", 0)
 
 
 @pytest.fixture

@@ -1,7 +1,12 @@
-// conv_relu_pool2d for Python; conv2d and relu_pool2d, which share its kernels, too.
+// The convolutions for Python. A call's tensors come in one tuple, in the order in which the binding reads them, and
+// its geometry in one row of numbers: names for them would cost a call 1 to 2 us (2 cores, AMD Zen 3, 2026-11-26).
 #include "core/bindings.h"
 
 #include <algorithm>
+#include <initializer_list>
+#include <iterator>
+#include <stdexcept>
+#include <string>
 
 #include "convolution/conv_relu_pool2d.h"
 #include "core/parallel.h"
@@ -10,33 +15,36 @@ namespace fastseg {
 namespace python {  // the functions' names are the kernels' names
 namespace {
 
-// In the order of fastseg/ops/convolution/geometry.py's flatten(); groups and ceil_mode, the last two, are
-// Python's.
-constexpr size_t kGeometryNumbers = 14;
-
 // A map with more elements than this is no tensor's; up to it, the kernels' products of sizes fit 64 bits.
 constexpr double kMostElements = 1e15;
 
+// The pairs that a geometry's numbers begin with; what follows is Python's.
+constexpr struct {
+  const char* name;
+  int64_t (ConvPoolGeometry::*pair)[2];
+  int64_t least;
+} kPairs[] = {{"stride", &ConvPoolGeometry::stride, 1},           {"padding", &ConvPoolGeometry::padding, 0},
+              {"dilation", &ConvPoolGeometry::dilation, 1},       {"pool_size", &ConvPoolGeometry::pool_size, 1},
+              {"pool_stride", &ConvPoolGeometry::pool_stride, 1}, {"pool_padding", &ConvPoolGeometry::pool_padding, 0}};
+
 ConvPoolGeometry read_geometry(const py::sequence& numbers) {
-  require(numbers.size() == kGeometryNumbers, "the geometry is 14 numbers");
+  require(numbers.size() >= 2 * std::size(kPairs), "the geometry has too few numbers");
   ConvPoolGeometry g;
-  const struct {
-    int64_t* pair;
-    int64_t least;
-    const char* what;
-  } fields[] = {{g.stride, 1, "stride is positive"},           {g.padding, 0, "padding is not negative"},
-                {g.dilation, 1, "dilation is positive"},       {g.pool_size, 1, "pool_size is positive"},
-                {g.pool_stride, 1, "pool_stride is positive"}, {g.pool_padding, 0, "pool_padding is not negative"}};
   size_t next = 0;
-  for (const auto& field : fields) {
-    for (int axis = 0; axis < 2; ++axis) {
-      field.pair[axis] = numbers[next++].cast<int64_t>();
-      require(field.pair[axis] >= field.least, field.what);
-      require(field.pair[axis] <= INT32_MAX, "a number of the geometry fits 32 bits");
+  for (const auto& [name, pair, least] : kPairs) {
+    for (int64_t& number : g.*pair) {
+      number = numbers[next++].cast<int64_t>();
+      if (number < least || number > INT32_MAX) throw std::invalid_argument(std::string(name) + " is out of range");
     }
   }
   require(g.pool_size[0] * g.pool_size[1] <= kCut, "a pool window has at most 255 positions");
   return g;
+}
+
+void read_tensors(const py::tuple& descriptions, std::initializer_list<Tensor*> tensors) {
+  require(descriptions.size() == tensors.size(), "there is a tensor or None for each that the kernel knows");
+  size_t next = 0;
+  for (Tensor* tensor : tensors) *tensor = from_python(descriptions[next++]);
 }
 
 // A stride that leads past the end is never taken: it is as short as a window may be, or as what it goes along.
@@ -62,99 +70,94 @@ void check_pooled(const Tensor& pooled, const Tensor& positions) {
           "positions are uint8, of the output's shape");
 }
 
+int64_t convolved_size(const Tensor& input, const Tensor& weight, const ConvPoolGeometry& g, int axis) {
+  const int64_t reach = (weight.size[2 + axis] - 1) * g.dilation[axis] + 1;
+  const int64_t room = input.size[2 + axis] + 2 * g.padding[axis] - reach;
+  require(weight.size[2 + axis] > 0 && room >= 0, "the kernel is larger than the padded input");
+  check_stride(g.stride[axis], room + 1);
+  return room / g.stride[axis] + 1;
+}
+
 void check_convolution(const Tensor& input, const Tensor& weight, const Tensor& pooled, const ConvPoolGeometry& g) {
   require(input.ndim == 4 && weight.ndim == 4 && is_floating(input), "input and weight have four dimensions");
   require(weight.dtype == input.dtype && pooled.dtype == input.dtype, "input, weight and output have one dtype");
   require(weight.size[1] == input.size[1], "weight and input have the same channels (no groups here)");
   require(pooled.size[0] == input.size[0] && pooled.size[1] == weight.size[0], "output is [N, K, ...]");
-  int64_t convolved[2];
   double elements = static_cast<double>(input.size[1]);
-  for (int i = 0; i < 2; ++i) {
-    const int64_t reach = (weight.size[2 + i] - 1) * g.dilation[i] + 1;
-    const int64_t room = input.size[2 + i] + 2 * g.padding[i] - reach;
-    require(weight.size[2 + i] > 0 && room >= 0, "the kernel is larger than the padded input");
-    check_stride(g.stride[i], room + 1);
-    convolved[i] = room / g.stride[i] + 1;
-    elements *= static_cast<double>(input.size[2 + i] + 2 * g.padding[i]);
-  }
+  for (int i = 0; i < 2; ++i) elements *= static_cast<double>(input.size[2 + i] + 2 * g.padding[i]);
   require(elements <= kMostElements, "the padded input is not larger than any tensor");
-  check_pool(pooled, convolved[0], convolved[1], g);
+  check_pool(pooled, convolved_size(input, weight, g, 0), convolved_size(input, weight, g, 1), g);
 }
 
-void read_gradients(const py::object& input, const py::object& weight, const py::object& grad_input,
-                    const py::object& grad_weight, const py::object& grad_bias, int threads, ConvGradients* call) {
-  call->input = from_python(input);
-  call->weight = from_python(weight);
-  call->grad_input = from_python(grad_input);
-  call->grad_weight = from_python(grad_weight);
-  call->grad_bias = from_python(grad_bias);
-  call->threads = threads;
-  const auto like = [&](const Tensor& gradient, const Tensor& tensor) {
-    return !gradient || (same_shape(gradient, tensor) && gradient.dtype == call->input.dtype);
-  };
-  require(like(call->grad_input, call->input) && like(call->grad_weight, call->weight),
-          "a gradient has its tensor's shape and dtype");
-  require(!call->grad_bias || (call->grad_bias.ndim == 1 && call->grad_bias.size[0] == call->weight.size[0] &&
-                               call->grad_bias.dtype == call->input.dtype),
-          "grad_bias is [K], of input's dtype");
-}
-
-ConvReluPool2dForward read_forward(const py::object& input, const py::object& weight, const py::object& bias,
-                                   const py::object& output, const py::object& positions,
-                                   const ConvPoolGeometry& geometry, int threads) {
-  ConvReluPool2dForward call;
-  call.input = from_python(input);
-  call.weight = from_python(weight);
-  call.bias = from_python(bias);
-  call.output = from_python(output);
-  call.positions = from_python(positions);
-  call.geometry = geometry;
-  call.threads = threads;
+void check_forward(const ConvReluPool2dForward& call) {
   check_pooled(call.output, call.positions);
   check_convolution(call.input, call.weight, call.output, call.geometry);
   require(!call.bias ||
               (call.bias.ndim == 1 && call.bias.size[0] == call.weight.size[0] && call.bias.dtype == call.input.dtype),
           "bias is [K], of input's dtype");
-  return call;
 }
 
-void conv_relu_pool2d_forward(const py::object& input, const py::object& weight, const py::object& bias,
-                              const py::object& output, const py::object& positions, const py::sequence& geometry,
-                              int threads) {
-  const ConvReluPool2dForward call =
-      read_forward(input, weight, bias, output, positions, read_geometry(geometry), threads);
+void check_gradients(const ConvGradients& call) {
+  const auto like = [&](const Tensor& gradient, const Tensor& tensor) {
+    return !gradient || (same_shape(gradient, tensor) && gradient.dtype == call.input.dtype);
+  };
+  require(like(call.grad_input, call.input) && like(call.grad_weight, call.weight),
+          "a gradient has its tensor's shape and dtype");
+  require(!call.grad_bias || (call.grad_bias.ndim == 1 && call.grad_bias.size[0] == call.weight.size[0] &&
+                              call.grad_bias.dtype == call.input.dtype),
+          "grad_bias is [K], of input's dtype");
+}
+
+// Whether kernel, stride and dilation are alike along both axes, with a dilation of 1.
+bool convolves(const Tensor& weight, const ConvPoolGeometry& g, int64_t kernel, int64_t stride) {
+  bool same = true;
+  for (int i = 0; i < 2; ++i)
+    same = same && weight.size[2 + i] == kernel && g.stride[i] == stride && g.dilation[i] == 1;
+  return same;
+}
+
+bool pools(const ConvPoolGeometry& g, int64_t size, int64_t stride, int64_t padding) {
+  bool same = true;
+  for (int i = 0; i < 2; ++i)
+    same = same && g.pool_size[i] == size && g.pool_stride[i] == stride && g.pool_padding[i] == padding;
+  return same;
+}
+
+void conv_relu_pool2d_forward(const py::tuple& tensors, const py::sequence& geometry, int threads) {
+  ConvReluPool2dForward call;
+  read_tensors(tensors, {&call.input, &call.weight, &call.bias, &call.output, &call.positions});
+  call.geometry = read_geometry(geometry);
+  call.threads = threads;
+  check_forward(call);
   py::gil_scoped_release unlocked;
   advise_huge_pages(call.output.data, byte_span(call.output));
   fastseg::conv_relu_pool2d_forward(call);
 }
 
-bool conv_relu_pool2d_winograd_forward(const py::object& input, const py::object& weight, const py::object& bias,
-                                       const py::object& output, const py::object& positions, const py::object& skip,
-                                       const py::sequence& geometry, int threads) {
+bool winograd_forward(const py::tuple& tensors, const py::sequence& geometry, bool relu, int threads) {
   bool done = false;
   ConvReluPool2dWinogradForward call;
-  static_cast<ConvReluPool2dForward&>(call) =
-      read_forward(input, weight, bias, output, positions, read_geometry(geometry), threads);
-  call.skip = from_python(skip);
+  read_tensors(tensors, {&call.input, &call.weight, &call.bias, &call.output, &call.positions, &call.skip});
+  call.geometry = read_geometry(geometry);
+  call.relu = relu;
+  call.threads = threads;
   call.done = &done;
+  check_forward(call);
   const ConvPoolGeometry& g = call.geometry;
   require(call.weight.size[1] > 0 && call.output.size[2] > 0 && call.output.size[3] > 0,
           "the Winograd kernels are for at least one channel and one window");
-  const auto is = [&](int64_t kernel, int64_t stride, int64_t pool, int64_t pool_stride, int64_t pool_padding) {
-    bool same = true;
-    for (int axis = 0; axis < 2; ++axis)
-      same = same && call.weight.size[2 + axis] == kernel && g.stride[axis] == stride && g.dilation[axis] == 1 &&
-             g.pool_size[axis] == pool && g.pool_stride[axis] == pool_stride && g.pool_padding[axis] == pool_padding;
-    return same;
-  };
-  require(is(3, 1, 2, 2, 0) || (!call.skip && (is(3, 1, 1, 1, 0) || is(7, 2, 3, 2, 1))),
-          "the Winograd kernels are for 3x3 under a 2x2 pool, with or without a skip, for 3x3 without a pool, and for "
-          "7x7 of stride 2 under a 3x3 pool of stride 2");
-  require(!call.skip || (call.skip.ndim == 4 && call.skip.dtype == call.output.dtype &&
-                         call.skip.size[0] == call.output.size[0] && call.skip.size[1] == call.output.size[1] &&
-                         call.skip.size[2] == call.input.size[2] + 2 * g.padding[0] - 2 &&
-                         call.skip.size[3] == call.input.size[3] + 2 * g.padding[1] - 2),
-          "skip is [N, K, convolved height, convolved width], of output's dtype");
+  const bool plain = convolves(call.weight, g, 3, 1), unpooled = plain && pools(g, 1, 1, 0);
+  const bool stem = convolves(call.weight, g, 7, 2) && pools(g, 3, 2, 1);
+  require(unpooled || (relu && ((plain && pools(g, 2, 2, 0)) || stem)),
+          "the Winograd kernels are for 3x3 under a 2x2 pool or none (without ReLU, under none), and for 7x7 of stride "
+          "2 under a 3x3 pool of stride 2");
+  require(!call.skip || (plain && !unpooled), "the Winograd kernels are for a skip beside a 2x2 pool alone");
+  const Tensor& full = unpooled ? call.output : call.skip;
+  require(
+      !full || (full.ndim == 4 && full.dtype == call.output.dtype && full.size[0] == call.output.size[0] &&
+                full.size[1] == call.output.size[1] && full.size[2] == convolved_size(call.input, call.weight, g, 0) &&
+                full.size[3] == convolved_size(call.input, call.weight, g, 1)),
+      "what isn't pooled is [N, K, convolved height, convolved width], of output's dtype");
   py::gil_scoped_release unlocked;
   advise_huge_pages(call.output.data, byte_span(call.output));
   if (call.skip) advise_huge_pages(call.skip.data, byte_span(call.skip));
@@ -162,81 +165,48 @@ bool conv_relu_pool2d_winograd_forward(const py::object& input, const py::object
   return done;
 }
 
-void read_padding(const py::sequence& numbers, int64_t padding[2]) {
-  require(numbers.size() == 2, "padding is two numbers");
-  for (size_t i = 0; i < 2; ++i) {
-    padding[i] = numbers[i].cast<int64_t>();
-    require(padding[i] >= 0, "padding is not negative");
-  }
-}
-
-bool conv2d_winograd_forward(const py::object& input, const py::object& weight, const py::object& bias,
-                             const py::object& output, const py::sequence& padding, int threads) {
-  bool done = false;
-  ConvReluPool2dWinogradForward call;
-  ConvPoolGeometry g = {{1, 1}, {}, {1, 1}, {1, 1}, {1, 1}, {}};
-  read_padding(padding, g.padding);
-  static_cast<ConvReluPool2dForward&>(call) = read_forward(input, weight, bias, output, py::none(), g, threads);
-  call.relu = false;
-  call.done = &done;
-  const Tensor &x = call.input, &w = call.weight, &y = call.output;
-  require(w.size[0] > 0 && w.size[1] > 0, "the Winograd kernels are for at least one channel");
-  for (int i = 0; i < 2; ++i)
-    require(w.size[2 + i] == 3 && y.size[2 + i] == x.size[2 + i] + 2 * g.padding[i] - 2,
-            "the Winograd kernels are for 3x3, and output has the convolution's size");
-  py::gil_scoped_release unlocked;
-  advise_huge_pages(y.data, byte_span(y));
-  fastseg::conv_relu_pool2d_winograd_forward(call);
-  return done;
-}
-
-bool conv2d_winograd_backward(const py::object& grad_output, const py::object& input, const py::object& weight,
-                              const py::object& grad_input, const py::object& grad_weight, const py::object& grad_bias,
-                              const py::sequence& padding, int threads) {
+bool winograd_backward(const py::tuple& tensors, const py::sequence& geometry, int threads) {
   bool done = false;
   Conv2dWinogradBackward call;
-  read_gradients(input, weight, grad_input, grad_weight, grad_bias, threads, &call);
-  read_padding(padding, call.padding);
-  call.grad_output = from_python(grad_output);
+  read_tensors(tensors,
+               {&call.grad_output, &call.input, &call.weight, &call.grad_input, &call.grad_weight, &call.grad_bias});
+  const ConvPoolGeometry g = read_geometry(geometry);
+  std::copy_n(g.padding, 2, call.padding);
+  call.threads = threads;
   call.done = &done;
+  check_gradients(call);
   const Tensor &dense = call.grad_output, &x = call.input, &w = call.weight;
   require(x.ndim == 4 && w.ndim == 4 && dense.ndim == 4 && is_floating(x), "all tensors have four dimensions");
   require(w.dtype == x.dtype && dense.dtype == x.dtype, "input, weight and gradient have one dtype");
   require(w.size[1] == x.size[1] && w.size[0] == dense.size[1] && x.size[0] == dense.size[0],
           "input is [N, C, ...], weight [K, C, 3, 3], the gradient [N, K, ...]");
   require(w.size[0] > 0 && w.size[1] > 0, "the Winograd kernels are for at least one channel");
-  for (int i = 0; i < 2; ++i) {
-    require(w.size[2 + i] == 3 && call.padding[i] <= 2,
-            "the Winograd kernels' gradients are for 3x3 with a padding of at most 2");
-    require(dense.size[2 + i] > 0 && dense.size[2 + i] == x.size[2 + i] + 2 * call.padding[i] - 2,
-            "the gradient has the convolution's size");
-  }
+  require(convolves(w, g, 3, 1) && std::max(g.padding[0], g.padding[1]) <= 2,
+          "the Winograd kernels' gradients are for 3x3 of stride 1 with a padding of at most 2");
+  for (int i = 0; i < 2; ++i)
+    require(dense.size[2 + i] == convolved_size(x, w, g, i), "the gradient has the convolution's size");
   py::gil_scoped_release unlocked;
   if (call.grad_input) advise_huge_pages(call.grad_input.data, byte_span(call.grad_input));
   fastseg::conv2d_winograd_backward(call);
   return done;
 }
 
-void conv_relu_pool2d_backward(const py::object& grad_output, const py::object& positions, const py::object& input,
-                               const py::object& weight, const py::object& grad_input, const py::object& grad_weight,
-                               const py::object& grad_bias, const py::sequence& geometry, int threads) {
+void conv_relu_pool2d_backward(const py::tuple& tensors, const py::sequence& geometry, int threads) {
   ConvReluPool2dBackward call;
-  read_gradients(input, weight, grad_input, grad_weight, grad_bias, threads, &call);
-  call.grad_output = from_python(grad_output);
-  call.positions = from_python(positions);
+  read_tensors(tensors, {&call.grad_output, &call.positions, &call.input, &call.weight, &call.grad_input,
+                         &call.grad_weight, &call.grad_bias});
   call.geometry = read_geometry(geometry);
+  call.threads = threads;
+  check_gradients(call);
   check_pooled(call.grad_output, call.positions);
   check_convolution(call.input, call.weight, call.grad_output, call.geometry);
   py::gil_scoped_release unlocked;
   fastseg::conv_relu_pool2d_backward(call);
 }
 
-void relu_pool2d_forward(const py::object& input, const py::object& output, const py::object& positions,
-                         const py::sequence& geometry, bool relu_in_place, int threads) {
+void relu_pool2d_forward(const py::tuple& tensors, const py::sequence& geometry, bool relu_in_place, int threads) {
   ReluPool2dForward call;
-  call.input = from_python(input);
-  call.output = from_python(output);
-  call.positions = from_python(positions);
+  read_tensors(tensors, {&call.input, &call.output, &call.positions});
   call.geometry = read_geometry(geometry);
   call.relu_in_place = relu_in_place;
   call.threads = threads;
@@ -252,15 +222,9 @@ void relu_pool2d_forward(const py::object& input, const py::object& output, cons
   fastseg::relu_pool2d_forward(call);
 }
 
-void relu_pool2d_backward(const py::object& grad_output, const py::object& positions, const py::object& skip,
-                          const py::object& grad_skip, const py::object& grad_input, const py::sequence& geometry,
-                          int threads) {
+void relu_pool2d_backward(const py::tuple& tensors, const py::sequence& geometry, int threads) {
   ReluPool2dBackward call;
-  call.grad_output = from_python(grad_output);
-  call.positions = from_python(positions);
-  call.skip = from_python(skip);
-  call.grad_skip = from_python(grad_skip);
-  call.grad_input = from_python(grad_input);
+  read_tensors(tensors, {&call.grad_output, &call.positions, &call.skip, &call.grad_skip, &call.grad_input});
   call.geometry = read_geometry(geometry);
   call.threads = threads;
   const Tensor& dense = call.grad_input;
@@ -286,12 +250,16 @@ void relu_pool2d_backward(const py::object& grad_output, const py::object& posit
 
 void bind_conv_relu_pool2d(py::module_& m) {
   m.def("conv_relu_pool2d_forward", &conv_relu_pool2d_forward);
-  m.def("conv_relu_pool2d_winograd_forward", &conv_relu_pool2d_winograd_forward);
-  m.def("conv2d_winograd_forward", &conv2d_winograd_forward);
-  m.def("conv2d_winograd_backward", &conv2d_winograd_backward);
   m.def("conv_relu_pool2d_backward", &conv_relu_pool2d_backward);
+  m.def("winograd_forward", &winograd_forward);
+  m.def("winograd_backward", &winograd_backward);
   m.def("relu_pool2d_forward", &relu_pool2d_forward);
   m.def("relu_pool2d_backward", &relu_pool2d_backward);
+  py::tuple names(std::size(kPairs));
+  for (size_t i = 0; i < std::size(kPairs); ++i) names[i] = kPairs[i].name;
+  m.attr("GEOMETRY") = names;
+  m.attr("FEW_CHANNELS") = kFewChannels;
+  m.attr("DIRECT_COLUMNS") = kDirectColumns;
 }
 
 }  // namespace python

@@ -14,6 +14,7 @@ namespace {
 // A band's packed input stays in the second-level cache beside the weights.
 constexpr int64_t kBandBytes = 192 * 1024;
 constexpr int64_t kLargestBand = 16;  // pooled rows
+static_assert(kWidestTile <= kDirectColumns, "Python counts with the widest tile of any instruction set");
 
 template <class T>
 struct Forward {
@@ -34,10 +35,10 @@ struct Forward {
         packed_w(packed_width(shape, c.geometry, width)),
         band(choose_band()),
         blocks(ceil_div(shape.k, kBlock<T>)),
-        terms{nullptr, shape.kernel_h * pieces_in_row(), shape.kernel_w / pieces_in_row() * shape.c} {}
+        terms{nullptr, shape.kernel_h * chunks_in_row(), shape.kernel_w / chunks_in_row() * shape.c} {}
 
   // A kernel row's taps are neighbours in a packed row, unless it is dilated.
-  int64_t pieces_in_row() const { return call.geometry.dilation[1] == 1 ? 1 : shape.kernel_w; }
+  int64_t chunks_in_row() const { return call.geometry.dilation[1] == 1 ? 1 : shape.kernel_w; }
 
   int64_t band_rows(int64_t pooled_rows) const {
     const ConvPoolGeometry& g = call.geometry;
@@ -67,13 +68,13 @@ struct Forward {
       if (call.bias)
         pack(at(call.bias, k * call.bias.stride[0]), call.bias.dtype, 1, 1, 1, 1, bias + block * kBlock<T> + lane, 1);
     }
-    for (int64_t piece = 0; piece < terms.count; ++piece) {
-      const int64_t columns = pieces_in_row();
-      offsets[piece] =
-          (piece / columns * call.geometry.dilation[0] * packed_w + piece % columns * call.geometry.dilation[1]) *
+    for (int64_t chunk = 0; chunk < terms.count; ++chunk) {
+      const int64_t columns = chunks_in_row();
+      offsets[chunk] =
+          (chunk / columns * call.geometry.dilation[0] * packed_w + chunk % columns * call.geometry.dilation[1]) *
           shape.c;
     }
-    terms.pieces = offsets;
+    terms.chunks = offsets;
   }
 
   // One row of the convolution for one block of channels: [width][block].

@@ -7,7 +7,14 @@
 namespace fastseg {
 
 // Positions are uint8: the index of the maximum in its window in scan order, or kCut where ReLU cut the maximum.
-constexpr int kCut = 255;
+constexpr int kCut = UINT8_MAX;
+
+// Input channels up to which loops over windows are ahead of matrix products in Winograd's algorithm (AVX2, AMD Zen 3,
+// 2026-11-22: twice at 3 channels). All of a window's sums are unrolled: each number of channels is compiled.
+constexpr int64_t kFewChannels = 4;
+
+// To a multiple of at most so many columns do the direct forward kernels round a row, on any instruction set.
+constexpr int64_t kDirectColumns = 24;
 
 // Index 0 is the height, index 1 the width.
 struct ConvPoolGeometry {

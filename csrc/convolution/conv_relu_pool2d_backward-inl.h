@@ -42,7 +42,7 @@ struct PackedRows {
 };
 
 // A chunk, or, where that is longer than the registers, a part of it; and where it lies.
-struct Piece {
+struct Chunk {
   int64_t source;    // in packed rows, from the patch's first row
   int64_t features;  // of its block: the distance between neighbouring slots
   int64_t taps;      // in the packed taps of one kernel
@@ -165,9 +165,9 @@ struct BackwardLayout {
 
   Span channels(int64_t task) const { return {task * group, min_of((task + 1) * group, shape.k)}; }
 
-  // Where the kernels of a group, or the sums of their gradients, have a piece: [piece][channel of the group][taps].
-  int64_t piece_begin(const Piece& piece, Span group_channels) const {
-    return group_channels.begin * packed_taps() + piece.taps * group_channels.size();
+  // Where the kernels of a group, or the sums of their gradients, have a chunk: [chunk][channel of the group][taps].
+  int64_t chunk_begin(const Chunk& chunk, Span group_channels) const {
+    return group_channels.begin * packed_taps() + chunk.taps * group_channels.size();
   }
 
   // Taps of one kernel: [block][kernel row][kernel column, feature, rounded up to whole vectors].
@@ -177,9 +177,9 @@ struct BackwardLayout {
     return kernel_rows * (whole * padded(block) + padded(features - whole * block));
   }
 
-  // Calls visit(piece) for all pieces of a patch in `rows`, in the order of the packed taps.
+  // Calls visit(chunk) for all chunks of a patch in `rows`, in the order of the packed taps.
   template <class Visit>
-  void for_each_piece(const PackedRows& rows, Visit visit) const {
+  void for_each_chunk(const PackedRows& rows, Visit visit) const {
     int64_t taps = 0;
     for (int64_t b = 0; b < rows.blocks(); ++b) {
       const int64_t length = rows.length(b), vectors = padded(length) / kLanes<T>;
@@ -187,7 +187,7 @@ struct BackwardLayout {
       for (int64_t row = 0; row < kernel_rows; ++row, taps += padded(length))
         for (int64_t v = 0; v < vectors; v += step) {
           const int64_t count = min_of(step, vectors - v), last = (v + count - 1) * kLanes<T>;
-          visit(Piece{rows.row(b, row * g.dilation[0]) + v * kLanes<T>, length, taps + v * kLanes<T>,
+          visit(Chunk{rows.row(b, row * g.dilation[0]) + v * kLanes<T>, length, taps + v * kLanes<T>,
                       static_cast<int>(count), min_of(kLanes<T>, shape.kernel_w * length - last)});
         }
     }

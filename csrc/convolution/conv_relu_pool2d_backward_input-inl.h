@@ -79,9 +79,9 @@ struct BackwardInput {
       for (int64_t task = 0; task < ceil_div(shape.k, layout.group); ++task) {
         const Span channels = layout.channels(task);
         list_channels(image, channels, row, windows, read, lists);
-        layout.for_each_piece(rows, [&](const Piece& piece) {
-          add_lists(piece.vectors, lists, kernels + layout.piece_begin(piece, channels),
-                    int64_t{piece.vectors} * kLanes<T>, target + piece.source, piece.features, piece.last);
+        layout.for_each_chunk(rows, [&](const Chunk& chunk) {
+          add_lists(chunk.vectors, lists, kernels + layout.chunk_begin(chunk, channels),
+                    int64_t{chunk.vectors} * kLanes<T>, target + chunk.source, chunk.features, chunk.last);
         });
       }
     }
@@ -143,7 +143,7 @@ struct BackwardInput {
     layout.unpack_rows(image, {begin, begin + shared}, begin, edge, sum);
   }
 
-  // Packs the kernel of channel k, piece by piece.
+  // Packs the kernel of channel k, chunk by chunk.
   bool pack_kernel(int64_t k, T* kernels) const {
     T* kernel = static_cast<T*>(scratch(taps * int64_t{sizeof(T)}));
     if (kernel == nullptr) return false;
@@ -155,9 +155,9 @@ struct BackwardInput {
       pack(at(weight, offset), weight.dtype, 1, count, 1, weight.stride[1], kernel + tap, count);
     });
     const Span channels = layout.channels(k / layout.group);
-    layout.for_each_piece(layout.patch_rows(1), [&](const Piece& piece) {
-      const int64_t length = int64_t{piece.vectors} * kLanes<T>;
-      memcpy(kernels + layout.piece_begin(piece, channels) + (k - channels.begin) * length, kernel + piece.taps,
+    layout.for_each_chunk(layout.patch_rows(1), [&](const Chunk& chunk) {
+      const int64_t length = int64_t{chunk.vectors} * kLanes<T>;
+      memcpy(kernels + layout.chunk_begin(chunk, channels) + (k - channels.begin) * length, kernel + chunk.taps,
              static_cast<size_t>(length) * sizeof(T));
     });
     return true;

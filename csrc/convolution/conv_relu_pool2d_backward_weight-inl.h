@@ -122,9 +122,9 @@ struct BackwardWeight {
                                        indices + k * tile, counts + k);
         if (!call.grad_weight) continue;
         const Lists<T> lists = {gradients, indices, counts, targets, channels.size(), tile};
-        layout.for_each_piece(patch_rows, [&](const Piece& piece) {
-          add_lists(piece.vectors, lists, (layout.folded ? folded : input) + piece.source, piece.features,
-                    grad_weight + piece.taps * channels.size(), int64_t{piece.vectors} * kLanes<T>, kLanes<T>);
+        layout.for_each_chunk(patch_rows, [&](const Chunk& chunk) {
+          add_lists(chunk.vectors, lists, (layout.folded ? folded : input) + chunk.source, chunk.features,
+                    grad_weight + chunk.taps * channels.size(), int64_t{chunk.vectors} * kLanes<T>, kLanes<T>);
         });
       }
     }
@@ -151,17 +151,17 @@ struct BackwardWeight {
     T* kernel = static_cast<T*>(scratch(taps * int64_t{sizeof(T)}));
     if (kernel == nullptr) return false;
     const Span channels = layout.channels(k / layout.group);
-    layout.for_each_piece(layout.patch_rows(1), [&](const Piece& piece) {
-      const int64_t length = int64_t{piece.vectors} * kLanes<T>;
-      const T* sums = grad_weight + layout.piece_begin(piece, channels) + (k - channels.begin) * length;
+    layout.for_each_chunk(layout.patch_rows(1), [&](const Chunk& chunk) {
+      const int64_t length = int64_t{chunk.vectors} * kLanes<T>;
+      const T* sums = grad_weight + layout.chunk_begin(chunk, channels) + (k - channels.begin) * length;
       if (parts == 1) {
-        memcpy(kernel + piece.taps, sums, static_cast<size_t>(length) * sizeof(T));
+        memcpy(kernel + chunk.taps, sums, static_cast<size_t>(length) * sizeof(T));
         return;
       }
       double total[kMostVectors * kLanes<T>] = {};
       for (int64_t part = 0; part < parts; ++part, sums += shape.k * taps)
         for (int64_t i = 0; i < length; ++i) total[i] += static_cast<double>(sums[i]);
-      for (int64_t i = 0; i < length; ++i) kernel[piece.taps + i] = static_cast<T>(total[i]);
+      for (int64_t i = 0; i < length; ++i) kernel[chunk.taps + i] = static_cast<T>(total[i]);
     });
     layout.for_each_tap_run([&](int64_t row, int64_t column, int64_t channel, int64_t count, int64_t tap) {
       const int64_t offset =

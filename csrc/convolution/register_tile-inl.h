@@ -25,9 +25,9 @@ template <int Vectors>
 constexpr int kPixels = kAccumulators / Vectors;
 constexpr int kWidestTile = kPixels<1>;
 
-// Where the terms of a sum lie: pieces of `length` neighbours.
+// Where the terms of a sum lie: chunks of `length` neighbours.
 struct Terms {
-  const int64_t* pieces;  // offsets
+  const int64_t* chunks;  // offsets
   int64_t count, length;
 };
 
@@ -42,9 +42,9 @@ FASTSEG_INLINE void multiply_tile(const T* rows, int64_t step, const Terms& term
   for (int p = 0; p < kWidth; ++p)
 #pragma GCC unroll 2
     for (int v = 0; v < Vectors; ++v) sum[p][v] = start[v];
-  for (int64_t piece = 0; piece < terms.count; ++piece) {
+  for (int64_t chunk = 0; chunk < terms.count; ++chunk) {
     // Two pointers: an address reaches three of the rows by adding a multiple of `step` that a register holds.
-    const T* low = rows + terms.pieces[piece];
+    const T* low = rows + terms.chunks[chunk];
     const T* high = low + kHalf * step;
 #pragma GCC unroll 2
     for (int64_t i = 0; i < terms.length; ++i, ++low, ++high, columns += Vectors * kLanes<T>) {

@@ -290,9 +290,9 @@ void backward(const ReluPool2dBackward& call) {
   if (!output.data) return;
   if (is_elementwise<T>(call)) {
     const int64_t all = output.size[0] * output.size[1] * output.size[2] * output.size[3];
-    const int64_t piece = kRowsBytes / int64_t{sizeof(T)};
-    return for_each_task(ceil_div(all, piece), call.threads, [&](int64_t task) {
-      backward_elements<T>(call, {task * piece, min_of((task + 1) * piece, all)});
+    const int64_t chunk = kRowsBytes / int64_t{sizeof(T)};
+    return for_each_task(ceil_div(all, chunk), call.threads, [&](int64_t task) {
+      backward_elements<T>(call, {task * chunk, min_of((task + 1) * chunk, all)});
       return true;
     });
   }

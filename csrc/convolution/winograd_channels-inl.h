@@ -193,11 +193,11 @@ struct WinogradChannels {
 
     // As many windows at a time as fit the cache, evenly divided, in whole tiles of registers.
     const int64_t fitting = kPatchBytes / (kProducts * channels * int64_t{sizeof(T)});
-    const int64_t pieces = ceil_div(windows, min_of(max_of(fitting, kLeastWindows), kMostWindows));
-    const int64_t piece = round_up(ceil_div(windows, pieces), kWidestTile);
-    const int64_t patch_plane = piece * channels + kRowPadding, product_plane = piece * kBlock<T> + kRowPadding;
+    const int64_t chunks = ceil_div(windows, min_of(max_of(fitting, kLeastWindows), kMostWindows));
+    const int64_t chunk = round_up(ceil_div(windows, chunks), kWidestTile);
+    const int64_t patch_plane = chunk * channels + kRowPadding, product_plane = chunk * kBlock<T> + kRowPadding;
 
-    const int64_t pooled = piece * kBlock<T>, whole = full ? kPoolSide * kPoolSide * pooled : 0;
+    const int64_t pooled = chunk * kBlock<T>, whole = full ? kPoolSide * kPoolSide * pooled : 0;
     const int64_t elements = input_elements + kProducts * (patch_plane + product_plane) + 2 * (pooled + whole);
     T* input = static_cast<T*>(scratch(elements * int64_t{sizeof(T)}));
     if (input == nullptr) return false;
@@ -205,13 +205,13 @@ struct WinogradChannels {
     T* products = patches + kProducts * patch_plane;
     T* values = products + kProducts * product_plane;
     Int<T>* positions = reinterpret_cast<Int<T>*>(values + pooled + whole);
-    const Results results = {kPoolSide * piece, values, values + pooled, positions, positions + pooled};
+    const Results results = {kPoolSide * chunk, values, values + pooled, positions, positions + pooled};
 
     memset(input + input_elements - 2 * kLanes<T>, 0, 2 * kLanes<T> * sizeof(T));
     pack_input(call.input, call.geometry.padding[1], image, rows, packed_w, input);
     if (!may_go_on(largest_magnitude(input, input_elements) <= largest_input, safe)) return true;
-    for (int64_t first = 0; first < windows; first += piece) {
-      const int64_t count = min_of(piece, windows - first);
+    for (int64_t first = 0; first < windows; first += chunk) {
+      const int64_t count = min_of(chunk, windows - first);
       transform_patches(input, shape.c, windows_w, {first, first + count}, patch_plane, patches);
       for (int64_t block = group_blocks.begin; block < group_blocks.end; ++block) {
         vectors(block) == 2 ? multiply<2>(patches, patch_plane, count, block, products, product_plane)

@@ -32,7 +32,7 @@ FASTSEG_INLINE void transform_stem_line(V (&d)[kStemSide]) {
 template <class T>
 struct WinogradStem {
   static constexpr int64_t kLargestBand = 28;  // pooled rows to a task: one row of tiles in as many is computed twice
-  static constexpr int64_t kPiece = 24;        // tiles in work together, whose products fit the cache
+  static constexpr int64_t kChunk = 24;        // tiles in work together, whose products fit the cache
 
   const ConvReluPool2dForward& call;
   const ConvShape shape;
@@ -62,11 +62,11 @@ struct WinogradStem {
   int vectors(int64_t block) const { return vectors_of<T>(shape.k, block); }
 
   // Channels are in the order (row parity, column parity, channel); odd parities have nothing at infinity.
-  struct Pieces {
+  struct Chunks {
     int64_t offsets[2], count, length;
   };
 
-  Pieces pieces_of(int product) const {
+  Chunks chunks_of(int product) const {
     const bool row_end = product / kStemSide == kStemTaps, column_end = product % kStemSide == kStemTaps;
     return {{0, 2 * shape.c}, column_end && !row_end ? 2 : 1, shape.c * (column_end ? 1 : row_end ? 2 : 4)};
   }
@@ -113,13 +113,13 @@ struct WinogradStem {
     T* target = weights + block * block_elements() + k % kBlock<T>;
     for (int i = 0; i < kStemSide; ++i) {
       for (int j = 0; j < kStemSide; ++j) {
-        const Pieces pieces = pieces_of(i * kStemSide + j);
-        const int64_t term = (pieces.count == 2 ? row_parity : parity) * shape.c + c;
+        const Chunks chunks = chunks_of(i * kStemSide + j);
+        const int64_t term = (chunks.count == 2 ? row_parity : parity) * shape.c + c;
         double u = 0;
         for (int y = 0; y < kStemTaps; ++y) u += kG[i][y] * rows[y][j];
         if ((i < kStemTaps || row_parity == 0) && (j < kStemTaps || column_parity == 0))
           target[term * lanes] = static_cast<T>(u);
-        target += pieces.count * pieces.length * lanes;
+        target += chunks.count * chunks.length * lanes;
       }
     }
   }
@@ -171,12 +171,12 @@ struct WinogradStem {
     const Vec<T> zero[Vectors] = {};
     const T* columns = weights + block * block_elements();
     for (int product = 0; product < kStemProducts; ++product) {
-      const Pieces pieces = pieces_of(product);
-      const Terms terms = {pieces.offsets, pieces.count, pieces.length};
+      const Chunks chunks = chunks_of(product);
+      const Terms terms = {chunks.offsets, chunks.count, chunks.length};
       for (int64_t tile = 0; tile < count; tile += kPixels<Vectors>)
         multiply_tile<T, Vectors>(patches + product * patch_plane + tile * channels, channels, terms, columns, zero,
                                   products + product * product_plane + tile * kWidth);
-      columns += pieces.count * pieces.length * kWidth;
+      columns += chunks.count * chunks.length * kWidth;
     }
   }
 
@@ -211,8 +211,8 @@ struct WinogradStem {
     const int64_t first = max_of(top - 1, 0);  // row of tiles
     const int64_t packed_rows = 2 * (bottom - first) + kStemTaps - 1;
     const int64_t input_elements = packed_rows * packed_w * channels, row_elements = 2 * tiles * kBlock<T>;
-    const int64_t piece = round_up(ceil_div(tiles, ceil_div(tiles, kPiece)), kWidestTile);
-    const int64_t patch_plane = piece * channels + kRowPadding, product_plane = piece * kBlock<T> + kRowPadding;
+    const int64_t chunk = round_up(ceil_div(tiles, ceil_div(tiles, kChunk)), kWidestTile);
+    const int64_t patch_plane = chunk * channels + kRowPadding, product_plane = chunk * kBlock<T> + kRowPadding;
     const int64_t convolved_elements = blocks * kStemRows * row_elements, pooled_elements = shape.pooled_w * kBlock<T>;
     const int64_t elements =
         input_elements + kStemProducts * (patch_plane + product_plane) + convolved_elements + 2 * pooled_elements;
@@ -230,8 +230,8 @@ struct WinogradStem {
     pack_parities(image, kStemRows * first - g.padding[0], packed_rows, input);
     if (!may_go_on(largest_magnitude(input, input_elements) <= largest_input, safe)) return true;
     for (int64_t row = first; row < bottom; ++row) {
-      for (int64_t tile = 0; tile < tiles; tile += piece) {
-        const int64_t count = min_of(piece, tiles - tile);
+      for (int64_t tile = 0; tile < tiles; tile += chunk) {
+        const int64_t count = min_of(chunk, tiles - tile);
         transform_patches(input + ((row - first) * packed_w + tile) * 2 * channels, count, patch_plane, patches);
         for (int64_t block = 0; block < blocks; ++block) {
           const int64_t lanes = vectors(block) * kLanes<T>, column = 2 * tile * lanes;

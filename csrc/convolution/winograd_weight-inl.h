@@ -152,9 +152,9 @@ struct WinogradWeight {
 
     // As many windows at a time as fit the cache, evenly divided.
     const int64_t fitting = kPatchBytes / (kProducts * (k_step + c_step) * int64_t{sizeof(T)});
-    const int64_t pieces = ceil_div(band * tiles_w, min_of(max_of(fitting, kLeastWindows), kMostWindows));
-    const int64_t piece = ceil_div(band * tiles_w, pieces);
-    const int64_t k_plane = piece * k_step + kRowPadding, c_plane = piece * c_step + kRowPadding;
+    const int64_t chunks = ceil_div(band * tiles_w, min_of(max_of(fitting, kLeastWindows), kMostWindows));
+    const int64_t chunk = ceil_div(band * tiles_w, chunks);
+    const int64_t k_plane = chunk * k_step + kRowPadding, c_plane = chunk * c_step + kRowPadding;
 
     const int64_t input_pitch = patches_width(tiles_w) * c_span.size(),
                   gradient_pitch = kPoolSide * tiles_w * k_span.size();
@@ -182,8 +182,8 @@ struct WinogradWeight {
                         pack_band(gradient, 0, image, {kPoolSide * top, kPoolSide * (top + rows)}, 0, gradient_pitch,
                                   packed_gradient);
       if (!may_go_on(largest <= largest_safe_product(), safe)) return true;
-      for (int64_t window = 0; window < rows * tiles_w; window += piece) {
-        const Span windows = {window, min_of(window + piece, rows * tiles_w)};
+      for (int64_t window = 0; window < rows * tiles_w; window += chunk) {
+        const Span windows = {window, min_of(window + chunk, rows * tiles_w)};
         transform_tiles(packed_gradient, k_span.size(), tiles_w, windows, k_plane, tiles, totals);
         if (!call.grad_weight) continue;
         transform_patches(packed_input, c_span.size(), tiles_w, windows, c_plane, patches);
@@ -211,7 +211,7 @@ struct WinogradWeight {
     return kLargestFinite<T> / static_cast<T>(kWeightGrowth) / static_cast<T>(n * tiles_h * tiles_w);
   }
 
-  // One product of all tiles of a piece, added to its sums.
+  // One product of all tiles of a chunk, added to its sums.
   void multiply(const T* tiles, int64_t k_count, const T* patches, int64_t c_step, int64_t windows, T* sums) const {
     const int64_t k_step = round_up(k_count, kLanes<T>);
     for (int64_t column = 0; column < c_step; column += kBlock<T>) {

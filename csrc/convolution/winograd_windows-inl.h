@@ -12,10 +12,6 @@ namespace fastseg {
 namespace FASTSEG_ISA {
 namespace {
 
-// Input channels up to which these loops are ahead of matrix products (AVX2, AMD Zen 3, 2026-11-22: twice at 3
-// channels). All of a window's sums are unrolled: each number of channels is compiled.
-constexpr int64_t kFewChannels = 4;
-
 template <class T>
 struct WinogradWindows {
   static constexpr int kVectors = 2;  // of windows at a time: each weight that is broadcast serves both

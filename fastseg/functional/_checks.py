@@ -14,6 +14,11 @@ WIDER_DTYPES = {torch.int8: torch.int16, torch.uint16: torch.int32, torch.uint32
 LARGEST_LABEL = torch.iinfo(torch.int64).max
 
 
+def without_batch(results: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
+    """Results for a batch of one as those for its image."""
+    return tuple(result.squeeze(0) for result in results) if isinstance(results, tuple) else results.squeeze(0)
+
+
 def check_logits(input: Tensor) -> int:
     """The number of classes of logits ``[C]`` or ``[N, C, ...]``."""
     shape = tuple(input.shape)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastseg.ops.convolution.algorithms import WINOGRAD_FEW_CHANNELS, is_worth_conv2d, winograd_serves
+from fastseg.ops.convolution.algorithms import serves_conv2d
 from fastseg.ops.convolution.geometry import resolve
 
 IntOrPair = int | tuple[int, ...]
@@ -50,7 +50,7 @@ def conv2d(
     """
     if _are_served(input, weight, bias):
         geometry, _ = resolve((3, 3), stride, padding, dilation, groups, 1, None, 0, False)
-        if winograd_serves(weight, geometry) and is_worth_conv2d(input, weight):
+        if serves_conv2d(input, weight, geometry):
             return torch.ops.fastseg.conv2d.default(input, weight, bias, geometry.padding)
     return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
 
@@ -63,7 +63,7 @@ def _are_served(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and not torch.is_autocast_enabled("cpu")
         and weight.shape[2:] == (3, 3)
         and weight.shape[0] > 0
-        and WINOGRAD_FEW_CHANNELS < weight.shape[1] == input.shape[1]
+        and weight.shape[1] == input.shape[1]
         and (bias is None or bias.shape == weight.shape[:1])
         and all(tensor.device.type == "cpu" for tensor in tensors)
         and input.dtype in (torch.float32, torch.float64)

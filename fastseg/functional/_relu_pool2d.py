@@ -7,8 +7,9 @@ from torch import Tensor
 
 from fastseg import reference
 from fastseg._native import log_fallback
-from fastseg.functional._checks import FLOATING_DTYPES
+from fastseg.functional._checks import FLOATING_DTYPES, without_batch
 from fastseg.ops import relu_pool2d as operator
+from fastseg.ops.convolution.algorithms import serves_relu_pool2d
 from fastseg.ops.convolution.geometry import MAX_WINDOW
 
 IntOrPair = int | tuple[int, ...]
@@ -51,22 +52,20 @@ def relu_pool2d(
         TypeError: A dtype that isn't supported.
     """
     _check_map(input)
-    if input.ndim == 3:
-        results = relu_pool2d(
-            input.unsqueeze(0), pool_size, pool_stride, pool_padding, ceil_mode,
-            return_indices=return_indices, return_skip=return_skip,
-        )  # fmt: skip
-        return tuple(r.squeeze(0) for r in results) if isinstance(results, tuple) else results.squeeze(0)
-
+    unbatched = input.ndim == 3
+    if unbatched:
+        input = input.unsqueeze(0)
     geometry = operator.resolve(input.shape, pool_size, pool_stride, pool_padding, ceil_mode)
     large = geometry.pool_size[0] * geometry.pool_size[1] > MAX_WINDOW
     if large and not torch.compiler.is_compiling():
         log_fallback("relu_pool2d", f"a pool window of more than {MAX_WINDOW} positions")
-    if large or operator.choose_algorithm(input) == "plain":
-        return reference.relu_pool2d(
+    if large or not serves_relu_pool2d(input):
+        results = reference.relu_pool2d(
             input, *geometry.pool, ceil_mode, return_indices=return_indices, return_skip=return_skip
         )
-    return operator.relu_pool2d(input, geometry, return_indices, return_skip)
+    else:
+        results = operator.relu_pool2d(input, geometry, return_indices, return_skip)
+    return without_batch(results) if unbatched else results
 
 
 def _check_map(input: Tensor) -> None:

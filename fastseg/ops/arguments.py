@@ -16,6 +16,8 @@ def integer(name: str, value: Any, least: int) -> int:
     Raises:
         ValueError: It is none, or less than ``least``; the message names the argument.
     """
+    if type(value) is int and value >= least:  # first, what nearly every call gives
+        return value
     number = _index(value)
     if number is None or number < least:
         raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")

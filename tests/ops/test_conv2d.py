@@ -11,7 +11,7 @@ from torch import Tensor
 import fastseg
 from fastseg import functional, reference
 from fastseg.ops import conv2d as operator
-from fastseg.ops.convolution import algorithms
+from fastseg.ops.convolution import algorithms, convolve
 from fastseg.testing import assert_parity, make, values_and_gradients
 from tests.kernels.poison import fresh_memory_of_nan
 from tests.ops.test_conv_relu_pool2d_winograd import arguments
@@ -36,8 +36,8 @@ def by_winograd(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*arguments: object) -> None:
         raise AssertionError("plain PyTorch was called")
 
-    for name in ("forward_plain", "backward_plain"):
-        monkeypatch.setattr(operator, name, refuse)
+    monkeypatch.setattr(operator, "forward_plain", refuse)
+    monkeypatch.setattr(convolve, "library_backward", refuse)
 
 
 def check(called: list[Tensor | None], **options: object) -> list[Tensor]:

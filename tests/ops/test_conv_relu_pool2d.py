@@ -11,7 +11,7 @@ from torch import Tensor
 import fastseg
 from fastseg import _native, functional, reference
 from fastseg._tf32 import convolutions_take_tf32
-from fastseg.ops import conv_relu_pool2d as operator
+from fastseg.ops.convolution import algorithms
 from fastseg.ops.convolution.geometry import Geometry
 from fastseg.testing import TF32_EPS, assert_parity, make, values_and_gradients
 from tests.kernels.poison import fresh_memory_of_nan
@@ -51,20 +51,16 @@ SHAPES = {
 def algorithm(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Serves calls by one algorithm both ways; those that the direct one can't serve go to the library all the same."""
 
-    def choose(weight: Tensor, groups: int, with_skip: bool, most_taps: int) -> str:
-        return "library" if groups > 1 or with_skip else request.param
+    def choose(input: Tensor, weight: Tensor, geometry: Geometry, with_skip: bool, **rest: bool) -> str:
+        return "library" if geometry.groups > 1 or with_skip else request.param
 
     def choose_gpu(weight: Tensor, geometry: Geometry, with_skip: bool) -> str:
         not_direct = with_skip or weight.dtype == torch.float64 or geometry.windows_overlap
-        return choose(weight, geometry.groups, not_direct, 0)
+        return choose(weight, weight, geometry, not_direct)
 
-    def choose_of_call(input: Tensor, weight: Tensor, geometry: Geometry, with_skip: bool) -> str:
-        return choose(weight, geometry.groups, with_skip, 0)
-
-    monkeypatch.setattr(operator, "direct_or_library", choose)
-    monkeypatch.setattr(operator, "choose_cpu_forward", choose_of_call)
-    monkeypatch.setattr(operator, "choose_cpu_backward", choose_of_call)
-    monkeypatch.setattr(operator, "choose_gpu", choose_gpu)
+    monkeypatch.setattr(algorithms, "choose_cpu_forward", choose)
+    monkeypatch.setattr(algorithms, "choose_cpu_backward", choose)
+    monkeypatch.setattr(algorithms, "choose_gpu_backward", choose_gpu)
     return request.param
 
 
@@ -153,7 +149,7 @@ PIECES = {
 def test_patches_cut_into_pieces(
     monkeypatch: pytest.MonkeyPatch, isa: str, shape: tuple[int, ...], options: dict, dtype: torch.dtype, layout: str
 ) -> None:
-    monkeypatch.setattr(operator, "choose_cpu_backward", lambda *_: "direct")
+    monkeypatch.setattr(algorithms, "choose_cpu_backward", lambda *_: "direct")
     check(tensors(shape, dtype, layout), **options)
 
 

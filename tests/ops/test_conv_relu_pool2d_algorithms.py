@@ -1,5 +1,6 @@
 """Which algorithm serves a call of conv_relu_pool2d, and that torch's settings of TF32 reach it."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -16,8 +17,8 @@ from fastseg.ops.convolution.algorithms import (
     GPU_DIRECT_MAX_TAPS_WITHOUT_TENSOR_CORES,
     choose_cpu_backward,
     choose_cpu_forward,
-    choose_gpu,
-    direct_or_library,
+    choose_gpu_backward,
+    choose_gpu_forward,
 )
 from fastseg.ops.convolution.geometry import Geometry, resolve
 from fastseg.testing import make, values_and_gradients
@@ -59,29 +60,62 @@ def test_more_taps_go_directly_on_tensor_cores(allowed: bool, dtype: torch.dtype
     tensor_cores = allowed or dtype != torch.float32
     most = GPU_DIRECT_MAX_TAPS if tensor_cores else GPU_DIRECT_MAX_TAPS_WITHOUT_TENSOR_CORES
     with tf32(allowed):
-        assert choose_gpu(weight(most, dtype), geometry(), False) == "direct"
-        assert choose_gpu(weight(most + 1, dtype), geometry(), False) == "library"
+        assert choose_gpu_backward(weight(most, dtype), geometry(), False) == "direct"
+        assert choose_gpu_backward(weight(most + 1, dtype), geometry(), False) == "library"
 
 
-@pytest.mark.parametrize("most", [DIRECT_FORWARD_MAX_TAPS, DIRECT_BACKWARD_MAX_TAPS], ids=["forward", "backward"])
-def test_taps_decide_on_a_cpu(most: int) -> None:
-    assert direct_or_library(weight(most, torch.float32), 1, False, most) == "direct"
-    assert direct_or_library(weight(most + 1, torch.float32), 1, False, most) == "library"
+CPU = {
+    "forward": (choose_cpu_forward, DIRECT_FORWARD_MAX_TAPS),
+    "backward": (choose_cpu_backward, DIRECT_BACKWARD_MAX_TAPS),
+}
 
 
-def test_what_the_direct_kernels_do_not_serve_goes_by_the_library() -> None:
-    assert direct_or_library(weight(8, torch.float32), 2, False, DIRECT_BACKWARD_MAX_TAPS) == "library"  # groups
-    assert direct_or_library(weight(8, torch.float32), 1, True, DIRECT_BACKWARD_MAX_TAPS) == "library"  # a skip
+def on_cpu(choose: Callable[..., str], taps: int, with_skip: bool = False, groups: int = 1) -> str:
+    return choose(torch.empty(1, taps * groups, 8, 8), weight(taps, torch.float32), geometry(groups=groups), with_skip)
+
+
+@pytest.mark.parametrize(("choose", "most"), CPU.values(), ids=CPU)
+def test_taps_decide_on_a_cpu(choose: Callable[..., str], most: int) -> None:
+    assert on_cpu(choose, most) == "direct"
+    assert on_cpu(choose, most + 1) == "library"
+
+
+@pytest.mark.parametrize("choose", [choose_cpu_forward, choose_cpu_backward])
+def test_what_the_direct_kernels_do_not_serve_goes_to_the_library_on_a_cpu(choose: Callable[..., str]) -> None:
+    assert on_cpu(choose, 8, groups=2) == "library"
+    assert on_cpu(choose, 8, with_skip=True) == "library"
+
+
+@pytest.mark.parametrize("choose_gpu", [choose_gpu_forward, choose_gpu_backward])
+def test_what_the_direct_kernels_do_not_serve_goes_to_the_library_on_a_gpu(choose_gpu: Callable[..., str]) -> None:
     assert choose_gpu(weight(8, torch.bfloat16), geometry(groups=2), False) == "library"
     assert choose_gpu(weight(8, torch.bfloat16), geometry(), True) == "library"  # a skip
     assert choose_gpu(weight(8, torch.float64), geometry(), False) == "library"
 
 
-def test_overlapping_windows_go_by_the_library_on_a_gpu() -> None:
+# Weight, pool and the algorithm of a call in half types: fields of up to 64 numbers under windows of four positions.
+FIELDS = {
+    "rgb": ((20, 3, 3, 3), (2, 2, 0), "fields"),
+    "largest": ((20, 4, 3, 3), (2, 2, 0), "fields"),
+    "large": ((20, 5, 3, 3), (2, 2, 0), "direct"),
+    "nine-positions": ((20, 1, 3, 3), (3, 3, 0), "direct"),
+}
+
+
+@pytest.mark.parametrize(("shape", "pool", "algorithm"), FIELDS.values(), ids=FIELDS)
+def test_small_fields_have_a_kernel_of_their_own_on_tensor_cores(
+    shape: tuple[int, ...], pool: tuple, algorithm: str
+) -> None:
+    assert choose_gpu_forward(torch.empty(shape, dtype=torch.bfloat16), geometry(pool=pool), False) == algorithm
+    with tf32(False):
+        assert choose_gpu_forward(torch.empty(shape), geometry(pool=pool), False) == "direct"
+
+
+def test_overlapping_windows_go_to_the_library_on_a_gpu() -> None:
     stem = torch.empty(64, 3, 7, 7, dtype=torch.bfloat16)  # few enough taps
-    assert choose_gpu(stem, geometry(stride=2, padding=3), False) == "direct"
-    assert choose_gpu(stem, geometry(stride=2, padding=3, pool=(3, 2, 1)), False) == "library"
-    assert choose_gpu(stem, geometry(pool=((1, 2), (1, 1), 0)), False) == "library"
+    assert choose_gpu_backward(stem, geometry(stride=2, padding=3), False) == "direct"
+    assert choose_gpu_backward(stem, geometry(stride=2, padding=3, pool=(3, 2, 1)), False) == "library"
+    assert choose_gpu_backward(stem, geometry(pool=((1, 2), (1, 1), 0)), False) == "library"
 
 
 # Numbers that C++ multiplies, and torch takes: those of a pool up to 2^31 - 1 alone.

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastseg import _native, functional, reference
-from fastseg.ops import conv_relu_pool2d as operator
+from fastseg.ops.convolution import algorithms
 from fastseg.ops.convolution.algorithms import WINOGRAD_MIN_PIXELS, choose_cpu_forward
 from fastseg.ops.convolution.geometry import resolve
 from fastseg.testing import make
@@ -61,7 +61,10 @@ OPTIONS = {
 
 
 def force(monkeypatch: pytest.MonkeyPatch, algorithm: str) -> None:
-    monkeypatch.setattr(operator, "choose_cpu_forward", lambda *arguments: algorithm)
+    def choose(*arguments: object, winograd: bool = True) -> str:
+        return algorithm if winograd else choose_cpu_forward(*arguments, winograd=False)
+
+    monkeypatch.setattr(algorithms, "choose_cpu_forward", choose)
 
 
 @pytest.fixture(autouse=True)
@@ -196,7 +199,7 @@ def test_bitwise_equal_for_any_number_of_threads_and_in_poisoned_memory(
 
 
 def test_a_window_does_not_depend_on_its_neighbours() -> None:
-    """Images are cut into tasks, and tasks into pieces: where, must not show."""
+    """Images are cut into tasks, and tasks into chunks: where, must not show."""
     for channels in (3, 20):
         input, weight, bias = arguments((1, channels, 40, 66, 24))
         whole = functional.conv_relu_pool2d(input, weight, bias)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastseg import _native, functional, reference
-from fastseg.ops import conv_relu_pool2d as operator
+from fastseg.ops.convolution import algorithms
 from fastseg.ops.convolution.algorithms import WINOGRAD_MIN_PIXELS, choose_cpu_backward
 from fastseg.testing import make
 from tests.kernels.poison import fresh_memory_of_nan
@@ -40,7 +40,7 @@ NO_POOL = OPTIONS["no-pool-padded"]
 
 @pytest.fixture(autouse=True)
 def winograd(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(operator, "choose_cpu_backward", lambda *arguments: "winograd")
+    monkeypatch.setattr(algorithms, "choose_cpu_backward", lambda *arguments: "winograd")
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
@@ -98,7 +98,7 @@ def test_what_transforms_cannot_carry_takes_the_library(
     for tensor in called:
         tensor.requires_grad_()
     results = [gradients(functional.conv_relu_pool2d, called, incoming, **NO_POOL)]
-    monkeypatch.setattr(operator, "choose_cpu_backward", lambda *arguments: "library")
+    monkeypatch.setattr(algorithms, "choose_cpu_backward", lambda *arguments: "library")
     results.append(gradients(functional.conv_relu_pool2d, called, incoming, **NO_POOL))
     torch.testing.assert_close(*results, rtol=0, atol=0, equal_nan=True)
 
@@ -110,7 +110,7 @@ def test_other_numbers_take_winograd(isa: str, monkeypatch: pytest.MonkeyPatch) 
         tensor.requires_grad_()
     incoming = make((2, 20, 40, 38), seed=5)
     results = [gradients(functional.conv_relu_pool2d, called, incoming, **NO_POOL)]
-    monkeypatch.setattr(operator, "choose_cpu_backward", lambda *arguments: "library")
+    monkeypatch.setattr(algorithms, "choose_cpu_backward", lambda *arguments: "library")
     results.append(gradients(functional.conv_relu_pool2d, called, incoming, **NO_POOL))
     for winograd, library in zip(*results, strict=True):
         assert not torch.equal(winograd, library)  # rounded in other places

@@ -6,7 +6,7 @@ from torch import Tensor
 
 import fastseg
 from fastseg import _native, functional, reference
-from fastseg.ops import relu_pool2d as operator
+from fastseg.ops.convolution import algorithms
 from fastseg.testing import MEMORY_FORMATS, assert_parity, make, values_and_gradients
 from tests.kernels.poison import fresh_memory_of_nan
 from tests.ops.upsample_cases import peak_growth, slow_under_the_interpreter
@@ -173,8 +173,8 @@ def test_large_window_takes_plain_pytorch_and_says_so(caplog: pytest.LogCaptureF
     (32, "nchw", True), (33, "nchw", False), (40, "channels_last", True), (41, "channels_last", False),
 ])  # fmt: skip
 def test_small_maps_are_torchs_own(rows: int, layout: str, plain: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(operator, "PLAIN_MAX_VALUES", 16 * 32 * 32)
-    monkeypatch.setattr(operator, "PLAIN_MAX_VALUES_CHANNELS_LAST", 16 * 40 * 32)
+    monkeypatch.setattr(algorithms, "PLAIN_POOL_MAX_VALUES", 16 * 32 * 32)
+    monkeypatch.setattr(algorithms, "PLAIN_POOL_MAX_VALUES_CHANNELS_LAST", 16 * 40 * 32)
     output = functional.relu_pool2d(make((1, 16, rows, 32), layout=layout, requires_grad=True))
     assert ("MaxPool2D" in type(output.grad_fn).__name__) == (plain and output.is_cpu)  # a GPU has no small maps
     check(make((1, 16, rows, 32), requires_grad=True), return_skip=True, return_indices=True)

@@ -15,9 +15,9 @@ from torch import Tensor
 from fastseg.functional import conv2d
 from fastseg.fusion.calls import Call, tensor_of
 from fastseg.fusion.pattern import Match, Pattern, demand
-from fastseg.fusion.patterns.conv_relu import is_served, looks_served
+from fastseg.fusion.patterns.conv_relu import looks_served
 from fastseg.fusion.patterns.conv_relu_pool2d import arguments_of, convolution, fold
-from fastseg.ops.convolution.algorithms import is_worth_conv2d
+from fastseg.ops.convolution.algorithms import serves_conv2d
 
 
 def conv_batch_norm(
@@ -33,7 +33,7 @@ def _match(last: Call) -> Match:
     chain = convolution(last)
     convolved = tensor_of(chain[0].node)
     demand(convolved is not None and convolved.dtype in (torch.float32, torch.float64))
-    demand(looks_served(chain[0], _is_served))
+    demand(looks_served(chain[0], serves_conv2d))
     return Match(
         nodes=[call.node for call in chain],
         outputs={last.node: None},
@@ -41,11 +41,6 @@ def _match(last: Call) -> Match:
         arguments=arguments_of(chain),
         not_kept=[call.node for call in chain[:-1]],
     )
-
-
-def _is_served(input: Tensor, weight: Tensor, **numbers: Any) -> bool:
-    """Whether Winograd's algorithm serves the convolution, and is worth the way there without a ReLU."""
-    return is_served(input, weight, **numbers) and is_worth_conv2d(input, weight)
 
 
 CONV_NORM = Pattern("conv2d + batch_norm", "batch_norm", "conv2d", _match)

@@ -18,7 +18,7 @@ from fastseg.fusion.calls import Call, has_nodes, sizes_of, tensor_of
 from fastseg.fusion.pattern import Match, Pattern, demand
 from fastseg.fusion.patterns.conv_relu_pool2d import NUMBERS, arguments_of, convolution, fold
 from fastseg.ops.convolution.algorithms import choose_cpu_forward
-from fastseg.ops.convolution.geometry import resolve
+from fastseg.ops.convolution.geometry import Geometry, resolve
 
 
 def conv_batch_norm_relu(
@@ -30,17 +30,9 @@ def conv_batch_norm_relu(
     return conv_relu_pool2d(input, weight, bias, **numbers, pool_size=1)  # type: ignore[return-value]  # one result
 
 
-def is_served(input: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: int) -> bool:
-    """Whether Winograd's algorithm serves the convolution."""
-    if input.ndim != 4 or weight.ndim != 4 or weight.device.type != "cpu" or _native._C is None:
-        return False
-    geometry, _ = resolve(tuple(weight.shape[2:]), stride, padding, dilation, groups, 1, None, 0, False)
-    return choose_cpu_forward(input, weight, geometry, False) == "winograd"
-
-
 def _match(relu: Call) -> Match:
     chain = convolution(relu.source())
-    demand(looks_served(chain[0]))
+    demand(looks_served(chain[0], _is_served))
     return Match(
         nodes=[call.node for call in (*chain, relu)],
         outputs={relu.node: None},
@@ -50,8 +42,12 @@ def _match(relu: Call) -> Match:
     )
 
 
-def looks_served(conv: Call, serves: Callable[..., bool] = is_served) -> bool:
-    """Whether ``serves`` says so of a call in a graph, with the sizes that it was captured with."""
+def _is_served(input: Tensor, weight: Tensor, geometry: Geometry) -> bool:
+    return choose_cpu_forward(input, weight, geometry, False) == "winograd"
+
+
+def looks_served(conv: Call, serves: Callable[[Tensor, Tensor, Geometry], bool]) -> bool:
+    """Whether ``serves`` says so of a call in a graph on a CPU, with the sizes that it was captured with."""
     numbers = {name: conv[name] for name in NUMBERS}
     input, weight = tensor_of(conv["input"]), tensor_of(conv["weight"])
     if input is None or weight is None or has_nodes(numbers):
@@ -59,7 +55,12 @@ def looks_served(conv: Call, serves: Callable[..., bool] = is_served) -> bool:
     sizes = sizes_of(input)
     if sizes is None or not all(isinstance(size, int) for size in weight.shape):
         return False
-    return serves(torch.empty(sizes, device="meta"), weight, **numbers)
+    if len(sizes) != 4 or weight.ndim != 4 or weight.device.type != "cpu" or _native._C is None:
+        return False
+    geometry, _ = resolve(
+        tuple(weight.shape[2:]), **numbers, pool_size=1, pool_stride=None, pool_padding=0, ceil_mode=False
+    )
+    return serves(torch.empty(sizes, device="meta"), weight, geometry)
 
 
 CONV_RELU = Pattern("conv2d + [batch_norm] + relu", "relu", "conv_relu_pool2d", _match)

@@ -1,1 +1,1 @@
-"""What the convolutions share: their geometry, the choice of an algorithm, and gradients."""
+"""What the convolutions share: geometry, the choice of an algorithm, results and gradients, ReLU and pooling."""

@@ -1,4 +1,10 @@
-"""Which algorithm serves a convolution, on a CPU and on a GPU: see `fastseg.ops.conv_relu_pool2d`."""
+"""Which algorithm serves a convolution: the one place that decides, for each device and direction.
+
+"direct": one fused kernel; the full-resolution map is never in memory. "winograd": on a CPU, 3x3 convolutions with a
+step of one pixel and the stem of a ResNet, fused too, and the gradients of 3x3 convolutions where they are dense.
+"fields": on a GPU, a fused kernel for first layers. "library": torch's own convolution, then one kernel for (bias,)
+ReLU, pooling and positions. Shapes, dtype and device decide alone, and on a GPU torch's setting of TF32.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +13,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fastseg._native import _C, INTERPRETED
 from fastseg._tf32 import convolutions_take_tf32
 from fastseg.ops.convolution.geometry import Geometry
+from fastseg.ops.layouts import is_channels_last
+
+# ---- a CPU ----
 
 # Kernel taps (channels x height x width) up to which the direct kernels beat oneDNN's convolution and a pool. Measured
 # with AVX2 (AMD Zen 3, 2026-11-22), 2x2 pool. Forward, with more taps arithmetic is the limit, where oneDNN is ahead:
@@ -19,115 +29,136 @@ DIRECT_FORWARD_MAX_TAPS = 288
 DIRECT_BACKWARD_MAX_TAPS = 9216
 DIRECT_DENSE_BACKWARD_MAX_TAPS = 288
 
-
-def direct_or_library(weight: Tensor, groups: int, with_skip: bool, most_taps: int) -> Literal["direct", "library"]:
-    """Which of these two algorithms serves a call on a CPU, from shapes alone."""
-    if groups > 1 or with_skip:  # the direct kernel has no groups, and a skip is the full-resolution map itself
-        return "library"
-    _, channels, height, width = weight.shape
-    return "direct" if channels * height * width <= most_taps else "library"
-
-
 # Bytes of padded input that the direct kernels may pack for one row of windows: a thread keeps them in memory of its
 # own. Where strides, dilations or padding are so large, most of it would be skipped.
 DIRECT_MAX_BYTES = 2**25
-# To a multiple of which the forward rounds the convolution's columns: csrc/convolution/register_tile-inl.h's most.
-DIRECT_COLUMNS = 24
-
-
-def packs_few_bytes(input: Tensor, weight: Tensor, geometry: Geometry) -> bool:
-    """Whether what a row of windows reads of the padded input is within `DIRECT_MAX_BYTES`."""
-    padded = [extent + 2 * padding for extent, padding in zip(input.shape[2:], geometry.padding, strict=True)]
-    stride, pool_stride = geometry.stride[0], geometry.pool_stride[0]
-    reach = (geometry.pool_size[0] - 1) * stride + geometry.dilation[0] * (weight.shape[2] - 1) + 1
-    rows = min(max(reach, pool_stride * stride), padded[0])
-    columns = padded[1] + DIRECT_COLUMNS * geometry.stride[1]
-    return rows * columns * input.shape[1] * max(input.element_size(), 4) <= DIRECT_MAX_BYTES
-
+DIRECT_COLUMNS = 24 if _C is None else _C.DIRECT_COLUMNS  # up to which the forward rounds the convolution's columns
 
 # Input pixels (of all images) from which a CPU takes Winograd's F(2x2, 3x3) where it can: fewer don't pay for the
 # transform of the weights. Measured with AVX2 (AMD Zen 3, 2026-11-22): a tenth ahead of oneDNN at 256, even at 196.
 WINOGRAD_MIN_PIXELS = 200
 
 # Input channels up to which it takes loops of its own, which know neither a skip nor how not to pool.
-WINOGRAD_FEW_CHANNELS = 4  # csrc/convolution/winograd_windows-inl.h's kFewChannels
+WINOGRAD_FEW_CHANNELS = 4 if _C is None else _C.FEW_CHANNELS
 
 # Kernel, stride, dilation and pool of what it serves: plain layers, with and without a pool, and the stem of a ResNet.
 WINOGRAD_POOLED = ((3, 3), (1, 1), (1, 1), ((2, 2), (2, 2), (0, 0)))
 WINOGRAD_UNPOOLED = ((3, 3), (1, 1), (1, 1), ((1, 1), (1, 1), (0, 0)))
 WINOGRAD_STEM = ((7, 7), (2, 2), (1, 1), ((3, 3), (2, 2), (1, 1)))
 
+# Products (output pixels x taps) from which conv2d comes to these kernels: fewer are done before Python's overhead is.
+# Measured with AVX2 (AMD Zen 3, 2026-11-23), forward and backward, against torch's own: 0.7 to 1.3 times as fast at
+# 0.5 M to 2.4 M, 0.9 to 1.2 times at 5 M to 8 M, 1.1 to 2.3 times at 20 M to 900 M.
+CONV2D_MIN_PRODUCTS = 10_000_000
+
+# Values of a map up to which torch's own ReLU and pool are ahead: they spare Python's overhead (about 0.1 ms forward
+# and backward), and read channels_last nearly as fast. Measured on 2 cores with AVX2, 2026-11-23.
+PLAIN_POOL_MAX_VALUES = 2**14
+PLAIN_POOL_MAX_VALUES_CHANNELS_LAST = 2**17
+
 
 def choose_cpu_forward(
-    input: Tensor, weight: Tensor, geometry: Geometry, with_skip: bool
+    input: Tensor, weight: Tensor, geometry: Geometry, with_skip: bool, winograd: bool = True
 ) -> Literal["winograd", "direct", "library"]:
-    """Which algorithm serves a forward call on a CPU, from shapes alone."""
+    """Which algorithm serves a forward call on a CPU; without ``winograd``, where its transforms can't carry values."""
     numbers = (tuple(weight.shape[2:]), geometry.stride, geometry.dilation, geometry.pool)
     many = input.shape[1] > WINOGRAD_FEW_CHANNELS
     if with_skip:
         served = many and numbers == WINOGRAD_POOLED
     else:
         served = numbers in (WINOGRAD_POOLED, WINOGRAD_STEM) or (many and numbers == WINOGRAD_UNPOOLED)
-    if served and geometry.groups == 1 and pays_for_winograd(input):
+    if winograd and served and geometry.groups == 1 and _pays_for_winograd(input):
         return "winograd"
-    if not packs_few_bytes(input, weight, geometry):
+    if with_skip:  # the skip is the full-resolution map itself
         return "library"
-    return direct_or_library(weight, geometry.groups, with_skip, DIRECT_FORWARD_MAX_TAPS)
+    return _direct_or_library(input, weight, geometry, DIRECT_FORWARD_MAX_TAPS)
 
 
 def choose_cpu_backward(
     input: Tensor, weight: Tensor, geometry: Geometry, with_skip: bool
 ) -> Literal["winograd", "direct", "library"]:
-    """Which algorithm serves a backward call on a CPU, from shapes alone; ``with_skip``: the skip carries gradient.
+    """Which algorithm serves a backward call on a CPU; ``with_skip``: the skip carries gradient.
 
     Where the gradient isn't sparse, Winograd's algorithm needs as little arithmetic as the direct kernels do where it
     is. Measured with AVX2 (AMD Zen 3, 2026-11-22): 1.1 to 3.7 times as fast as oneDNN, from 225 pixels and 5 channels.
     """
     sparse = not with_skip and geometry.pool_stride != (1, 1)
-    if not sparse and winograd_serves(weight, geometry) and pays_for_winograd(input):
+    if not sparse and _has_winograd_gradients(weight, geometry) and _pays_for_winograd(input):
         return "winograd"
-    if not sparse and weight.shape[2:] == (1, 1):
-        return "library"  # a matrix product, twice as fast there
-    if not packs_few_bytes(input, weight, geometry):
+    if with_skip or (not sparse and weight.shape[2:] == (1, 1)):  # 1x1: a matrix product, twice as fast there
         return "library"
     most_taps = DIRECT_BACKWARD_MAX_TAPS if sparse else DIRECT_DENSE_BACKWARD_MAX_TAPS
-    return direct_or_library(weight, geometry.groups, with_skip, most_taps)
+    return _direct_or_library(input, weight, geometry, most_taps)
 
 
-def winograd_serves(weight: Tensor, geometry: Geometry) -> bool:
+def serves_conv2d(input: Tensor, weight: Tensor, geometry: Geometry) -> bool:
+    """Whether a convolution alone, on a CPU, comes to Winograd's kernels; in a graph for any size that it may have."""
+    if input.shape[1] <= WINOGRAD_FEW_CHANNELS or not _has_winograd_gradients(weight, geometry):
+        return False
+    products = input.numel() * weight.shape[0] * 9
+    return isinstance(products, torch.SymInt) or (products >= CONV2D_MIN_PRODUCTS and _pays_for_winograd(input))
+
+
+def serves_relu_pool2d(input: Tensor) -> bool:
+    """Whether a map is large enough for a kernel; in a graph for any size that it may have."""
+    most = PLAIN_POOL_MAX_VALUES_CHANNELS_LAST if is_channels_last(input) else PLAIN_POOL_MAX_VALUES
+    values = input.numel()
+    if isinstance(values, torch.SymInt) or input.dtype != torch.float32 or not input.is_cpu or INTERPRETED:
+        return True
+    return not 0 < values <= most
+
+
+def _direct_or_library(
+    input: Tensor, weight: Tensor, geometry: Geometry, most_taps: int
+) -> Literal["direct", "library"]:
+    _, channels, height, width = weight.shape
+    few = geometry.groups == 1 and channels * height * width <= most_taps  # the direct kernels have no groups
+    return "direct" if few and _packs_few_bytes(input, weight, geometry) else "library"
+
+
+def _packs_few_bytes(input: Tensor, weight: Tensor, geometry: Geometry) -> bool:
+    """Whether what a row of windows reads of the padded input is within `DIRECT_MAX_BYTES`."""
+    padded = [extent + 2 * padding for extent, padding in zip(input.shape[2:], geometry.padding, strict=True)]
+    rows = min(max(geometry.field(weight.shape[2:])[0], geometry.pool_stride[0] * geometry.stride[0]), padded[0])
+    columns = padded[1] + DIRECT_COLUMNS * geometry.stride[1]
+    return rows * columns * input.shape[1] * max(input.element_size(), 4) <= DIRECT_MAX_BYTES
+
+
+def _has_winograd_gradients(weight: Tensor, geometry: Geometry) -> bool:
     """Whether Winograd's algorithm has kernels for a convolution's dense gradients, and so for all of conv2d."""
     numbers = (tuple(weight.shape[2:]), geometry.stride, geometry.dilation, geometry.groups)
     # Beyond a padding of 2, the input gradient's convolution would have a negative one.
     return numbers == ((3, 3), (1, 1), (1, 1), 1) and max(geometry.padding) <= 2
 
 
-def pays_for_winograd(input: Tensor) -> bool:
+def _pays_for_winograd(input: Tensor) -> bool:
     """Whether it is worth its transform of the weights on a CPU."""
     return 0 < WINOGRAD_MIN_PIXELS * input.shape[1] <= input.numel()
 
 
-# Products (output pixels x taps) from which conv2d comes to these kernels: fewer are done before the way through Python
-# is. Measured with AVX2 (AMD Zen 3, 2026-11-23), forward and backward, against torch's own: 0.7 to 1.3 times as fast at
-# 0.5 M to 2.4 M, 0.9 to 1.2 times at 5 M to 8 M, 1.1 to 2.3 times at 20 M to 900 M.
-CONV2D_MIN_PRODUCTS = 10_000_000
+# ---- a GPU ----
 
-
-def is_worth_conv2d(input: Tensor, weight: Tensor) -> bool:
-    """Whether a convolution alone has products enough; in a graph for any size it may have."""
-    products = input.numel() * weight.shape[0] * 9
-    return isinstance(products, torch.SymInt) or products >= CONV2D_MIN_PRODUCTS
-
-
-# The same limits for Triton's kernels. Estimated for an H200; measured there are 27 taps (5.9 times as fast as the best
-# peer, forward and backward) and, by the library, 576 (2.5 times eager's, H100). With 144 taps (16 channels under 3x3)
-# the product takes half as long as reading and writing the map would, with 288 as long. Half types and TF32 multiply on
-# tensor cores; full float32 doesn't, and is bound by arithmetic from the second layer on.
+# The limits of direct kernels' taps for Triton's. Estimated for an H200; measured there are 27 taps (5.9 times as fast
+# as the best peer, forward and backward) and, by the library, 576 (2.5 times eager's, H100). With 144 taps (16 channels
+# under 3x3) the product takes half as long as reading and writing the map would, with 288 as long. Half types and TF32
+# multiply on tensor cores; full float32 doesn't, and is bound by arithmetic from the second layer on.
 GPU_DIRECT_MAX_TAPS = 160
 GPU_DIRECT_MAX_TAPS_WITHOUT_TENSOR_CORES = 64
 
+# Of a window that the kernel for first layers serves: positions, and numbers of the input that they see (one tile of a
+# product on tensor cores).
+GPU_FIELD_POSITIONS = 4
+GPU_FIELD_MAX_INPUTS = 64
 
-def choose_gpu(weight: Tensor, geometry: Geometry, with_skip: bool) -> Literal["direct", "library"]:
-    """Which algorithm serves a call on a GPU, from shapes and dtype (and torch's setting of TF32) alone."""
+
+def choose_gpu_forward(weight: Tensor, geometry: Geometry, with_skip: bool) -> Literal["fields", "direct", "library"]:
+    """Which algorithm serves a forward call on a GPU."""
+    algorithm = choose_gpu_backward(weight, geometry, with_skip)
+    return "fields" if algorithm == "direct" and fits_fields(weight, geometry) else algorithm
+
+
+def choose_gpu_backward(weight: Tensor, geometry: Geometry, with_skip: bool) -> Literal["direct", "library"]:
+    """Which algorithm serves a backward call on a GPU; ``with_skip``: the skip carries gradient."""
     if geometry.groups > 1 or with_skip or weight.dtype == torch.float64:  # float64 products are the library's
         return "library"
     if geometry.windows_overlap:  # the direct kernels would convolve what windows share for each: 2.25 times, in a stem
@@ -135,3 +166,14 @@ def choose_gpu(weight: Tensor, geometry: Geometry, with_skip: bool) -> Literal["
     tensor_cores = weight.dtype != torch.float32 or convolutions_take_tf32()
     most_taps = GPU_DIRECT_MAX_TAPS if tensor_cores else GPU_DIRECT_MAX_TAPS_WITHOUT_TENSOR_CORES
     return "direct" if weight[0].numel() <= most_taps else "library"
+
+
+def fits_fields(weight: Tensor, geometry: Geometry) -> bool:
+    """Whether the kernel for first layers can do a call of the direct ones: small fields, on tensor cores."""
+    height, width = geometry.field(weight.shape[2:])
+    if geometry.pool_size[0] * geometry.pool_size[1] != GPU_FIELD_POSITIONS:
+        return False
+    tensor_cores = weight.dtype.itemsize == 2 or (
+        weight.dtype == torch.float32 and not weight.is_cpu and convolutions_take_tf32()
+    )
+    return tensor_cores and height * width * weight.shape[1] <= GPU_FIELD_MAX_INPUTS

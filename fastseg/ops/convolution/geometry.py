@@ -9,11 +9,16 @@ from typing import Any, NamedTuple, TypeVar, cast
 import torch
 from torch import Tensor
 
+from fastseg._native import _C
 from fastseg.ops.arguments import Pair, integer, pair
 
-MAX_WINDOW = 255  # positions in a pool window: they are kept as uint8, and CUT takes one value
-CUT = 255  # the position of a window whose maximum ReLU cut: it has no gradient
+CUT = torch.iinfo(torch.uint8).max  # the position, kept as uint8, of a window whose maximum ReLU cut: no gradient
+MAX_WINDOW = CUT  # positions in a pool window
 LARGEST = 2**31 - 1  # padding and dilation, so that no sum or product of the kernels passes 64 bits
+
+# The pairs of numbers that `flatten` gives first; the C++ kernels read no others.
+PAIRS = ("stride", "padding", "dilation", "pool_size", "pool_stride", "pool_padding")
+assert _C is None or _C.GEOMETRY == PAIRS
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -34,6 +39,14 @@ class Geometry(NamedTuple):
     def pool(self) -> tuple[Pair, Pair, Pair]:
         """What the pooling kernels get."""
         return self.pool_size, self.pool_stride, self.pool_padding
+
+    def field(self, kernel: tuple[int, ...]) -> Pair:
+        """Height and width of what a pooling window sees of the input."""
+        height, width = (
+            (size - 1) * stride + (taps - 1) * dilation + 1
+            for size, stride, taps, dilation in zip(self.pool_size, self.stride, kernel, self.dilation, strict=True)
+        )
+        return height, width
 
     @property
     def windows_overlap(self) -> bool:
@@ -63,15 +76,21 @@ def memoize(function: F) -> F:
 @memoize
 def flatten(geometry: Geometry) -> list[int]:
     """The numbers in a row, as the operator's schema and the C++ kernels take them: a call pays for each argument."""
-    pairs = (geometry.stride, geometry.padding, geometry.dilation, *geometry.pool)
+    pairs = (getattr(geometry, name) for name in PAIRS)
     return [*(number for pair in pairs for number in pair), geometry.groups, int(geometry.ceil_mode)]
 
 
 @memoize
 def unflatten(numbers: tuple[int, ...]) -> Geometry:
     """The inverse of `flatten`."""
-    stride, padding, dilation, size, pool_stride, pool_padding = zip(numbers[0:12:2], numbers[1:12:2], strict=True)
-    return Geometry(stride, padding, dilation, numbers[12], size, pool_stride, pool_padding, bool(numbers[13]))
+    pairs = dict(zip(PAIRS, zip(numbers[0:12:2], numbers[1:12:2], strict=True), strict=True))
+    return Geometry(**pairs, groups=numbers[12], ceil_mode=bool(numbers[13]))
+
+
+@memoize
+def of_conv2d(padding_h: int, padding_w: int) -> Geometry:
+    """The numbers of a convolution with a step of one pixel that no pool follows."""
+    return Geometry((1, 1), (padding_h, padding_w), (1, 1), 1, (1, 1), (1, 1), (0, 0), False)
 
 
 def resolve(

@@ -1,0 +1,96 @@
+"""A convolution's results and gradients as conv2d and conv_relu_pool2d share them: tensors, and kernels on a CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastseg._native import describe
+from fastseg.ops.convolution import algorithms
+from fastseg.ops.convolution.geometry import Geometry, unflatten
+from fastseg.ops.layouts import empty, memory_format_of
+
+Gradients = tuple[Tensor, Tensor, Tensor]  # of input, weight and bias; those that aren't needed have no elements
+
+
+def output_format(input: Tensor, weight: Tensor) -> torch.memory_format:
+    """Layout of the outputs: channels_last where input or weight is, as torch's convolution on a CPU."""
+    return memory_format_of(weight if memory_format_of(input) == torch.contiguous_format else input)
+
+
+def allocate_gradients(input: Tensor, weight: Tensor, needs: list[bool]) -> Gradients:
+    """Fresh memory."""
+    return (
+        empty(input, input.shape, memory_format_of(input)) if needs[0] else input.new_empty((0,)),
+        empty(weight, weight.shape, memory_format_of(weight)) if needs[1] else weight.new_empty((0,)),
+        weight.new_empty((weight.shape[0] if needs[2] else 0,)),
+    )
+
+
+def describe_needed(gradients: Gradients, needs: list[bool]) -> list[Any]:
+    """What the C++ side gets of gradients: None for those that aren't needed."""
+    return [describe(gradient) if need else None for gradient, need in zip(gradients, needs, strict=True)]
+
+
+def fill_outputs(
+    kernels: Any, algorithm: str, tensors: tuple[Tensor | None, ...], numbers: list[int], relu: bool = True
+) -> bool:
+    """Fills a convolution's outputs on a CPU by "winograd" or "direct"; False where a library has to convolve.
+
+    The one place that knows that Winograd's kernel may refuse a call: its transforms add what a convolution never adds,
+    so that sums might overflow, or spread what isn't finite.
+
+    Args:
+        kernels: The extension.
+        algorithm: What `algorithms.choose_cpu_forward` says.
+        tensors: Input, weight, bias; and to be filled, output, positions, and the skip (by "winograd" alone).
+        numbers: The geometry, `flatten`ed.
+        relu: Without it the convolution is all there is: by "winograd", and without a pool.
+    """
+    if algorithm == "library":
+        return False
+    threads, described = torch.get_num_threads(), tuple(map(describe, tensors))
+    if algorithm == "winograd":
+        if kernels.winograd_forward(described, numbers, relu, threads):
+            return True
+        input, weight, *_, skip = tensors
+        assert input is not None
+        assert weight is not None
+        geometry = unflatten(tuple(numbers))
+        algorithm = algorithms.choose_cpu_forward(input, weight, geometry, skip is not None, winograd=False)
+    if algorithm == "direct" and relu:
+        kernels.conv_relu_pool2d_forward(described[:-1], numbers, threads)
+        return True
+    return False
+
+
+def dense_backward(
+    kernels: Any, algorithm: str, tensors: tuple[Tensor, Tensor, Tensor], numbers: list[int], needs: list[bool]
+) -> Gradients:
+    """A convolution's gradients on a CPU, from those of its output, input and weight: by "winograd", else a library.
+
+    Winograd's kernel may refuse a call here, too; see `fill_outputs`.
+    """
+    if algorithm == "winograd":
+        gradients = allocate_gradients(*tensors[1:], needs)
+        described = (*map(describe, tensors), *describe_needed(gradients, needs))
+        if kernels.winograd_backward(described, numbers, torch.get_num_threads()):
+            return gradients
+    return library_backward(*tensors, unflatten(tuple(numbers)), needs)
+
+
+def library_backward(
+    grad_output: Tensor, input: Tensor, weight: Tensor, geometry: Geometry, needs: list[bool]
+) -> Gradients:
+    """PyTorch's own gradients of a convolution, in the layouts that the fake promises."""
+    stride, padding, dilation, groups = geometry[:4]
+    grad_input, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
+        grad_output, input, weight, list(weight.shape[:1]), stride, padding, dilation, False, [0, 0], groups, needs
+    )
+    return (
+        grad_input.contiguous(memory_format=memory_format_of(input)) if needs[0] else input.new_empty((0,)),
+        grad_weight.contiguous(memory_format=memory_format_of(weight)) if needs[1] else weight.new_empty((0,)),
+        grad_bias if needs[2] else weight.new_empty((0,)),
+    )
