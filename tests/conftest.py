@@ -9,23 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from fastseg import _native, reference
-from fastseg.ops import (
-    cross_entropy,
-    upsample_argmax,
-    upsample_confusion_matrix,
-    upsample_cross_entropy,
-    upsample_cross_entropy_with_gradient,
-)
+from fastseg import _native, ops, reference
+from fastseg.ops import cross_entropy
 from fastseg.ops.convolution import algorithms
 
-OPERATORS = (
-    cross_entropy,
-    upsample_argmax,
-    upsample_confusion_matrix,
-    upsample_cross_entropy,
-    upsample_cross_entropy_with_gradient,
-)
+# The operators with a C++ kernel of their own.
+NATIVE_OPERATORS = [operator for name in ops.__all__ if hasattr(operator := getattr(ops, name), "native")]
 
 if _native.INTERPRETED:
     from tests.kernels import triton_interpreter
@@ -120,9 +109,9 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture
 def implementation(isa: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """As `isa`, for `OPERATORS`; on a CPU their implementations for devices without a kernel as well."""
+    """As `isa`, for `NATIVE_OPERATORS`; on a CPU their implementations for devices without a kernel as well."""
     if isa == "plain":
-        for operator in OPERATORS:
+        for operator in NATIVE_OPERATORS:
             monkeypatch.setattr(operator, "native", lambda name: None)
     return isa
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastseg
-from fastseg import functional, metrics, models, reference
+from fastseg import functional, metrics, models, ops, reference
 from fastseg.models.base import PixelClassifier
 from fastseg.testing import assert_parity, make, make_labels, values_and_gradients
 
@@ -21,13 +21,6 @@ NETWORKS = {
     "unet-even-kernel": (models.UNet, models.plain.UNet, {"widths": (4, 8), "kernel_size": 2}),
 }
 CLASSES = 5
-OPERATORS = (
-    "conv_relu_pool2d",
-    "cross_entropy",
-    "upsample_cross_entropy",
-    "upsample_argmax",
-    "upsample_confusion_matrix",
-)
 
 
 def twins(network: type, plain: type, options: dict) -> tuple[nn.Module, nn.Module]:
@@ -79,7 +72,7 @@ def test_twin_uses_no_fastseg_operator(
     network: type, plain: type, options: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, twin = twins(network, plain, options)
-    for operator in OPERATORS:
+    for operator in ops.__all__:
         monkeypatch.setattr(torch.ops.fastseg, operator, None)
     images, labels = make((1, options.get("in_channels", 3), 16, 16)), make_labels((1, 16, 16), CLASSES)
     twin.loss(images, labels).backward()

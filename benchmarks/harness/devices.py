@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import shutil
 import subprocess
 from abc import ABC, abstractmethod
@@ -23,14 +22,6 @@ from fastseg.testing import MEMORY_FORMATS
 # the caches with what no call wants. It is read and not written, because a cache full of lines that wait to be written
 # back would slow down the call that follows.
 LEAD_BYTES = 2**32
-
-OPERATORS = (
-    "conv_relu_pool2d",
-    "cross_entropy",
-    "upsample_cross_entropy",
-    "upsample_argmax",
-    "upsample_confusion_matrix",
-)
 
 
 class Device(ABC):
@@ -161,12 +152,8 @@ class GraphicsProcessor(Device):
     def missing(self) -> str | None:
         if not torch.cuda.is_available():
             return f"torch {torch.__version__} sees no CUDA device"
-        try:
-            for operator in OPERATORS:
-                importlib.import_module(f"fastseg.kernels.{operator}")
-        except ImportError as error:
-            return f"fastseg's Triton kernels can't be loaded ({error})"
-        return None
+        active = fastseg.info()["gpu"]
+        return None if active == "Triton kernels" else f"fastseg's Triton kernels are not active, but {active}"
 
     def describe(self) -> dict[str, Any]:
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())

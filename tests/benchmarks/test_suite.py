@@ -1,6 +1,8 @@
 """The benchmark suite: right operators are verified and timed, wrong ones are refused, and the report is written."""
 
 import dataclasses
+import importlib
+import pkgutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,17 +17,8 @@ from fastseg.testing import make, make_labels
 
 pytest.importorskip("benchmarks", reason="benchmarks/ is part of a checkout, not of the installed package")
 pytest.importorskip("matplotlib", reason="matplotlib isn't installed: it comes with the extra [train]")
-from benchmarks import __main__
-from benchmarks.cases import (
-    bench_conv2d,
-    bench_conv_relu_pool2d,
-    bench_cross_entropy,
-    bench_models,
-    bench_relu_pool2d,
-    bench_upsample_argmax,
-    bench_upsample_confusion_matrix,
-    bench_upsample_cross_entropy,
-)
+from benchmarks import __main__, cases
+from benchmarks.cases import bench_conv_relu_pool2d
 from benchmarks.cases.bench_conv_relu_pool2d import ConvReLUPool2dCase
 from benchmarks.cases.bench_cross_entropy import CrossEntropyCase, count_partial_sums
 from benchmarks.cases.bench_models import ModelCase
@@ -56,16 +49,11 @@ CASES = [
     ModelCase("FCN", (1, 3, 64, 64)),  # large enough that rounding to bfloat16 decides more than a window or two
     ModelCase("UNet", (1, 3, 24, 24)),
 ]
-MODULES = (
-    bench_conv2d,
-    bench_conv_relu_pool2d,
-    bench_cross_entropy,
-    bench_models,
-    bench_relu_pool2d,
-    bench_upsample_argmax,
-    bench_upsample_confusion_matrix,
-    bench_upsample_cross_entropy,
-)
+MODULES = [
+    importlib.import_module(f"{cases.__name__}.{module.name}")
+    for module in pkgutil.iter_modules(cases.__path__)
+    if module.name.startswith("bench_")
+]
 ALL_CASES = [case for module in MODULES for case in module.CASES]
 
 
