@@ -105,10 +105,15 @@ def read_image(
     Raises:
         DataError: The file can't be read or has more pixels.
     """
-    raster = read_raster(Path(path), "image", exif=exif, max_pixels=max_pixels)
+    return image_tensor(read_pixels(Path(path), exif=exif, max_pixels=max_pixels), size)
+
+
+def read_pixels(path: Path, *, exif: str = "apply", max_pixels: int | None = None) -> np.ndarray:
+    """The pixels of an image, ``[H, W]`` or ``[H, W, C]``, of which :func:`image_tensor` makes that of `read_image`."""
+    raster = read_raster(path, "image", exif=exif, max_pixels=max_pixels)
     if raster.frames > 1:
         _logger.warning("%s: the first of its %d frames is read", path, raster.frames)
-    return image_tensor(raster.pixels, size)
+    return raster.pixels
 
 
 def image_tensor(pixels: np.ndarray, size: tuple[int, int] | None = None) -> Tensor:

@@ -20,6 +20,8 @@ ExifChoice: TypeAlias = Literal["refuse", "apply", "ignore"]
 
 LARGEST_LABEL = 65535  # masks are files of at most 16 bits
 
+_UNKNOWN = np.iinfo(np.int32).min  # in a table of classes: the map doesn't have this value
+
 _BINARY_NAMES = ("background", "foreground")
 _JPEG_FOREGROUND = 128  # halfway: what compression makes of 0 and 255 stays on its side
 _JPEG_SPREAD = 32  # between the channels of gray pixels, after compression
@@ -143,14 +145,14 @@ class PairReader:
                     f"but this holds {_some_values(pixels)}; {REMEDY}"
                 )
             pixels = pixels[..., :1]
+        for wrong in (int(pixels.min(initial=0)), int(pixels.max(initial=0))):
+            if not 0 <= wrong <= LARGEST_LABEL:
+                raise DataError(f"{path}: labels must be in 0..{LARGEST_LABEL}, but one is {wrong}")
         if self.label_map is not None:
             return self._mapped(path, pixels, mask.lossy)
         if mask.lossy:
             raise DataError(f"{path}: a JPEG file doesn't keep class numbers: save masks as PNG; or {REMEDY}")
         labels = pixels[..., 0]
-        for wrong in (int(labels.min(initial=0)), int(labels.max(initial=0))):
-            if not 0 <= wrong <= LARGEST_LABEL:
-                raise DataError(f"{path}: labels must be in 0..{LARGEST_LABEL}, but one is {wrong}")
         if self.reduce_labels:
             if (labels == self.ignore_index + 1).any():
                 raise DataError(f"{path}: label {self.ignore_index + 1}, one less, would be the ignored label")
@@ -160,7 +162,7 @@ class PairReader:
 
     @functools.cached_property
     def _table(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The map's values, ``[K, 1]`` or ``[K, 3]``, the same as one sorted number each, and the class of each."""
+        """The map's values, ``[K, 1]`` or ``[K, 3]``, the class of each, and the class of every number or colour."""
         assert self.label_map is not None
         values, classes, named = [], list[int](), 0
         for key, name in self.label_map.items():
@@ -173,36 +175,34 @@ class PairReader:
             named += name is not None
         if len({len(value) for value in values}) != 1 or not self.class_names:
             raise DataError("a label map needs a name for a class, and keys that are all numbers or all colours")
-        table = np.array(values, dtype=np.int64)
-        order = np.argsort(_codes(table))
-        if (np.diff(_codes(table)[order]) == 0).any():
+        table = np.array(values)
+        if len(np.unique(_codes(table))) < len(table):
             raise DataError("a label map has each number or colour once")
-        return table[order], _codes(table)[order], np.array(classes)[order]
+        by_code = np.full(1 << (16 if table.shape[1] == 1 else 24), _UNKNOWN, np.int32)
+        if table.shape[1] == 1 and self.ignore_index >= 0:
+            by_code[self.ignore_index :][:1] = self.ignore_index  # whether the map has it or not
+        by_code[_codes(table)] = classes
+        return table, np.array(classes), by_code
 
     def _mapped(self, path: Path, pixels: np.ndarray, lossy: bool) -> np.ndarray:
-        values, codes, classes = self._table
-        pixels = pixels if pixels.ndim > 2 else pixels[..., None]
+        values, classes, by_code = self._table
         found = _codes(pixels)
         if lossy:
             seen, places = np.unique(found, return_inverse=True)
             parts = seen[:, None] >> np.arange(8 * (values.shape[1] - 1), -1, -8) & 255
             nearest = np.array([np.square(values - part).sum(1).argmin() for part in parts])
             return classes[nearest[places.reshape(found.shape)]]
-        places = np.searchsorted(codes, found).clip(max=len(codes) - 1)
-        unknown = codes[places] != found
-        if values.shape[1] == 1:
-            unknown &= found != self.ignore_index
-        labels = np.where(codes[places] == found, classes[places], self.ignore_index)
-        if unknown.any():
+        labels = by_code[found]
+        if (unknown := labels == _UNKNOWN).any():
             raise DataError(f"{path}: the label map doesn't have its values {_some_values(pixels[unknown])}")
         return labels
 
 
 def _codes(values: np.ndarray) -> np.ndarray:
     """One number for each number or colour of the last dimension."""
-    codes = values[..., 0].astype(np.int64)
+    codes = values[..., 0]
     for channel in range(1, values.shape[-1]):
-        codes = codes << 8 | values[..., channel]
+        codes = codes.astype(np.int32) << 8 | values[..., channel]
     return codes
 
 

@@ -18,9 +18,9 @@ from rich.table import Table
 
 from fastseg.data.errors import DataError
 from fastseg.data.files import image_tensor
-from fastseg.data.labels import REMEDY, PairReader
+from fastseg.data.labels import REMEDY, PairReader, known_label_map
 from fastseg.data.pairs import Pair, list_names
-from fastseg.data.pictures import colorize, palette, to_picture
+from fastseg.data.pictures import PALETTES, colorize, palette, to_picture
 from fastseg.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 
 _RGB = "3 x uint8"
@@ -110,6 +110,15 @@ class Summary:
             )
         return implied
 
+    def palette(self, classes: int) -> np.ndarray:
+        """A colour for each class, ``[C, 3]``: those of the label map, the layout's own, or :func:`palette`'s."""
+        label_map = self.reader.label_map or {}
+        colors = [key.split(",") for key, name in label_map.items() if name is not None and "," in key]
+        if colors:
+            return np.array(colors).astype(np.uint8)
+        known = (name for name in PALETTES if label_map == known_label_map(name))
+        return palette(next(known, classes))
+
     def picture(self) -> Image.Image:
         """An image beside its mask in colours.
 
@@ -123,7 +132,7 @@ class Summary:
         shown = to_picture(image_tensor(image.pixels))
         both = Image.new("RGB", (2 * shown.width, shown.height))
         both.paste(shown)
-        both.paste(colorize(labels, palette(int(labels.max()) + 1), self.reader.ignore_index), (shown.width, 0))
+        both.paste(colorize(labels, self.palette(int(labels.max()) + 1), self.reader.ignore_index), (shown.width, 0))
         return both
 
     def show(self, console: Console) -> None:
