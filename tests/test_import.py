@@ -39,3 +39,8 @@ def test_a_built_one_is_silent(tmp_path: Path) -> None:
     command = [sys.executable, "-W", "error", "-c", "import fastseg"]
     process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert (process.returncode, process.stderr) == (0, "")
+
+
+def test_import_needs_no_gpu_and_no_triton() -> None:
+    code = "import fastseg, sys, torch; assert 'triton' not in sys.modules; torch.ops.fastseg.upsample_argmax.default"
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})

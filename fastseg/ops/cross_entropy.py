@@ -38,7 +38,8 @@ def choose_algorithm(input: Tensor, target: Tensor, weight: Tensor | None) -> Li
     """Which algorithm serves a call on a CPU, from shapes and dtypes alone: "plain" is torch's own operator."""
     small = 0 < input.numel() <= PLAIN_MAX_LOGITS and input.ndim > 1 and input.is_cpu and not INTERPRETED
     usual = input.dtype == torch.float32 and target.dtype == torch.int64  # what torch has no other operator for
-    return "plain" if small and usual and (weight is None or weight.dtype == torch.float32) else "kernel"
+    usual_weight = weight is None or (weight.dtype == torch.float32 and weight.ndim == 1)  # torch takes [1, C], too
+    return "plain" if small and usual and usual_weight else "kernel"
 
 
 # ---- schemas ----

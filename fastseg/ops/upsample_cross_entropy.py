@@ -230,7 +230,8 @@ class _UpsampleCrossEntropy(torch.autograd.Function):
     def backward(
         ctx: Any, grad_loss: Tensor | None, _: Any, __: Any, grad_overlap: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        input, target, _, statistics, _ = ctx.saved_tensors
+        saved = ctx.saved_tensors  # once: a checkpoint without re-entering lets nothing be unpacked twice
+        input, target, _, statistics, _ = saved
         if grad_loss is None:
             if grad_overlap is None:
                 return (None,) * 11
@@ -239,10 +240,10 @@ class _UpsampleCrossEntropy(torch.autograd.Function):
             grad_overlap = statistics.new_empty((0, *input.shape[:2]))
         if torch.is_grad_enabled():
             # create_graph=True: this gradient will be differentiated itself, which plain PyTorch can.
-            grad_input = differentiable_gradient(grad_loss, grad_overlap, ctx.saved_tensors[:3], *ctx.options)
+            grad_input = differentiable_gradient(grad_loss, grad_overlap, saved[:3], *ctx.options)
         else:
             grad_input = torch.ops.fastseg.upsample_cross_entropy_backward.default(
-                grad_loss, grad_overlap, *ctx.saved_tensors, *ctx.options
+                grad_loss, grad_overlap, *saved, *ctx.options
             )
         return None, grad_input, *(None,) * 9
 

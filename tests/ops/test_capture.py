@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,61 +13,38 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import fastseg
-from fastseg import _native, functional, models, reference
+from fastseg import _native, functional, models
 from fastseg.losses import monai, smp
 from fastseg.testing import make, make_labels
+from tests.ops.operators import CALLS, CAPTURED, CLASSES, Call, kernels_for_small_calls, parametrize
 from tests.ranks import run_two_ranks
 
-CLASSES = 5
+pytestmark = kernels_for_small_calls
 
-# Each operator's call: the function's name, its options, input's shape (large enough for fastseg's kernels), and the
-# other tensors.
-LABELS = (make_labels((2, 96, 80), CLASSES, seed=3),)
-WEIGHT = torch.tensor([0.5, 2.0, 1.0, 0.25, 3.0])
 MAP = (2, CLASSES, 24, 20)
-OWN_SIZE = (2, CLASSES, 96, 80)
-CALLS: dict[str, tuple[str, dict[str, Any], tuple[int, ...], tuple[Tensor, ...]]] = {
-    "conv2d": ("conv2d", {"padding": 1}, (2, 16, 80, 72), (make((16, 16, 3, 3), scale=0.2), make((16,)))),
-    "conv_relu_pool2d": (
-        "conv_relu_pool2d", {"padding": 1}, (2, 3, 32, 40), (make((8, 3, 3, 3), scale=0.2), make((8,))),
-    ),
-    "conv_relu_pool2d-skip": (
-        "conv_relu_pool2d", {"return_skip": True}, (2, 3, 32, 40), (make((8, 3, 3, 3), scale=0.2),),
-    ),
-    "relu_pool2d": ("relu_pool2d", {}, (2, 8, 64, 40), ()),
-    "relu_pool2d-skip": ("relu_pool2d", {"pool_size": 3, "return_skip": True}, (2, 8, 64, 40), ()),
-    "cross_entropy": ("cross_entropy", {"label_smoothing": 0.1}, OWN_SIZE, LABELS),
-    "cross_entropy-none": ("cross_entropy", {"reduction": "none", "ignore_index": 1}, OWN_SIZE, LABELS),
-    "cross_entropy-weighted": (
-        "cross_entropy", {"weight": WEIGHT, "label_smoothing": 0.2, "ignore_index": 0}, OWN_SIZE, LABELS,
-    ),
-    "upsample_cross_entropy": ("upsample_cross_entropy", {}, MAP, LABELS),
-    "upsample_cross_entropy-none": ("upsample_cross_entropy", {"reduction": "none"}, MAP, LABELS),
-    "cross_entropy_dice": ("cross_entropy_dice", {}, OWN_SIZE, LABELS),
-    "upsample_cross_entropy_dice": ("upsample_cross_entropy_dice", {"ignore_index": 2}, MAP, LABELS),
-    "focal_loss": ("focal_loss", {}, OWN_SIZE, LABELS),
-    "upsample_focal_loss": ("upsample_focal_loss", {"mode": "nearest"}, MAP, LABELS),
-}  # fmt: skip
-each_call = pytest.mark.parametrize("call", CALLS)
+
+each_call = parametrize(GRADIENTS := {name: call for name, call in CAPTURED.items() if call.is_differentiable})
 
 
-class Call(nn.Module):
-    """A function's call, one number for all results; its floating-point tensors but input are parameters."""
+class Captured(nn.Module):
+    """A call, one number for all results; its floating-point tensors but input are parameters."""
 
-    def __init__(self, call: str, functions: Any = functional) -> None:
+    def __init__(self, call: Call, plain: bool = False) -> None:
         super().__init__()
-        name, self.options, _, others = CALLS[call]
-        self.function = getattr(functions, name)
-        self.others = nn.ParameterList(nn.Parameter(other.clone(), other.is_floating_point()) for other in others)
+        self.call = call.plain if plain else call.fused
+        _, *others = call.tensors()
+        self.others = nn.ParameterList(
+            nn.Parameter(other.detach().clone(), other.is_floating_point()) for other in others
+        )
 
     def forward(self, input: Tensor) -> Tensor:
-        results = self.function(input, *self.others, **self.options)
+        results = self.call(input, *self.others)
         results = results if isinstance(results, tuple) else (results,)
         return sum((result * result).sum() for result in results)
 
 
-def input_of(call: str, **options: Any) -> Tensor:
-    return make(CALLS[call][2], seed=7, **options)
+def input_of(call: Call, seed: int = 7, **options: Any) -> Tensor:
+    return make(call.tensors()[0].shape, seed=seed, **options)
 
 
 def gradients(module: Callable[[Tensor], Tensor], parameters: Any, input: Tensor) -> list[Tensor | None]:
@@ -135,9 +113,9 @@ CAPTURES: dict[str, Callable[..., nn.Module]] = {
 @each_call
 @pytest.mark.parametrize("capture", CAPTURES)
 @pytest.mark.filterwarnings("ignore")
-def test_gradients_of_what_was_captured(capture: str, call: str) -> None:
+def test_gradients_of_what_was_captured(capture: str, call: Call) -> None:
     torch.compiler.reset()
-    module, input = Call(call), input_of(call)
+    module, input = Captured(call), input_of(call)
     expected = gradients(module, module.parameters(), input)
     captured = CAPTURES[capture](module, input)
     parameters = list(captured.parameters()) or list(module.parameters())
@@ -175,14 +153,14 @@ def test_opcheck_of_the_focal_sums(with_overlap: bool) -> None:
 
 @each_call
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_fakes_and_not_decompositions_serve_symbolic_sizes(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fakes_and_not_decompositions_serve_symbolic_sizes(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*arguments: object) -> None:
         raise AssertionError("a decomposition was called")
 
     for overload in fastseg.decompositions():
         monkeypatch.setitem(torch._decomp.decomposition_table, overload, refuse)
     torch.compiler.reset()
-    torch.compile(Call(call), backend="aot_eager", dynamic=True, fullgraph=True)(
+    torch.compile(Captured(call), backend="aot_eager", dynamic=True, fullgraph=True)(
         input_of(call, requires_grad=True)
     ).backward()
 
@@ -209,16 +187,16 @@ def tangent(function: Callable[[Tensor], Tensor], input: Tensor, direction: Tens
 @each_call
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # vmap runs the operators in a loop
-def test_transforms_give_what_plain_pytorch_gives(transform: str, call: str) -> None:
-    module, plain = Call(call), Call(call, reference)
-    input, direction = input_of(call), make(CALLS[call][2], seed=9)
+def test_transforms_give_what_plain_pytorch_gives(transform: str, call: Call) -> None:
+    module, plain = Captured(call), Captured(call, plain=True)
+    input, direction = input_of(call), input_of(call, seed=9)
     actual, expected = (TRANSFORMS[transform](m, input, direction) for m in (module, plain))
     torch.testing.assert_close(actual, expected, rtol=2e-3, atol=1e-4)
 
 
 def test_what_takes_plain_pytorch_says_so(caplog: pytest.LogCaptureFixture) -> None:
     _native.log_fallback.cache_clear()
-    module, input = Call("relu_pool2d"), input_of("relu_pool2d")
+    module, input = Captured(CALLS["relu_pool2d"]), input_of(CALLS["relu_pool2d"])
     torch.func.grad(module)(input)
     torch.func.jvp(module, (input,), (input,))
     for reason in ("a transform of torch.func", "forward-mode differentiation"):
@@ -268,13 +246,15 @@ def test_network_that_was_exported_saved_and_loaded_trains(network: str, tmp_pat
 class Prediction(nn.Module):
     """Labels, confidence and counts of logits."""
 
+    labels = make_labels((2, 96, 80), CLASSES, seed=3)
+
     def forward(self, logits: Tensor) -> tuple[Tensor, ...]:
         labels, confidence = functional.upsample_argmax(logits, (96, 80), return_confidence=True)
-        return labels, confidence, functional.upsample_confusion_matrix(logits, LABELS[0], ignore_index=1)
+        return labels, confidence, functional.upsample_confusion_matrix(logits, self.labels, ignore_index=1)
 
 
 ONNX: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    **{name: (lambda name=name: Call(name), CALLS[name][2]) for name in CALLS},
+    **{name: (lambda call=call: Captured(call), tuple(input_of(call).shape)) for name, call in GRADIENTS.items()},
     "prediction": (Prediction, MAP),
     "FCN": (lambda: models.FCN(num_classes=CLASSES), (1, 3, 64, 48)),
     "UNet": (lambda: models.UNet(num_classes=CLASSES), (1, 3, 64, 48)),
@@ -315,17 +295,16 @@ def check_shards(rank: int) -> None:
 
     mesh = torch.distributed.init_device_mesh("cpu", (2,))
 
-    def run(call: str, place: Callable[[Tensor, bool], Tensor]) -> list[Tensor]:
-        name, options, shape, others = CALLS[call]
+    def run(call: Call, place: Callable[[Tensor, bool], Tensor]) -> list[Tensor]:
         # Labels have images, as input has; weights and biases don't.
-        tensors = [place(make(shape, seed=7), True), *(place(t, not t.is_floating_point()) for t in others)]
-        options = {key: place(o, False) if isinstance(o, Tensor) else o for key, o in options.items()}
+        tensors = [place(t.detach(), at < call.data) for at, t in enumerate(call.tensors(size=(80, 72)))]
+        options = {key: place(o, False) if isinstance(o, Tensor) else o for key, o in call.options.items()}
         leaves = [t.detach().requires_grad_(t.is_floating_point()) for t in tensors]
-        results = getattr(functional, name)(*leaves, **options)
-        result = results[0] if isinstance(results, tuple) else results
+        options.pop("return_indices", None)
+        result = replace(call, options=options).outputs(*leaves)[0]
         return [result, *torch.autograd.grad(result.sum(), [leaf for leaf in leaves if leaf.requires_grad])]
 
-    for call in CALLS:
+    for name, call in GRADIENTS.items():
         whole = run(call, lambda tensor, _: tensor)
         for placement in (Shard(0), Replicate()):
             shards = run(
@@ -336,7 +315,7 @@ def check_shards(rank: int) -> None:
             )
             for actual, expected in zip(shards, whole, strict=True):
                 torch.testing.assert_close(
-                    actual.full_tensor(), expected, rtol=1e-3, atol=1e-4, msg=lambda m, call=call: f"{call}: {m}"
+                    actual.full_tensor(), expected, rtol=1e-3, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}"
                 )
 
 

@@ -2,8 +2,6 @@
 every instruction set. Winograd's: test_conv_relu_pool2d_winograd.py.
 """
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import Tensor
@@ -11,10 +9,10 @@ from torch import Tensor
 import fastseg
 from fastseg import _native, functional, reference
 from fastseg._tf32 import convolutions_take_tf32
+from fastseg.ops import conv_relu_pool2d as operator
 from fastseg.ops.convolution import algorithms
-from fastseg.ops.convolution.geometry import Geometry
+from fastseg.ops.convolution.geometry import Geometry, flatten, resolve
 from fastseg.testing import TF32_EPS, assert_parity, make, values_and_gradients
-from tests.kernels.poison import fresh_memory_of_nan
 
 ALGORITHMS = ("direct", "library")
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -205,68 +203,11 @@ def test_output_layout_follows_input(algorithm: str, layout: str) -> None:
         assert tensor.is_contiguous(memory_format=memory_format)
 
 
-VIEWS = {
-    "sliced-batch": lambda t: t[::2],
-    "sliced-columns": lambda t: t[..., 1:-2],
-    "strided": lambda t: t[:, :, ::2, ::2],
-    "flipped-axes": lambda t: t.transpose(2, 3),
-    "expanded": lambda t: t[:1].expand(3, -1, -1, -1),
-    "permuted": lambda t: t.permute(0, 3, 1, 2)[:, :3],
-}
-
-
-@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
-def test_strided_input(algorithm: str, view: object) -> None:
-    base = make((4, 3, 18, 22), requires_grad=True)
-    base, weight, bias = map(representable, (base, *tensors(SHAPES["rgb"], torch.float32)[1:]))
-
-    def through_view(function: object) -> object:
-        return lambda base, weight, bias: function(view(base), weight, bias, padding=1)
-
-    actual = values_and_gradients(through_view(functional.conv_relu_pool2d), [base, weight, bias])
-    plain = values_and_gradients(through_view(reference.conv_relu_pool2d), [base, weight, bias])
-    truth = values_and_gradients(through_view(reference.conv_relu_pool2d), [base, weight, bias], torch.float64)
-    assert_conv_parity(actual, plain, truth, outputs=1, terms=base[:, 0].numel())
-
-
-INCOMING = {
-    "expanded": lambda output: torch.ones((), dtype=output.dtype).expand_as(output),
-    "transposed": lambda output: make(output.shape, output.dtype).transpose(2, 3).contiguous().transpose(2, 3),
-    "from-cat": lambda output: make((output.shape[0], 2 * output.shape[1], *output.shape[2:]))[:, output.shape[1] :],
-    "channels-last": lambda output: make(output.shape, output.dtype, layout="channels_last"),
-}
-
-
-@pytest.mark.parametrize("skip", [False, True], ids=["pooled", "with-skip"])
-@pytest.mark.parametrize("incoming", INCOMING.values(), ids=INCOMING)
-def test_strided_gradient(algorithm: str, incoming: object, skip: bool) -> None:
-    arguments = list(map(representable, tensors(SHAPES["rgb"], torch.float32)))
-
-    def gradients(function: object, dtype: torch.dtype) -> list[Tensor]:
-        leaves = [t.detach().to(dtype).requires_grad_() for t in arguments]
-        outputs = function(*leaves, padding=1, return_skip=True)[: 1 + skip]
-        given = [incoming(output.detach().float()).to(dtype) for output in outputs]
-        return list(torch.autograd.grad(outputs, leaves, given))
-
-    actual = gradients(functional.conv_relu_pool2d, torch.float32)
-    plain = gradients(reference.conv_relu_pool2d, torch.float32)
-    truth = gradients(reference.conv_relu_pool2d, torch.float64)
-    assert_conv_parity(actual, plain, truth, outputs=0, terms=arguments[0][:, 0].numel())
-
-
 def test_gradient_of_skip_alone() -> None:
     arguments = tensors(SHAPES["rgb"], torch.float64)
     actual = torch.autograd.grad(functional.conv_relu_pool2d(*arguments, return_skip=True)[1].square().sum(), arguments)
     plain = torch.autograd.grad(reference.conv_relu_pool2d(*arguments, return_skip=True)[1].square().sum(), arguments)
     torch.testing.assert_close(actual, plain)
-
-
-def test_no_images(algorithm: str) -> None:
-    arguments = [torch.randn(s, requires_grad=True) for s in ((0, 3, 9, 9), (4, 3, 3, 3), (4,))]
-    output = functional.conv_relu_pool2d(*arguments)
-    assert output.shape == (0, 4, 3, 3)
-    for gradient, argument in zip(torch.autograd.grad(output.sum(), arguments), arguments, strict=True):
-        assert torch.equal(gradient, torch.zeros_like(argument))
 
 
 # ---- the pool's hard cases, on an identity convolution so that the map is known ----
@@ -312,47 +253,6 @@ def test_largest_window_of_the_kernels(algorithm: str) -> None:
 # ---- determinism, memory, graphs ----
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_bitwise_equal_for_any_number_of_threads(
-    algorithm: str, dtype: torch.dtype, threads: Callable[[int], None]
-) -> None:
-    arguments = tensors((3, 3, 33, 31, 19, 3, 3), dtype)
-    results = []
-    for count in (1, 2, 3, 2):
-        threads(count)
-        results.append(values_and_gradients(functional.conv_relu_pool2d, arguments, padding=1))
-    # oneDNN's own convolution divides its sums by thread, so that there the same number must give the same.
-    pairs = [(1, 3)] if algorithm == "library" else [(0, 1), (0, 2), (1, 3)]
-    for first, second in pairs:
-        torch.testing.assert_close(results[first], results[second], rtol=0, atol=0)
-
-
-def test_fresh_memory_filled_with_nan_changes_nothing(algorithm: str) -> None:
-    arguments = tensors(SHAPES["blocks"], torch.float32)
-    expected = values_and_gradients(functional.conv_relu_pool2d, arguments, **STEM)
-    with fresh_memory_of_nan():
-        poisoned = values_and_gradients(functional.conv_relu_pool2d, arguments, **STEM)
-    torch.testing.assert_close(poisoned, expected, rtol=0, atol=0)
-
-
-def test_arguments_are_left_alone_and_graph_can_be_retained(algorithm: str) -> None:
-    arguments = tensors(SHAPES["rgb"], torch.float32)
-    copies = [t.detach().clone() for t in arguments]
-    outputs = functional.conv_relu_pool2d(*arguments, padding=1, return_skip=True)
-    loss = sum(output.sum() for output in outputs)
-    first = torch.autograd.grad(loss, arguments, retain_graph=True)
-    torch.testing.assert_close(first, torch.autograd.grad(loss, arguments), rtol=0, atol=0)
-    torch.testing.assert_close([t.detach() for t in arguments], copies, rtol=0, atol=0)
-
-
-def test_gradcheck_first_and_second_order(algorithm: str) -> None:
-    arguments = tensors((1, 2, 6, 7, 3, 3, 2), torch.float64)
-    for options in ({"padding": 1}, {"return_skip": True}):
-        function = lambda *a, options=options: functional.conv_relu_pool2d(*a, **options)  # noqa: E731
-        assert torch.autograd.gradcheck(function, arguments)
-        assert torch.autograd.gradgradcheck(function, arguments)
-
-
 def test_instruction_set_override_in_a_fresh_process() -> None:
     import os
     import subprocess
@@ -370,29 +270,31 @@ def test_instruction_set_override_in_a_fresh_process() -> None:
     assert "portable" in run.stderr
 
 
-# ---- errors ----
-
-BAD = {
-    "rank": ({"input": torch.ones(3, 3)}, ValueError, "input: expected"),
-    "channels": ({"input": torch.ones(1, 2, 8, 8)}, ValueError, "expected 3 channels"),
-    "weight-rank": ({"weight": torch.ones(4, 3, 3)}, ValueError, "weight: expected"),
-    "no-kernels": ({"weight": torch.ones(0, 3, 3, 3)}, ValueError, "at least one output channel"),
-    "groups": ({"groups": 3}, ValueError, "groups: expected a divisor"),
-    "bias": ({"bias": torch.ones(5)}, ValueError, "bias: expected shape"),
-    "integers": ({"input": torch.ones(1, 3, 8, 8, dtype=torch.int32)}, TypeError, "input: expected float32"),
-    "dtypes": ({"weight": torch.ones(4, 3, 3, 3, dtype=torch.float64)}, TypeError, "weight: expected input's dtype"),
-    "stride": ({"stride": 0}, ValueError, "stride: expected"),
-    "three-numbers": ({"dilation": (1, 1, 1)}, ValueError, "dilation: expected"),
-    "padding-word": ({"padding": "full"}, ValueError, "padding: expected"),
-    "same-stride": ({"padding": "same", "stride": 2}, ValueError, "needs stride 1"),
-    "kernel-too-large": ({"input": torch.ones(1, 3, 2, 8)}, ValueError, "reaches over 3 pixels of height"),
-    "pool-too-large": ({"pool_size": 7}, ValueError, "leaves no output"),
-    "pool-padding": ({"pool_padding": 2}, ValueError, "at most half"),
-}
+# ---- torch's machinery ----
 
 
-@pytest.mark.parametrize(("changes", "error", "message"), BAD.values(), ids=BAD)
-def test_errors_name_the_argument(changes: dict, error: type[Exception], message: str) -> None:
-    arguments = {"input": torch.ones(1, 3, 8, 8), "weight": torch.ones(4, 3, 3, 3)} | changes
-    with pytest.raises(error, match=message):
-        functional.conv_relu_pool2d(**arguments)
+def test_compiled_gradient_without_a_skip_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.compiler.reset()
+    seen = []
+    backward_plain = operator.backward_plain
+
+    def backward(grad_output: Tensor, grad_skip: Tensor | None, *rest: object) -> tuple[Tensor, ...]:
+        seen.append(grad_skip)
+        return backward_plain(grad_output, grad_skip, *rest)
+
+    for kernels in ("native", "_triton.kernels"):
+        monkeypatch.setattr(f"fastseg.ops.conv_relu_pool2d.{kernels}", lambda *name: None)
+    monkeypatch.setattr(operator, "backward_plain", backward)
+    compiled = torch.compile(functional.conv_relu_pool2d, fullgraph=True, backend="aot_eager")
+    values_and_gradients(compiled, tensors(SHAPES["rgb"], torch.float32), padding=1)
+    assert seen
+    assert all(grad_skip is None for grad_skip in seen)  # else the direct kernels would not serve compiled networks
+
+
+def test_autocast_of_the_bare_operator() -> None:
+    geometry = flatten(resolve((3, 3), 1, 1, 1, 1, 2, None, 0, False)[0])
+    with torch.autocast("cpu", torch.bfloat16):
+        output, _, _ = torch.ops.fastseg.conv_relu_pool2d(
+            *tensors(SHAPES["rgb"], torch.float32), geometry, False, False
+        )
+    assert output.dtype == torch.bfloat16

@@ -14,7 +14,6 @@ from fastseg.testing import assert_parity, make, make_labels, values_and_gradien
 from tests.ops.cross_entropy_cases import (
     DTYPES,
     EXAMPLES,
-    INCOMING,
     LABELS,
     REDUCTIONS,
     ROWS,
@@ -77,14 +76,6 @@ def test_more_classes_than_a_tile_holds(implementation: str) -> None:
     check(input, probabilities_for(input))
 
 
-@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-def test_gradient_keeps_the_layout(dtype: torch.dtype, layout: str) -> None:
-    input = logits((2, 5, 6, 8), dtype, layout=layout)
-    gradient = check(input, labels_for(input))[1]
-    assert gradient.stride() == input.stride()
-
-
 OTHER_RANKS = {
     "flattened-pixels": lambda t: t.flatten(2),
     "volume": lambda t: t.unflatten(2, (2, -1))[:, :, :, 1:, 2:-1],
@@ -115,23 +106,6 @@ def test_strided_labels() -> None:
     wide = make_labels((2, 8, 12), 5)
     check(input, wide.transpose(1, 2)[:, ::2])
     check(input, wide[:, :1, :8].expand(2, 6, 8))
-
-
-@pytest.mark.parametrize("incoming", INCOMING.values(), ids=INCOMING)
-def test_strided_gradient(incoming: Callable[[Tensor], Tensor]) -> None:
-    input = logits((3, 7, 12, 32))
-    target = labels_for(input)
-
-    def gradient(function: Callable[..., Tensor], dtype: torch.dtype) -> Tensor:
-        leaf = input.detach().to(dtype).requires_grad_()
-        loss = function(leaf, target, reduction="none")
-        return torch.autograd.grad(loss, leaf, incoming(loss.detach().float()).to(dtype))[0]
-
-    assert_parity(
-        gradient(functional.cross_entropy, torch.float32),
-        gradient(reference.cross_entropy, torch.float32),
-        gradient(reference.cross_entropy, torch.float64),
-    )
 
 
 @settings(max_examples=EXAMPLES, deadline=None, derandomize=True)

@@ -232,3 +232,15 @@ def test_refused(
     input = logits((2, 5, *shape))
     with pytest.raises(error, match=message):
         getattr(functional, operator)(input, labels_for(input, SIZE), pixel_weight=pixel_weight, **mode)
+
+
+@parametrize_operators
+def test_compiled(operator: str, shape: Size, mode: dict[str, Any]) -> None:
+    torch.compiler.reset()
+    input = logits((2, 5, *shape))
+    arguments = [input, labels_for(input, SIZE, ignore_index=3)]
+    options = {"ignore_index": 3, "pixel_weight": weights_of_pixels(), **mode}
+    function = getattr(functional, operator)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    actual, expected = (values_and_gradients(call, arguments, **options) for call in (compiled, function))
+    torch.testing.assert_close(actual, expected)

@@ -1,6 +1,5 @@
 """upsample_argmax against plain PyTorch: labels, confidences, grids, errors, memory."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,15 +8,13 @@ from torch import Tensor
 
 from fastseg import functional, reference
 from fastseg.testing import assert_parity, make
-from tests.kernels.poison import fresh_memory_of_nan
-from tests.ops.cross_entropy_cases import DTYPES, INFINITY, LABEL_DTYPES, NAN, VIEWS
+from tests.ops.cross_entropy_cases import DTYPES, INFINITY, LABEL_DTYPES, NAN
 from tests.ops.upsample_cases import (
     GRIDS,
     LARGE_GRIDS,
     MODES,
     TILES,
     Size,
-    peak_growth,
     roundings,
     slow_under_the_interpreter,
     terms_of,
@@ -126,20 +123,6 @@ def test_class_counts(implementation: str, dtype: torch.dtype, layout: str, clas
     check(input, (7, 11), mode="nearest")
 
 
-@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
-@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_strided_input(
-    implementation: str, dtype: torch.dtype, mode: dict[str, Any], view: Callable[[Tensor], Tensor]
-) -> None:
-    check(view(make((4, 6, 5, 12), dtype, scale=3.0)), (13, 9), **mode)
-
-
-@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
-def test_no_images(implementation: str, mode: dict[str, Any]) -> None:
-    assert check(make((0, 4, 5, 6)), (10, 9), **mode).shape == (0, 10, 9)
-
-
 @pytest.mark.parametrize("dtype", LABEL_DTYPES.values(), ids=LABEL_DTYPES)
 def test_label_dtypes(implementation: str, dtype: torch.dtype) -> None:
     for classes in (3, 256):
@@ -219,84 +202,3 @@ def test_confidence_is_a_share(implementation: str, dtype: torch.dtype) -> None:
     assert confidence.dtype == dtype
     assert confidence.min() >= 1 / 21 - torch.finfo(dtype).eps
     assert confidence.max() <= 1
-
-
-# ---- beside the values ----
-
-
-def test_no_gradient(implementation: str) -> None:
-    input = make((1, 3, 4, 5), requires_grad=True)
-    labels, confidence = functional.upsample_argmax(input, (8, 9), return_confidence=True)
-    assert not labels.requires_grad
-    assert not confidence.requires_grad
-
-
-def test_equal_for_any_number_of_threads_and_twice(isa: str, threads: Callable[[int], None]) -> None:
-    input = make((2, 21, 13, 10))
-    results = []
-    for count in (1, 2, 3, 3):
-        threads(count)
-        results.append(functional.upsample_argmax(input, (41, 33), return_confidence=True))
-    for other in results[1:]:
-        torch.testing.assert_close(other, results[0], rtol=0, atol=0)
-
-
-def test_fresh_memory_filled_with_nan_changes_nothing(implementation: str) -> None:
-    input = make((2, 5, 6, 7))
-    expected = functional.upsample_argmax(input, (13, 15), return_confidence=True)
-    with fresh_memory_of_nan():
-        poisoned = functional.upsample_argmax(input, (13, 15), return_confidence=True)
-    torch.testing.assert_close(poisoned, expected, rtol=0, atol=0)
-
-
-X = torch.zeros(2, 4, 3, 5)
-REFUSED: dict[str, tuple[Tensor, dict[str, Any], type[Exception], str]] = {
-    "rank": (X[0], {"size": 4}, ValueError, r"input: expected \[N, C, h, w\], got shape \(4, 3, 5\)"),
-    "no-columns": (X[..., :0], {"size": 4}, ValueError, r"input: expected at least one row and one column"),
-    "no-class": (X[:, :0], {"size": 4}, ValueError, r"input: expected at least one class, got shape \(2, 0, 3, 5\)"),
-    "integer-logits": (X.long(), {"size": 4}, TypeError, "input: expected float32.* got torch.int64"),
-    "mode": (X, {"size": 4, "mode": "area"}, ValueError, "mode: expected \"bilinear\" or \"nearest\", got 'area'"),
-    "corners": (X, {"size": 4, "mode": "nearest", "align_corners": True}, ValueError, "align_corners: only mode"),
-    "neither": (X, {}, ValueError, "size: expected either it or scale_factor, got None and None"),
-    "both": (X, {"size": 4, "scale_factor": 2}, ValueError, "size: expected either it or scale_factor, got 4 and 2"),
-    "triple": (X, {"size": (1, 2, 3)}, ValueError, r"size: expected one number or \(height, width\), got \(1, 2, 3\)"),
-    "one-factor": (X, {"scale_factor": (2.0,)}, ValueError, r"scale_factor: expected one number .* got \(2.0,\)"),
-    "no-output": (X, {"size": (0, 4)}, ValueError, r"size: expected at least one row .* got 0 x 4 of size \(0, 4\)"),
-    "float-size": (X, {"size": 4.0}, ValueError, "size: expected an integer .* got 4.0"),
-    "no-size-in-a-pair": (X, {"size": (None, 4)}, ValueError, "size: expected an integer .* got None"),
-    "no-factor-in-a-pair": (X, {"scale_factor": (None, 2.0)}, ValueError, "scale_factor: expected finite"),
-    "nested-factors": (X, {"scale_factor": [[2.0], [2.0]]}, ValueError, "scale_factor: expected finite"),
-    "three-factors": (X, {"scale_factor": [2.0, 2.0, 2.0]}, ValueError, "scale_factor: expected one number"),
-    "nan-factor": (X, {"scale_factor": float("nan")}, ValueError, "scale_factor: expected finite .* got nan"),
-    "infinite-factor": (X, {"scale_factor": (1.0, float("inf"))}, ValueError, "scale_factor: expected finite"),
-    "negative-factor": (X, {"scale_factor": -2.0}, ValueError, "scale_factor: expected finite .* above 0, got -2"),
-    "word-factor": (X, {"scale_factor": "2"}, ValueError, "scale_factor: expected finite"),
-    "small-factor": (X, {"scale_factor": 0.3}, ValueError, "got 0 x 1 of scale_factor 0.3"),
-    "dtype": (X, {"size": 4, "dtype": torch.int8}, TypeError, "dtype: expected uint8.*got torch.int8"),
-    "small-dtype": (
-        torch.zeros(1, 257, 2, 2), {"size": 4, "dtype": torch.uint8}, ValueError,
-        "dtype: torch.uint8 can't hold the labels of 257 classes",
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(("input", "options", "error", "message"), REFUSED.values(), ids=REFUSED)
-def test_refused(input: Tensor, options: dict[str, Any], error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        functional.upsample_argmax(input, **options)
-
-
-@slow_under_the_interpreter
-@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
-@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
-def test_peak_memory(layout: str, mode: dict[str, Any]) -> None:
-    input = make((2, 64, 32, 32), layout=layout)
-    full = 2 * 64 * 512 * 512 * input.element_size()
-
-    def predict() -> None:
-        functional.upsample_argmax(input, 512, return_confidence=True, **mode)
-
-    predict()  # code and scratch memory that stay
-    labels, confidence = full // 64 // 4, full // 64
-    grown = peak_growth(predict)
-    assert grown < labels + confidence + full / 20  # and the threads' tiles

@@ -17,7 +17,6 @@ from tests.ops.upsample_cases import (
     TILES,
     Size,
     labels_for,
-    peak_growth,
     slow_under_the_interpreter,
 )
 
@@ -107,11 +106,6 @@ def test_strided_labels(implementation: str) -> None:
     check(input, wide[:, :1, ::3].expand(2, 11, 8))
 
 
-@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
-def test_no_images(implementation: str, mode: dict[str, Any]) -> None:
-    assert check(make((0, 4, 5, 6)), torch.zeros(0, 10, 9, dtype=torch.uint8), **mode).count_nonzero() == 0
-
-
 def test_nan_is_predicted_as_by_argmax(implementation: str) -> None:
     input = make((2, 5, 4, 6))
     input[torch.rand(input.shape) < 0.2] = NAN
@@ -132,36 +126,7 @@ def test_matrices_of_batches_add_up(implementation: str) -> None:
     assert torch.equal(sum(parts), functional.upsample_confusion_matrix(input, target, 255))
 
 
-def test_no_gradient() -> None:
-    input = make((1, 3, 4, 5), requires_grad=True)
-    matrix = functional.upsample_confusion_matrix(input, labels_for(input, (8, 9)))
-    assert matrix.dtype == torch.int64
-    assert not matrix.requires_grad
-
-
-@slow_under_the_interpreter
-def test_equal_for_any_number_of_threads(isa: str, threads: Callable[[int], None]) -> None:
-    input = make((2, 21, 33, 40))
-    target = labels_for(input, (131, 165))
-    matrices = []
-    for count in (1, 2, 3):
-        threads(count)
-        matrices.append(functional.upsample_confusion_matrix(input, target))
-    assert torch.equal(matrices[0], matrices[1])
-    assert torch.equal(matrices[0], matrices[2])
-
-
 # ---- errors ----
-
-OUTSIDE = {
-    "too-large": (5, torch.int64),
-    "ignore-of-other-data-sets": (255, torch.uint8),
-    "negative": (-1, torch.int16),
-    "far-negative": (-(2**31), torch.int32),
-    "32-bits-look-right": (2**32 + 1, torch.int64),
-}
-parametrize_outside = pytest.mark.parametrize(("label", "dtype"), OUTSIDE.values(), ids=OUTSIDE)
-parametrize_ignored = pytest.mark.parametrize("ignored", [None, 3, -100], ids=["none-ignored", "a-class", "-100"])
 
 
 def with_a_label_outside(label: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -171,18 +136,6 @@ def with_a_label_outside(label: int, dtype: torch.dtype) -> tuple[Tensor, Tensor
     return input, target
 
 
-@parametrize_outside
-@parametrize_ignored
-def test_label_outside_the_classes(implementation: str, ignored: int | None, label: int, dtype: torch.dtype) -> None:
-    arguments = with_a_label_outside(label, dtype)
-    if _native.INTERPRETED or torch.get_default_device().type != "cpu":
-        assert (functional.upsample_confusion_matrix(*arguments, ignored) < 0).all()
-        return
-    or_ignored = "" if ignored is None else rf" or ignore_index \({ignored}\)"
-    with pytest.raises(IndexError, match=rf"^target: expected classes in \[0, 5\){or_ignored}, got {label}$"):
-        functional.upsample_confusion_matrix(*arguments, ignored)
-
-
 def test_scores_refuse_the_counts_of_labels_outside_the_classes() -> None:
     if not _native.INTERPRETED and torch.get_default_device().type == "cpu":
         pytest.skip("the C++ kernels run here, which raise an IndexError")
@@ -190,45 +143,3 @@ def test_scores_refuse_the_counts_of_labels_outside_the_classes() -> None:
     good = functional.upsample_confusion_matrix(*with_a_label_outside(3, torch.uint8))
     with pytest.raises(ValueError, match="matrix"):
         metrics.scores(matrix + 1000 * good)
-
-
-X, Y = torch.zeros(2, 4, 3, 5), torch.zeros(2, 6, 7, dtype=torch.int64)
-REFUSED: dict[str, tuple[tuple[Tensor, Tensor], dict[str, Any], type[Exception], str]] = {
-    "rank": ((X[0], Y), {}, ValueError, r"input: expected \[N, C, h, w\], got shape \(4, 3, 5\)"),
-    "integer-logits": ((X.long(), Y), {}, TypeError, "input: expected float32.* got torch.int64"),
-    "mode": ((X, Y), {"mode": "area"}, ValueError, 'mode: expected "bilinear" or "nearest", got \'area\''),
-    "corners": ((X, Y), {"mode": "nearest", "align_corners": True}, ValueError, "align_corners: only mode"),
-    "labels-rank": ((X, Y[0]), {}, ValueError, r"target: expected labels \[N, H, W\] .*got shape \(6, 7\)"),
-    "no-columns": ((X, Y[..., :0]), {}, ValueError, r"target: expected labels .*got shape \(2, 6, 0\)"),
-    "batch": ((X, Y[:1]), {}, ValueError, r"target: expected labels of shape \(2, 6, 7\), got \(1, 6, 7\)"),
-    "float-labels": ((X, Y.float()), {}, TypeError, "target: expected labels of an integer dtype.*got torch.float32"),
-    "bool-labels": ((X, Y.bool()), {}, TypeError, "target: expected labels of an integer dtype.*got torch.bool"),
-    "device": ((X, Y.to("meta")), {}, ValueError, "target: expected input's device .*, got meta"),
-}
-
-
-@pytest.mark.parametrize(("arguments", "options", "error", "message"), REFUSED.values(), ids=REFUSED)
-def test_refused(
-    arguments: tuple[Tensor, Tensor], options: dict[str, Any], error: type[Exception], message: str
-) -> None:
-    with pytest.raises(error, match=message):
-        functional.upsample_confusion_matrix(*arguments, **options)
-
-
-# ---- memory ----
-
-
-@slow_under_the_interpreter
-@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
-@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
-def test_peak_memory(layout: str, mode: dict[str, Any]) -> None:
-    input = make((2, 64, 32, 32), layout=layout)
-    target = labels_for(input, (512, 512), torch.uint8)
-    full = target.numel() * input.shape[1] * input.element_size()
-
-    def count() -> None:
-        functional.upsample_confusion_matrix(input, target, **mode)
-
-    count()  # code and scratch memory that stay
-    grown = peak_growth(count)
-    assert grown < full / 20  # the threads' tiles and counts
