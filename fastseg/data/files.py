@@ -4,6 +4,7 @@ import contextlib
 import logging
 import struct
 import threading
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -18,9 +19,12 @@ from fastseg.data.errors import DataError
 
 MAX_PIXELS = 500_000_000  # 1.5 GB of RGB; Pillow's own limit would refuse a scanned map
 
-# What Pillow raises on damaged files (found by damaging files of ten formats): OSError for most, SyntaxError for broken
-# PNG chunks, ValueError for broken headers (tifffile, too), struct.error for broken EXIF data.
-_UNREADABLE = (OSError, SyntaxError, ValueError, struct.error)
+# What Pillow and tifffile raise on damaged files (found by damaging files of ten formats): OSError for most,
+# SyntaxError for broken PNG chunks, ValueError for headers, struct.error for EXIF data, all others for TIFF.
+_UNREADABLE = (
+    OSError, SyntaxError, ValueError, struct.error,
+    ArithmeticError, LookupError, MemoryError, RuntimeError, TypeError, zlib.error,
+)  # fmt: skip
 
 _DEEP_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N", "F")  # more than 8 bits: Pillow would clip them to RGB
 _INDEX_MODES = ("1", "L", "P")

@@ -1,3 +1,4 @@
+import contextlib
 import os
 import pickle
 import re
@@ -347,3 +348,18 @@ def test_masks_can_keep_their_size(pair: Pair) -> None:
     image, mask = MaskDataset([pair], size=(6, 5), native_masks=True)[0]
     assert image.shape == (3, 6, 5)
     assert torch.equal(mask, torch.from_numpy(labels()))
+
+
+@pytest.mark.filterwarnings("ignore:Tag data larger than file", "ignore:Metadata Warning")  # Pillow's
+def test_a_damaged_tiff_file_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "image.tif"
+    for compression in (None, "zlib"):
+        tifffile.imwrite(path, gradient().astype(np.uint16), photometric="rgb", compression=compression)
+        whole = path.read_bytes()
+        for place in range(0, min(len(whole), 300)):  # the header and the first tags
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
+            with contextlib.suppress(DataError):
+                read_image(path, max_pixels=10**6)
+    path.write_bytes(whole[:-20])
+    with pytest.raises(DataError, match=r"image\.tif: can't be read as an image"):
+        read_image(path)
