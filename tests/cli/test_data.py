@@ -99,6 +99,45 @@ def test_data_that_need_a_word(
             assert "height x width" in capsys.readouterr().out
 
 
+FOLDERS = {  # images, masks, the largest label, classes
+    "camvid": ("{split}/{name}.png", "{split}annot/{name}.png", 11, 11),
+    "voc": ("JPEGImages/{split}{name}.jpg", "SegmentationClass/{split}{name}.png", 255, 21),
+    "cityscapes": (
+        "leftImg8bit/{split}/ulm/ulm_{name}_leftImg8bit.png",
+        "gtFine/{split}/ulm/ulm_{name}_gtFine_labelIds.png",
+        33,
+        19,
+    ),
+    "ade20k": ("images/{long}/ADE_{split}_{name}.jpg", "annotations/{long}/ADE_{split}_{name}.png", 150, 150),
+    "lists": ("images/{split}{name}.jpg", "masks/{split}{name}.png", 3, 4),
+    "split/images": ("{split}/images/{name}.png", "{split}/masks/{name}.png", 3, 4),
+    "images/split": ("images/{split}/{name}.png", "masks/{split}/{name}.png", 3, 4),
+}
+
+
+@pytest.mark.parametrize("layout", FOLDERS)
+def test_a_tiny_folder_of_every_layout(tmp_path: Path, layout: str, capsys: pytest.CaptureFixture[str]) -> None:
+    image, mask, largest, classes = FOLDERS[layout]
+    labels = np.random.default_rng(0).integers(0, 4, (SIZE, SIZE)).astype(np.uint8)
+    labels[0, 0] = largest
+    for split, long in (("train", "training"), ("val", "validation")):
+        for name in ("a", "b"):
+            for pattern, pixels in ((image, np.dstack([labels] * 3)), (mask, labels)):
+                path = tmp_path / pattern.format(split=split, long=long, name=name)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels).save(path)
+        if layout in ("voc", "lists"):
+            listed = tmp_path / ("ImageSets/Segmentation" if layout == "voc" else "") / f"{split}.txt"
+            listed.parent.mkdir(parents=True, exist_ok=True)
+            listed.write_text(f"{split}a\n{split}b\n")
+    for options in ([], ["--layout", layout]):
+        assert run(["check", "--data", str(tmp_path), *options]) == 0
+        printed = capsys.readouterr().out
+        assert f"layout {layout}\n" in printed
+        assert f"\n{classes} classes\n" in printed
+        assert re.search(r"│ train +│ 2 .*\n│ val +│ 2 ", printed)
+
+
 def test_check_writes_the_mask_as_a_picture(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["check", "--data", str(data), "--picture", str(tmp_path / "picture.png")]) == 0
     assert "2 classes" in capsys.readouterr().out
