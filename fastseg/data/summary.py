@@ -90,7 +90,10 @@ class Summary:
         first = self._first_masks()
         labels = sorted(first.keys() - {self.reader.ignore_index})
         implied = max(labels, default=-1) + 1
-        classes = len(self.reader.class_names) or classes
+        named = len(self.reader.class_names)
+        if named and classes not in (None, named):
+            raise DataError(f"classes must be {named}, as many as have names, but it is {classes}")
+        classes = named or classes
         if classes is not None:
             if implied > classes:
                 raise DataError(

@@ -99,6 +99,12 @@ def test_a_word_makes_classes_of_them(
     assert set(counted.tolist()) <= {*range(len(names)), splits.ignore_index}
 
 
+def test_classes_and_names_agree(tmp_path: Path) -> None:
+    write_masks(tmp_path, 0, 255)
+    with pytest.raises(DataError, match="classes must be 2, as many as have names, but it is 3"):
+        open_splits(DataConfig(data=tmp_path, binary=True, classes=3), None)
+
+
 def test_all_files_that_cannot_be_used_are_told(tmp_path: Path) -> None:
     write_masks(tmp_path, 0, 1)
     (tmp_path / "images" / "2.png").unlink()
