@@ -1,10 +1,12 @@
-"""Fixtures that several test files share."""
+"""Which tests run, and fixtures that several test files share."""
 
+import contextlib
+import importlib
 import itertools
-from collections import Counter, defaultdict
+import os
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from random import Random
-from typing import Any
 
 import pytest
 import torch
@@ -12,9 +14,15 @@ import torch
 from fastseg import _native, ops, reference
 from fastseg.ops import cross_entropy
 from fastseg.ops.convolution import algorithms
+from tests.sampling import covering
 
 # The operators with a C++ kernel of their own.
 NATIVE_OPERATORS = [operator for name in ops.__all__ if hasattr(operator := getattr(ops, name), "native")]
+
+SMALL_GRID = 12  # cases that a test may have and run them all
+
+with contextlib.suppress(ModuleNotFoundError):  # benchmarks/ is part of a checkout alone
+    importlib.import_module("benchmarks.harness.memory")  # before test files start threads: see its `unknown`
 
 if _native.INTERPRETED:
     from tests.kernels import triton_interpreter
@@ -25,12 +33,32 @@ if _native.INTERPRETED:
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", choices=["cpu", "cuda"], default="cpu", help="where tests make their tensors")
     parser.addoption("--tf32", choices=["on", "off"], default="on", help="torch's setting for float32 convolutions")
+    parser.addoption("--full", action="store_const", const=0, dest="strength", help="run all cases of every test")
+    parser.addoption(
+        "--strength", type=int, dest="strength", metavar="T",
+        help="of a test's cases, run so many that any T parameters' values that meet in a case meet in one that runs; "
+        f"2, the default, leaves tests of fewer than {SMALL_GRID} cases whole",
+    )  # fmt: skip
+    parser.addoption("--part", metavar="K/N", help="run the Kth of N parts of the tests, K = 1, ..., N")
     parser.addoption("--every", type=int, default=1, metavar="N", help="run every Nth case of each test alone")
-    parser.addoption("--covering", action="store_true", help="run cases in which all pairs of parameters' values occur")
     parser.addoption("--shuffled", action="store_true", help="run tests in a random order, the same in every run")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Whole runs take two processes of one thread each, where pytest-xdist is installed; ``-n 0`` takes this one."""
+    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
+    if whole and config.pluginmanager.hasplugin("xdist") and config.option.numprocesses is None:
+        config.option.numprocesses, config.option.dist = 2, "loadfile"  # fixtures of a file are made once
+        config.option.loadscopereorder = False  # the folders that take longest come first by their names
+        os.environ["OMP_NUM_THREADS"] = "1"
+        # What `benchmarks.harness.memory` would set comes too late in a worker, which has a thread from the start.
+        os.environ["MALLOC_ARENA_MAX"] = "1"
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    if config.option.strength is None:
+        config.option.strength = 0 if any("::" in name for name in config.args) else 2  # what is named runs
     if config.getoption("--device") == "cuda":
         if not torch.cuda.is_available():
             raise pytest.UsageError("--device cuda: torch sees no CUDA device")
@@ -40,46 +68,34 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out tests that need a CUDA device where there is none, and what ``--every`` leaves out."""
+    """Leave out tests that need a CUDA device where there is none, those of ``--full``, and other parts' tests."""
     if not torch.cuda.is_available():
         skip = pytest.mark.skip(reason="needs a CUDA device")
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(skip)
-    every, seen, kept = config.getoption("--every"), Counter[str](), []
-    for item in items:
-        name = item.nodeid.partition("[")[0]
-        if seen[name] % every == 0:
-            kept.append(item)
-        seen[name] += 1
-    if config.getoption("--covering"):
-        kept = covering(kept)
-    if config.getoption("--shuffled"):
-        Random(0).shuffle(kept)
+    kept = [item for item in items if not config.option.strength or item.get_closest_marker("full") is None]
+    if (every := config.getoption("--every")) > 1:
+        numbers = defaultdict[str, Iterator[int]](itertools.count)
+        kept = [item for item in kept if next(numbers[item.nodeid.partition("[")[0]]) % every == 0]
+    if part := config.getoption("--part"):
+        number, parts = map(int, part.split("/"))
+        kept = kept[number - 1 :: parts]
     if len(kept) < len(items):
-        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        config.hook.pytest_deselected(items=[*{*items} - {*kept}])
     items[:] = kept
+    if config.getoption("--shuffled"):
+        Random(0).shuffle(items)
 
 
-def covering(items: list[pytest.Item]) -> list[pytest.Item]:
-    """Of each test's cases so many, drawn at random, that every pair of two parameters' values occurs in one."""
-    drawn, seen = list(items), defaultdict[str, set[Any]](set)
-    Random(0).shuffle(drawn)
-    kept = set()
-    for item in drawn:
-        values = (
-            [(name, id(value)) for name, value in item.callspec.params.items()] if hasattr(item, "callspec") else []
-        )
-        pairs = {*itertools.combinations(values, 2), *values, None}
-        found = seen[item.nodeid.partition("[")[0]]
-        if not pairs <= found:
-            found |= pairs
-            kept.add(item)
-    return [item for item in items if item in kept]
+@pytest.hookimpl(wrapper=True)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> Iterator[None]:
+    """What the tensors' device may run: the C++ kernels' instruction sets, the interpreted kernels, or a GPU's.
 
-
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """What the tensors' device may run: the C++ kernels' instruction sets, the interpreted kernels, or a GPU's."""
+    Then, when all other parameters are known, the sample of the cases. pytest has no hook between the parameters and
+    the items, whose making takes most of the time that the sample saves: hence the private name, which pytest 8 and 9
+    share. In ``indices`` are the numbers of a case's values within their parameters.
+    """
     if metafunc.config.getoption("--device") == "cuda":
         kernels, others = ["triton"], []
     elif _native.INTERPRETED:
@@ -89,6 +105,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "isa" in metafunc.fixturenames:
         with_others = "implementation" in metafunc.fixturenames
         metafunc.parametrize("isa", [*kernels, *(others if with_others else [])], indirect=True)
+    yield
+    strength = metafunc.config.option.strength
+    calls = [call for call in metafunc._calls if not strength or all(mark.name != "full" for mark in call.marks)]
+    if strength == 1 or (strength and len(calls) >= SMALL_GRID):
+        calls = [calls[row] for row in covering([call.indices for call in calls], strength, metafunc.function.__name__)]
+    if calls:  # else it has none, or none but those of --full, which are left out later
+        metafunc._calls = calls
 
 
 @pytest.fixture(autouse=True)

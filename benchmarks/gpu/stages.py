@@ -80,7 +80,7 @@ LARGE = (
 def gpu_stages(out: Path, seconds_for_timing: float) -> list[Stage]:
     """The stages on a machine with a GPU."""
     cores = os.cpu_count() or 1
-    on_gpu = ["--device=cuda", "--covering", "--shuffled"]
+    on_gpu = ["--device=cuda", "--shuffled"]
     install = ["pip", "install", "--no-index", "--no-build-isolation", "--no-deps", "-q", "-e", "."]
     behaviour = ["-m", "gpu", "tests/kernels/test_cuda.py", "-k"]
     timing = str(out / "timing.json")
@@ -111,8 +111,8 @@ def rehearsal_stages(out: Path) -> list[Stage]:
     return [
         Stage("versions", 60, _module("benchmarks.gpu.versions")),
         Stage("compile", 120, _module("benchmarks.gpu.compiling", "--few", "--json", str(out / "compile.json"))),
-        Stage("smoke", 120, _pytest(1, "-x", "--every=4", SMOKE), interpreted, decisive=True),
-        Stage("parity", 120, _pytest(1, "--covering", "--every=37", *PARITY[1:2]), interpreted),
+        Stage("smoke", 120, _pytest(1, "-x", "--full", "--every=4", SMOKE), interpreted, decisive=True),
+        Stage("parity", 120, _pytest(1, "--full", "--every=37", *PARITY[1:2]), interpreted),
         Stage("behaviour", 60, _pytest(1, "-m", "gpu", "tests/kernels/test_cuda.py")),
         Stage("timing", 120, _module("benchmarks.gpu.timing", "--device=cpu", "--json", timing, "--seconds", "60")),
         Stage("profile", 60, _module("benchmarks.gpu.profiling", "--timing", timing)),

@@ -26,6 +26,7 @@ from fastseg.kernels.specimens import SPECIMENS  # noqa: E402
 HOPPER = compile.parse_target("cuda:90")
 HOPPER_SHARED_BYTES = 227 * 1024  # of a program, of a multiprocessor's 228 KiB (CUDA C++ programming guide)
 HALF_TYPES = {"fp16", "bf16"}
+DTYPE_CLASSES = {"bf16": "half", "fp16": "half", "fp32": "float32", "fp64": "float64"}
 
 
 A_FEW = [  # a specimen of each launcher
@@ -47,9 +48,18 @@ A_FEW = [  # a specimen of each launcher
 
 
 @pytest.fixture(scope="module")
-def rows() -> list[Row]:
-    """Every configuration, compiled for Hopper."""
-    return list(compile.compile_jobs(compile.default_jobs(HOPPER) + compile.tuned_jobs(HOPPER)))
+def rows(request: pytest.FixtureRequest) -> list[Row]:
+    """Each kernel for each class of dtypes, compiled for Hopper; with ``--full`` every configuration."""
+    jobs = compile.default_jobs(HOPPER) + compile.tuned_jobs(HOPPER)
+    if request.config.getoption("strength"):
+        jobs = list({(job.kernel, dtypes(job)): job for job in reversed(jobs)}.values())
+    return list(compile.compile_jobs(jobs))
+
+
+def dtypes(job: compile.Job) -> str:
+    """The class of a kernel's tensors: of half precision, float32 or float64, in which some keep float32's sums."""
+    kinds = str(job.signature)
+    return next(name for kind, name in DTYPE_CLASSES.items() if f"*{kind}" in kinds)
 
 
 def test_every_configuration_compiles(rows: list[Row]) -> None:

@@ -45,8 +45,7 @@ def test_parity_suite(request: pytest.FixtureRequest, arguments: list[str]) -> N
     if importlib.util.find_spec("xdist"):  # most of the time goes into compiling
         processes = (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
         command.append(f"--numprocesses={max(processes, 1)}")
-    if request.config.getoption("--covering"):
-        command.append("--covering")
+    command.append(f"--strength={request.config.getoption('strength')}")
     run = subprocess.run(command, cwd=tests.parent, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
 

@@ -37,8 +37,8 @@ def runs() -> Iterator[dict[str, subprocess.Popen]]:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     processes = {
         name: subprocess.Popen(
-            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--every={every}", tests / name],
-            cwd=tests.parent, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--full", f"--every={every}", name],
+            cwd=tests, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
         for name, every in FILES.items()
     }  # fmt: skip

@@ -1,8 +1,6 @@
 """What the tests of the drop-in losses share: the originals, dtypes, shapes, and the comparison of the two."""
 
-import contextlib
 import copy
-import importlib
 import inspect
 import math
 from collections.abc import Callable
@@ -18,9 +16,6 @@ from tests.ops import cross_entropy_cases
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
 SHAPES = {"image": (2, 5, 9, 13), "volume": (2, 5, 3, 4, 7)}
 IGNORED = 255
-
-with contextlib.suppress(ModuleNotFoundError):  # benchmarks/ is part of a checkout alone
-    importlib.import_module("benchmarks.harness.memory")  # before the originals start threads, which it has to be
 
 
 def original(name: str) -> Any:

@@ -29,7 +29,7 @@ LABELS = {  # a label dtype and what is ignored, but for uint8, which has no -10
 }
 
 # Of hypothesis: fewer where each is interpreted, or waits for kernels of its own to be compiled.
-EXAMPLES = 6 if _native.INTERPRETED or torch.get_default_device().type == "cuda" else 60
+EXAMPLES = 2 if _native.INTERPRETED else 6 if torch.get_default_device().type == "cuda" else 60
 
 # Layouts of logits [N, C, h, w].
 VIEWS = {

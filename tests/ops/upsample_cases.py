@@ -1,5 +1,6 @@
 """What the tests of the upsampling operators share: grids, error bounds, and the comparison with plain PyTorch."""
 
+import importlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -104,5 +105,5 @@ def peak_growth(call: Callable[[], object]) -> int:
     devices = pytest.importorskip("benchmarks.harness.devices", reason="benchmarks/ is part of a checkout alone")
     grown = devices.DEVICES[torch.get_default_device().type].peak_growth(call)
     if grown is None:
-        pytest.skip("the peak of the resident set is known on Linux alone")
+        pytest.skip(importlib.import_module("benchmarks.harness.memory").unknown())
     return grown
