@@ -10,6 +10,7 @@ from fastseg import reference
 from fastseg._native import log_fallback
 from fastseg.functional._checks import FLOATING_DTYPES, without_batch
 from fastseg.ops import conv_relu_pool2d as operator
+from fastseg.ops.arguments import integer
 from fastseg.ops.convolution import geometry as geometries
 
 IntOrPair = int | tuple[int, ...]
@@ -68,11 +69,10 @@ def conv_relu_pool2d(
         TypeError: A dtype that isn't supported, or dtypes that differ.
     """
     input, weight, bias = operator.cast_for_autocast(input, weight, bias)
-    _check_tensors(input, weight, bias)
+    _check_tensors(input, weight, bias, groups)
     geometry, (extra_h, extra_w) = geometries.resolve(
         weight.shape[2:], stride, padding, dilation, groups, pool_size, pool_stride, pool_padding, ceil_mode
     )
-    _check_channels(input, weight, geometry.groups)
     unbatched = input.ndim == 3
     if unbatched:
         input = input.unsqueeze(0)
@@ -93,13 +93,21 @@ def conv_relu_pool2d(
     return without_batch(results) if unbatched else results
 
 
-def _check_tensors(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def _check_tensors(input: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> None:
     if input.ndim not in (3, 4):
         raise ValueError(f"input: expected [N, C, H, W] or [C, H, W], got shape {tuple(input.shape)}")
     if weight.ndim != 4:
         raise ValueError(f"weight: expected [K, C / groups, height, width], got shape {tuple(weight.shape)}")
     if weight.shape[0] == 0:
         raise ValueError(f"weight: expected at least one output channel, got shape {tuple(weight.shape)}")
+    groups = integer("groups", groups, 1)
+    if weight.shape[0] % groups:
+        raise ValueError(f"groups: expected a divisor of weight's {weight.shape[0]} output channels, got {groups}")
+    if input.shape[-3] != weight.shape[1] * groups:
+        raise ValueError(
+            f"input: expected {weight.shape[1] * groups} channels (weight {tuple(weight.shape)}, groups {groups}), "
+            f"got {input.shape[-3]}"
+        )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias: expected shape ({weight.shape[0]},), got {tuple(bias.shape)}")
     if input.dtype not in FLOATING_DTYPES:
@@ -109,13 +117,3 @@ def _check_tensors(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
             raise TypeError(f"{name}: expected input's dtype {input.dtype}, got {tensor.dtype}")
         if tensor is not None and tensor.device != input.device:
             raise ValueError(f"{name}: expected input's device {input.device}, got {tensor.device}")
-
-
-def _check_channels(input: Tensor, weight: Tensor, groups: int) -> None:
-    if weight.shape[0] % groups:
-        raise ValueError(f"groups: expected a divisor of weight's {weight.shape[0]} output channels, got {groups}")
-    if input.shape[-3] != weight.shape[1] * groups:
-        raise ValueError(
-            f"input: expected {weight.shape[1] * groups} channels (weight {tuple(weight.shape)}, groups {groups}), "
-            f"got {input.shape[-3]}"
-        )

@@ -110,7 +110,7 @@ def _backward_cpu(
         kernels.conv_relu_pool2d_backward(tensors, numbers, torch.get_num_threads())
         return gradients
     dense = _allocate_dense(input, weight, numbers)
-    unpool_cpu(kernels, grad_output, grad_skip, positions, skip, dense, numbers)
+    unpool_cpu(kernels, (grad_output, grad_skip, positions, skip), dense, numbers)
     return dense_backward(kernels, algorithm, (dense, input, weight), numbers, needs)
 
 
@@ -196,7 +196,7 @@ def backward_plain(
     """Its gradient from torch's own operators."""
     geometry = unflatten(tuple(numbers))
     zeros = input.new_zeros(output_shapes(input.shape, weight.shape, geometry)[1])
-    dense = unpool_plain(grad_output, grad_skip, positions, skip, zeros, geometry)
+    dense = unpool_plain((grad_output, grad_skip, positions, skip), zeros, geometry)
     return library_backward(dense, input, weight, geometry, needs)
 
 

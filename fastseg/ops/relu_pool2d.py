@@ -97,7 +97,7 @@ def _backward_cpu(
     if kernels is None:
         return backward_plain(grad_output, grad_skip, positions, skip, size, numbers)
     gradient = _allocate_gradient(grad_output, grad_skip, positions, skip, size, numbers)
-    return unpool_cpu(kernels, grad_output, grad_skip, positions, skip, gradient, numbers)
+    return unpool_cpu(kernels, (grad_output, grad_skip, positions, skip), gradient, numbers)
 
 
 def _forward_triton(input: Tensor, numbers: list[int], with_positions: bool, with_skip: bool) -> Results:
@@ -135,7 +135,7 @@ def backward_plain(
 ) -> Tensor:  # fmt: skip
     """Its gradient from torch's own operators, which is differentiable itself: positions have no gradient."""
     zeros = torch.zeros_like(_allocate_gradient(grad_output, grad_skip, positions, skip, size, numbers))
-    gradient = unpool_plain(grad_output, grad_skip, positions, skip, zeros, unflatten(tuple(numbers)))
+    gradient = unpool_plain((grad_output, grad_skip, positions, skip), zeros, unflatten(tuple(numbers)))
     return gradient.contiguous(memory_format=memory_format_of(positions))
 
 

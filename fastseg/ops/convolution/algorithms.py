@@ -119,7 +119,9 @@ def _direct_or_library(
 def _packs_few_bytes(input: Tensor, weight: Tensor, geometry: Geometry) -> bool:
     """Whether what a row of windows reads of the padded input is within `DIRECT_MAX_BYTES`."""
     padded = [extent + 2 * padding for extent, padding in zip(input.shape[2:], geometry.padding, strict=True)]
-    rows = min(max(geometry.field(weight.shape[2:])[0], geometry.pool_stride[0] * geometry.stride[0]), padded[0])
+    stride, pool_stride = geometry.stride[0], geometry.pool_stride[0]
+    reach = (geometry.pool_size[0] - 1) * stride + geometry.dilation[0] * (weight.shape[2] - 1) + 1
+    rows = min(max(reach, pool_stride * stride), padded[0])
     columns = padded[1] + DIRECT_COLUMNS * geometry.stride[1]
     return rows * columns * input.shape[1] * max(input.element_size(), 4) <= DIRECT_MAX_BYTES
 

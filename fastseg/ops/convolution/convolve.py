@@ -10,14 +10,14 @@ from torch import Tensor
 from fastseg._native import describe
 from fastseg.ops.convolution import algorithms
 from fastseg.ops.convolution.geometry import Geometry, unflatten
-from fastseg.ops.layouts import empty, memory_format_of
+from fastseg.ops.layouts import empty, is_channels_last, memory_format_of
 
 Gradients = tuple[Tensor, Tensor, Tensor]  # of input, weight and bias; those that aren't needed have no elements
 
 
 def output_format(input: Tensor, weight: Tensor) -> torch.memory_format:
     """Layout of the outputs: channels_last where input or weight is, as torch's convolution on a CPU."""
-    return memory_format_of(weight if memory_format_of(input) == torch.contiguous_format else input)
+    return torch.channels_last if is_channels_last(input) or is_channels_last(weight) else torch.contiguous_format
 
 
 def allocate_gradients(input: Tensor, weight: Tensor, needs: list[bool]) -> Gradients:

@@ -17,6 +17,7 @@ from fastseg.ops.convolution.geometry import CUT, Geometry, expand_indices, loca
 from fastseg.ops.layouts import empty
 
 Results = tuple[Tensor, Tensor, Tensor]
+Kept = tuple[Tensor | None, Tensor | None, Tensor, Tensor | None]  # gradients of output and skip, positions, skip
 Shapes = tuple[tuple[int, ...], tuple[int, ...]]  # of the pooled output and of the map
 
 
@@ -47,11 +48,9 @@ def pool_plain(
     )
 
 
-def unpool_plain(
-    grad_output: Tensor | None, grad_skip: Tensor | None, positions: Tensor, skip: Tensor | None, zeros: Tensor,
-    geometry: Geometry,
-) -> Tensor:  # fmt: skip
+def unpool_plain(kept: Kept, zeros: Tensor, geometry: Geometry) -> Tensor:
     """The dense gradient from torch's own operators; ``zeros`` are of its shape."""
+    grad_output, grad_skip, positions, skip = kept
     gradient = zeros
     if grad_output is not None:
         indices = expand_indices(positions, tuple(zeros.shape[2:]), geometry).flatten(2)
@@ -62,11 +61,9 @@ def unpool_plain(
     return gradient
 
 
-def unpool_cpu(
-    kernels: Any, grad_output: Tensor | None, grad_skip: Tensor | None, positions: Tensor, skip: Tensor | None,
-    gradient: Tensor, numbers: list[int],
-) -> Tensor:  # fmt: skip
+def unpool_cpu(kernels: Any, kept: Kept, gradient: Tensor, numbers: list[int]) -> Tensor:
     """The dense gradient, filled by the C++ kernel."""
+    grad_output, grad_skip, positions, skip = kept
     sparse = (None, None) if grad_output is None else (describe(grad_output), describe(positions))
     full = (None, None) if grad_skip is None else (describe(skip), describe(grad_skip))
     kernels.relu_pool2d_backward((*sparse, *full, describe(gradient)), numbers, torch.get_num_threads())
