@@ -20,12 +20,14 @@ def main() -> int:
     parser.add_argument(
         "--only", action="append", choices=list(names), help="measure this model alone, and others named so"
     )
+    parser.add_argument("--quick", action="store_true", help="a few rounds, to see that all of it runs")
     parser.add_argument("--json", type=Path, help="file for what was measured; what it holds of other models is kept")
     parser.add_argument("--from", dest="run", type=Path, help="such a file to report, instead of measuring")
     parser.add_argument("--one", choices=list(names), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
-        arguments.json.write_text(json.dumps(measuring.measure(names[arguments.one])))
+        effort = measuring.QUICK if arguments.quick else measuring.FULL
+        arguments.json.write_text(json.dumps(measuring.measure(names[arguments.one], effort)))
         return 0
     if arguments.out is None:
         parser.error("--out is needed: the Markdown file to write")
@@ -39,7 +41,7 @@ def main() -> int:
     else:
         chosen = [case for name, case in names.items() if name in (arguments.only or names)]
         earlier = json.loads(arguments.json.read_text()) if arguments.json and arguments.json.exists() else None
-        results = measuring.run(chosen, CASES, earlier)
+        results = measuring.run(chosen, CASES, earlier, arguments.quick)
         if arguments.json is not None:
             arguments.json.write_text(json.dumps(results))
     if not results["models"]:

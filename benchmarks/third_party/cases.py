@@ -20,10 +20,12 @@ from benchmarks.third_party.models import (
     Use,
     basic_unet,
     made,
+    plain_conv_unet,
     segformer,
     smp,
     torchvision,
-    upernet,
+    upernet_convnext,
+    upernet_resnet,
 )
 from fastseg.testing import MEMORY_FORMATS
 
@@ -121,21 +123,31 @@ class ThirdPartyCase(ModelCase):
 # Inductor of torch 2.13 makes a gradient of replication_pad2d channels_last, and then refuses it.
 _NO_CHANNELS_LAST = (("layout_optimization", False),)
 _SMP, _VISION, _HUGGING = "segmentation_models_pytorch", "torchvision", "transformers"
-_RESNET18 = upernet((64, 128, 256, 512), 2, 128)
+_RESNET18 = upernet_resnet((64, 128, 256, 512), 2, 128)
+_B2 = segformer(depths=[3, 4, 6, 3], hidden_sizes=[64, 128, 320, 512], decoder_hidden_size=768)
 
 CASES = [
     ThirdPartyCase("smp.Unet-resnet18", (2, 3, 256, 256), _SMP, smp("Unet", "resnet18"), LOGITS, 21),
     ThirdPartyCase("smp.Unet-vgg11", (2, 3, 192, 192), _SMP, smp("Unet", "vgg11"), LOGITS, 21),
     ThirdPartyCase("smp.FPN-resnet18", (2, 3, 256, 256), _SMP, smp("FPN", "resnet18"), LOGITS, 21),
     ThirdPartyCase("smp.FPN-vgg11", (2, 3, 192, 192), _SMP, smp("FPN", "vgg11"), LOGITS, 21),
+    ThirdPartyCase("smp.Unet-mobilenet_v2", (2, 3, 256, 256), _SMP, smp("Unet", "mobilenet_v2"), LOGITS, 21),
+    ThirdPartyCase("smp.Unet-efficientnet-b0", (2, 3, 256, 256), _SMP, smp("Unet", "efficientnet-b0"), LOGITS, 21),
     # SMP has no DeepLabV3Plus on VGG. Batch normalisation of one pixel's values needs some images, here and below.
     ThirdPartyCase("smp.DeepLabV3Plus-resnet18", (4, 3, 192, 192), _SMP, smp("DeepLabV3Plus", "resnet18"), LOGITS, 21),
     ThirdPartyCase("torchvision.fcn_resnet50", (4, 3, 96, 96), _VISION, torchvision("fcn_resnet50"), TWO_HEADS, 21),
     ThirdPartyCase(
         "torchvision.deeplabv3_resnet50", (4, 3, 96, 96), _VISION, torchvision("deeplabv3_resnet50"), TWO_HEADS, 21
     ),
-    ThirdPartyCase("transformers.Segformer-b0", (1, 3, 512, 512), _HUGGING, segformer, OWN_LOSS, 150),
+    ThirdPartyCase(
+        "torchvision.deeplabv3_resnet101", (4, 3, 96, 96), _VISION, torchvision("deeplabv3_resnet101"), TWO_HEADS, 21
+    ),
+    ThirdPartyCase("transformers.Segformer-b0", (1, 3, 512, 512), _HUGGING, segformer(), OWN_LOSS, 150),
+    ThirdPartyCase("transformers.Segformer-b2", (1, 3, 512, 512), _HUGGING, _B2, OWN_LOSS, 150),
     ThirdPartyCase("transformers.UperNet-resnet18", (2, 3, 256, 256), _HUGGING, _RESNET18, OWN_LOSS, 150),
+    ThirdPartyCase(
+        "transformers.UperNet-ConvNeXt-tiny", (2, 3, 256, 256), _HUGGING, upernet_convnext(512), OWN_LOSS, 150
+    ),
     ThirdPartyCase(
         "monai.BasicUNet",
         (2, 1, 192, 192),
@@ -144,5 +156,8 @@ CASES = [
         LOGITS,
         5,
         _NO_CHANNELS_LAST,
+    ),
+    ThirdPartyCase(
+        "nnU-Net.PlainConvUNet", (2, 1, 192, 192), "torch", plain_conv_unet((32, 64, 128, 256, 512, 512)), LOGITS, 5
     ),
 ]

@@ -22,7 +22,8 @@ from pytest_benchmark.utils import get_commit_info
 import fastseg
 from benchmarks.harness.compile_time import COMPILE
 from benchmarks.harness.devices import CPU
-from benchmarks.harness.suite import COMPILERS, FASTSEG, Effort, Measured, verify_and_time
+from benchmarks.harness.suite import COMPILERS, DEPLOYMENTS, FASTSEG, Effort, Measured, verify_and_time
+from benchmarks.reports import third_party as report
 from benchmarks.reports.third_party import STEP, TIMINGS
 from benchmarks.third_party.cases import ThirdPartyCase
 
@@ -31,10 +32,11 @@ from benchmarks.third_party.cases import ThirdPartyCase
 ENOUGH_GRAPHS = 64
 
 # A step of these models takes a second, not a millisecond.
-EFFORT = Effort(seconds=6, least_rounds=5, most_rounds=30)
+FULL = Effort(seconds=6, least_rounds=5, most_rounds=30)
+QUICK = Effort(seconds=0, least_rounds=3, most_rounds=3)
 
 
-def measure(case: ThirdPartyCase, effort: Effort = EFFORT) -> dict[str, Any]:
+def measure(case: ThirdPartyCase, effort: Effort) -> dict[str, Any]:
     """What `benchmarks.reports.third_party` writes of a model."""
     start = perf_counter()
     result: dict[str, Any] = {"name": case.name, "images": case.images, "classes": case.classes}
@@ -86,8 +88,10 @@ def difference(case: ThirdPartyCase) -> dict[str, float]:
     }
 
 
-def run(chosen: list[ThirdPartyCase], cases: list[ThirdPartyCase], earlier: dict[str, Any] | None) -> dict[str, Any]:
-    """The results of the ``chosen`` of ``cases``, beside those that an earlier run had of the rest."""
+def run(
+    chosen: list[ThirdPartyCase], cases: list[ThirdPartyCase], earlier: dict[str, Any] | None, quick: bool
+) -> dict[str, Any]:
+    """Results of the ``chosen`` of ``cases`` (``quick``: in a few rounds), and of the rest those of an earlier run."""
     order = [case.name for case in cases]
     known = earlier or {"models": [], "absent": {}}
     results = {result["name"]: result for result in known["models"] if result["name"] in order}
@@ -99,13 +103,14 @@ def run(chosen: list[ThirdPartyCase], cases: list[ThirdPartyCase], earlier: dict
             absent[case.name] = missing
             print(f"{case.name}: {missing}")
             continue
-        outcome = in_new_process(case.name)
+        outcome = in_new_process(case.name, quick)
         if isinstance(outcome, str):
             absent[case.name] = outcome
         else:
             results[case.name] = outcome
     info = pytest_benchmark_generate_machine_info() | {"fastseg": fastseg.info()}
-    packages = sorted({case.package for case in cases if not case.missing()})
+    packages = sorted({case.package for case in cases if not case.missing()} - {"torch"})
+    peers = {package: version(package.replace("_", "-")) for package in packages}
     return {
         "models": sorted(results.values(), key=lambda result: order.index(result["name"])),
         "absent": absent,
@@ -113,15 +118,16 @@ def run(chosen: list[ThirdPartyCase], cases: list[ThirdPartyCase], earlier: dict
         "commit_info": get_commit_info(),
         "device": CPU.describe(),
         "datetime": datetime.now(timezone.utc).isoformat(),
-        "peers": {package: version(package.replace("_", "-")) for package in packages},
+        "peers": peers | {report.NAMES[kind]: peer.version() for kind, peer in DEPLOYMENTS.items()},
     }
 
 
-def in_new_process(name: str) -> dict[str, Any] | str:
+def in_new_process(name: str, quick: bool) -> dict[str, Any] | str:
     """The results of one model, or why there are none."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "result.json")
         command = [sys.executable, "-m", "benchmarks.third_party", "--one", name, "--json", str(path)]
+        command += ["--quick"] if quick else []
         start = perf_counter()
         status = subprocess.run(command, check=False).returncode
         print(f"{name}: {perf_counter() - start:.0f} s, exit status {status}", flush=True)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.harness.torchvision_import import import_torchvision
+from benchmarks.third_party.plain_conv_unet import PlainConvUNet
 
 IGNORED = 255  # the label of pixels that don't count
+STAGES = ["stage1", "stage2", "stage3", "stage4"]  # of a backbone, as transformers names what a head gets
 AUXILIARY_WEIGHT = 0.5  # of the loss of torchvision's second head, as in its reference training
 
 Builder = Callable[[int], nn.Module]  # makes a model for a number of classes
@@ -43,14 +45,20 @@ def torchvision(name: str) -> Builder:
     return build
 
 
-def segformer(classes: int) -> nn.Module:
-    """SegFormer-b0 of transformers, which is its configuration's default."""
-    from transformers import SegformerConfig, SegformerForSemanticSegmentation
+def segformer(**sizes: Any) -> Builder:
+    """SegFormer of transformers; without ``sizes``, arguments of its configuration, it is SegFormer-b0."""
 
-    return SegformerForSemanticSegmentation(SegformerConfig(num_labels=classes, semantic_loss_ignore_index=IGNORED))
+    def build(classes: int) -> nn.Module:
+        from transformers import SegformerConfig, SegformerForSemanticSegmentation
+
+        return SegformerForSemanticSegmentation(
+            SegformerConfig(num_labels=classes, semantic_loss_ignore_index=IGNORED, **sizes)
+        )
+
+    return build
 
 
-def upernet(widths: tuple[int, ...], depth: int, hidden: int) -> Builder:
+def upernet_resnet(widths: tuple[int, ...], depth: int, hidden: int) -> Builder:
     """UperNet of transformers on a ResNet.
 
     Args:
@@ -60,20 +68,38 @@ def upernet(widths: tuple[int, ...], depth: int, hidden: int) -> Builder:
     """
 
     def build(classes: int) -> nn.Module:
-        from transformers import ResNetConfig, UperNetConfig, UperNetForSemanticSegmentation
+        from transformers import ResNetConfig
 
         backbone = ResNetConfig(
             embedding_size=widths[0], hidden_sizes=list(widths), depths=[depth] * len(widths), layer_type="basic",
-            out_features=[f"stage{i}" for i in range(1, len(widths) + 1)],
+            out_features=STAGES,
         )  # fmt: skip
-        return UperNetForSemanticSegmentation(
-            UperNetConfig(
-                backbone_config=backbone, hidden_size=hidden, num_labels=classes, auxiliary_in_channels=widths[2],
-                auxiliary_channels=hidden // 2, loss_ignore_index=IGNORED,
-            )
-        )  # fmt: skip
+        return _upernet(backbone, hidden, classes)
 
     return build
+
+
+def upernet_convnext(hidden: int) -> Builder:
+    """UperNet of transformers on a ConvNeXt-tiny, with a head of ``hidden`` channels."""
+
+    def build(classes: int) -> nn.Module:
+        from transformers import ConvNextConfig
+
+        tiny = ConvNextConfig(hidden_sizes=[96, 192, 384, 768], depths=[3, 3, 9, 3], out_features=STAGES)
+        return _upernet(tiny, hidden, classes)
+
+    return build
+
+
+def _upernet(backbone: Any, hidden: int, classes: int) -> nn.Module:
+    from transformers import UperNetConfig, UperNetForSemanticSegmentation
+
+    return UperNetForSemanticSegmentation(
+        UperNetConfig(
+            backbone_config=backbone, hidden_size=hidden, num_labels=classes,
+            auxiliary_in_channels=backbone.hidden_sizes[2], auxiliary_channels=hidden // 2, loss_ignore_index=IGNORED,
+        )
+    )  # fmt: skip
 
 
 def basic_unet(features: tuple[int, ...]) -> Builder:
@@ -85,6 +111,11 @@ def basic_unet(features: tuple[int, ...]) -> Builder:
         return BasicUNet(spatial_dims=2, in_channels=1, out_channels=classes, features=features)
 
     return build
+
+
+def plain_conv_unet(features: tuple[int, ...]) -> Builder:
+    """nnU-Net's for gray images, with these channels."""
+    return lambda classes: PlainConvUNet(1, classes, features)
 
 
 def made(build: Builder, classes: int) -> nn.Module:

@@ -17,6 +17,7 @@ from benchmarks.reports.third_party import BEGIN, END
 from benchmarks.third_party import __main__, measuring
 from benchmarks.third_party.cases import ThirdPartyCase
 from benchmarks.third_party.models import LOGITS
+from benchmarks.third_party.plain_conv_unet import PlainConvUNet
 
 ONE_ROUND = Effort(0, 1, 1)
 README = f"before\n{BEGIN}\nold\n{END}\nafter\n"
@@ -153,6 +154,26 @@ def test_the_projects_readme_has_the_marks() -> None:
     report.insert((Path(__file__).parents[2] / "README.md").read_text(), "new")
 
 
+# ---- models ----
+
+
+def test_nnunets_plain_network_is_the_one_described() -> None:
+    features = (4, 8, 12)
+    network = PlainConvUNet(1, 5, features)
+    assert network(torch.ones(2, 1, 16, 24)).shape == (2, 5, 16, 24)
+    convolutions = [module for module in network.modules() if isinstance(module, nn.Conv2d)]
+    assert [(c.in_channels, c.out_channels, c.kernel_size[0], c.stride[0]) for c in convolutions] == [
+        (1, 4, 3, 1), (4, 4, 3, 1), (4, 8, 3, 2), (8, 8, 3, 1), (8, 12, 3, 2), (12, 12, 3, 1),
+        (16, 8, 3, 1), (8, 8, 3, 1), (8, 4, 3, 1), (4, 4, 3, 1), (4, 5, 1, 1),
+    ]  # fmt: skip
+    doubling = [module for module in network.modules() if isinstance(module, nn.ConvTranspose2d)]
+    assert [(c.in_channels, c.out_channels, c.kernel_size[0], c.stride[0]) for c in doubling] == [
+        (12, 8, 2, 2), (8, 4, 2, 2),
+    ]  # fmt: skip
+    for kind in (nn.InstanceNorm2d, nn.LeakyReLU):
+        assert sum(isinstance(module, kind) for module in network.modules()) == 10
+
+
 # ---- measuring ----
 
 
@@ -202,7 +223,7 @@ def command(monkeypatch: pytest.MonkeyPatch, cases: list[ThirdPartyCase], *argum
     """Runs the command on ``cases``, each in this process."""
     monkeypatch.setattr(__main__, "CASES", cases)
     outcomes = {"torch.Sequential": measured("torch.Sequential", 1.0), "torch.Broken": "its process ended"}
-    monkeypatch.setattr(measuring, "in_new_process", outcomes.__getitem__)
+    monkeypatch.setattr(measuring, "in_new_process", lambda name, quick: outcomes[name])
     monkeypatch.setattr(sys, "argv", ["benchmarks.third_party", *arguments])
     return __main__.main()
 

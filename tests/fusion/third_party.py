@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 pytest.importorskip("benchmarks", reason="benchmarks/ is part of a checkout, not of the installed package")
-from benchmarks.third_party.models import Builder, basic_unet, made, segformer, smp, torchvision, upernet
+from benchmarks.third_party.models import Builder, basic_unet, made, segformer, smp, torchvision, upernet_resnet
 
 CLASSES = 5
 
@@ -57,7 +57,7 @@ def _loss_within(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tens
     return outputs.loss, logits.argmax(1)
 
 
-_UPERNET, _BASIC_UNET = upernet((16, 32, 64, 64), 1, 32), basic_unet((8, 8, 16, 16, 16, 8))
+_UPERNET, _BASIC_UNET = upernet_resnet((16, 32, 64, 64), 1, 32), basic_unet((8, 8, 16, 16, 16, 8))
 _PLAIN, _CONV, _POOL = "conv2d", "conv_relu_pool2d", "relu_pool2d"
 _LOSS, _UP_LOSS, _ARGMAX = "cross_entropy", "upsample_cross_entropy", "upsample_argmax"
 _BACK, _BACK_AUXILIARY = [_ARGMAX, _UP_LOSS], [_ARGMAX, _UP_LOSS, _UP_LOSS]
@@ -93,7 +93,7 @@ MODELS = {
         _VISION, torchvision("deeplabv3_resnet50"), _loss_with_auxiliary, [*[_PLAIN] * 3, _POOL, *_BACK_AUXILIARY],
         [*[_CONV] * 4, *_BACK_AUXILIARY], (4, 3, 32, 32),
     ),
-    "transformers.Segformer-b0": Model("transformers", segformer, _loss_within, _BACK, _BACK),
+    "transformers.Segformer-b0": Model("transformers", segformer(), _loss_within, _BACK, _BACK),
     "transformers.UperNet": Model(
         "transformers", _UPERNET, _loss_within, [*[_PLAIN] * 4, _POOL, *_BACK_AUXILIARY],
         [_PLAIN, *[_CONV] * 4, *_BACK_AUXILIARY],
