@@ -12,15 +12,7 @@ import torch
 from torch import Tensor
 
 from fastseg._native import native
-from fastseg.ops.convolution import algorithms
-from fastseg.ops.convolution.convolve import (
-    Gradients,
-    allocate_gradients,
-    dense_backward,
-    fill_outputs,
-    library_backward,
-    output_format,
-)
+from fastseg.ops.convolution import algorithms, convolve
 from fastseg.ops.convolution.geometry import flatten, of_conv2d
 from fastseg.ops.layouts import ANY_LAYOUT, empty
 from fastseg.ops.registration import register_gradient, register_plain
@@ -39,14 +31,14 @@ _library.define(
 @torch.library.register_fake("fastseg::conv2d", lib=_library)
 def _allocate_output(input: Tensor, weight: Tensor, bias: Tensor | None, padding: list[int]) -> Tensor:
     size = (rows + 2 * pad - 2 for rows, pad in zip(input.shape[2:], padding, strict=True))
-    return empty(input, (input.shape[0], weight.shape[0], *size), output_format(input, weight))
+    return empty(input, (input.shape[0], weight.shape[0], *size), convolve.output_format(input, weight))
 
 
 @torch.library.register_fake("fastseg::conv2d_backward", lib=_library)
 def _backward_fake(
     grad_output: Tensor, input: Tensor, weight: Tensor, padding: list[int], needs: list[bool]
-) -> Gradients:
-    return allocate_gradients(input, weight, needs)
+) -> convolve.Gradients:
+    return convolve.allocate_gradients(input, weight, needs)
 
 
 # ---- implementations ----
@@ -57,32 +49,32 @@ def _forward_cpu(input: Tensor, weight: Tensor, bias: Tensor | None, padding: li
     if kernels is not None and algorithms.choose_cpu_forward(input, weight, geometry, False) == "winograd":
         output = _allocate_output(input, weight, bias, padding)
         tensors = (input, weight, bias, output, None, None)
-        if fill_outputs(kernels, "winograd", tensors, flatten(geometry), relu=False):
+        if convolve.fill_outputs(kernels, "winograd", tensors, flatten(geometry), relu=False):
             return output
     return forward_plain(input, weight, bias, padding)
 
 
 def _backward_cpu(
     grad_output: Tensor, input: Tensor, weight: Tensor, padding: list[int], needs: list[bool]
-) -> Gradients:
+) -> convolve.Gradients:
     kernels, geometry = native("conv2d"), of_conv2d(*padding)
     if kernels is None:
         return backward_plain(grad_output, input, weight, padding, needs)
     algorithm = algorithms.choose_cpu_backward(input, weight, geometry, False)
-    return dense_backward(kernels, algorithm, (grad_output, input, weight), flatten(geometry), needs)
+    return convolve.dense_backward(kernels, algorithm, (grad_output, input, weight), flatten(geometry), needs)
 
 
 def forward_plain(input: Tensor, weight: Tensor, bias: Tensor | None, padding: list[int]) -> Tensor:
     """The operator from torch's own, in the layout that the fake promises."""
     output = torch.conv2d(input, weight, bias, 1, padding)
-    return output.contiguous(memory_format=output_format(input, weight))
+    return output.contiguous(memory_format=convolve.output_format(input, weight))
 
 
 def backward_plain(
     grad_output: Tensor, input: Tensor, weight: Tensor, padding: list[int], needs: list[bool]
-) -> Gradients:
+) -> convolve.Gradients:
     """Its gradients from torch's own operator."""
-    return library_backward(grad_output, input, weight, of_conv2d(*padding), needs)
+    return convolve.library_backward(grad_output, input, weight, of_conv2d(*padding), needs)
 
 
 _library.impl("conv2d", _forward_cpu, "CPU")

@@ -12,26 +12,8 @@ from torch import Tensor
 
 from fastseg import _triton, reference
 from fastseg._native import describe, native
-from fastseg.ops.convolution import algorithms
-from fastseg.ops.convolution.convolve import (
-    Gradients,
-    allocate_gradients,
-    dense_backward,
-    describe_needed,
-    fill_outputs,
-    library_backward,
-    output_format,
-)
+from fastseg.ops.convolution import algorithms, convolve, pooling
 from fastseg.ops.convolution.geometry import Geometry, flatten, output_shapes, unflatten
-from fastseg.ops.convolution.pooling import (
-    Results,
-    allocate_results,
-    asked_for,
-    pool_plain,
-    save,
-    unpool_cpu,
-    unpool_plain,
-)
 from fastseg.ops.layouts import ANY_LAYOUT, empty
 from fastseg.ops.registration import register_gradient, register_plain
 
@@ -54,17 +36,17 @@ _library.define(
 @torch.library.register_fake("fastseg::conv_relu_pool2d", lib=_library)
 def _allocate(
     input: Tensor, weight: Tensor, bias: Tensor | None, numbers: list[int], with_positions: bool, with_skip: bool
-) -> Results:
+) -> pooling.Results:
     shapes = output_shapes(input.shape, weight.shape, unflatten(tuple(numbers)))
-    return allocate_results(input, shapes, output_format(input, weight), with_positions, with_skip)
+    return pooling.allocate_results(input, shapes, convolve.output_format(input, weight), with_positions, with_skip)
 
 
 @torch.library.register_fake("fastseg::conv_relu_pool2d_backward", lib=_library)
 def _backward_fake(
     grad_output: Tensor | None, grad_skip: Tensor | None, input: Tensor, weight: Tensor, positions: Tensor,
     skip: Tensor | None, numbers: list[int], needs: list[bool],
-) -> Gradients:  # fmt: skip
-    return allocate_gradients(input, weight, needs)
+) -> convolve.Gradients:  # fmt: skip
+    return convolve.allocate_gradients(input, weight, needs)
 
 
 # ---- implementations ----
@@ -72,7 +54,7 @@ def _backward_fake(
 
 def _forward_cpu(
     input: Tensor, weight: Tensor, bias: Tensor | None, numbers: list[int], with_positions: bool, with_skip: bool
-) -> Results:
+) -> pooling.Results:
     kernels = native("conv_relu_pool2d")
     if kernels is None:
         return forward_plain(input, weight, bias, numbers, with_positions, with_skip)
@@ -81,7 +63,8 @@ def _forward_cpu(
     fused_skip = with_skip and algorithm == "winograd"
     output, positions, skip = _allocate(input, weight, bias, numbers, with_positions, fused_skip)
     kept = positions if with_positions else None
-    if fill_outputs(kernels, algorithm, (input, weight, bias, output, kept, skip if fused_skip else None), numbers):
+    tensors = (input, weight, bias, output, kept, skip if fused_skip else None)
+    if convolve.fill_outputs(kernels, algorithm, tensors, numbers):
         return output, positions, skip
 
     convolved = torch.conv2d(input, weight, bias, *geometry[:4])
@@ -89,35 +72,35 @@ def _forward_cpu(
     in_place = with_skip and not geometry.windows_overlap
     if with_skip and not in_place:
         convolved.relu_()
-    tensors = (describe(convolved), describe(output), describe(kept))
-    kernels.relu_pool2d_forward(tensors, numbers, in_place, torch.get_num_threads())
-    skip = convolved.contiguous(memory_format=output_format(input, weight)) if with_skip else skip
+    described = (describe(convolved), describe(output), describe(kept))
+    kernels.relu_pool2d_forward(described, numbers, in_place, torch.get_num_threads())
+    skip = convolved.contiguous(memory_format=convolve.output_format(input, weight)) if with_skip else skip
     return output, positions, skip
 
 
 def _backward_cpu(
     grad_output: Tensor | None, grad_skip: Tensor | None, input: Tensor, weight: Tensor, positions: Tensor,
     skip: Tensor | None, numbers: list[int], needs: list[bool],
-) -> Gradients:  # fmt: skip
+) -> convolve.Gradients:  # fmt: skip
     kernels = native("conv_relu_pool2d")
     if kernels is None:
         return backward_plain(grad_output, grad_skip, input, weight, positions, skip, numbers, needs)
     algorithm = algorithms.choose_cpu_backward(input, weight, unflatten(tuple(numbers)), grad_skip is not None)
     if grad_output is not None and algorithm == "direct":
-        gradients = allocate_gradients(input, weight, needs)
+        gradients = convolve.allocate_gradients(input, weight, needs)
         described = map(describe, (grad_output, positions, input, weight))
-        tensors = (*described, *describe_needed(gradients, needs))
+        tensors = (*described, *convolve.describe_needed(gradients, needs))
         kernels.conv_relu_pool2d_backward(tensors, numbers, torch.get_num_threads())
         return gradients
     dense = _allocate_dense(input, weight, numbers)
-    unpool_cpu(kernels, (grad_output, grad_skip, positions, skip), dense, numbers)
-    return dense_backward(kernels, algorithm, (dense, input, weight), numbers, needs)
+    pooling.unpool_cpu(kernels, (grad_output, grad_skip, positions, skip), dense, numbers)
+    return convolve.dense_backward(kernels, algorithm, (dense, input, weight), numbers, needs)
 
 
 def _allocate_dense(input: Tensor, weight: Tensor, numbers: list[int]) -> Tensor:
     """Memory for the gradient of the convolution's output."""
     _, convolved = output_shapes(input.shape, weight.shape, unflatten(tuple(numbers)))
-    return empty(input, convolved, output_format(input, weight))
+    return empty(input, convolved, convolve.output_format(input, weight))
 
 
 _KERNELS_OF_ALGORITHMS = {"fields": "conv_relu_pool2d_fields", "direct": "conv_relu_pool2d", "library": "relu_pool2d"}
@@ -125,7 +108,7 @@ _KERNELS_OF_ALGORITHMS = {"fields": "conv_relu_pool2d_fields", "direct": "conv_r
 
 def _forward_triton(
     input: Tensor, weight: Tensor, bias: Tensor | None, numbers: list[int], with_positions: bool, with_skip: bool
-) -> Results:
+) -> pooling.Results:
     geometry = unflatten(tuple(numbers))
     algorithm = algorithms.choose_gpu_forward(weight, geometry, with_skip)
     kernels = _triton.kernels("conv_relu_pool2d", _KERNELS_OF_ALGORITHMS[algorithm])
@@ -141,7 +124,7 @@ def _forward_triton(
     convolved = torch.conv2d(input, weight, None, *geometry[:4])
     if with_skip:
         # The map is overwritten by the skip, unless overlapping windows read it twice, or it lies another way.
-        layout = output_format(input, weight)
+        layout = convolve.output_format(input, weight)
         in_place = not geometry.windows_overlap and convolved.is_contiguous(memory_format=layout)
         skip = convolved if in_place else empty(convolved, tuple(convolved.shape), layout)
     kernels.forward(kernels.ForwardTensors(convolved, bias, output, kept, skip if with_skip else None), geometry)
@@ -151,7 +134,7 @@ def _forward_triton(
 def _backward_triton(
     grad_output: Tensor | None, grad_skip: Tensor | None, input: Tensor, weight: Tensor, positions: Tensor,
     skip: Tensor | None, numbers: list[int], needs: list[bool],
-) -> Gradients:  # fmt: skip
+) -> convolve.Gradients:  # fmt: skip
     geometry = unflatten(tuple(numbers))
     algorithm = algorithms.choose_gpu_backward(weight, geometry, grad_skip is not None)
     direct = algorithm == "direct" and grad_output is not None
@@ -159,7 +142,7 @@ def _backward_triton(
     if kernels is None:
         return backward_plain(grad_output, grad_skip, input, weight, positions, skip, numbers, needs)
     if direct:
-        gradients = allocate_gradients(input, weight, needs)
+        gradients = convolve.allocate_gradients(input, weight, needs)
         _, convolved = output_shapes(input.shape, weight.shape, geometry)
         options = kernels.options_of(weight, convolved[2:], geometry)
         if needs[1] or needs[2]:
@@ -176,28 +159,28 @@ def _backward_triton(
     kept = skip if grad_skip is not None else None
     tensors = kernels.BackwardTensors(dense, grad_output, positions, kept, grad_skip)
     grad_bias = kernels.backward(tensors, needs[2], geometry)
-    grad_input, grad_weight, nothing = library_backward(dense, input, weight, geometry, [*needs[:2], False])
+    grad_input, grad_weight, nothing = convolve.library_backward(dense, input, weight, geometry, [*needs[:2], False])
     return grad_input, grad_weight, grad_bias.to(weight.dtype) if needs[2] else nothing
 
 
 def forward_plain(
     input: Tensor, weight: Tensor, bias: Tensor | None, numbers: list[int], with_positions: bool, with_skip: bool
-) -> Results:
+) -> pooling.Results:
     """The operator for devices without a kernel, from torch's own operators."""
     geometry = unflatten(tuple(numbers))
     convolved = torch.conv2d(input, weight, bias, *geometry[:4])
-    return pool_plain(convolved, geometry, output_format(input, weight), with_positions, with_skip)
+    return pooling.pool_plain(convolved, geometry, convolve.output_format(input, weight), with_positions, with_skip)
 
 
 def backward_plain(
     grad_output: Tensor | None, grad_skip: Tensor | None, input: Tensor, weight: Tensor, positions: Tensor,
     skip: Tensor | None, numbers: list[int], needs: list[bool],
-) -> Gradients:  # fmt: skip
+) -> convolve.Gradients:  # fmt: skip
     """Its gradient from torch's own operators."""
     geometry = unflatten(tuple(numbers))
     zeros = input.new_zeros(output_shapes(input.shape, weight.shape, geometry)[1])
-    dense = unpool_plain((grad_output, grad_skip, positions, skip), zeros, geometry)
-    return library_backward(dense, input, weight, geometry, needs)
+    dense = pooling.unpool_plain((grad_output, grad_skip, positions, skip), zeros, geometry)
+    return convolve.library_backward(dense, input, weight, geometry, needs)
 
 
 def cast_for_autocast(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -215,7 +198,7 @@ def cast_for_autocast(input: Tensor, weight: Tensor, bias: Tensor | None) -> tup
     return cast(input), cast(weight), None if bias is None else cast(bias)
 
 
-def _forward_autocast(input: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Results:
+def _forward_autocast(input: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> pooling.Results:
     tensors = cast_for_autocast(input, weight, bias)
     with torch.autocast(input.device.type, enabled=False):
         return torch.ops.fastseg.conv_relu_pool2d.default(*tensors, *rest)
@@ -239,10 +222,10 @@ class _ConvReLUPool2d(torch.autograd.Function):
     def forward(
         ctx: Any, call: Any, input: Tensor, weight: Tensor, bias: Tensor | None, numbers: list[int],
         with_positions: bool, with_skip: bool,
-    ) -> Results:  # fmt: skip
+    ) -> pooling.Results:  # fmt: skip
         ctx.numbers = numbers
         results = call(input, weight, bias, numbers, True, with_skip)
-        return save(ctx, (input, weight, bias), results, with_positions, with_skip)
+        return pooling.save(ctx, (input, weight, bias), results, with_positions, with_skip)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, _: Any, grad_skip: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -290,4 +273,4 @@ def conv_relu_pool2d(
         input, weight, bias, flatten(geometry), return_indices, return_skip
     )
     convolved = output_shapes(input.shape, weight.shape, geometry)[1] if return_indices else ()
-    return asked_for(results, convolved, geometry, return_indices, return_skip)
+    return pooling.asked_for(results, convolved, geometry, return_indices, return_skip)

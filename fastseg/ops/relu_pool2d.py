@@ -13,17 +13,9 @@ from torch import Tensor
 
 from fastseg import _triton
 from fastseg._native import describe, native
+from fastseg.ops.convolution import pooling
 from fastseg.ops.convolution.geometry import Geometry, clamp_strides, flatten, pooled_size, unflatten
 from fastseg.ops.convolution.geometry import resolve as resolve_convolution
-from fastseg.ops.convolution.pooling import (
-    Results,
-    allocate_results,
-    asked_for,
-    pool_plain,
-    save,
-    unpool_cpu,
-    unpool_plain,
-)
 from fastseg.ops.layouts import ANY_LAYOUT, empty, memory_format_of
 from fastseg.ops.registration import register_gradient, register_plain
 
@@ -57,10 +49,10 @@ _library.define(
 
 
 @torch.library.register_fake("fastseg::relu_pool2d", lib=_library)
-def _allocate(input: Tensor, numbers: list[int], with_positions: bool, with_skip: bool) -> Results:
+def _allocate(input: Tensor, numbers: list[int], with_positions: bool, with_skip: bool) -> pooling.Results:
     shape = tuple(input.shape)
     pooled = (*shape[:2], *pooled_size(shape[2], shape[3], unflatten(tuple(numbers))))
-    return allocate_results(input, (pooled, shape), memory_format_of(input), with_positions, with_skip)
+    return pooling.allocate_results(input, (pooled, shape), memory_format_of(input), with_positions, with_skip)
 
 
 @torch.library.register_fake("fastseg::relu_pool2d_backward", lib=_library)
@@ -77,7 +69,7 @@ def _allocate_gradient(
 # ---- implementations ----
 
 
-def _forward_cpu(input: Tensor, numbers: list[int], with_positions: bool, with_skip: bool) -> Results:
+def _forward_cpu(input: Tensor, numbers: list[int], with_positions: bool, with_skip: bool) -> pooling.Results:
     kernels = native("relu_pool2d")
     if kernels is None:
         return forward_plain(input, numbers, with_positions, with_skip)
@@ -97,10 +89,10 @@ def _backward_cpu(
     if kernels is None:
         return backward_plain(grad_output, grad_skip, positions, skip, size, numbers)
     gradient = _allocate_gradient(grad_output, grad_skip, positions, skip, size, numbers)
-    return unpool_cpu(kernels, (grad_output, grad_skip, positions, skip), gradient, numbers)
+    return pooling.unpool_cpu(kernels, (grad_output, grad_skip, positions, skip), gradient, numbers)
 
 
-def _forward_triton(input: Tensor, numbers: list[int], with_positions: bool, with_skip: bool) -> Results:
+def _forward_triton(input: Tensor, numbers: list[int], with_positions: bool, with_skip: bool) -> pooling.Results:
     kernels = _triton.kernels("relu_pool2d")
     if kernels is None:
         return forward_plain(input, numbers, with_positions, with_skip)
@@ -124,9 +116,9 @@ def _backward_triton(
     return gradient
 
 
-def forward_plain(input: Tensor, numbers: list[int], with_positions: bool, with_skip: bool) -> Results:
+def forward_plain(input: Tensor, numbers: list[int], with_positions: bool, with_skip: bool) -> pooling.Results:
     """The operator for devices without a kernel, from torch's own operators."""
-    return pool_plain(input, unflatten(tuple(numbers)), memory_format_of(input), with_positions, with_skip)
+    return pooling.pool_plain(input, unflatten(tuple(numbers)), memory_format_of(input), with_positions, with_skip)
 
 
 def backward_plain(
@@ -135,7 +127,7 @@ def backward_plain(
 ) -> Tensor:  # fmt: skip
     """Its gradient from torch's own operators, which is differentiable itself: positions have no gradient."""
     zeros = torch.zeros_like(_allocate_gradient(grad_output, grad_skip, positions, skip, size, numbers))
-    gradient = unpool_plain((grad_output, grad_skip, positions, skip), zeros, unflatten(tuple(numbers)))
+    gradient = pooling.unpool_plain((grad_output, grad_skip, positions, skip), zeros, unflatten(tuple(numbers)))
     return gradient.contiguous(memory_format=memory_format_of(positions))
 
 
@@ -156,7 +148,7 @@ class _ReLUPool2d(torch.autograd.Function):
         ctx: Any, call: Any, input: Tensor, numbers: list[int], with_positions: bool, with_skip: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.size, ctx.numbers = input.shape[2:], numbers
-        return save(ctx, (), call(input, numbers, True, with_skip), with_positions, with_skip)
+        return pooling.save(ctx, (), call(input, numbers, True, with_skip), with_positions, with_skip)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, _: Any, grad_skip: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -178,4 +170,4 @@ def relu_pool2d(
 ) -> Tensor | tuple[Tensor, ...]:
     """What of the operator's results was asked for; arguments checked and resolved by `fastseg.functional`."""
     results = torch.ops.fastseg.relu_pool2d.default(input, flatten(geometry), return_indices, return_skip)
-    return asked_for(results, tuple(input.shape), geometry, return_indices, return_skip)
+    return pooling.asked_for(results, tuple(input.shape), geometry, return_indices, return_skip)
