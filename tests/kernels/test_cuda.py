@@ -32,6 +32,7 @@ PARITY = {
     "upsample_argmax": ["ops/test_upsample_argmax.py"],
     "upsample_confusion_matrix": ["ops/test_upsample_confusion_matrix.py"],
     "relu_pool2d": ["ops/test_relu_pool2d.py"],
+    "conformance": ["ops/test_conformance.py", "ops/test_memory.py"],
     "conv_relu_pool2d-tf32": ["ops/test_conv_relu_pool2d.py", "ops/test_conv_relu_pool2d_fields.py", "--tf32=on"],
     "conv_relu_pool2d-ieee": ["ops/test_conv_relu_pool2d.py", "--tf32=off"],
 }
