@@ -36,17 +36,7 @@ logger = logging.getLogger("fastseg")
 # tensors run through them instead of the C++ kernels: slowly, to test the kernels where there is no GPU.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
-# The numbers are csrc/core/tensor.h's DType.
-DTYPE_CODES = {
-    torch.float32: 0,
-    torch.float64: 1,
-    torch.bfloat16: 2,
-    torch.float16: 3,
-    torch.uint8: 4,
-    torch.int16: 5,
-    torch.int32: 6,
-    torch.int64: 7,
-}
+DTYPE_CODES = {getattr(torch, name): code for code, name in enumerate(getattr(_C, "DTYPES", ()))}
 
 TensorDescription: TypeAlias = tuple[int, int, tuple[int, ...], tuple[int, ...]]
 

@@ -16,7 +16,7 @@ float64, so that two runs are bitwise equal and a mean over 10^8 pixels keeps it
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import triton
@@ -48,6 +48,9 @@ from fastseg.kernels.launch import (
     scratch,
 )
 from fastseg.kernels.runs import Runs, pixel_strides, runs_of
+
+if TYPE_CHECKING:
+    from fastseg.ops.losses.options import LossOptions
 
 # ---- parts of both kernels ----
 
@@ -262,14 +265,6 @@ def _bucket(input: Tensor) -> str:
     return f"classes-inner-{next_power_of_2(classes) if classes <= 256 else 'more'}{suffix}"
 
 
-class Options(NamedTuple):
-    """The loss' options."""
-
-    ignore_index: int
-    reduction: str
-    label_smoothing: float
-
-
 class ForwardTensors(NamedTuple):
     """What forward reads and fills; see `fastseg.ops.cross_entropy`."""
 
@@ -293,7 +288,7 @@ class BackwardTensors(NamedTuple):
     grad_input: Tensor
 
 
-def _common(tensors: ForwardTensors | BackwardTensors, runs: Runs, options: Options) -> dict[str, Any]:
+def _common(tensors: ForwardTensors | BackwardTensors, runs: Runs, options: LossOptions) -> dict[str, Any]:
     """What all kernels but the finishing one take."""
     return {
         "input": tensors.input, "target": tensors.target, "weight": tensors.weight, "statistics": tensors.statistics,
@@ -324,7 +319,7 @@ def _plan(kernel: Any, bucket: str, defaults: dict[str, Plan], input: Tensor, ru
 
 
 @replayed
-def forward(tensors: ForwardTensors, options: Options) -> None:
+def forward(tensors: ForwardTensors, options: LossOptions) -> None:
     """Fills loss, statistics and total_weight; see `fastseg.ops.cross_entropy`."""
     input, target, device = tensors.input, tensors.target, tensors.input.device
     probabilities, sizes = target.ndim == input.ndim, (input.shape[0], *input.shape[2:])
@@ -334,7 +329,7 @@ def forward(tensors: ForwardTensors, options: Options) -> None:
     if rows.serves_forward(input, target, runs.count, runs.steps):
         kernel, bucket = rows.cross_entropy_forward_rows, rows.bucket(input)
         plan = choose(kernel, bucket, rows.PLANS, device)
-        arguments["STRETCH"] = rows.stretch(input, plan)
+        arguments["CHUNK"] = rows.chunk(input, plan)
         programs = cdiv(runs.length, plan.tile["BLOCK_P"])
     else:
         bucket = _bucket(input)
@@ -349,7 +344,7 @@ def forward(tensors: ForwardTensors, options: Options) -> None:
 
 
 @replayed
-def backward(tensors: BackwardTensors, options: Options) -> None:
+def backward(tensors: BackwardTensors, options: LossOptions) -> None:
     """Fills grad_input; see `fastseg.ops.cross_entropy`."""
     input, target, grad_input = tensors.input, tensors.target, tensors.grad_input
     probabilities, sizes = target.ndim == input.ndim, (input.shape[0], *input.shape[2:])

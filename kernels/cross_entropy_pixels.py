@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastseg.kernels.launch import Plan, choose, launch
+
+if TYPE_CHECKING:
+    from fastseg.ops.losses.options import LossOptions
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 
@@ -122,7 +125,7 @@ def cross_entropy_finish(
 FINISH_PLANS = {"all": Plan({"BLOCK": 4096}, num_warps=8)}
 
 
-def finish(partials: Tensor, loss: Tensor, total_weight: Tensor, options: Any, with_labels: bool) -> None:
+def finish(partials: Tensor, loss: Tensor, total_weight: Tensor, options: LossOptions, with_labels: bool) -> None:
     """Fills the reduced loss, and what "mean" divides by, from the programs' sums [2, programs]."""
     arguments = {
         "partials": partials, "loss": loss, "total_weight": total_weight, "programs": partials.shape[1],

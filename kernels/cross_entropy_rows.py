@@ -1,7 +1,7 @@
 """cross_entropy's Triton kernels for labels of channels_last logits: dense rows, each of a pixel's classes.
 
 Rows of 19 or 150 classes fill neither whole vectors nor whole warps, and a warp that has a row in its lanes spends most
-of its instructions on passing numbers between them. So a program reads its rows as one stretch of memory, in whole
+of its instructions on passing numbers between them. So a program reads its rows as one chunk of memory, in whole
 vectors, and `tl.gather` hands each thread the logits of a pixel of its own, through shared memory: then its sums need
 no other thread. For a pixel a warp runs (sm_90, bfloat16) 11 instructions for 19 classes and 50 for 150; of the kernel
 for any layout 73 and 153, several times what reading takes.
@@ -31,16 +31,16 @@ from fastseg.kernels.launch import Plan, next_power_of_2
 def cross_entropy_forward_rows(
     input, target, weight, loss, statistics, total_weight, partials, pixels, target_pixel, ignore_index, smoothing_bits,
     CLASSES: tl.constexpr, SMOOTHED: tl.constexpr, REDUCED: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, STRETCH: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """As `cross_entropy_forward`; STRETCH is a power of two, and at least BLOCK_P * CLASSES."""
+    """As `cross_entropy_forward`; CHUNK is a power of two, and at least BLOCK_P * CLASSES."""
     ACC: tl.constexpr = statistics.dtype.element_ty
     first = tl.program_id(0).to(tl.int64) * BLOCK_P
-    local, stretch = tl.arange(0, BLOCK_P), tl.arange(0, STRETCH)
+    local, chunk = tl.arange(0, BLOCK_P), tl.arange(0, CHUNK)
     count = tl.minimum(pixels - first, BLOCK_P).to(tl.int32)
     inside = local < count
     input += first * CLASSES
-    rows = tl.load(input + stretch, stretch < count * CLASSES, other=0)
+    rows = tl.load(input + chunk, chunk < count * CLASSES, other=0)
     offsets = (first + local) * target_pixel
     labels, ignored, valid = load_labels(target, offsets, inside, ignore_index, CLASSES)
     # Once more from memory: it is in the cache, and a gather would store all rows to shared memory once more.
@@ -192,6 +192,6 @@ def vector_of(input: Tensor) -> int:
     return VECTOR_BYTES // input.dtype.itemsize
 
 
-def stretch(input: Tensor, plan: Plan) -> int:
+def chunk(input: Tensor, plan: Plan) -> int:
     """The power of two that holds a program's rows."""
     return plan.tile["BLOCK_P"] * next_power_of_2(input.shape[1])

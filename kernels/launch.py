@@ -193,7 +193,7 @@ def replayed(launcher: Callable[..., Tensor | None]) -> Callable[..., Tensor | N
     """Makes later calls of a launcher on a GPU repeat what the first one of their kind has launched.
 
     Args:
-        launcher: ``launcher(tensors, options)``: a tuple of tensors or None, the first of which is none of the latter,
+        launcher: ``launcher(tensors, *options)``: a tuple of tensors or None, the first of which is none of the latter,
             and whatever else decides. It passes them, and what `scratch` gives, on to `launch` as they are, returns
             nothing or one of the latter, and does nothing else with a tensor. What it decides must follow from shapes,
             strides, dtypes, device and options.
@@ -204,10 +204,10 @@ def replayed(launcher: Callable[..., Tensor | None]) -> Callable[..., Tensor | N
     replays: dict[Hashable, _Replay] = {}
 
     @functools.wraps(launcher)
-    def call(tensors: tuple[Tensor | None, ...], options: Any) -> Tensor | None:
+    def call(tensors: tuple[Tensor | None, ...], *options: Any) -> Tensor | None:
         first = tensors[0]
         if not _compiles(first) or _trials or _state.recorded is not None:
-            return launcher(tensors, options)
+            return launcher(tensors, *options)
         addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
         key = (
             options, first.device, *[address % ALIGNMENT == 0 for address in addresses],  # type: ignore[union-attr]
@@ -219,7 +219,7 @@ def replayed(launcher: Callable[..., Tensor | None]) -> Callable[..., Tensor | N
             return _run(replay, addresses, first.device)  # type: ignore[union-attr]
         before, _state.first_call = _state.first_call, _FirstCall([], [])
         try:
-            returned = launcher(tensors, options)
+            returned = launcher(tensors, *options)
             if len(replays) >= MOST_REPLAYS:
                 replays.clear()
             replays[key] = _replay_of(_state.first_call, tensors, returned)

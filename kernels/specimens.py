@@ -21,6 +21,7 @@ from fastseg.kernels.specimen import Call, Specimen, describe, fill, make_tensor
 from fastseg.kernels.specimens_upsampling import UPSAMPLING
 from fastseg.ops.convolution.algorithms import fits_fields
 from fastseg.ops.convolution.geometry import Geometry, output_shapes, resolve
+from fastseg.ops.losses.options import LossOptions
 
 # ---- cross_entropy ----
 
@@ -65,7 +66,7 @@ class _CrossEntropy:
     def forward(self, device: torch.device) -> Call:
         """Prepares the forward call."""
         input, target, weight, *outputs = self.tensors(device)
-        options = cross_entropy.Options(-100, self.reduction, self.label_smoothing)
+        options = LossOptions(-100, self.reduction, self.label_smoothing)
         tensors = cross_entropy.ForwardTensors(input, target, weight, *outputs)
 
         def call() -> tuple[Tensor, ...]:
@@ -77,7 +78,7 @@ class _CrossEntropy:
     def backward(self, device: torch.device) -> Call:
         """Prepares the backward call, by running forward."""
         forward = cross_entropy.ForwardTensors(*self.tensors(device))
-        options = cross_entropy.Options(-100, self.reduction, self.label_smoothing)
+        options = LossOptions(-100, self.reduction, self.label_smoothing)
         cross_entropy.forward(forward, options)
         input, target, weight, loss, statistics, total_weight = forward
         tensors = cross_entropy.BackwardTensors(

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from fastseg.kernels import upsample_argmax, upsample_confusion_matrix, upsample_cross_entropy
 from fastseg.kernels.specimen import Call, Specimen, describe, make_tensor
+from fastseg.ops.losses.options import LossOptions
 from fastseg.ops.upsample_cross_entropy import OVERLAP_SUMS
-from fastseg.ops.upsampling import steps
+from fastseg.ops.upsampling import Upsampling, upsampling_between
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,9 +49,8 @@ class _Upsampling:
         yield Specimen(f"upsample_confusion_matrix {name} forward", self.confusion_matrix, self.tuned)
 
     @property
-    def _grid(self) -> tuple[str, bool, tuple[float, float]]:
-        step = steps(self.sizes[2:], self.out, self.mode, self.align_corners)
-        return self.mode, self.align_corners, step
+    def _upsampling(self) -> Upsampling:
+        return upsampling_between(self.sizes[2:], self.out, self.mode, self.align_corners)
 
     def tensors(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None, list[Tensor]]:
         """Input, target, weight, and what forward fills: loss, statistics, total_weight and overlap."""
@@ -66,8 +66,8 @@ class _Upsampling:
         return input, target, weight, [loss, statistics, total_weight, overlap]
 
     @property
-    def _options(self) -> upsample_cross_entropy.Options:
-        return upsample_cross_entropy.Options(-100, self.reduction, self.label_smoothing, *self._grid)
+    def _options(self) -> LossOptions:
+        return LossOptions(-100, self.reduction, self.label_smoothing, self.mode, self.align_corners)
 
     def forward(self, device: torch.device) -> Call:
         """Prepares the loss."""
@@ -75,7 +75,7 @@ class _Upsampling:
         tensors = upsample_cross_entropy.ForwardTensors(input, target, weight, *outputs)
 
         def call() -> tuple[Tensor, ...]:
-            upsample_cross_entropy.forward(tensors, self._options)
+            upsample_cross_entropy.forward(tensors, self._options, self._upsampling)
             return tuple(outputs)
 
         return call
@@ -84,7 +84,7 @@ class _Upsampling:
         """Prepares the loss' gradient, by running forward."""
         input, target, weight, outputs = self.tensors(device)
         upsample_cross_entropy.forward(
-            upsample_cross_entropy.ForwardTensors(input, target, weight, *outputs), self._options
+            upsample_cross_entropy.ForwardTensors(input, target, weight, *outputs), self._options, self._upsampling
         )
         loss, statistics, total_weight, overlap = outputs
         tensors = upsample_cross_entropy.BackwardTensors(
@@ -93,7 +93,7 @@ class _Upsampling:
         )  # fmt: skip
 
         def call() -> tuple[Tensor, ...]:
-            upsample_cross_entropy.backward(tensors, self._options)
+            upsample_cross_entropy.backward(tensors, self._options, self._upsampling)
             return (tensors.grad_input,)
 
         return call
@@ -105,7 +105,7 @@ class _Upsampling:
         confidence = input.new_empty((self.sizes[0] * self.with_overlap, *self.out))
 
         def call() -> tuple[Tensor, ...]:
-            upsample_argmax.forward((input, labels, confidence), upsample_argmax.Options(*self._grid))
+            upsample_argmax.forward((input, labels, confidence), self._upsampling)
             return labels, confidence
 
         return call
@@ -114,10 +114,10 @@ class _Upsampling:
         """Prepares the confusion matrix; with an ignored label where there are class weights."""
         input, target, _, _ = self.tensors(device)
         counts = torch.zeros(self.sizes[1] ** 2 + 1, dtype=torch.int64, device=device)
-        options = upsample_confusion_matrix.Options(255 if self.weighted else None, *self._grid)
+        ignore_index = 255 if self.weighted else None
 
         def call() -> tuple[Tensor, ...]:
-            upsample_confusion_matrix.forward((input, target, counts.zero_()), options)
+            upsample_confusion_matrix.forward((input, target, counts.zero_()), ignore_index, self._upsampling)
             return (counts,)
 
         return call

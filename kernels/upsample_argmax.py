@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
 import triton
 import triton.language as tl
@@ -25,6 +25,9 @@ from fastseg.kernels.upsampling import (
     store,
     tap_offsets,
 )
+
+if TYPE_CHECKING:
+    from fastseg.ops.upsampling import Upsampling
 
 
 @triton.jit
@@ -87,20 +90,12 @@ def upsample_argmax_forward(
 PLANS = plans_of({pixels: {} for pixels in (1, 2, 4, 8)}, Plan({"BLOCK_G": 256}, num_warps=8))
 
 
-class Options(NamedTuple):
-    """The grid."""
-
-    mode: str
-    align_corners: bool
-    steps: tuple[float, float]
-
-
 @replayed
-def forward(tensors: tuple[Tensor, Tensor, Tensor], options: Options) -> None:
+def forward(tensors: tuple[Tensor, Tensor, Tensor], upsampling: Upsampling) -> None:
     """Fills labels and confidence, empty where it isn't wanted, from input; see `fastseg.ops.upsample_argmax`."""
     input, labels, confidence = tensors
     input = in_planes(input)
-    grid, arguments = grid_of(input.shape[2:], labels.shape[1:], *options)
+    grid, arguments = grid_of(input.shape[2:], labels.shape[1:], upsampling)
     bucket, plan, cut = cut_groups(upsample_argmax_forward, PLANS, input, grid, arguments)
     arguments |= {
         "input": input, "labels": labels, "confidence": confidence if len(confidence) > 0 else None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
 import triton
 import triton.language as tl
@@ -23,6 +23,9 @@ from fastseg.kernels.upsampling import (
     pixels_of,
     tap_offsets,
 )
+
+if TYPE_CHECKING:
+    from fastseg.ops.upsampling import Upsampling
 
 # Cells of the matrix that a program counts by itself, before it sends each other pixel's one to memory: most of its
 # pixels, which lie side by side, are of few cells, and additions to the same address wait for each other.
@@ -72,26 +75,17 @@ def upsample_confusion_matrix_forward(
 # ---- launcher ----
 
 
-class Options(NamedTuple):
-    """What is ignored, and the grid."""
-
-    ignore_index: int | None
-    mode: str
-    align_corners: bool
-    steps: tuple[float, float]
-
-
 @replayed
-def forward(tensors: tuple[Tensor, Tensor, Tensor], options: Options) -> None:
+def forward(tensors: tuple[Tensor, Tensor, Tensor], ignore_index: int | None, upsampling: Upsampling) -> None:
     """Adds input's predictions and target to counts [C * C + 1]; see `fastseg.ops.upsample_confusion_matrix`."""
     input, target, counts = tensors
     input = in_planes(input)
-    grid, arguments = grid_of(input.shape[2:], target.shape[1:], *options[1:])
+    grid, arguments = grid_of(input.shape[2:], target.shape[1:], upsampling)
     bucket, plan, cut = cut_groups(upsample_confusion_matrix_forward, PLANS, input, grid, arguments)
     arguments |= {
         "input": input, "target": target, "counts": counts, **cut,
-        "input_strides": input.stride(), "target_strides": target.stride(), "ignore_index": options.ignore_index or 0,
-        "CLASSES": input.shape[1], "IGNORES": options.ignore_index is not None,
+        "input_strides": input.stride(), "target_strides": target.stride(), "ignore_index": ignore_index or 0,
+        "CLASSES": input.shape[1], "IGNORES": ignore_index is not None,
         "INDEX": index_of(target.shape, input, target),
     }  # fmt: skip
     launch(upsample_confusion_matrix_forward, bucket, plan, input.shape[0] * cut["blocks"], input.device, arguments)

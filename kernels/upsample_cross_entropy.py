@@ -7,7 +7,7 @@ each pixel, and nothing that has both pixels and classes. `fastseg.kernels.upsam
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import triton
@@ -24,8 +24,8 @@ from fastseg.kernels.cross_entropy_pixels import (
 )
 from fastseg.kernels.launch import Plan, cdiv, choose, launch, multiprocessors, replayed, scratch
 from fastseg.kernels.upsample_cross_entropy_backward import BackwardTensors as BackwardTensors
-from fastseg.kernels.upsample_cross_entropy_backward import Options, common
 from fastseg.kernels.upsample_cross_entropy_backward import backward as backward
+from fastseg.kernels.upsample_cross_entropy_backward import common
 from fastseg.kernels.upsampling import (
     GRID_ARGUMENTS,
     Grid,
@@ -43,6 +43,10 @@ from fastseg.kernels.upsampling import (
     probabilities,
     tap_offsets,
 )
+
+if TYPE_CHECKING:
+    from fastseg.ops.losses.options import LossOptions
+    from fastseg.ops.upsampling import Upsampling
 
 # ---- forward ----
 
@@ -224,22 +228,22 @@ class ForwardTensors(NamedTuple):
     target: Tensor
     weight: Tensor | None
     loss: Tensor
-    statistics: Tensor | None
+    statistics: Tensor
     total_weight: Tensor
     overlap: Tensor
 
 
 @replayed
-def forward(tensors: ForwardTensors, options: Options) -> None:
-    """Fills loss, statistics, total_weight and overlap, which needs statistics; see the operator's registration."""
+def forward(tensors: ForwardTensors, options: LossOptions, upsampling: Upsampling) -> None:
+    """Fills loss, statistics, total_weight and overlap; see the operator's registration."""
     target, device, images = tensors.target, tensors.input.device, tensors.input.shape[0]
     input = in_planes(tensors.input)
-    grid, arguments = grid_of(input.shape[2:], target.shape[1:], *options.grid)
+    grid, arguments = grid_of(input.shape[2:], target.shape[1:], upsampling)
     bucket, plan, cut = cut_groups(upsample_cross_entropy_forward, FORWARD_PLANS, input, grid, arguments)
     programs, reduced = images * cut["blocks"], options.reduction != "none"
     partials = scratch((2, programs), torch.float64, device) if reduced else None
     arguments |= common(input, tensors, options) | {
-        "loss": tensors.loss, "partials": partials, **cut,
+        "loss": tensors.loss, "statistics": _statistics_to_fill(tensors), "partials": partials, **cut,
         "INDEX": index_of(target.shape, input, target),
     }  # fmt: skip
     launch(upsample_cross_entropy_forward, bucket, plan, programs, device, arguments)
@@ -247,6 +251,13 @@ def forward(tensors: ForwardTensors, options: Options) -> None:
         finish(partials, tensors.loss, tensors.total_weight, options, True)
     if len(tensors.overlap) > 0:
         _fill_overlap(tensors.overlap, grid, arguments)
+
+
+def _statistics_to_fill(tensors: ForwardTensors) -> Tensor | None:
+    """Those that are asked for, else scratch memory for the overlap's kernels, which read them."""
+    if len(tensors.overlap) > 0 and tensors.statistics.numel() == 0:
+        return scratch((2, *tensors.target.shape), tensors.statistics.dtype, tensors.input.device)
+    return tensors.statistics if tensors.statistics.numel() > 0 else None
 
 
 def _fill_overlap(overlap: Tensor, grid: Grid, arguments: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ nothing from them but NaN: the sums of interval -1 for its near taps go there.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -44,6 +44,10 @@ from fastseg.kernels.upsampling import (
     store,
     tap_offsets,
 )
+
+if TYPE_CHECKING:
+    from fastseg.ops.losses.options import LossOptions
+    from fastseg.ops.upsampling import Upsampling
 
 
 @triton.jit
@@ -283,22 +287,6 @@ LEAST_SEGMENT = 4  # rows; a row of cells at a segment's end is computed twice
 SMALL_PROGRAMS = 8  # of one warp, that a multiprocessor needs where it would need one of the usual size
 
 
-class Options(NamedTuple):
-    """The loss' options."""
-
-    ignore_index: int
-    reduction: str
-    label_smoothing: float
-    mode: str
-    align_corners: bool
-    steps: tuple[float, float]
-
-    @property
-    def grid(self) -> tuple[str, bool, tuple[float, float]]:
-        """What says how positions lie."""
-        return self.mode, self.align_corners, self.steps
-
-
 class BackwardTensors(NamedTuple):
     """What backward reads and fills; see `fastseg.ops.upsample_cross_entropy`."""
 
@@ -312,7 +300,7 @@ class BackwardTensors(NamedTuple):
     grad_input: Tensor
 
 
-def common(input: Tensor, tensors: Any, options: Options) -> dict[str, Any]:
+def common(input: Tensor, tensors: Any, options: LossOptions) -> dict[str, Any]:
     """What the kernels of both passes take; ``input`` are the logits in planes."""
     target = tensors.target
     return {
@@ -325,12 +313,12 @@ def common(input: Tensor, tensors: Any, options: Options) -> dict[str, Any]:
 
 
 @replayed
-def backward(tensors: BackwardTensors, options: Options) -> None:
+def backward(tensors: BackwardTensors, options: LossOptions, upsampling: Upsampling) -> None:
     """Fills grad_input; see `fastseg.ops.upsample_cross_entropy`."""
     grad_overlap, target, grad_input = tensors.grad_overlap, tensors.target, tensors.grad_input
     input = in_planes(tensors.input)
     device, (images, classes, height, width) = input.device, input.shape
-    grid, arguments = grid_of((height, width), target.shape[1:], *options.grid)
+    grid, arguments = grid_of((height, width), target.shape[1:], upsampling)
     arguments |= common(input, tensors, options) | {
         "INDEX": index_of(target.shape, input, target, grad_input), "grad_overlap": None, "mean_grads": None,
         "grad_overlap_strides": grad_overlap.stride(),

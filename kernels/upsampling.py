@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import triton
@@ -23,6 +23,9 @@ from torch import Tensor
 from fastseg.kernels.cross_entropy_pixels import LOG2_E, from_bits
 from fastseg.kernels.launch import Plan, bits_of, cdiv, choose, index_type, launch, next_power_of_2, scratch
 from fastseg.kernels.relu_pool2d import reach
+
+if TYPE_CHECKING:
+    from fastseg.ops.upsampling import Upsampling
 
 # Steps from where the search for an interval's first position begins to it; its guess may be off by one either way.
 SEARCH_STEPS = tl.constexpr(3)
@@ -259,10 +262,9 @@ def positions_in_interval(size: int, out_size: int, step: float, mode: str, alig
     return min(math.floor(ratio * (1 + size * COORDINATE_ERROR)) + 1, out_size)
 
 
-def grid_of(
-    size: Sequence[int], out_size: Sequence[int], mode: str, align_corners: bool, steps: tuple[float, float]
-) -> tuple[Grid, dict[str, Any]]:
+def grid_of(size: Sequence[int], out_size: Sequence[int], upsampling: Upsampling) -> tuple[Grid, dict[str, Any]]:
     """The grid, and the arguments by which kernels are told the rest of it."""
+    mode, align_corners, steps = upsampling
     taps = tuple(1 if mode == "nearest" or before == after else 2 for before, after in zip(size, out_size, strict=True))
     most = [
         positions_in_interval(before, after, step, mode, align_corners)

@@ -41,12 +41,6 @@ ConvPoolGeometry read_geometry(const py::sequence& numbers) {
   return g;
 }
 
-void read_tensors(const py::tuple& descriptions, std::initializer_list<Tensor*> tensors) {
-  require(descriptions.size() == tensors.size(), "there is a tensor or None for each that the kernel knows");
-  size_t next = 0;
-  for (Tensor* tensor : tensors) *tensor = from_python(descriptions[next++]);
-}
-
 // A stride that leads past the end is never taken: it is as short as a window may be, or as what it goes along.
 void check_stride(int64_t stride, int64_t extent) {
   require(stride <= std::max<int64_t>(extent, kCut), "a stride is not longer than what it goes along");

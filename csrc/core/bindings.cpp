@@ -40,6 +40,12 @@ Tensor from_python(const py::object& description) {
   return tensor;
 }
 
+void read_tensors(const py::tuple& descriptions, std::initializer_list<Tensor*> tensors) {
+  require(descriptions.size() == tensors.size(), "there is a tensor or None for each that the kernel knows");
+  size_t next = 0;
+  for (Tensor* tensor : tensors) *tensor = from_python(descriptions[next++]);
+}
+
 bool is_floating(const Tensor& tensor) {
   return tensor.dtype <= DType::kFloat16;
 }
@@ -73,6 +79,12 @@ bool is_dense(const Tensor& tensor) {
 
 namespace {
 
+// The dtypes as torch calls them, in DType's order: Python sends a tensor's dtype as its place here.
+py::tuple dtype_names() {
+  static_assert(static_cast<int>(DType::kInt64) == 7, "a name for each DType");
+  return py::make_tuple("float32", "float64", "bfloat16", "float16", "uint8", "int16", "int32", "int64");
+}
+
 std::vector<std::string> runnable_isas() {
   std::vector<std::string> names;
   for (int i = 0; i <= static_cast<int>(best_isa()); ++i) names.push_back(name_of(static_cast<Isa>(i)));
@@ -97,6 +109,8 @@ PYBIND11_MODULE(_C, m) {
 #else
   m.attr("openmp") = false;
 #endif
+  m.attr("DTYPES") = fastseg::python::dtype_names();
+  m.attr("MAX_DIMS") = fastseg::kMaxDims;
   fastseg::python::bind_conv_relu_pool2d(m);
   fastseg::python::bind_cross_entropy(m);
   fastseg::python::bind_upsample_cross_entropy(m);

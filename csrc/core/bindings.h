@@ -3,6 +3,8 @@
 
 #include <pybind11/pybind11.h>
 
+#include <initializer_list>
+
 #include "core/tensor.h"
 
 namespace fastseg {
@@ -15,6 +17,9 @@ void require(bool condition, const char* what);
 
 // From (address, dtype, sizes, strides), which it checks; None is a tensor without memory.
 Tensor from_python(const py::object& description);
+
+// The tensors of a call, in the order in which its binding names them.
+void read_tensors(const py::tuple& descriptions, std::initializer_list<Tensor*> tensors);
 
 bool is_floating(const Tensor& tensor);
 bool same_shape(const Tensor& a, const Tensor& b);

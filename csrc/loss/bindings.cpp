@@ -1,4 +1,7 @@
-// cross_entropy and upsample_cross_entropy for Python.
+// cross_entropy and upsample_cross_entropy for Python. A call's tensors come in one tuple, in the order in which the
+// binding reads them, since names for them would cost a call 1 us (2 cores, AVX-512, 2026-11-26); its options by name,
+// as fastseg.ops.losses.options.LossOptions has them. Of what Python has checked, the checks here repeat what memory
+// depends on.
 #include "loss/bindings.h"
 
 #include <limits>
@@ -12,47 +15,55 @@ namespace fastseg {
 namespace python {  // the functions' names are the kernels' names
 namespace {
 
-// Whether tensor is of shape [leading, then all of input's sizes but the classes'].
-bool is_per_pixel(const Tensor& tensor, const Tensor& input, int leading) {
-  if (tensor.ndim != input.ndim - 1 + leading) return false;
-  for (int i = leading; i < tensor.ndim; ++i)
-    if (tensor.size[i] != input.size[i == leading ? 0 : i - leading + 1]) return false;
-  return true;
+DType accumulation_dtype(const Tensor& input) {
+  return input.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
 }
 
-// What both operators ask of a call, but for the sizes of what has a value per pixel.
-void check_call(const CrossEntropy& call) {
-  const Tensor& input = call.input;
-  const DType accumulated = input.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+Reduction read_reduction(const std::string& name) {
+  require(name == "none" || name == "mean" || name == "sum", "unknown reduction");
+  return name == "none" ? Reduction::kNone : name == "mean" ? Reduction::kMean : Reduction::kSum;
+}
+
+// Reads the options, and checks the tensors that all calls have.
+void read_options(const py::object& options, int threads, CrossEntropy* read) {
+  CrossEntropy& call = *read;
+  call.ignore_index = options.attr("ignore_index").cast<int64_t>();
+  call.reduction = read_reduction(options.attr("reduction").cast<std::string>());
+  call.label_smoothing = options.attr("label_smoothing").cast<double>();
+  call.threads = threads;
+  const Tensor &input = call.input, &weight = call.weight, &total_weight = call.total_weight;
   require(input.ndim >= 2 && is_floating(input), "input is a floating-point [N, C, d1, ...]");
   require(input.size[1] >= 1 && input.size[1] <= std::numeric_limits<int32_t>::max(),
           "input has 1 to 2^31 - 1 classes");
-  require(!call.weight || (call.weight.ndim == 1 && call.weight.size[0] == input.size[1] && is_dense(call.weight) &&
-                           call.weight.dtype == accumulated),
+  require(!weight || (weight.ndim == 1 && weight.size[0] == input.size[1] && is_dense(weight) &&
+                      weight.dtype == accumulation_dtype(input)),
           "weight is a dense [C], float64 where input is, else float32");
-  require(is_dense(call.statistics) && call.statistics.dtype == accumulated,
-          "statistics are dense, float64 where input is, else float32");
-  require(call.total_weight && call.total_weight.ndim == 0 && call.total_weight.dtype == accumulated,
+  require(total_weight && total_weight.ndim == 0 && total_weight.dtype == accumulation_dtype(input),
           "total_weight is a number, float64 where input is, else float32");
-  require(call.reduction >= Reduction::kNone && call.reduction <= Reduction::kSum, "unknown reduction");
 }
 
-template <class Call>
-Call read_cross_entropy(const py::object& input, const py::object& target, const py::object& weight,
-                        const py::object& statistics, const py::object& total_weight, int64_t ignore_index,
-                        int reduction, double label_smoothing, int threads) {
-  Call call;
-  call.input = from_python(input);
-  call.target = from_python(target);
-  call.weight = from_python(weight);
-  call.statistics = from_python(statistics);
-  call.total_weight = from_python(total_weight);
-  call.ignore_index = ignore_index;
-  call.reduction = static_cast<Reduction>(reduction);
-  call.label_smoothing = label_smoothing;
-  call.threads = threads;
-  check_call(call);
-  return call;
+// The sizes of what has one value per pixel: input's but for the classes.
+Tensor pixels_of(const Tensor& input) {
+  Tensor pixels;
+  pixels.ndim = input.ndim - 1;
+  for (int i = 0; i < pixels.ndim; ++i) pixels.size[i] = input.size[i == 0 ? 0 : i + 1];
+  return pixels;
+}
+
+// `pixels` has the sizes of what has one value per pixel.
+void check_statistics(const CrossEntropy& call, const Tensor& pixels) {
+  const Tensor& statistics = call.statistics;
+  bool fits = statistics.ndim == pixels.ndim + 1 && statistics.size[0] == 2;
+  for (int i = 0; i < pixels.ndim; ++i) fits = fits && statistics.size[i + 1] == pixels.size[i];
+  require(fits && is_dense(statistics) && statistics.dtype == accumulation_dtype(call.input),
+          "statistics are a dense [2, N, d1, ...], float64 where input is, else float32");
+}
+
+// The loss, or its gradient.
+void check_loss(const Tensor& loss, const CrossEntropy& call, const Tensor& pixels) {
+  const bool fits = call.reduction == Reduction::kNone ? same_shape(loss, pixels) : loss && loss.ndim == 0;
+  require(fits && loss.dtype == accumulation_dtype(call.input),
+          "the loss has a value per pixel, or one; float64 where input is, else float32");
 }
 
 void check_grad_input(const CrossEntropyBackward& call) {
@@ -63,100 +74,76 @@ void check_grad_input(const CrossEntropyBackward& call) {
 
 // ---- cross_entropy ----
 
-void check_pixels(const CrossEntropy& call) {
-  const Tensor &input = call.input, &target = call.target;
-  if (is_floating(target)) {
-    require(same_shape(target, input), "class probabilities have input's shape");
-    require((target.dtype == DType::kFloat64) == (input.dtype == DType::kFloat64),
-            "class probabilities are float64 where input is, and only there");
-  } else {
-    require(is_per_pixel(target, input, 0), "target is [N, d1, ...]");
-  }
-  require(is_per_pixel(call.statistics, input, 1) && call.statistics.size[0] == 2, "statistics are [2, N, d1, ...]");
+void check_pixels(const CrossEntropy& call, const Tensor& loss) {
+  const Tensor &input = call.input, &target = call.target, pixels = pixels_of(input);
+  require(same_shape(target, is_floating(target) ? input : pixels),
+          "target is labels [N, d1, ...], or class probabilities of input's shape");
+  require(!is_floating(target) || (target.dtype == DType::kFloat64) == (input.dtype == DType::kFloat64),
+          "class probabilities are float64 where input is, and only there");
+  check_statistics(call, pixels);
+  check_loss(loss, call, pixels);
 }
 
-// The loss, or its gradient: a value per pixel without a reduction, else one.
-void check_loss(const Tensor& loss, const CrossEntropy& call) {
-  const bool fits = call.reduction == Reduction::kNone ? is_per_pixel(loss, call.input, 0) : loss && loss.ndim == 0;
-  require(fits && loss.dtype == call.total_weight.dtype, "the loss has a value per pixel, or one; statistics' dtype");
-}
-
-void cross_entropy_forward(const py::object& input, const py::object& target, const py::object& weight,
-                           const py::object& loss, const py::object& statistics, const py::object& total_weight,
-                           int64_t ignore_index, int reduction, double label_smoothing, int threads) {
-  auto call = read_cross_entropy<CrossEntropyForward>(input, target, weight, statistics, total_weight, ignore_index,
-                                                      reduction, label_smoothing, threads);
-  call.loss = from_python(loss);
-  check_pixels(call);
-  check_loss(call.loss, call);
+void cross_entropy_forward(const py::tuple& tensors, const py::object& options, int threads) {
+  CrossEntropyForward call;
+  read_tensors(tensors, {&call.input, &call.target, &call.weight, &call.loss, &call.statistics, &call.total_weight});
+  read_options(options, threads, &call);
+  check_pixels(call, call.loss);
   require(is_dense(call.loss), "the loss is dense");
   run_with_labels(call, fastseg::cross_entropy_forward);
 }
 
-void cross_entropy_backward(const py::object& grad_output, const py::object& input, const py::object& target,
-                            const py::object& weight, const py::object& statistics, const py::object& total_weight,
-                            const py::object& grad_input, int64_t ignore_index, int reduction, double label_smoothing,
-                            int threads) {
-  auto call = read_cross_entropy<CrossEntropyBackward>(input, target, weight, statistics, total_weight, ignore_index,
-                                                       reduction, label_smoothing, threads);
-  call.grad_output = from_python(grad_output);
-  call.grad_input = from_python(grad_input);
-  check_pixels(call);
-  check_loss(call.grad_output, call);
+void cross_entropy_backward(const py::tuple& tensors, const py::object& options, int threads) {
+  CrossEntropyBackward call;
+  read_tensors(tensors, {&call.grad_output, &call.input, &call.target, &call.weight, &call.statistics,
+                         &call.total_weight, &call.grad_input});
+  read_options(options, threads, &call);
+  check_pixels(call, call.grad_output);
   check_grad_input(call);
   run_with_labels(call, fastseg::cross_entropy_backward);
 }
 
 // ---- upsample_cross_entropy ----
 
-// `loss` is the loss or its gradient, `overlap` the overlap or its gradient.
-void check_upsampled(const CrossEntropy& call, const Tensor& loss, const Tensor& overlap) {
-  const Tensor &input = call.input, &target = call.target, &statistics = call.statistics;
-  check_map(input, target);
-  require(statistics.ndim == 4 && statistics.size[0] == 2, "statistics are [2, N, H, W]");
-  for (int i = 1; i < 3; ++i) require(statistics.size[i + 1] == target.size[i], "statistics are [2, N, H, W]");
-  const bool fits = call.reduction == Reduction::kNone ? same_shape(loss, target) : loss && loss.ndim == 0;
-  require(fits && loss.dtype == statistics.dtype, "the loss has a value per label, or one; statistics' dtype");
-  require(overlap.ndim == 3 && (overlap.size[0] == 0 || overlap.size[0] == 3) && overlap.size[1] == input.size[0] &&
-              overlap.size[2] == input.size[1] && overlap.dtype == statistics.dtype,
-          "the overlap is [3 or 0, N, C], of statistics' dtype");
+// The overlap, or its gradient.
+void check_overlap(const Tensor& overlap, const Tensor& input) {
+  require(overlap.ndim == 3 && overlap.size[0] == 3 && overlap.size[1] == input.size[0] &&
+              overlap.size[2] == input.size[1] && overlap.dtype == accumulation_dtype(input),
+          "the overlap is [3, N, C], float64 where input is, else float32");
 }
 
-void upsample_cross_entropy_forward(const py::object& input, const py::object& target, const py::object& weight,
-                                    const py::object& loss, const py::object& statistics,
-                                    const py::object& total_weight, const py::object& overlap,
-                                    const py::object& gradient, int64_t ignore_index, int reduction,
-                                    double label_smoothing, int mode, bool align_corners, double step_h, double step_w,
+void upsample_cross_entropy_forward(const py::tuple& tensors, const py::object& options, const py::object& upsampling,
                                     int threads) {
-  auto call = read_cross_entropy<UpsampleCrossEntropyForward>(input, target, weight, statistics, total_weight,
-                                                              ignore_index, reduction, label_smoothing, threads);
-  call.loss = from_python(loss);
-  call.overlap = from_python(overlap);
-  call.gradient = from_python(gradient);
-  call.grid = read_grid(mode, align_corners, step_h, step_w);
-  check_upsampled(call, call.loss, call.overlap);
+  UpsampleCrossEntropyForward call;
+  read_tensors(tensors, {&call.input, &call.target, &call.weight, &call.loss, &call.statistics, &call.total_weight,
+                         &call.overlap, &call.gradient});
+  read_options(options, threads, &call);
+  call.grid = read_upsampling(upsampling);
+  check_map(call.input, call.target);
+  check_loss(call.loss, call, call.target);
   require(is_dense(call.loss) && is_dense(call.overlap), "loss and overlap are dense");
-  require(call.statistics.size[1] == (call.gradient ? 0 : call.target.size[0]), "statistics, or the gradient");
-  require(!call.gradient || (same_shape(call.gradient, call.input) && call.gradient.dtype == call.statistics.dtype &&
-                             call.reduction != Reduction::kNone && call.overlap.size[0] == 0),
-          "a gradient has input's shape and statistics' dtype; a loss that isn't reduced, or the overlap, has none");
+  if (call.statistics) check_statistics(call, call.target);
+  if (call.overlap) check_overlap(call.overlap, call.input);
+  if (call.gradient) {
+    require(same_shape(call.gradient, call.input) && call.gradient.dtype == accumulation_dtype(call.input),
+            "the gradient has input's shape, and is float64 where input is, else float32");
+    require(call.reduction != Reduction::kNone && !call.statistics && !call.overlap,
+            "with the gradient the loss is reduced, and there are neither statistics nor overlap");
+  }
   run_with_labels(call, fastseg::upsample_cross_entropy_forward);
 }
 
-void upsample_cross_entropy_backward(const py::object& grad_loss, const py::object& grad_overlap,
-                                     const py::object& input, const py::object& target, const py::object& weight,
-                                     const py::object& statistics, const py::object& total_weight,
-                                     const py::object& grad_input, int64_t ignore_index, int reduction,
-                                     double label_smoothing, int mode, bool align_corners, double step_h, double step_w,
+void upsample_cross_entropy_backward(const py::tuple& tensors, const py::object& options, const py::object& upsampling,
                                      int threads) {
-  auto call = read_cross_entropy<UpsampleCrossEntropyBackward>(input, target, weight, statistics, total_weight,
-                                                               ignore_index, reduction, label_smoothing, threads);
-  call.grad_output = from_python(grad_loss);
-  call.grad_overlap = from_python(grad_overlap);
-  call.grad_input = from_python(grad_input);
-  call.grid = read_grid(mode, align_corners, step_h, step_w);
-  check_upsampled(call, call.grad_output, call.grad_overlap);
-  require(call.statistics.size[1] == call.target.size[0], "statistics are [2, N, H, W]");
+  UpsampleCrossEntropyBackward call;
+  read_tensors(tensors, {&call.grad_output, &call.grad_overlap, &call.input, &call.target, &call.weight,
+                         &call.statistics, &call.total_weight, &call.grad_input});
+  read_options(options, threads, &call);
+  call.grid = read_upsampling(upsampling);
+  check_map(call.input, call.target);
+  check_statistics(call, call.target);
+  check_loss(call.grad_output, call, call.target);
+  if (call.grad_overlap) check_overlap(call.grad_overlap, call.input);
   check_grad_input(call);
   run_with_labels(call, fastseg::upsample_cross_entropy_backward);
 }
@@ -166,6 +153,7 @@ void upsample_cross_entropy_backward(const py::object& grad_loss, const py::obje
 void bind_cross_entropy(py::module_& m) {
   m.def("cross_entropy_forward", &cross_entropy_forward);
   m.def("cross_entropy_backward", &cross_entropy_backward);
+  m.attr("IGNORE_NONE") = kIgnoreNone;
 }
 
 void bind_upsample_cross_entropy(py::module_& m) {

@@ -2,10 +2,10 @@
 #pragma once
 
 #include <string>
+#include <utility>
 
 #include "core/bindings.h"
 #include "loss/cross_entropy.h"
-#include "upsampling/upsample_confusion_matrix.h"
 #include "upsampling/upsampling.h"
 
 namespace fastseg {
@@ -20,10 +20,15 @@ inline void check_map(const Tensor& input, const Tensor& labels) {
           "labels are integers [N, H, W] with rows and columns");
 }
 
-inline Upsampling read_grid(int mode, bool align_corners, double step_h, double step_w) {
-  const bool known = mode == static_cast<int>(Mode::kNearest) || mode == static_cast<int>(Mode::kBilinear);
-  require(known && step_h >= 0 && step_w >= 0, "a mode is known, and a step is not negative");
-  return {static_cast<Mode>(mode), align_corners, {step_h, step_w}};
+// From fastseg.ops.upsampling.Upsampling.
+inline Upsampling read_upsampling(const py::object& upsampling) {
+  const auto mode = upsampling.attr("mode").cast<std::string>();
+  const auto steps = upsampling.attr("steps").cast<std::pair<double, double>>();
+  require((mode == "nearest" || mode == "bilinear") && steps.first >= 0 && steps.second >= 0,
+          "a mode is known, and a step is not negative");
+  return {mode == "nearest" ? Mode::kNearest : Mode::kBilinear,
+          upsampling.attr("align_corners").cast<bool>(),
+          {steps.first, steps.second}};
 }
 
 // Runs a kernel without the interpreter lock; raises an IndexError for a label that is neither a class nor ignored.

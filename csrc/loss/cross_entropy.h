@@ -7,7 +7,10 @@
 
 namespace fastseg {
 
-enum class Reduction : int { kNone, kMean, kSum };
+enum class Reduction { kNone, kMean, kSum };
+
+// The ignore_index where no label is to be ignored: a number that is no class either.
+constexpr int64_t kIgnoreNone = INT64_MIN;
 
 struct InvalidLabel {
   bool found;
@@ -26,8 +29,7 @@ struct CrossEntropy {
   int64_t ignore_index;
   Reduction reduction;
   double label_smoothing;
-  InvalidLabel*
-      invalid;  // says after the call whether a label was neither a class nor ignore_index, and the first such
+  InvalidLabel* invalid;  // after the call: the first label that is neither a class nor ignore_index, if there is one
   int threads;
 };
 

@@ -1,6 +1,7 @@
 // How cross_entropy's kernels walk over their tensors: the pixels of a call, cut into tiles.
 #pragma once
 
+#include "core/cache.h"
 #include "core/integers.h"
 #include "core/parallel.h"
 #include "loss/cross_entropy_loops-inl.h"
@@ -10,9 +11,7 @@ namespace fastseg {
 namespace FASTSEG_ISA {
 namespace {
 
-// A tile's rows fit half of a 512 KB L2 cache; its per-pixel arrays fit L1.
-constexpr int64_t kTileBytes = 192 * 1024;
-constexpr int64_t kMaxTilePixels = 2048;
+constexpr int64_t kMaxTilePixels = 2048;  // whose arrays of one number a pixel fit L1
 // Each task's sums are added in the order of the tasks, so that results don't depend on the number of threads.
 constexpr int64_t kMaxTasks = 1024;
 
@@ -95,7 +94,7 @@ struct Plan {
     Plan plan;
     plan.classes = call.input.size[1];
     const int64_t pixel_bytes = plan.classes * static_cast<int64_t>(sizeof(T)) * (probabilities ? 2 : 1);
-    const int64_t fitting = kTileBytes / pixel_bytes / kPixelMultiple * kPixelMultiple;
+    const int64_t fitting = kPixelTileBytes / pixel_bytes / kPixelMultiple * kPixelMultiple;
     plan.tile_pixels = fitting < kPixelMultiple ? kPixelMultiple : min_of(fitting, kMaxTilePixels);
     plan.tile_pixels = min_of(plan.tile_pixels, round_up(pixels.count, kPixelMultiple));
     plan.tile_stride = plan.tile_pixels + kRowPadding;

@@ -3,6 +3,7 @@
 // the exponentials. What leaves the cache are the two statistics of each pixel.
 #include "loss/upsample_cross_entropy.h"
 
+#include "core/cache.h"
 #include "loss/upsample_cross_entropy_tiles-inl.h"
 #include "upsampling/upsampled_gradient-inl.h"
 
@@ -15,8 +16,7 @@ constexpr int kRowsInCache = 2;  // a tile's two expanded input rows
 // Pixels of an output row that are worked on together, so that their logits stay in the first-level cache.
 template <class T>
 int64_t block_columns(const UpsampledMap<T>& map) {
-  constexpr int64_t kBlockBytes = 16 * 1024;
-  const int64_t fitting = kBlockBytes / (map.classes * static_cast<int64_t>(sizeof(T))) / kPixelMultiple;
+  const int64_t fitting = kPixelBlockBytes / (map.classes * static_cast<int64_t>(sizeof(T))) / kPixelMultiple;
   return min_of(max_of(fitting, 1) * kPixelMultiple, map.tile_columns);
 }
 
@@ -130,7 +130,7 @@ class Blocks {
     finish_pixels<T, kKind>(tile_, terms_, count);
     if (overlap_ != nullptr) add_overlap(tile_, count, overlap_);
     const int64_t first = (image * map_.output_height + y) * map_.output_width + begin + x;
-    if (call_.statistics.size[1] > 0) {
+    if (call_.statistics) {
       T* const statistics = static_cast<T*>(call_.statistics.data) + first;
       memcpy(statistics, tile_.largest, count * sizeof(T));
       memcpy(statistics + map_.images * map_.output_height * map_.output_width, tile_.log_sum, count * sizeof(T));
@@ -199,7 +199,7 @@ void forward(const UpsampleCrossEntropyForward& call) {
   const Bands bands(call.input.size[0], output_height);
   const Workspace tables(UpsampledMap<T>::table_bytes(output_height, output_width));
   const UpsampledMap<T> map(call.grid, call.input, output_height, output_width, kRowsInCache, tables.data());
-  const bool with_overlap = call.overlap.size[0] > 0;
+  const bool with_overlap = static_cast<bool>(call.overlap);
   const BandSums sums(bands.count, with_overlap ? kOverlapSums * map.classes : 0);
   for_each_task(bands.count, call.threads, [&](int64_t band) {
     double* const overlap = with_overlap ? sums.overlaps() + band * kOverlapSums * map.classes : nullptr;
@@ -256,18 +256,17 @@ void forward_with_gradient(const UpsampleCrossEntropyForward& call) {
   store_totals<T>(call, sums.partials(), bands.count, kKind == Kind::kSmoothedLabels);
 }
 
-template <class T>
-void forward(const UpsampleCrossEntropyForward& call) {
-  if (call.gradient)
-    return call.label_smoothing > 0 ? forward_with_gradient<T, Kind::kSmoothedLabels>(call)
-                                    : forward_with_gradient<T, Kind::kLabels>(call);
-  return call.label_smoothing > 0 ? forward<T, Kind::kSmoothedLabels>(call) : forward<T, Kind::kLabels>(call);
-}
-
 }  // namespace
 
 void upsample_cross_entropy_forward(const UpsampleCrossEntropyForward& call) {
-  return call.input.dtype == DType::kFloat64 ? forward<double>(call) : forward<float>(call);
+  constexpr Kind kLabels = Kind::kLabels, kSmoothed = Kind::kSmoothedLabels;
+  const bool wide = call.input.dtype == DType::kFloat64, smoothed = call.label_smoothing > 0;
+  if (call.gradient && smoothed)
+    return wide ? forward_with_gradient<double, kSmoothed>(call) : forward_with_gradient<float, kSmoothed>(call);
+  if (call.gradient)
+    return wide ? forward_with_gradient<double, kLabels>(call) : forward_with_gradient<float, kLabels>(call);
+  if (smoothed) return wide ? forward<double, kSmoothed>(call) : forward<float, kSmoothed>(call);
+  return wide ? forward<double, kLabels>(call) : forward<float, kLabels>(call);
 }
 
 }  // namespace FASTSEG_ISA

@@ -82,7 +82,7 @@ class BackwardRows {
         tile_(map.classes, map.row_stride, false, pieces->take(Tile<T>::elements(map.classes, map.row_stride, false))),
         terms_(call, pieces->take(ClassTerms<T>::elements(map.classes))),
         overlap_{pieces->take(map.classes), pieces->take(map.classes)},
-        with_overlap_(call.grad_overlap.size[0] > 0),
+        with_overlap_(call.grad_overlap),
         invalid_(&partial->invalid) {
     if (with_overlap_) read_overlap(call, place.image, overlap_);
   }

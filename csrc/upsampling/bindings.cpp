@@ -1,4 +1,4 @@
-// upsample_argmax and upsample_confusion_matrix for Python.
+// upsample_argmax and upsample_confusion_matrix for Python: a call's tensors in one tuple, as the losses'.
 #include "loss/bindings.h"
 
 #include "upsampling/upsample_argmax.h"
@@ -8,38 +8,31 @@ namespace fastseg {
 namespace python {  // the functions' names are the kernels' names
 namespace {
 
-void upsample_argmax(const py::object& input, const py::object& labels, const py::object& confidence, int mode,
-                     bool align_corners, double step_h, double step_w, int threads) {
+void upsample_argmax(const py::tuple& tensors, const py::object& upsampling, int threads) {
   UpsampleArgmax call;
-  call.input = from_python(input);
-  call.labels = from_python(labels);
-  call.confidence = from_python(confidence);
-  call.grid = read_grid(mode, align_corners, step_h, step_w);
+  read_tensors(tensors, {&call.input, &call.labels, &call.confidence});
+  call.grid = read_upsampling(upsampling);
   call.threads = threads;
-  check_map(call.input, call.labels);
-  const Tensor &dense = call.labels, &confident = call.confidence;
-  require(confident.ndim == 3 && (confident.size[0] == 0 || same_shape(confident, dense)) &&
-              confident.dtype == call.input.dtype,
-          "confidence has the labels' shape, or no images, and input's dtype");
-  require(is_dense(dense) && is_dense(confident), "labels and confidence are dense");
+  const Tensor &labels = call.labels, &confidence = call.confidence;
+  check_map(call.input, labels);
+  require(!confidence || (same_shape(confidence, labels) && confidence.dtype == call.input.dtype),
+          "confidence has the labels' shape, and input's dtype");
+  require(is_dense(labels) && is_dense(confidence), "labels and confidence are dense");
   py::gil_scoped_release unlocked;
   fastseg::upsample_argmax(call);
 }
 
-void upsample_confusion_matrix(const py::object& input, const py::object& target, const py::object& matrix,
-                               const py::object& ignore_index, int mode, bool align_corners, double step_h,
-                               double step_w, int threads) {
+void upsample_confusion_matrix(const py::tuple& tensors, int64_t ignore_index, const py::object& upsampling,
+                               int threads) {
   UpsampleConfusionMatrix call;
-  call.input = from_python(input);
-  call.target = from_python(target);
-  call.matrix = from_python(matrix);
-  call.ignore_index = ignore_index.is_none() ? kIgnoreNone : ignore_index.cast<int64_t>();
-  call.grid = read_grid(mode, align_corners, step_h, step_w);
+  read_tensors(tensors, {&call.input, &call.target, &call.matrix});
+  call.ignore_index = ignore_index;
+  call.grid = read_upsampling(upsampling);
   call.threads = threads;
+  const Tensor& matrix = call.matrix;
   check_map(call.input, call.target);
-  const Tensor& square = call.matrix;
-  require(square.ndim == 2 && square.size[0] == call.input.size[1] && square.size[1] == call.input.size[1] &&
-              square.dtype == DType::kInt64 && is_dense(square),
+  require(matrix.ndim == 2 && matrix.size[0] == call.input.size[1] && matrix.size[1] == call.input.size[1] &&
+              matrix.dtype == DType::kInt64 && is_dense(matrix),
           "matrix is a dense [C, C] of int64");
   run_with_labels(call, fastseg::upsample_confusion_matrix);
 }

@@ -44,7 +44,7 @@ bool argmax_band(const UpsampleArgmax& call, const UpsampledMap<T>& map, const B
   for_each_tile_row(
       map, bands, band, &source, [&](int64_t image, int64_t y, const RowPair<T>& pair, int64_t begin, int64_t count) {
         const int64_t first = (image * map.output_height + y) * map.output_width + begin;
-        const bool with_confidence = call.confidence.size[0] > 0;
+        const bool with_confidence = static_cast<bool>(call.confidence);
         with_upsampled_row(map, pair, 0, [&](const auto row) {
           argmax_row(map, pair, row, count, labels);
           if (with_confidence) confidence_row(map, row, count, confidence);

@@ -10,7 +10,7 @@ namespace fastseg {
 struct UpsampleArgmax {
   Tensor input;       // [N, C, h, w]: logits of any strides, C > 0
   Tensor labels;      // [N, H, W], dense: uint8, int16, int32 or int64
-  Tensor confidence;  // [N, H, W] of input's dtype, dense: the label's softmax value; or [0, H, W]
+  Tensor confidence;  // [N, H, W] of input's dtype, dense, optional: the label's softmax value
   Upsampling grid;
   int threads;
 };

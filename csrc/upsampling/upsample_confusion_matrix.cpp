@@ -11,7 +11,7 @@ namespace {
 // Every task counts in a matrix of its own: threads that shared one would wait for each other's cache lines. Counts
 // don't depend on who counts, so that few tasks will do: enough to even out threads that are slower than others.
 constexpr int64_t kTasksPerThread = 4;
-constexpr int64_t kMatricesBytes = 64 << 20;
+constexpr int64_t kMatricesBytes = 64 << 20;  // of all tasks' matrices
 
 template <class T>
 bool count_band(const UpsampleConfusionMatrix& call, const UpsampledMap<T>& map, const Bands& bands, int64_t band,

@@ -7,9 +7,6 @@
 
 namespace fastseg {
 
-// Where no label is ignored: a number that is no class either.
-constexpr int64_t kIgnoreNone = INT64_MIN;
-
 struct UpsampleConfusionMatrix {
   Tensor input;   // [N, C, h, w]: logits of any strides, C > 0
   Tensor target;  // [N, H, W]: labels of any integer dtype, any strides

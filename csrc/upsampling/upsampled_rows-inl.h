@@ -4,6 +4,7 @@
 // and the expansion itself is shared by all output rows between the same two input rows.
 #pragma once
 
+#include "core/cache.h"
 #include "core/integers.h"
 #include "core/parallel.h"
 #include "simd/pack-inl.h"
@@ -98,8 +99,7 @@ struct UpsampledMap {
         output_width(to_width),
         columns(upsampling, width, to_width, tables),
         rows(reinterpret_cast<Position<T>*>(static_cast<char*>(tables) + Columns<T>::bytes(to_width))) {
-    constexpr int64_t kTileBytes = 256 * 1024;  // half of a 512 KB L2 cache
-    const int64_t fitting = kTileBytes / (rows_in_cache * classes * static_cast<int64_t>(sizeof(T)));
+    const int64_t fitting = kUpsampledRowsBytes / (rows_in_cache * classes * static_cast<int64_t>(sizeof(T)));
     tile_columns = max_of(fitting / kPixelMultiple, 1) * kPixelMultiple;
     tile_columns = min_of(tile_columns, round_up(output_width, kPixelMultiple));
     row_stride = tile_columns + kRowPadding;

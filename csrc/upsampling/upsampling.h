@@ -5,8 +5,7 @@
 
 namespace fastseg {
 
-// The order is the contract with fastseg/ops/upsampling.py.
-enum class Mode : int { kNearest, kBilinear };
+enum class Mode { kNearest, kBilinear };
 
 struct Upsampling {
   Mode mode;

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastseg.ops.cross_entropy import REDUCTIONS
 from fastseg.ops.upsampling import MODES
 
 FLOATING_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -118,15 +117,3 @@ def check_pixel_weight(pixel_weight: Tensor | None, shape: tuple[int, ...], inpu
     if not pixel_weight.is_floating_point():
         raise TypeError(f"pixel_weight: expected a floating-point dtype, got {pixel_weight.dtype}")
     check_device("pixel_weight", pixel_weight, input)
-
-
-def check_reduction(reduction: str) -> None:
-    """Refuses an unknown reduction."""
-    if reduction not in REDUCTIONS:
-        raise ValueError(f'reduction: expected "none", "mean" or "sum", got {reduction!r}')
-
-
-def check_smoothing(label_smoothing: float) -> None:
-    """Refuses a label smoothing that isn't a share."""
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"label_smoothing: expected a number in [0, 1], got {label_smoothing}")

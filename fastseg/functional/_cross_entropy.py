@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,10 +15,9 @@ from fastseg.functional._checks import (
     check_labels,
     check_logits,
     check_pixel_weight,
-    check_reduction,
-    check_smoothing,
     pixels_of,
 )
+from fastseg.functional._losses import in_accumulation_dtype, in_dtype, make_options, weigh_pixels, without_reduction
 from fastseg.ops import cross_entropy as operator
 
 
@@ -76,79 +72,39 @@ def cross_entropy(
             )
         except (IndexError, RuntimeError, ValueError):
             pass  # The checks below find what is wrong, too, and name the argument.
-    target = _check(input, target, weight, ignore_index, reduction, label_smoothing, pixel_weight)
+    options = make_options(ignore_index, reduction, label_smoothing)
+    classes, pixels = check_logits(input), pixels_of(input)
+    if target.is_floating_point():
+        _check_probabilities(target, input, ignore_index)
+    else:
+        target = check_labels(target, pixels, input, ignore_index)
+    check_class_weight(weight, classes, input)
+    check_pixel_weight(pixel_weight, pixels, input)
     if target.dtype == torch.float64 and input.dtype != torch.float64:
         if not torch.compiler.is_compiling():
             log_fallback("cross_entropy", "float64 probabilities for logits of less precision")
         return reference.cross_entropy(
             input, target, weight, ignore_index, reduction, label_smoothing, pixel_weight=pixel_weight
         )
-    dtype, accumulated = input.dtype, operator.accumulation_dtype(input)
+    dtype = input.dtype
     if target.is_floating_point():
         dtype = torch.promote_types(dtype, target.dtype)
-        target = target.to(accumulated) if accumulated == torch.float64 else target
-    return reduce_pixels(
-        call_operator, input, target, weight, pixel_weight, ignore_index, reduction, label_smoothing, dtype
-    )
+        target = target.to(torch.float64) if input.dtype == torch.float64 else target
+    weight = in_accumulation_dtype(weight, input)
+    if pixel_weight is None:
+        return in_dtype(operator.cross_entropy(input, target, weight, options), dtype)
+    losses = operator.cross_entropy(input, target, weight, without_reduction(options))
+    return in_dtype(weigh_pixels(losses, target, weight, pixel_weight, options), dtype)
 
 
-def _check(
-    input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, label_smoothing: float,
-    pixel_weight: Tensor | None,
-) -> Tensor:  # fmt: skip
-    """The target in a dtype that the kernels read; refuses arguments that don't fit."""
-    classes, pixels = check_logits(input), pixels_of(input)
-    if target.is_floating_point():
-        check_device("target", target, input)
-        _check_probabilities(tuple(input.shape), target, ignore_index)
-    else:
-        target = check_labels(target, pixels, input, ignore_index)
-    check_class_weight(weight, classes, input)
-    check_reduction(reduction)
-    check_smoothing(label_smoothing)
-    check_pixel_weight(pixel_weight, pixels, input)
-    return target
-
-
-def _check_probabilities(shape: tuple[int, ...], target: Tensor, ignore_index: int) -> None:
-    if target.shape != shape:
+def _check_probabilities(target: Tensor, input: Tensor, ignore_index: int) -> None:
+    check_device("target", target, input)
+    if target.shape != input.shape:
         raise ValueError(
-            f"target: expected class probabilities of input's shape {shape}, got {tuple(target.shape)} in "
+            f"target: expected class probabilities of input's shape {tuple(input.shape)}, got {tuple(target.shape)} in "
             f"{target.dtype}; class labels need an integer dtype"
         )
     if target.dtype not in FLOATING_DTYPES:
         raise TypeError(f"target: expected float32, float64, bfloat16 or float16, got {target.dtype}")
     if ignore_index >= 0:
         raise ValueError(f"ignore_index: class probabilities have no label to ignore, got {ignore_index}")
-
-
-def call_operator(input: Tensor, target: Tensor, *options: Any) -> Tensor:
-    """The operator, which takes no logits without a batch."""
-    if input.ndim > 1:
-        return torch.ops.fastseg.cross_entropy.default(input, target, *options)[0]
-    loss = torch.ops.fastseg.cross_entropy.default(input.unsqueeze(0), target.unsqueeze(0), *options)[0]
-    return loss.squeeze(0) if loss.ndim == 1 else loss
-
-
-def reduce_pixels(
-    losses: Callable[..., Tensor], input: Tensor, target: Tensor, weight: Tensor | None, pixel_weight: Tensor | None,
-    ignore_index: int, reduction: str, label_smoothing: float, dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    """The loss that an operator gives of checked arguments, in ``dtype``, or in float32 where autocast asks for it."""
-    if weight is not None:
-        weight = weight.to(operator.accumulation_dtype(input)).contiguous()
-    if pixel_weight is None:
-        return in_dtype(losses(input, target, weight, ignore_index, reduction, label_smoothing), dtype)
-    loss = losses(input, target, weight, ignore_index, "none", label_smoothing)
-    return in_dtype(reference.weigh(loss, target, weight, pixel_weight, ignore_index, reduction), dtype)
-
-
-def in_dtype(loss: Tensor, dtype: torch.dtype) -> Tensor:
-    """A loss in the accumulation dtype as one of ``dtype``; unchanged where autocast asks for float32."""
-    if loss.dtype == dtype:
-        return loss
-    device = loss.device.type
-    # TorchDynamo can't trace is_autocast_available (torch 2.11); what it compiles for has autocast.
-    available = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)
-    autocasts = available and torch.is_autocast_enabled(device)
-    return loss if autocasts and dtype.itemsize < loss.dtype.itemsize else loss.to(dtype)

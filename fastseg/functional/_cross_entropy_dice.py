@@ -10,22 +10,16 @@ from torch import Tensor
 from fastseg import reference
 from fastseg.functional._checks import (
     check_class_weight,
-    check_grid,
     check_label_map,
     check_labels,
     check_logits,
     check_map,
-    check_smoothing,
     pixels_of,
 )
-from fastseg.functional._cross_entropy import in_dtype
+from fastseg.functional._losses import as_map, in_accumulation_dtype, in_dtype, make_options
 from fastseg.ops import upsample_cross_entropy as operator
-from fastseg.ops.cross_entropy import accumulation_dtype
+from fastseg.ops.losses.options import LossOptions
 from fastseg.ops.upsampling import grid_between
-
-# Lengths of the rows that a sequence's pixels are laid out in: the first that divides their number. The operator works
-# row by row, in parallel, and keeps a few in cache.
-ROW_LENGTHS = (256, 16, 1)
 
 
 class _Combination(NamedTuple):
@@ -98,9 +92,8 @@ def cross_entropy_dice(
         raise ValueError(f"input: expected [N, C, d1, ...] with at least one pixel, got shape {tuple(input.shape)}")
     target = check_labels(target, pixels_of(input), input, ignore_index)
     combination = _Combination(ce_weight, dice_weight, smooth, batch_dice, include_background)
-    return _loss(
-        as_map(input, 2), as_map(target, 1), weight, ignore_index, label_smoothing, "nearest", False, combination
-    )
+    options = make_options(ignore_index, _reduction(ce_weight), label_smoothing)
+    return _loss(as_map(input, 2), as_map(target, 1), weight, options, combination)
 
 
 def upsample_cross_entropy_dice(
@@ -147,45 +140,35 @@ def upsample_cross_entropy_dice(
         ValueError: Shapes, devices or numbers don't fit; the message names the argument.
         TypeError: A dtype that isn't supported.
     """
-    check_map(input)
-    check_grid(mode, align_corners)
-    target = check_label_map(target, input, ignore_index)
     combination = _Combination(ce_weight, dice_weight, smooth, batch_dice, include_background)
+    options = make_options(ignore_index, _reduction(ce_weight), label_smoothing, mode, align_corners)
+    check_map(input)
+    target = check_label_map(target, input, ignore_index)
     grid = grid_between(input.shape[2:], target.shape[1:], mode, align_corners)
-    return _loss(input, target, weight, ignore_index, label_smoothing, *grid, combination)
+    options = LossOptions(*options[:3], *grid)
+    return _loss(input, target, weight, options, combination)
 
 
-def as_map(tensor: Tensor, pixel_dim: int) -> Tensor:
-    """The tensor with two dimensions of pixels, a view where its strides allow one."""
-    if tensor.ndim == pixel_dim:
-        return tensor[..., None, None]
-    if tensor.ndim > pixel_dim + 1:
-        return tensor.flatten(pixel_dim, -2)
-    columns = next(columns for columns in ROW_LENGTHS if tensor.shape[-1] % columns == 0)
-    return tensor.unflatten(-1, (-1, columns))
+def _reduction(ce_weight: float) -> str:
+    """The cross-entropy's: where it doesn't count, not divided by the sum of the labels' weights, which may be zero."""
+    return "mean" if ce_weight else "sum"
 
 
 def _loss(
-    input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, label_smoothing: float,
-    mode: str, align_corners: bool, combination: _Combination,
-) -> Tensor:  # fmt: skip
+    input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions, combination: _Combination
+) -> Tensor:
     """The loss of logits ``[N, C, h, w]`` and labels ``[N, H, W]``, which are checked."""
-    _check(input, weight, label_smoothing, combination)
-    if weight is not None:
-        weight = weight.to(accumulation_dtype(input)).contiguous()
-    # A loss that doesn't count isn't divided by the sum of the labels' weights, which may be zero.
-    reduction = "mean" if combination.ce_weight else "sum"
-    options = (ignore_index, reduction, label_smoothing, mode, align_corners)
+    _check(input, weight, combination)
+    weight = in_accumulation_dtype(weight, input)
     loss, overlap = operator.upsample_cross_entropy(input, target, weight, options, with_overlap=True)
     return in_dtype(reference.combine_dice(loss, overlap, *combination), input.dtype)
 
 
-def _check(input: Tensor, weight: Tensor | None, label_smoothing: float, combination: _Combination) -> None:
+def _check(input: Tensor, weight: Tensor | None, combination: _Combination) -> None:
     classes = input.shape[1]
     check_class_weight(weight, classes, input)
     if weight is not None and weight.requires_grad and torch.is_grad_enabled():
         raise ValueError("weight: it has no gradient here, as in torch's cross-entropy of labels; detach it")
-    check_smoothing(label_smoothing)
     for name in ("ce_weight", "dice_weight", "smooth"):
         if not getattr(combination, name) >= 0:
             raise ValueError(f"{name}: expected a number of at least 0, got {getattr(combination, name)}")

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from fastseg import reference
 from fastseg.functional._checks import (
     check_class_weight,
-    check_grid,
     check_label_map,
     check_labels,
     check_logits,
     check_map,
-    check_reduction,
     pixels_of,
 )
-from fastseg.functional._cross_entropy import call_operator, in_dtype
-from fastseg.ops import upsample_cross_entropy as operator
+from fastseg.functional._losses import in_dtype, make_options, without_reduction
+from fastseg.ops.cross_entropy import cross_entropy
+from fastseg.ops.losses.options import LossOptions
+from fastseg.ops.upsample_cross_entropy import upsample_cross_entropy
 
 
 def focal_loss(
@@ -57,11 +58,12 @@ def focal_loss(
         ValueError: Shapes, devices or numbers don't fit; the message names the argument.
         TypeError: A dtype that isn't supported, class probabilities among them.
     """
+    options = make_options(ignore_index, reduction)
     classes = check_logits(input)
     target = check_labels(target, pixels_of(input), input, ignore_index)
-    _check(weight, classes, input, reduction, gamma)
-    losses = call_operator(input, target, None, ignore_index, "none", 0.0)
-    return _focus(losses, input, target, weight, ignore_index, reduction, gamma)
+    _check(weight, classes, input, gamma)
+    losses = cross_entropy(input, target, None, without_reduction(options))
+    return _focus(losses, target, weight, options, gamma, input.dtype)
 
 
 def upsample_focal_loss(
@@ -99,27 +101,24 @@ def upsample_focal_loss(
         ValueError: Shapes, devices or numbers don't fit; the message names the argument.
         TypeError: A dtype that isn't supported.
     """
+    options = make_options(ignore_index, reduction, mode=mode, align_corners=align_corners)
     classes = check_map(input)
-    check_grid(mode, align_corners)
     target = check_label_map(target, input, ignore_index)
     if input.shape[2:] == target.shape[1:]:
         return focal_loss(input, target, weight, ignore_index, reduction, gamma=gamma)
-    _check(weight, classes, input, reduction, gamma)
-    options = (ignore_index, "none", 0.0, mode, align_corners)
-    losses, _ = operator.upsample_cross_entropy(input, target, None, options)
-    return _focus(losses, input, target, weight, ignore_index, reduction, gamma)
+    _check(weight, classes, input, gamma)
+    losses, _ = upsample_cross_entropy(input, target, None, without_reduction(options))
+    return _focus(losses, target, weight, options, gamma, input.dtype)
 
 
-def _check(weight: Tensor | None, classes: int, input: Tensor, reduction: str, gamma: float) -> None:
+def _check(weight: Tensor | None, classes: int, input: Tensor, gamma: float) -> None:
     check_class_weight(weight, classes, input)
-    check_reduction(reduction)
     if not gamma >= 0:
         raise ValueError(f"gamma: expected a number of at least 0, got {gamma}")
 
 
 def _focus(
-    losses: Tensor, input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str,
-    gamma: float,
-) -> Tensor:  # fmt: skip
-    """The focal loss from the pixels' cross-entropies, in the dtype that the caller expects."""
-    return in_dtype(reference.focus(losses, target, weight, ignore_index, reduction, gamma), input.dtype)
+    losses: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions, gamma: float, dtype: torch.dtype
+) -> Tensor:
+    """The focal loss from the pixels' cross-entropies."""
+    return in_dtype(reference.focus(losses, target, weight, options.ignore_index, options.reduction, gamma), dtype)

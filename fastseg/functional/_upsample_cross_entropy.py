@@ -7,16 +7,9 @@ from torch import Tensor
 
 from fastseg import reference
 from fastseg._native import log_fallback
-from fastseg.functional._checks import (
-    check_class_weight,
-    check_grid,
-    check_label_map,
-    check_map,
-    check_pixel_weight,
-    check_reduction,
-    check_smoothing,
-)
-from fastseg.functional._cross_entropy import cross_entropy, reduce_pixels
+from fastseg.functional._checks import check_class_weight, check_label_map, check_map, check_pixel_weight
+from fastseg.functional._cross_entropy import cross_entropy
+from fastseg.functional._losses import in_accumulation_dtype, in_dtype, make_options, weigh_pixels, without_reduction
 from fastseg.ops import upsample_cross_entropy as operator
 
 
@@ -64,8 +57,8 @@ def upsample_cross_entropy(
         ValueError: Shapes, devices or numbers don't fit; the message names the argument.
         TypeError: A dtype that isn't supported.
     """
+    options = make_options(ignore_index, reduction, label_smoothing, mode, align_corners)
     classes = check_map(input)
-    check_grid(mode, align_corners)
     if input.shape[2:] == target.shape[-2:]:
         return cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing, pixel_weight=pixel_weight)
     if target.is_floating_point():
@@ -79,16 +72,9 @@ def upsample_cross_entropy(
         )
     target = check_label_map(target, input, ignore_index)
     check_class_weight(weight, classes, input)
-    check_reduction(reduction)
-    check_smoothing(label_smoothing)
     check_pixel_weight(pixel_weight, tuple(target.shape), input)
-
-    def losses(
-        input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, label_smoothing: float
-    ) -> Tensor:
-        options = (ignore_index, reduction, label_smoothing, mode, align_corners)
-        return operator.upsample_cross_entropy(input, target, weight, options)[0]
-
-    return reduce_pixels(
-        losses, input, target, weight, pixel_weight, ignore_index, reduction, label_smoothing, input.dtype
-    )
+    weight = in_accumulation_dtype(weight, input)
+    if pixel_weight is None:
+        return in_dtype(operator.upsample_cross_entropy(input, target, weight, options)[0], input.dtype)
+    losses, _ = operator.upsample_cross_entropy(input, target, weight, without_reduction(options))
+    return in_dtype(weigh_pixels(losses, target, weight, pixel_weight, options), input.dtype)

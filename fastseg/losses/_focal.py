@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastseg.losses._sums import as_map, softmax_sums
+from fastseg.functional._losses import as_map
+from fastseg.losses._sums import softmax_sums
 from fastseg.ops.focal_sums import Focal, plain_sums
+from fastseg.ops.losses.options import LossOptions
 
 
 def focal_sums(input: Tensor, labels: Tensor, focal: Focal, with_overlap: bool = False) -> tuple[Tensor, Tensor]:
@@ -17,7 +19,8 @@ def focal_sums(input: Tensor, labels: Tensor, focal: Focal, with_overlap: bool =
     input, labels = as_map(input, 2), as_map(labels, 1)
     if torch.compiler.is_compiling():  # a compiler fuses the terms with their sums itself
         sums = plain_sums(input, labels, focal)
-        none = sums.new_empty((0, *input.shape[:2]))
-        return sums, softmax_sums(input, labels, focal.ignore_index)[1] if with_overlap else none
+        if not with_overlap:
+            return sums, sums.new_empty((0, *input.shape[:2]))
+        return sums, softmax_sums(input, labels, LossOptions(focal.ignore_index, "sum"))[1]
     sums, _, _, overlap = torch.ops.fastseg.focal_sums.default(input, labels, *focal, with_overlap)
     return sums, overlap

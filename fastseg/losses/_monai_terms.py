@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastseg.losses._sums import log_plain
-from fastseg.ops.cross_entropy import accumulation_dtype
+from fastseg.ops.losses.options import accumulation_dtype
 
 Weight = Sequence[float] | float | Tensor
 

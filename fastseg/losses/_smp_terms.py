@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastseg.ops.cross_entropy import accumulation_dtype
+from fastseg.ops.losses.options import accumulation_dtype
 
 BINARY, MULTICLASS, MULTILABEL = "binary", "multiclass", "multilabel"
 

@@ -12,13 +12,12 @@ from fastseg.functional._checks import (
     FLOATING_DTYPES,
     LABEL_DTYPES,
     check_class_weight,
-    check_smoothing,
     pixels_of,
     widen_labels,
 )
-from fastseg.functional._cross_entropy_dice import as_map
+from fastseg.functional._losses import as_map, in_accumulation_dtype
 from fastseg.ops import upsample_cross_entropy as operator
-from fastseg.ops.cross_entropy import IGNORE_NONE, accumulation_dtype
+from fastseg.ops.losses.options import LossOptions
 
 
 def check_scores(name: str, scores: Tensor, min_dims: int) -> None:
@@ -69,17 +68,13 @@ def one_hot(name: str, labels: Tensor, classes: int, dtype: torch.dtype) -> Tens
 
 
 def softmax_sums(
-    input: Tensor, labels: Tensor, ignore_index: int = IGNORE_NONE, weight: Tensor | None = None,
-    reduction: str = "sum", label_smoothing: float = 0.0,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    input: Tensor, labels: Tensor, options: LossOptions, weight: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The cross-entropy, and `fastseg.reference.overlap`'s ``[3, N, C]``, in the accumulation dtype."""
     check_class_weight(weight, input.shape[1], input)
-    check_smoothing(label_smoothing)
-    if weight is not None:
-        if weight.requires_grad and torch.is_grad_enabled():
-            raise ValueError("weight: it has no gradient here, as in torch's cross-entropy of labels; detach it")
-        weight = weight.to(accumulation_dtype(input)).contiguous()
-    options = (ignore_index, reduction, label_smoothing, "nearest", False)
+    if weight is not None and weight.requires_grad and torch.is_grad_enabled():
+        raise ValueError("weight: it has no gradient here, as in torch's cross-entropy of labels; detach it")
+    weight = in_accumulation_dtype(weight, input)
     return operator.upsample_cross_entropy(as_map(input, 2), as_map(labels, 1), weight, options, with_overlap=True)
 
 

@@ -12,12 +12,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from fastseg.functional._losses import make_options
 from fastseg.losses._focal import focal_sums
 from fastseg.losses._monai_terms import DiceTerm, FocalTerm, Weight
 from fastseg.losses._sums import as_integers, check_scores, one_hot, softmax_sums
 from fastseg.modules import CrossEntropyLoss
-from fastseg.ops.cross_entropy import IGNORE_NONE
 from fastseg.ops.focal_sums import Focal
+from fastseg.ops.losses.options import IGNORE_NONE
 
 
 def _read_reduction(reduction: str, known: tuple[str, ...]) -> str:
@@ -132,9 +133,8 @@ class DiceCELoss(nn.Module):
         if self.dice.fuses(input, labels, "monai.DiceCELoss"):
             assert labels is not None
             loss = self.cross_entropy
-            ce, overlap = softmax_sums(
-                input, labels, IGNORE_NONE, loss.weight, loss.reduction, loss.label_smoothing
-            )  # fmt: skip
+            options = make_options(IGNORE_NONE, loss.reduction, loss.label_smoothing)
+            ce, overlap = softmax_sums(input, labels, options, loss.weight)
             dice = self.dice.combine(overlap[..., self.dice.first_class(channels) :], input.ndim)
         else:
             ce = self._cross_entropy(input, target if labels is None else labels)

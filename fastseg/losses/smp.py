@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastseg.functional._checks import pixels_of
-from fastseg.functional._cross_entropy import call_operator, in_dtype
+from fastseg.functional._losses import in_dtype
 from fastseg.losses._focal import focal_sums
 from fastseg.losses._smp_terms import (
     BINARY,
@@ -34,8 +34,9 @@ from fastseg.losses._sums import (
     one_hot,
     softmax_sums,
 )
-from fastseg.ops.cross_entropy import IGNORE_NONE, accumulation_dtype
+from fastseg.ops.cross_entropy import cross_entropy
 from fastseg.ops.focal_sums import Focal
+from fastseg.ops.losses.options import IGNORE_NONE, LossOptions, accumulation_dtype
 from fastseg.reference import is_ignored
 
 # A class's sum of focal factors, by which "normalized" divides, is at least this.
@@ -117,7 +118,7 @@ class DiceLoss(nn.Module):
         elif self.from_logits:
             labels = as_labels("y_true", y_true, y_pred)
             ignore_index = IGNORE_NONE if self.ignore_index is None else self.ignore_index
-            sums = Sums(*softmax_sums(y_pred, labels, ignore_index)[1].sum(1))
+            sums = Sums(*softmax_sums(y_pred, labels, LossOptions(ignore_index, "sum"))[1].sum(1))
         else:
             log_plain("smp.DiceLoss", "from_logits=False leaves no softmax to fuse")
             sums = self._sum_labels(y_pred, as_labels("y_true", y_true, y_pred))
@@ -371,7 +372,8 @@ class SoftCrossEntropyLoss(nn.Module):
         check_labels("y_true", labels, pixels_of(logits), logits)
         ignore_index = IGNORE_NONE if self.ignore_index is None else self.ignore_index
         reduction = "sum" if self.reduction in ("mean", "sum") else "none"
-        loss = call_operator(logits, as_integers(labels), None, ignore_index, reduction, self.smooth_factor or 0.0)
+        options = LossOptions(ignore_index, reduction, self.smooth_factor or 0.0)
+        loss = cross_entropy(logits, as_integers(labels), None, options)
         if self.reduction == "mean":
             loss = loss / labels.numel()
         elif reduction == "none" and self.ignore_index is not None:

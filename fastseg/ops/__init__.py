@@ -9,7 +9,6 @@ from fastseg.ops import (
     upsample_argmax,
     upsample_confusion_matrix,
     upsample_cross_entropy,
-    upsample_cross_entropy_with_gradient,
 )
 
 __all__ = [
@@ -21,5 +20,4 @@ __all__ = [
     "upsample_argmax",
     "upsample_confusion_matrix",
     "upsample_cross_entropy",
-    "upsample_cross_entropy_with_gradient",
 ]

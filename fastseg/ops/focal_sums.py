@@ -21,17 +21,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastseg import reference
-from fastseg.ops import upsample_cross_entropy
-from fastseg.ops.cross_entropy import IGNORE_NONE, accumulation_dtype
 from fastseg.ops.layouts import lie_alike
+from fastseg.ops.losses import plain
+from fastseg.ops.losses.options import IGNORE_NONE, LossOptions, accumulation_dtype
 from fastseg.ops.registration import register_gradient, register_plain
 
 # Logits in a block. On a CPU its temporaries stay in the cache (from 2^14 to 2^17 the time falls to two thirds, on one
 # core with AVX2, 2026-11-22); elsewhere launches cost more than memory.
 CPU_BLOCK = 2**17
 DEVICE_BLOCK = 2**22
-
-OVERLAP_OPTIONS: tuple[Any, ...] = ("sum", 0.0, "nearest", False)  # upsample_cross_entropy's, behind its ignore_index
 
 Block = tuple[slice, ...]
 
@@ -105,7 +103,7 @@ def _forward(input: Tensor, labels: Tensor, *options: Any) -> tuple[Tensor, ...]
     if not with_overlap:
         return sums, *_no_overlap(sums, input)
     _, *rest = torch.ops.fastseg.upsample_cross_entropy.default(
-        input, labels, None, focal.ignore_index, *OVERLAP_OPTIONS, True, True
+        input, labels, None, *LossOptions(focal.ignore_index, "sum"), True, True
     )
     return sums, *rest
 
@@ -117,10 +115,10 @@ def _backward(
     *numbers, with_overlap = options
     focal = Focal(*numbers)
     if with_overlap:
+        saved = (input, labels, None, statistics, total_weight)
         grad_input = torch.ops.fastseg.upsample_cross_entropy_backward.default(
-            grad_sums.new_zeros(()), grad_overlap, input, labels, None, statistics, total_weight, focal.ignore_index,
-            *OVERLAP_OPTIONS,
-        )  # fmt: skip
+            grad_sums.new_zeros(()), grad_overlap, *saved, *LossOptions(focal.ignore_index, "sum")
+        )
     else:
         grad_input = torch.zeros_like(input)
     _add_gradient(grad_input, grad_sums, input, labels, focal)
@@ -134,9 +132,9 @@ def forward_plain(input: Tensor, labels: Tensor, *options: Any) -> tuple[Tensor,
     sums = plain_sums(input, labels, focal)
     if not with_overlap:
         return sums, *_no_overlap(sums, input)
-    tensors = (input.to(sums.dtype), labels, None)
-    _, *rest = upsample_cross_entropy.forward_plain(*tensors, *(focal.ignore_index, *OVERLAP_OPTIONS, True, True))
-    return sums, *rest
+    logits = input.to(sums.dtype)
+    _, *rest = plain.cross_entropy(logits, labels, None, LossOptions(focal.ignore_index, "sum"))
+    return sums, *rest, reference.overlap(logits, labels, focal.ignore_index)
 
 
 def backward_plain(
@@ -154,10 +152,8 @@ def backward_plain(
         gradient = gradient.masked_fill(ignored, 0)
     gradient = F.pad(gradient, (0, 0, 0, 0, focal.first_class, 0))
     if with_overlap:
-        gradient = gradient + upsample_cross_entropy.backward_plain(
-            grad_sums.new_zeros(()), grad_overlap, input.to(grad_sums.dtype), labels, None, statistics, total_weight,
-            focal.ignore_index, *OVERLAP_OPTIONS,
-        )  # fmt: skip
+        logits = input.to(grad_sums.dtype)
+        gradient = gradient + plain.overlap_backward(grad_overlap, logits, labels, statistics, focal.ignore_index)
     return lie_alike(gradient, input, input.dtype)
 
 

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from fastseg import _triton, reference
 from fastseg._native import describe, native
-from fastseg.ops.cross_entropy import accumulation_dtype
+from fastseg.ops.losses.options import accumulation_dtype
 from fastseg.ops.registration import register_no_gradient, register_plain
-from fastseg.ops.upsampling import MODES, steps
+from fastseg.ops.upsampling import upsampling_between
 
 # ---- schema ----
 
@@ -53,8 +53,8 @@ def _forward_cpu(
     if kernels is None:
         return forward_plain(input, size, scale_factor, mode, align_corners, dtype, with_confidence)
     outputs = _allocate_outputs(input, size, dtype, with_confidence)
-    grid = (align_corners, *steps(input.shape[2:], size, mode, align_corners, scale_factor))
-    kernels.upsample_argmax(describe(input), *map(describe, outputs), MODES.index(mode), *grid, torch.get_num_threads())
+    upsampling = upsampling_between(input.shape[2:], size, mode, align_corners, scale_factor)
+    kernels.upsample_argmax(tuple(map(describe, (input, *outputs))), upsampling, torch.get_num_threads())
     return outputs
 
 
@@ -66,8 +66,8 @@ def _forward_triton(
     if kernels is None:
         return forward_plain(input, size, scale_factor, mode, align_corners, dtype, with_confidence)
     outputs = _allocate_outputs(input, size, dtype, with_confidence)
-    grid = (mode, align_corners, steps(input.shape[2:], size, mode, align_corners, scale_factor))
-    kernels.forward((input, *outputs), kernels.Options(*grid))
+    upsampling = upsampling_between(input.shape[2:], size, mode, align_corners, scale_factor)
+    kernels.forward((input, *outputs), upsampling)
     return outputs
 
 

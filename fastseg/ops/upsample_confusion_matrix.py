@@ -11,9 +11,9 @@ from torch import Tensor
 
 from fastseg import _triton, reference
 from fastseg._native import describe, native
-from fastseg.ops.cross_entropy import accumulation_dtype
+from fastseg.ops.losses.options import IGNORE_NONE, accumulation_dtype
 from fastseg.ops.registration import register_no_gradient, register_plain
-from fastseg.ops.upsampling import MODES, steps
+from fastseg.ops.upsampling import upsampling_between
 
 # What a GPU, which can't raise an error without waiting, adds to every count for labels outside the classes: more than
 # there are pixels, so that a sum over many batches shows it.
@@ -47,11 +47,10 @@ def _forward_cpu(
         return forward_plain(input, target, ignore_index, mode, align_corners)
     classes = input.shape[1]
     matrix = input.new_empty((classes, classes), dtype=torch.int64)
-    grid = (align_corners, *steps(input.shape[2:], target.shape[1:], mode, align_corners))
-    kernels.upsample_confusion_matrix(
-        describe(input), describe(target), describe(matrix), ignore_index, MODES.index(mode), *grid,
-        torch.get_num_threads(),
-    )  # fmt: skip
+    tensors = tuple(map(describe, (input, target, matrix)))
+    upsampling = upsampling_between(input.shape[2:], target.shape[1:], mode, align_corners)
+    ignored = IGNORE_NONE if ignore_index is None else ignore_index
+    kernels.upsample_confusion_matrix(tensors, ignored, upsampling, torch.get_num_threads())
     return matrix
 
 
@@ -63,8 +62,8 @@ def _forward_triton(
         return forward_plain(input, target, ignore_index, mode, align_corners)
     classes = input.shape[1]
     counts = input.new_zeros(classes**2 + 1, dtype=torch.int64)  # the last: labels outside the classes
-    grid = (mode, align_corners, steps(input.shape[2:], target.shape[1:], mode, align_corners))
-    kernels.forward((input, target, counts), kernels.Options(ignore_index, *grid))
+    upsampling = upsampling_between(input.shape[2:], target.shape[1:], mode, align_corners)
+    kernels.forward((input, target, counts), ignore_index, upsampling)
     return _poisoned(counts[:-1].view(classes, classes), counts[-1] > 0)
 
 

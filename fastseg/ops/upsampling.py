@@ -13,8 +13,23 @@ and no farther than at the input's last position.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
-MODES = ("nearest", "bilinear")  # in the order of csrc/upsampling/upsampling.h's Mode
+MODES = ("nearest", "bilinear")
+
+
+class Upsampling(NamedTuple):
+    """What the C++ bindings and the Triton launchers are told of a grid, and read by name.
+
+    Attributes:
+        mode: "nearest" or "bilinear".
+        align_corners: As in `torch.nn.functional.interpolate`.
+        steps: How far apart neighbouring output positions are in the input, for (height, width).
+    """
+
+    mode: str
+    align_corners: bool
+    steps: tuple[float, float]
 
 
 def grid_between(
@@ -27,17 +42,17 @@ def grid_between(
     return ("nearest", False) if tuple(input_size) == tuple(output_size) else (mode, align_corners)
 
 
-def steps(
+def upsampling_between(
     input_size: Sequence[int], output_size: Sequence[int], mode: str, align_corners: bool,
     scale_factor: Sequence[float] | None = None,
-) -> tuple[float, float]:  # fmt: skip
-    """How far apart neighbouring output positions are in the input, for (height, width)."""
+) -> Upsampling:  # fmt: skip
+    """The grid from the input's (height, width) to the output's, which scale factors may have given."""
     factors = (None, None) if scale_factor is None else scale_factor
     height, width = (
         _step(before, after, mode, align_corners, factor)
         for before, after, factor in zip(input_size, output_size, factors, strict=True)
     )
-    return height, width
+    return Upsampling(mode, align_corners, (height, width))
 
 
 def _step(before: int, after: int, mode: str, align_corners: bool, factor: float | None) -> float:

@@ -12,6 +12,7 @@ pytest.importorskip("triton", reason="Triton isn't installed: it comes with the 
 from fastseg.kernels import cross_entropy, launch
 from fastseg.kernels.launch import Plan
 from fastseg.kernels.runs import runs_of
+from fastseg.ops.losses.options import LossOptions
 
 CPU = torch.device("cpu")
 PLAN = Plan({"BLOCK_C": 4, "BLOCK_P": 1024})
@@ -71,7 +72,7 @@ def record_forward(input: torch.Tensor) -> list[launch.Launch]:
     loss, total_weight = torch.empty((), device="meta"), torch.empty((), device="meta")
     with launch.recording() as launches:
         tensors = cross_entropy.ForwardTensors(input, target, None, loss, statistics, total_weight)
-        cross_entropy.forward(tensors, cross_entropy.Options(-100, "mean", 0.0))
+        cross_entropy.forward(tensors, LossOptions(-100, "mean"))
     return launches
 
 

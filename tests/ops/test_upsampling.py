@@ -9,7 +9,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from fastseg import reference
-from fastseg.ops.upsampling import steps
+from fastseg.ops.upsampling import upsampling_between
 from tests.ops.upsample_cases import MODES
 
 EXTENTS = st.integers(1, 200)
@@ -46,7 +46,7 @@ def options_of(mode: dict[str, Any]) -> tuple[str, bool]:
 
 def check(before: int, after: int, factor: float | None, mode: str, align_corners: bool) -> None:
     factors = None if factor is None else (factor, 1.0)
-    step, other = steps((before, 1), (after, 1), mode, align_corners, factors)
+    step, other = upsampling_between((before, 1), (after, 1), mode, align_corners, factors).steps
     assert other == 1.0
     read = positions(before, after, step, mode, align_corners)
     if mode == "bilinear":  # torch takes float64 positions to float32 to find their floor: they may round up to it
@@ -90,6 +90,6 @@ def test_steps_of_usual_scale_factors(factor: float, before: int, mode: dict[str
 
 
 def test_rows_and_columns_have_steps_of_their_own() -> None:
-    assert steps((8, 9), (16, 3), "bilinear", False) == (0.5, 3.0)
-    assert steps((8, 9), (15, 3), "bilinear", True) == (0.5, 4.0)
-    assert steps((8, 9), (12, 20), "bilinear", False, (1.5, 2.3)) == (1 / 1.5, 1 / 2.3)
+    assert upsampling_between((8, 9), (16, 3), "bilinear", False).steps == (0.5, 3.0)
+    assert upsampling_between((8, 9), (15, 3), "bilinear", True).steps == (0.5, 4.0)
+    assert upsampling_between((8, 9), (12, 20), "bilinear", False, (1.5, 2.3)).steps == (1 / 1.5, 1 / 2.3)
