@@ -31,12 +31,12 @@ def demo(
 
 
 def _table(result: DemoResult) -> Table:
-    plain, fast = result.runs["plain"], result.runs["fastseg"]
+    plain, fast = result.runs["eager"], result.runs["fastseg"]
     on_gpu = result.device.type == "cuda"
     memory = "the allocated device memory" if on_gpu else "the resident memory of a new process"
     table = Table(
         "",
-        TITLES["plain"],
+        TITLES["eager"],
         TITLES["fastseg"],
         "difference",
         title=f"FCN after {len(fast.losses)} steps",

@@ -6,9 +6,9 @@ from typing import Annotated, Literal
 
 from typer import Option
 
+from fastseg import training
 from fastseg.cli import options
 from fastseg.cli.output import class_table, main_console
-from fastseg.training import evaluate as run_evaluation
 from fastseg.training.history import known
 
 
@@ -20,10 +20,18 @@ def evaluate(
     backend: options.Backend = "fastseg",
     device: options.Device = "auto",
     workers: options.Workers = None,
+    model: options.Function = None,
 ) -> None:
     """Measure a checkpoint on a split: loss, pixel accuracy, IoU and Dice of each class, and their means."""
-    (loss, scores), metadata = run_evaluation(
-        checkpoint, data, split, batch_size=batch_size, backend=backend, device=device, workers=workers
+    (loss, scores), metadata = training.evaluate(
+        checkpoint,
+        data,
+        split,
+        batch_size=batch_size,
+        backend=backend,
+        device=device,
+        workers=workers,
+        model=model,
     )
     console = main_console()
     iou, dice = ([known(value) for value in values] for values in (scores.iou, scores.dice))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from fastseg.training.distributed import launched_rank
+from fastseg.training.devices import launched_rank
 
 
 def main_console() -> Console:

@@ -20,6 +20,7 @@ def predict(
     backend: options.Backend = "fastseg",
     device: options.Device = "auto",
     max_pixels: options.MaxPixels = None,
+    model: options.Function = None,
 ) -> None:
     """Segment images: a mask of class numbers and an overlay for each, in the image's size."""
     console = Console()
@@ -30,6 +31,7 @@ def predict(
         alpha=alpha,
         backend=backend,
         device=device,
+        model=model,
         max_pixels=max_pixels,
         console=console,
     )

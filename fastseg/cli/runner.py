@@ -12,7 +12,7 @@ import typer
 from fastseg.cli.app import app
 from fastseg.data import DataError
 from fastseg.training import CheckpointError, ConfigError, DivergedError
-from fastseg.training.distributed import launched_rank
+from fastseg.training.devices import launched_rank
 
 # Exit codes: 0, and
 FAILED = 1  # the run failed

@@ -3,8 +3,10 @@
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from kornia.augmentation import (
     AugmentationSequential,
+    ColorJitter,
     GeometricAugmentationBase2D,
     RandomHorizontalFlip,
     RandomRotation,
@@ -16,45 +18,68 @@ from torch import Tensor, nn
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # RGB, of images in 0..1
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
+_HUE_SHARE = 5  # hues are a circle: half of it reaches every hue
 _MAX_ROTATION = 180.0  # degrees: +-180 already reaches every angle
 
 
 class Augment(nn.Module):
-    """Flip and rotate images at random, and their masks in the same way.
+    """Flip, rotate, scale and crop images at random, and their masks in the same way; change the images' colours.
 
     Each image of a batch draws its own transformation from torch's global generator (``torch.manual_seed`` reproduces
     it). Images are resampled bilinearly, masks to the nearest pixel; pixels that a rotation brings in from outside are
-    0 in the image and ``ignore_index`` in the mask. The module transforms in training and evaluation mode alike.
+    0 in the image and ``ignore_index`` in the mask, as are those that a crop lacks. The module transforms in
+    training and evaluation mode alike.
 
     Args:
         hflip: Probability of a horizontal flip, in [0, 1].
         vflip: Probability of a vertical flip, in [0, 1].
         rotation: Largest angle in degrees, in [0, 180]; the angle is uniform in [-rotation, rotation].
+        scale: Least and largest factor of the size, which is uniform between them; None for 1.
+        crop: ``(height, width)`` of what is taken of the scaled image, at a place that is uniform among those where it
+            lies within the image or, where it is larger, holds it; None for the image's size.
+        jitter: Largest relative change of brightness, contrast and saturation, and a fifth of it of the hue, of RGB
+            images, in [0, 1].
         ignore_index: Label of the mask's pixels that don't count.
 
     Raises:
-        ValueError: A probability or the angle is outside its range.
+        ValueError: A probability, the angle or a size is outside its range.
     """
 
     def __init__(
-        self, *, hflip: float = 0.5, vflip: float = 0.0, rotation: float = 0.0, ignore_index: int = 255
+        self,
+        *,
+        hflip: float = 0.5,
+        vflip: float = 0.0,
+        rotation: float = 0.0,
+        scale: tuple[float, float] | None = None,
+        crop: tuple[int, int] | None = None,
+        jitter: float = 0.0,
+        ignore_index: int = 255,
     ) -> None:
         super().__init__()
         for name, value, largest in (
             ("hflip", hflip, 1.0),
             ("vflip", vflip, 1.0),
             ("rotation", rotation, _MAX_ROTATION),
+            ("jitter", jitter, 1.0),
         ):
             if not 0 <= value <= largest:
                 raise ValueError(f"{name} must be in [0, {largest:g}], but it is {value}")
+        if scale is not None and not 0 < scale[0] <= scale[1]:
+            raise ValueError(f"scale must be two positive numbers (least, largest), but it is {scale}")
+        if crop is not None and min(crop) < 1:
+            raise ValueError(f"crop must be two positive numbers (height, width), but it is {crop}")
         self.ignore_index = ignore_index
-        steps: list[GeometricAugmentationBase2D] = []
+        self.scale, self.crop = scale, crop
+        steps: list[GeometricAugmentationBase2D | ColorJitter] = []
         if hflip > 0:
             steps.append(RandomHorizontalFlip(p=hflip))
         if vflip > 0:
             steps.append(RandomVerticalFlip(p=vflip))
         if rotation > 0:
             steps.append(RandomRotation(degrees=(-rotation, rotation), resample="bilinear", align_corners=True, p=1.0))
+        if jitter > 0:
+            steps.append(ColorJitter(jitter, jitter, jitter, jitter / _HUE_SHARE, p=1.0))
         # Said for the mask too: kornia 0.8 samples masks on another grid than images otherwise.
         mask_options = {DataKey.MASK: {"resample": Resample.NEAREST, "align_corners": True}}
         self.steps = (
@@ -76,12 +101,32 @@ class Augment(nn.Module):
             ValueError: The shapes don't go together, or the dtype of ``masks`` can't hold ``ignore_index``.
         """
         self._check(images, masks)
-        if self.steps is None or len(images) == 0:
+        if len(images) == 0 or (self.steps is None and self.scale is None and self.crop is None):
             return images, masks
         # Kornia fills with zeros: counted from ignore_index, a zero is the ignored label. float32 is exact to 2^24.
         shifted = (masks.to(torch.int32) - self.ignore_index).to(torch.float32)
-        images, shifted = self.steps(images, shifted.unsqueeze(1))
+        shifted = shifted.unsqueeze(1)
+        if self.steps is not None:
+            images, shifted = self.steps(images, shifted)
+        if self.scale is not None or self.crop is not None:
+            images, shifted = self._scale_and_crop(images, shifted)
         return images, (shifted.squeeze(1).to(torch.int32) + self.ignore_index).to(masks.dtype)
+
+    def _scale_and_crop(self, images: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and crop in one sampling: kornia's crops don't shrink images, its affine maps keep to the middle."""
+        size = torch.tensor(images.shape[-2:], dtype=torch.float32)
+        crop = size if self.crop is None else torch.tensor(self.crop, dtype=torch.float32)
+        least, largest = self.scale or (1.0, 1.0)
+        factors = least + (largest - least) * torch.rand(len(images), 1)  # [N, 1]
+        window = crop / (factors * size)  # the crop's size in the image's, [N, (y, x)]
+        # The middle of the window: from its place at one edge to that at the other, in the image's half sizes.
+        middle = (1 - window) * (2 * torch.rand(len(images), 2) - 1)
+        maps = torch.diag_embed(window.flip(1))  # torch's maps take (x, y)
+        maps = torch.cat([maps, middle.flip(1).unsqueeze(2)], dim=2).to(images)  # [N, 2, 3]
+        grid = F.affine_grid(maps, [len(images), 1, *map(int, crop)], align_corners=False)
+        bilinear = F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+        nearest = F.grid_sample(masks, grid.to(masks), mode="nearest", padding_mode="zeros", align_corners=False)
+        return bilinear, nearest
 
     def _check(self, images: Tensor, masks: Tensor) -> None:
         if not images.is_floating_point():

@@ -15,23 +15,23 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from fastseg.data import Normalize, ShapesDataset, colorize, palette
+from fastseg.metrics import scores
 from fastseg.models import SegmentationModel
-from fastseg.training.batches import Example, Preparation
 from fastseg.training.config import Backend, DeviceChoice
-from fastseg.training.distributed import World, choose_device
-from fastseg.training.engine import Evaluation, NetworkWithLoss, evaluate_batches
+from fastseg.training.devices import choose_device
 from fastseg.training.errors import ConfigError
+from fastseg.training.history import Evaluation
 from fastseg.training.memory import peak_step_memory
-from fastseg.training.networks import NETWORKS, complete_arguments, new_network
+from fastseg.training.networks import Architecture, build, own_network
 from fastseg.training.plots import save_grid, save_panels
 
-BACKENDS: tuple[Backend, ...] = ("plain", "fastseg")
-TITLES = {"plain": "plain PyTorch", "fastseg": "fastseg"}
+BACKENDS: tuple[Backend, ...] = ("eager", "fastseg")
+TITLES = {"eager": "plain PyTorch", "fastseg": "fastseg"}
 STEPS = 150  # about a minute for both on two cores
 BATCH_SIZE = 8
 SIZE = (96, 96)  # pixels
 TRAIN_IMAGES, VAL_IMAGES = 256, 48
-ARGUMENTS = complete_arguments("fcn", num_classes=len(ShapesDataset.CLASSES))
+NETWORK = Architecture("fcn", len(ShapesDataset.CLASSES))
 LEARNING_RATE = 3e-3
 IGNORE_INDEX = 255  # generated masks have no ignored pixel
 CHECKS = 10  # validations along the run
@@ -118,28 +118,31 @@ def demonstrate(
     Path(out).mkdir(parents=True, exist_ok=True)
     shown = console if console is not None else Console(quiet=True)
     shown.print(f"generating {TRAIN_IMAGES + VAL_IMAGES} images", highlight=False)
-    prepare = Preparation(place, Normalize().to(place))
-    validation = _generate(VAL_IMAGES, seed + 1)
+    normalize = Normalize().to(place)
+    pictured = _generate(VAL_IMAGES, seed + 1)
+    training, validation = (
+        (normalize(images.to(place)), masks.to(place)) for images, masks in (_generate(TRAIN_IMAGES, seed), pictured)
+    )
     runs = _start(seed, place)
-    check_steps = _train(runs, prepare(*_generate(TRAIN_IMAGES, seed)), validation, prepare, steps, seed, shown)
+    check_steps = _train(runs, training, validation, steps, seed, shown)
     shown.print("measuring memory", highlight=False)
     for name, run in runs.items():
-        run.peak_memory = peak_step_memory(name, "fcn", ARGUMENTS, (BATCH_SIZE, 3, *SIZE), place)
+        run.peak_memory = peak_step_memory(name, NETWORK, (BATCH_SIZE, 3, *SIZE), place)
     losses = torch.tensor([run.losses for run in runs.values()])
-    logit_difference, logit_range = _compare_logits(runs["fastseg"].model, prepare(*validation)[0])
+    logit_difference, logit_range = _compare_logits(runs["fastseg"].model, validation[0])
     return DemoResult(
         runs=runs,
         check_steps=check_steps,
         loss_difference=(losses[0] - losses[1]).abs().max().item(),
         logit_difference=logit_difference,
         logit_range=logit_range,
-        picture=_save_picture(runs, validation, prepare, Path(out)),
+        picture=_save_picture(runs, pictured, validation[0], Path(out)),
         curves=_save_curves(runs, check_steps, Path(out)),
         device=place,
     )
 
 
-def _generate(length: int, seed: int) -> Example:
+def _generate(length: int, seed: int) -> tuple[Tensor, Tensor]:
     dataset = ShapesDataset(length, SIZE, seed)
     images, masks = default_collate([dataset[index] for index in range(length)])
     return images, masks
@@ -148,17 +151,17 @@ def _generate(length: int, seed: int) -> Example:
 def _start(seed: int, device: torch.device) -> dict[Backend, BackendRun]:
     """Both networks with the same weights."""
     torch.manual_seed(seed)
-    model = new_network("fcn", "plain", ARGUMENTS)
-    twin = NETWORKS["fastseg"]["fcn"](**ARGUMENTS)
-    twin.load_state_dict(model.state_dict())
-    return {"plain": BackendRun(model.to(device)), "fastseg": BackendRun(twin.to(device))}
+    state = build(NETWORK, "eager").model.state_dict()
+    models = {backend: own_network(NETWORK, backend) for backend in BACKENDS}
+    for model in models.values():
+        model.load_state_dict(state)
+    return {backend: BackendRun(model.to(device)) for backend, model in models.items()}
 
 
 def _train(
     runs: dict[Backend, BackendRun],
-    training: Example,
-    validation: Example,
-    prepare: Preparation,
+    training: tuple[Tensor, Tensor],
+    validation: tuple[Tensor, Tensor],
     steps: int,
     seed: int,
     console: Console,
@@ -175,11 +178,17 @@ def _train(
             _step(runs[name], optimizers[name], images, masks)
         if step in check_steps:
             for run in runs.values():
-                network = NetworkWithLoss(run.model, "ce", IGNORE_INDEX)
-                run.checks.append(evaluate_batches(network, [validation], prepare, World(images.device)))
+                run.checks.append(_evaluate(run.model, *validation))
             reached = ", ".join(f"{name} {run.checks[-1].scores.mean_iou:.4f}" for name, run in runs.items())
             console.print(f"step {step}/{steps}: mean IoU {reached}", soft_wrap=True, highlight=False)
     return check_steps
+
+
+@torch.no_grad()
+def _evaluate(model: SegmentationModel, images: Tensor, masks: Tensor) -> Evaluation:
+    logits = model.logits(images)
+    loss = model.upsample_cross_entropy(logits, masks, ignore_index=IGNORE_INDEX)
+    return Evaluation(loss.item(), scores(model.upsample_confusion_matrix(logits, masks, IGNORE_INDEX)))
 
 
 def _step(run: BackendRun, optimizer: torch.optim.Optimizer, images: Tensor, masks: Tensor) -> None:
@@ -196,17 +205,16 @@ def _step(run: BackendRun, optimizer: torch.optim.Optimizer, images: Tensor, mas
 
 def _compare_logits(model: SegmentationModel, images: Tensor) -> tuple[float, float]:
     """Largest difference of the logits to those of the plain network with the same weights, and the largest logit."""
-    twin = NETWORKS["plain"]["fcn"](**ARGUMENTS).to(images.device)
+    twin = own_network(NETWORK, "eager").to(images.device)
     twin.load_state_dict(model.state_dict())
     with torch.no_grad():
         expected = twin(images)
         return (model(images) - expected).abs().max().item(), expected.abs().max().item()
 
 
-def _save_picture(runs: dict[Backend, BackendRun], validation: Example, prepare: Preparation, out: Path) -> Path:
-    images, masks = validation[0][:PICTURED], validation[1][:PICTURED]
-    seen = prepare(images, masks)[0]
-    labels = {"truth": masks, **{TITLES[name]: run.model.predict(seen) for name, run in runs.items()}}
+def _save_picture(runs: dict[Backend, BackendRun], pictured: tuple[Tensor, Tensor], seen: Tensor, out: Path) -> Path:
+    images, masks = (part[:PICTURED] for part in pictured)
+    labels = {"truth": masks, **{TITLES[name]: run.model.predict(seen[:PICTURED]) for name, run in runs.items()}}
     colors = palette(len(ShapesDataset.CLASSES))
     columns = {"image": [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]}
     for name, values in labels.items():

@@ -6,11 +6,11 @@ import dataclasses
 from pathlib import Path
 
 from fastseg.data import Normalize
-from fastseg.training.batches import Preparation, make_loader
 from fastseg.training.checkpoint import Metadata, load_checkpoint
 from fastseg.training.config import Backend, DeviceChoice
-from fastseg.training.distributed import join_world
-from fastseg.training.engine import Evaluation, evaluate_batches, with_loss
+from fastseg.training.datamodule import SegmentationData
+from fastseg.training.history import Evaluation
+from fastseg.training.run import new_trainer, quiet_lightning, task_of
 
 
 def evaluate(
@@ -22,6 +22,7 @@ def evaluate(
     backend: Backend = "fastseg",
     device: DeviceChoice = "auto",
     workers: int | None = None,
+    model: str | None = None,
 ) -> tuple[Evaluation, Metadata]:
     """Measure a checkpoint on a split of a data set, with the size, normalisation, loss and split of its training.
 
@@ -33,6 +34,7 @@ def evaluate(
         backend: As in `TrainConfig`.
         device: As in `TrainConfig`.
         workers: As in `TrainConfig`.
+        model: As in `load_checkpoint`.
 
     Returns:
         Loss and scores over the split, and the checkpoint's metadata.
@@ -42,12 +44,13 @@ def evaluate(
         ConfigError: There is no such device.
         DataError: The data can't be used, or has labels outside the checkpoint's classes.
     """
-    model, metadata = load_checkpoint(checkpoint, backend=backend)
+    network, metadata = load_checkpoint(checkpoint, backend=backend, model=model)
     source = dataclasses.replace(metadata.config, data=Path(data), ignore_index=metadata.ignore_index)
     dataset = source.dataset(split, metadata.size, metadata.num_classes)
-    with join_world(device) as world:
-        prepare = Preparation(world.device, Normalize(metadata.mean, metadata.std).to(world.device))
-        network = with_loss(model, metadata).to(world.device)
-        part = range(world.rank, len(dataset), world.size)
-        batches = make_loader(dataset, batch_size, part, world.device, workers)
-        return evaluate_batches(network, batches, prepare, world), metadata
+    batches = SegmentationData(
+        None, dataset, batch_size=batch_size, workers=workers, normalize=Normalize(metadata.mean, metadata.std)
+    )
+    task = task_of(metadata, network)
+    with quiet_lightning():
+        new_trainer(device).validate(task, batches, verbose=False)
+    return task.evaluation, metadata

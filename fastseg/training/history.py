@@ -6,7 +6,21 @@ import dataclasses
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
+
+from fastseg.metrics import Scores
+
+
+class Evaluation(NamedTuple):
+    """What a network reaches on a split.
+
+    Args:
+        loss: The loss over all labelled pixels.
+        scores: What `fastseg.metrics.scores` makes of the confusion matrix.
+    """
+
+    loss: float
+    scores: Scores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,22 +47,13 @@ class EpochRecord:
     seconds: float
     images_per_second: float
 
-    @classmethod
-    def from_json(cls, fields: dict[str, Any]) -> EpochRecord:
-        """The record whose `to_json` is ``fields``."""
-        return cls(**{**fields, "iou": tuple(fields["iou"])})
-
-    def to_json(self) -> dict[str, Any]:
-        """The record as JSON's types."""
-        return dataclasses.asdict(self)
-
 
 @dataclasses.dataclass(frozen=True)
 class History:
     """A run that has ended.
 
     Args:
-        out: The run's folder, with ``best.safetensors``, ``last.safetensors``, ``history.jsonl`` and ``curves.png``.
+        out: The run's folder, with ``best.safetensors``, ``last.ckpt``, ``history.jsonl`` and ``curves.png``.
         class_names: A name for each class.
         epochs: The measurements of every epoch.
     """
@@ -65,7 +70,7 @@ class History:
 
 def to_lines(records: tuple[EpochRecord, ...]) -> str:
     """The records as JSON Lines."""
-    return "".join(json.dumps(record.to_json(), allow_nan=False) + "\n" for record in records)
+    return "".join(json.dumps(dataclasses.asdict(record), allow_nan=False) + "\n" for record in records)
 
 
 def known(value: float) -> float | None:

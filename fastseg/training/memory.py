@@ -7,19 +7,18 @@ import re
 import resource
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from fastseg.training.config import Backend, ModelKind
-from fastseg.training.networks import NETWORKS
+from fastseg.training.config import Backend
+from fastseg.training.networks import Architecture, own_network
 
 _LINUX_STATUS = Path("/proc/self/status")
 _WARM_UP_SIDE = 32  # pixels: small beside any step worth measuring
 
 
 def peak_step_memory(
-    backend: Backend, kind: ModelKind, arguments: dict[str, Any], shape: tuple[int, int, int, int], device: torch.device
+    backend: Backend, architecture: Architecture, shape: tuple[int, int, int, int], device: torch.device
 ) -> int:
     """How far one training step (loss, backward pass, Adam) raises the peak memory, in bytes.
 
@@ -29,22 +28,21 @@ def peak_step_memory(
 
     Args:
         backend: As in `TrainConfig`.
-        kind: Name of the network.
-        arguments: Arguments of its constructor.
+        architecture: The network, one of fastseg's own.
         shape: Of the images, ``(N, C, H, W)``.
         device: Where to measure.
     """
     if device.type == "cuda":
-        return _measure(backend, kind, arguments, shape, device)
+        return _measure(backend, architecture, shape, device)
     spawn = multiprocessing.get_context("spawn")  # a forked child would inherit its parent's peak
     with ProcessPoolExecutor(1, mp_context=spawn) as pool:
-        return pool.submit(_measure, backend, kind, arguments, shape, device).result()
+        return pool.submit(_measure, backend, architecture, shape, device).result()
 
 
 def _measure(
-    backend: Backend, kind: ModelKind, arguments: dict[str, Any], shape: tuple[int, int, int, int], device: torch.device
+    backend: Backend, architecture: Architecture, shape: tuple[int, int, int, int], device: torch.device
 ) -> int:
-    model = NETWORKS[backend][kind](**arguments).to(device)
+    model = own_network(architecture, backend).to(device)
     optimizer = torch.optim.Adam(model.parameters())
 
     def step(images: torch.Tensor, masks: torch.Tensor) -> None:

@@ -6,17 +6,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from fastseg.data import DataError, Normalize, images_by_stem, overlay, palette, read_image, save_mask
-from fastseg.models import SegmentationModel
+from fastseg.data import DataError, Normalize, images_by_stem, overlay, read_image, save_mask
 from fastseg.training.checkpoint import Metadata, load_checkpoint
 from fastseg.training.config import Backend, DeviceChoice
-from fastseg.training.distributed import choose_device
-from fastseg.training.networks import smallest_side
+from fastseg.training.devices import choose_device
+from fastseg.training.networks import Network
 
 
 class Target(NamedTuple):
@@ -35,6 +35,7 @@ def predict(
     backend: Backend = "fastseg",
     device: DeviceChoice = "auto",
     max_pixels: int | None = None,
+    model: str | None = None,
     console: Console | None = None,
 ) -> list[Path]:
     """Write a mask and an overlay for each image, in the image's own size.
@@ -50,6 +51,7 @@ def predict(
         backend: As in `TrainConfig`.
         device: As in `TrainConfig`.
         max_pixels: The largest image; None takes 500 million pixels.
+        model: As in `load_checkpoint`.
         console: Where progress is shown; None for nowhere.
 
     Returns:
@@ -63,16 +65,16 @@ def predict(
     """
     out = Path(out)
     targets = _targets(_image_files([Path(path) for path in images]), out)
-    model, metadata = load_checkpoint(checkpoint, backend=backend)
+    network, metadata = load_checkpoint(checkpoint, backend=backend, model=model)
     place = choose_device(device)
-    model.to(place).eval()
-    colors = palette(metadata.num_classes)
+    network.to(place).eval()
+    colors = np.array(metadata.palette, dtype=np.uint8)
     out.mkdir(parents=True, exist_ok=True)
     shown = console if console is not None else Console(quiet=True)
     failures: list[str] = []
     for source, target in track(targets.items(), "predict", console=shown, disable=not shown.is_terminal):
         try:
-            image, mask = _segment(source, model, metadata, place, max_pixels)
+            image, mask = _segment(source, network, metadata, place, max_pixels)
         except DataError as error:
             failures.append(str(error))
             continue
@@ -110,7 +112,7 @@ def _targets(files: list[Path], out: Path) -> dict[Path, Target]:
 
 
 def _segment(
-    path: Path, model: SegmentationModel, metadata: Metadata, device: torch.device, max_pixels: int | None
+    path: Path, network: Network, metadata: Metadata, device: torch.device, max_pixels: int | None
 ) -> tuple[Tensor, Tensor]:
     """The image, uint8 ``[3, H, W]``, and the class of each pixel, ``[H, W]``, both in the file's size.
 
@@ -121,9 +123,9 @@ def _segment(
     size = metadata.size
     seen = image if size is None else read_image(path, size, exif=exif, max_pixels=max_pixels)
     height, width = image.shape[-2:]
-    smallest = smallest_side(metadata.model, metadata.arguments)
+    smallest = metadata.network.smallest_side
     if min(seen.shape[-2:]) < smallest:
         raise DataError(f"{path}: must be at least {smallest}x{smallest}, but it is {height}x{width} (height x width)")
     normalize = Normalize(metadata.mean, metadata.std)
-    mask = model.predict(normalize(seen).unsqueeze(0).to(device), (height, width))
+    mask = network.predict(normalize(seen).unsqueeze(0).to(device), (height, width))
     return image, mask.squeeze(0).cpu()
