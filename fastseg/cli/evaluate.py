@@ -21,6 +21,9 @@ def evaluate(
     device: options.Device = "auto",
     workers: options.Workers = None,
     model: options.Function = None,
+    at: Annotated[
+        Literal["native", "training"], Option(help="Score at the masks' own size, or at that of the training.")
+    ] = "native",
 ) -> None:
     """Measure a checkpoint on a split: loss, pixel accuracy, IoU and Dice of each class, and their means."""
     (loss, scores), metadata = training.evaluate(
@@ -32,6 +35,7 @@ def evaluate(
         device=device,
         workers=workers,
         model=model,
+        at=at,
     )
     console = main_console()
     iou, dice = ([known(value) for value in values] for values in (scores.iou, scores.dice))

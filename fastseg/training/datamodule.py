@@ -97,7 +97,7 @@ class _Unrepeated(DistributedSampler[Any]):
         return len(range(self.rank, len(self.dataset), self.num_replicas))  # type: ignore[arg-type]
 
 
-def _stack(items: list[Example]) -> list[Tensor]:
+def _stack(items: list[Example]) -> list[Any]:
     sizes = {tuple(image.shape[-2:]) for image, _ in items}
     if len(sizes) > 1:
         (height, width), (other_height, other_width) = sorted(sizes)[:2]
@@ -105,4 +105,6 @@ def _stack(items: list[Example]) -> list[Tensor]:
             f"images of different sizes ({height}x{width} and {other_height}x{other_width}, height x width) "
             "can't form a batch: give one size for all"
         )
+    if len({mask.shape for _, mask in items}) > 1:  # in their files' size, while the images are resized
+        return [torch.stack([image for image, _ in items]), [mask for _, mask in items]]
     return default_collate(items)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Literal
 
-from fastseg.data import Normalize
+from fastseg.data import DataError, Normalize
 from fastseg.training.checkpoint import Metadata, load_checkpoint
 from fastseg.training.config import Backend, DeviceChoice
 from fastseg.training.datamodule import SegmentationData
@@ -23,8 +24,9 @@ def evaluate(
     device: DeviceChoice = "auto",
     workers: int | None = None,
     model: str | None = None,
+    at: Literal["native", "training"] = "native",
 ) -> tuple[Evaluation, Metadata]:
-    """Measure a checkpoint on a split of a data set, with the size, normalisation, loss and split of its training.
+    """Measure a checkpoint on a split of a data set, with the normalisation, loss and split of its training.
 
     Args:
         checkpoint: A file that training wrote.
@@ -35,6 +37,8 @@ def evaluate(
         device: As in `TrainConfig`.
         workers: As in `TrainConfig`.
         model: As in `load_checkpoint`.
+        at: The size that is scored: ``"native"``, the masks' own, as `predict` writes them; ``"training"``, that which
+            the network was trained at. The network sees its own size in either case.
 
     Returns:
         Loss and scores over the split, and the checkpoint's metadata.
@@ -46,7 +50,9 @@ def evaluate(
     """
     network, metadata = load_checkpoint(checkpoint, backend=backend, model=model)
     source = dataclasses.replace(metadata.config, data=Path(data), ignore_index=metadata.ignore_index)
-    dataset = source.dataset(split, metadata.size, metadata.num_classes)
+    dataset = source.dataset(split, metadata.size, metadata.num_classes, native_masks=at == "native")
+    if (channels := len(dataset[0][0])) != len(metadata.mean):
+        raise DataError(f"{data}: the network takes {len(metadata.mean)} channels, but the images have {channels}")
     batches = SegmentationData(
         None, dataset, batch_size=batch_size, workers=workers, normalize=Normalize(metadata.mean, metadata.std)
     )

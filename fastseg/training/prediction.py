@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from fastseg.data import DataError, Normalize, images_by_stem, overlay, read_image, save_mask
+from fastseg.data import DataError, Normalize, images_by_stem, overlay, save_mask
+from fastseg.data.files import image_tensor, read_pixels
 from fastseg.training.checkpoint import Metadata, load_checkpoint
 from fastseg.training.config import Backend, DeviceChoice
 from fastseg.training.devices import choose_device
@@ -118,10 +119,10 @@ def _segment(
 
     The network sees the image in the size of its training; its own logits are upsampled once, to the file's.
     """
-    exif = metadata.config.exif
-    image = read_image(path, exif=exif, max_pixels=max_pixels)
-    size = metadata.size
-    seen = image if size is None else read_image(path, size, exif=exif, max_pixels=max_pixels)
+    pixels = read_pixels(path, exif=metadata.config.exif, max_pixels=max_pixels)
+    image, seen = image_tensor(pixels), image_tensor(pixels, metadata.size)
+    if len(image) != len(metadata.mean):
+        raise DataError(f"{path}: the network takes {len(metadata.mean)} channels, but the image has {len(image)}")
     height, width = image.shape[-2:]
     smallest = metadata.network.smallest_side
     if min(seen.shape[-2:]) < smallest:

@@ -107,15 +107,19 @@ class SegmentationTask(LightningModule):
         self._losses = torch.zeros(2, dtype=torch.float64, device=self.device)  # weighed sum, sum of the weights
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Count a batch, of one pass of the network."""
+        """Count a batch, of one pass of the network; masks of different sizes come as a list."""
         images, masks = batch
         logits = self.network(images)[0]
-        counts = self.network.operators.upsample_confusion_matrix(
-            logits, masks, self.loss.ignore_index, **self.network.grid
-        )
-        self._matrix.counts += counts
-        if share := self.loss.share(counts.sum(1), len(images)):
-            self._losses += torch.stack([self.loss(logits, masks).double() * share, self._losses.new_tensor(share)])
+        pairs = [(logits, masks)]
+        if isinstance(masks, list):
+            pairs = [(logits[i : i + 1], mask.unsqueeze(0)) for i, mask in enumerate(masks)]
+        for some, truth in pairs:
+            counts = self.network.operators.upsample_confusion_matrix(
+                some, truth, self.loss.ignore_index, **self.network.grid
+            )
+            self._matrix.counts += counts
+            if share := self.loss.share(counts.sum(1), len(truth)):
+                self._losses += torch.stack([self.loss(some, truth).double() * share, self._losses.new_tensor(share)])
 
     def on_validation_epoch_end(self) -> None:
         """The scores over the batches of all processes."""

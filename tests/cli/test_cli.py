@@ -67,7 +67,7 @@ def test_evaluate_prints_scores(
     shapes: Path, trained: Path, split: str, backend: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["--data", str(shapes), "--checkpoint", str(trained / "best.safetensors"), "--split", split]
-    assert run(["evaluate", *arguments, "--backend", backend]) == 0
+    assert run(["evaluate", *arguments, "--at", "training", "--backend", backend]) == 0
     printed = capsys.readouterr().out
     summary = rf"{split}: loss ([\d.]+), pixel accuracy ([\d.]+), mean IoU ([\d.]+), mean Dice ([\d.]+)\n"
     found = re.search(summary, printed)

@@ -6,13 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("PIL", reason="Pillow isn't installed: it comes with the extra [train]")
 pytest.importorskip("typer", reason="typer isn't installed: it comes with the extra [train]")
 from PIL import Image
 
+from fastseg import metrics
 from fastseg.cli.runner import REFUSED, run
-from fastseg.data import ShapesDataset
+from fastseg.data import ShapesDataset, find_pairs
 
 SIZE = 24
 
@@ -174,6 +176,62 @@ def test_predict_goes_on_after_a_file_that_it_cannot_read(
     message = capsys.readouterr().err
     assert all(text in message for text in ("2 of 12 images", "a1.png: can't be read", "a7.png: can't be read"))
     assert len([path for path in out.glob("a*.png") if "overlay" not in path.name]) == 10
+
+
+def test_images_of_other_channels_are_refused(
+    tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.fromarray(np.zeros((SIZE, SIZE), np.uint16)).save(tmp_path / "deep.png")
+    assert (
+        run(["predict", "--checkpoint", str(checkpoint), "--out", str(tmp_path / "out"), str(tmp_path / "deep.png")])
+        == 2
+    )
+    assert "deep.png: the network takes 3 channels, but the image has 1" in capsys.readouterr().err
+    for folder, dtype in (("images", np.uint16), ("masks", np.uint8)):
+        (tmp_path / folder).mkdir()
+        for name in "abc":
+            Image.fromarray(np.eye(SIZE).astype(dtype)).save(tmp_path / folder / f"{name}.png")
+    assert run(["evaluate", "--checkpoint", str(checkpoint), "--data", str(tmp_path)]) == REFUSED
+    assert "the network takes 3 channels, but the images have 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_evaluate_scores_the_masks_that_predict_writes(
+    tmp_path: Path, checkpoint: Path, split: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ShapesDataset(6, (SIZE, SIZE)).write(tmp_path)
+    for number in (1, 2, 4):  # masks of two sizes form a batch; the images have the network's
+        for folder, resample in (("images", Image.Resampling.BILINEAR), ("masks", Image.Resampling.NEAREST)):
+            path = tmp_path / folder / f"{number:05d}.png"
+            Image.open(path).resize((31, 27), resample).save(path)
+    arguments = ["--checkpoint", str(checkpoint)]
+    assert run(["predict", *arguments, "--out", str(tmp_path / "out"), str(tmp_path / "images")]) == 0
+    matrix = torch.zeros(4, 4, dtype=torch.int64)
+    for pair in find_pairs(tmp_path, split):
+        files = (tmp_path / "out" / pair.image.name, pair.mask)
+        prediction, truth = (torch.from_numpy(np.array(Image.open(path))).long()[None] for path in files)
+        matrix += metrics.confusion_matrix(prediction, truth, 4, 255)
+    capsys.readouterr()
+    assert run(["evaluate", *arguments, "--data", str(tmp_path), "--split", split]) == 0
+    native = capsys.readouterr().out
+    assert f"mean IoU {metrics.scores(matrix).mean_iou:.4f}" in native
+    assert run(["evaluate", *arguments, "--data", str(tmp_path), "--split", split, "--at", "training"]) == 0
+    assert capsys.readouterr().out != native
+
+
+def test_a_checkpoint_keeps_how_the_data_are_read(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    resave(data, lambda mask: COLORS[mask])
+    (tmp_path / "map.json").write_text('{"0,0,0": "ground", "200,30,60": "road"}')
+    out, places = tmp_path / "run", ["--data", str(data), "--device", "cpu"]
+    train = ["train", *places, "--epochs", "1", "--label-map", str(tmp_path / "map.json"), "--out", str(out)]
+    assert run(train) == 0
+    assert run(["evaluate", *places, "--checkpoint", str(out / "best.safetensors")]) == 0
+    assert re.search(r"│ ground +│.*\n│ road +│", capsys.readouterr().out)
+    assert run(["predict", "--checkpoint", str(out / "best.safetensors"), "--out", str(out), str(data / "images")]) == 0
+    with Image.open(out / "a0.png") as mask:
+        assert mask.getpalette()[:6] == COLORS.flatten().tolist()  # the map's colours are the classes'
 
 
 def test_predict_takes_images_up_to_its_own_limit(
