@@ -3,7 +3,7 @@
 ``python -m benchmarks --out FILE.md`` measures and writes the tables and a chart; ``pytest benchmarks/`` gives
 pytest-benchmark's own output, and its ``--benchmark-json`` file becomes the same tables with
 ``python -m benchmarks --from FILE.json --out FILE.md``. ``--quick`` measures a few cases in a few rounds;
-``--device cuda`` measures on a GPU, in bfloat16, in less than 8 minutes (`compile_time` says how that is kept);
+``--device cuda`` measures on a GPU, in bfloat16, in less than 8 minutes (`harness.compile_time` says how);
 ``--sweep`` measures instead how the upsampling operators' cost grows with classes and pixels, beside eager PyTorch.
 
 How it is measured:
@@ -19,6 +19,7 @@ How it is measured:
 * Compilation and warm-up calls are not counted.
 * OpenVINO, where it is installed (the extra ``bench``), is a peer of the inferences on a CPU: it gets as many threads
   as torch and the dtype of the case, and no copy of input or output is timed (`openvino_peer`).
+  Of third-party models' predictions ONNX Runtime is a peer as well (`onnxruntime_peer`).
 * A GPU's time is its own: events around the passes, and before each call other work that covers the launches and
   empties the caches. Of calls that are shorter than their launch, many are timed in a row from an idle device.
 * Peak memory is the growth, during one warm call, of the process's resident set (`memory`) or of what torch's allocator
@@ -26,7 +27,10 @@ How it is measured:
 * The roofline (`roofline`) has two ceilings, the peaks of bandwidth and arithmetic, which the run measures before the
   cases of each operator; the highest count.
 
-``python -m benchmarks.third_party`` is a suite of its own, of models that other libraries hold.
+``python -m benchmarks.third_party`` is a suite of its own, of models of other libraries.
 
-A case is one line in the ``CASES`` of a ``bench_<operator>.py``.
+``python -m benchmarks.reports`` draws the pictures of stored results again.
+
+A case is one line in the ``CASES`` of a ``cases/bench_<operator>.py``. What measures them is in `harness`, what writes
+tables and pictures in `reports`.
 """

@@ -14,6 +14,7 @@ import fastseg
 from benchmarks.harness import deployment, memory, openvino_peer
 from benchmarks.harness.compile_time import OutOfTimeError
 from benchmarks.harness.devices import DEVICES, Device
+from benchmarks.harness.recording import LogLines, RecordedClock
 from benchmarks.harness.roofline import Ceilings, measure_ceilings
 from benchmarks.harness.suite import (
     COMPILERS,
@@ -26,39 +27,9 @@ from benchmarks.harness.suite import (
     measure,
 )
 
-RESULTS: pytest.StashKey[dict[str, Any]] = (
-    pytest.StashKey()
-)  # what goes into the JSON file beside pytest-benchmark's own
-
-
-class RecordedClock:
-    """A timer for pytest-benchmark that stands still but for `advance`: it replays rounds that were timed before."""
-
-    __name__ = "interleaved rounds"
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-    def advance(self, seconds: float) -> None:
-        """Let ``seconds`` pass."""
-        self.now += seconds
-
-
+# What goes into the JSON file beside pytest-benchmark's own.
+RESULTS: pytest.StashKey[dict[str, Any]] = pytest.StashKey()
 CLOCK = RecordedClock()
-
-
-class LogLines(logging.Handler):
-    """Keeps what fastseg logs: that a call runs as plain PyTorch, for one."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.lines: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(record.getMessage())
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
