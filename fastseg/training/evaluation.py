@@ -11,7 +11,8 @@ from fastseg.training.checkpoint import Metadata, load_checkpoint
 from fastseg.training.config import Backend, DeviceChoice
 from fastseg.training.datamodule import SegmentationData
 from fastseg.training.history import Evaluation
-from fastseg.training.run import new_trainer, quiet_lightning, task_of
+from fastseg.training.run import task_of
+from fastseg.training.trainer import new_trainer, quiet_lightning
 
 
 def evaluate(

@@ -1,71 +1,51 @@
-"""A training run from its settings to its files: what `SegmentationTask` and Lightning's Trainer need around them."""
+"""A training run from its settings to its files."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
-import logging
-import math
-import os
 import re
-import resource
-import time
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import torch.distributed as dist
-from matplotlib.figure import Figure
 from rich.console import Console
 
-from fastseg._native import logger
 from fastseg.data import Augment, Normalize, Splits, open_splits
 from fastseg.training._lightning import (
     Callback,
-    CheckpointIO,
     CSVLogger,
     EarlyStopping,
     EMAWeightAveraging,
-    LightningModule,
     Logger,
-    ModelCheckpoint,
     RichProgressBar,
     TensorBoardLogger,
-    Trainer,
-    Tuner,
     WandbLogger,
     rank_zero_only,
 )
-from fastseg.training.checkpoint import (
-    HEADER_KEY,
-    Metadata,
-    colors_of,
-    load_weights,
-    read_metadata,
-    read_state,
-    weights_of,
-    write_atomically,
-    write_state,
-    write_weights,
-)
-from fastseg.training.config import DeviceChoice, TrainConfig
+from fastseg.training.checkpoint import Metadata, colors_of, load_weights, read_metadata
+from fastseg.training.config import TrainConfig
 from fastseg.training.datamodule import SegmentationData
 from fastseg.training.devices import choose_device
-from fastseg.training.errors import ConfigError, DivergedError
-from fastseg.training.history import EpochRecord, History, known, to_lines
+from fastseg.training.errors import ConfigError
+from fastseg.training.history import History
 from fastseg.training.networks import Architecture, Network, build, compiled
 from fastseg.training.plots import save_history
 from fastseg.training.splits import count_weights
 from fastseg.training.task import SegmentationTask
-
-LAST, BEST, HISTORY, CURVES, LR_FIND = "last.ckpt", "best.safetensors", "history.jsonl", "curves.png", "lr_find.png"
-
-_PRECISIONS: dict[str, Any] = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
-_LR_STEPS = 100  # of the range test: Lightning's default
+from fastseg.training.trainer import (
+    BEST,
+    CURVES,
+    LAST,
+    PRECISIONS,
+    Kept,
+    Record,
+    deterministic_cudnn,
+    interruptible,
+    new_trainer,
+    quiet_lightning,
+)
+from fastseg.training.tuning import tune
 
 
 def train(config: TrainConfig, console: Console | None = None) -> History:
@@ -101,18 +81,18 @@ def train(config: TrainConfig, console: Console | None = None) -> History:
     earlier = read_metadata(out / LAST) if config.resume else None
     if earlier is not None:
         config = config.continuing(earlier.config)
-    with quiet_lightning(), _deterministic_cudnn(choose_device(config.device)):
+    with quiet_lightning(), deterministic_cudnn(choose_device(config.device)):
         data, metadata = _prepare(config, shown)
         task = _task(config, metadata, shown)
         shown.print(f"run folder: {out}", soft_wrap=True, highlight=False)
         out.mkdir(parents=True, exist_ok=True)
         if "auto" in (config.batch_size, config.lr):
-            config = _tune(config, task, data, out, shown)
+            config = tune(config, task, data, out, shown)
         metadata = dataclasses.replace(metadata, config=config, history=() if earlier is None else earlier.history)
-        record = _Record(out, metadata, shown)
+        record = Record(out, metadata, shown)
         try:
             if metadata.epoch < config.epochs:
-                with _interruptible():
+                with interruptible():
                     new_trainer(
                         config.device, config.devices, config.nodes, **_options(config, out, record, shown)
                     ).fit(task, data, ckpt_path=out / LAST if metadata.epoch else None)  # else the seed starts it again
@@ -127,23 +107,6 @@ def train(config: TrainConfig, console: Console | None = None) -> History:
     return History(out, metadata.class_names, record.metadata.history)
 
 
-def new_trainer(device: DeviceChoice, devices: int = 1, nodes: int = 1, **options: Any) -> Trainer:
-    """Lightning's Trainer on the processes that torchrun or SLURM started, or on so many of its own.
-
-    Raises:
-        ConfigError: There is no such device.
-    """
-    if dist.is_available() and dist.is_torchelastic_launched():
-        devices = int(os.environ["LOCAL_WORLD_SIZE"])
-        nodes = int(os.environ["WORLD_SIZE"]) // devices
-    return Trainer(
-        accelerator="gpu" if choose_device(device).type == "cuda" else "cpu", devices=devices, num_nodes=nodes,
-        strategy="ddp" if devices * nodes > 1 else "auto", plugins=[_Files()], use_distributed_sampler=False,
-        num_sanity_val_steps=0, enable_model_summary=False, benchmark=False,
-        **{"logger": False, "enable_progress_bar": False, "enable_checkpointing": False, **options},
-    )  # fmt: skip
-
-
 def _options(config: TrainConfig, out: Path, record: Callback, console: Console) -> dict[str, Any]:
     """What a run's settings say of its Trainer."""
     if config.precision == "fp16" and choose_device(config.device).type == "cpu":
@@ -156,12 +119,12 @@ def _options(config: TrainConfig, out: Path, record: Callback, console: Console)
     if config.early_stopping:
         callbacks.append(EarlyStopping("val_mean_iou", mode="max", patience=config.early_stopping))
     callbacks += [  # the best first: a run that ends in between does the epoch again, and finds it again
-        _Kept(out / BEST, monitor="val_mean_iou", mode="max"),
-        _Kept(out / LAST),
+        Kept(out / BEST, monitor="val_mean_iou", mode="max"),
+        Kept(out / LAST),
     ]
     return {
         "max_epochs": config.epochs, "callbacks": callbacks, "logger": _logger(config, out),
-        "precision": _PRECISIONS[config.precision], "accumulate_grad_batches": config.accumulate,
+        "precision": PRECISIONS[config.precision], "accumulate_grad_batches": config.accumulate,
         "gradient_clip_val": config.clip, "enable_progress_bar": console.is_terminal, "enable_checkpointing": True,
         "log_every_n_steps": 10,
     }  # fmt: skip
@@ -253,205 +216,3 @@ def task_of(metadata: Metadata, network: Network) -> SegmentationTask:
         lr=1e-3 if config.lr == "auto" else config.lr, momentum=config.momentum, weight_decay=config.weight_decay,
         schedule=config.schedule, warmup=config.warmup,
     )  # fmt: skip
-
-
-def _tune(
-    config: TrainConfig, task: SegmentationTask, data: SegmentationData, out: Path, console: Console
-) -> TrainConfig:
-    """The settings with what Lightning's Tuner chose; task and data have it, too, and the initial weights again."""
-    if config.devices * config.nodes > 1 or (dist.is_available() and dist.is_torchelastic_launched()):
-        raise ConfigError("lr and batch_size can't be auto with several processes: tune them with one")
-    task.raises_diverged = False
-    if config.batch_size == "auto":
-        with _limited_memory():
-            Tuner(_tuning_trainer(config, out)).scale_batch_size(task, datamodule=data, max_val=len(data.train))  # type: ignore[arg-type]
-        config = dataclasses.replace(config, batch_size=data.batch_size)
-        console.print(f"batch size: {data.batch_size} is the largest that fits")
-    if config.lr == "auto":
-        torch.manual_seed(config.seed)
-        finder = Tuner(_tuning_trainer(config, out)).lr_find(task, datamodule=data, num_training=_LR_STEPS)
-        lr = None if finder is None else finder.suggestion()
-        if finder is None or lr is None:
-            raise ConfigError("lr can't be auto here: no step of the range test lowered the loss")
-        figure = Figure(layout="constrained")
-        finder.plot(suggest=True, ax=figure.subplots())
-        figure.savefig(out / LR_FIND)
-        config = dataclasses.replace(config, lr=lr)
-        console.print(f"learning rate: {lr:.3g} by the range test in {out / LR_FIND}", soft_wrap=True, highlight=False)
-    task.raises_diverged = True
-    return config
-
-
-def _tuning_trainer(config: TrainConfig, out: Path) -> Trainer:
-    return new_trainer(
-        config.device, default_root_dir=out, max_epochs=max(config.epochs, _LR_STEPS), limit_val_batches=0,
-        precision=_PRECISIONS[config.precision],
-    )  # fmt: skip
-
-
-class _Files(CheckpointIO):
-    """Lightning's files as `fastseg.training.checkpoint` writes and reads them."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        path = Path(path)
-        if path.suffix == ".safetensors":
-            write_weights(path, weights_of(checkpoint), checkpoint[HEADER_KEY])
-        else:
-            write_state(path, checkpoint)
-
-    def load_checkpoint(self, path: str | Path, *_: Any, **__: Any) -> dict[str, Any]:
-        return read_state(Path(path))
-
-    def remove_checkpoint(self, path: str | Path) -> None:
-        Path(path).unlink(missing_ok=True)
-
-
-class _Kept(ModelCheckpoint):
-    """A file of the run's folder, which may have moved since."""
-
-    def __init__(self, path: Path, **options: Any) -> None:
-        super().__init__(
-            path.parent, path.stem, save_on_train_epoch_end=True, enable_version_counter=False, **options
-        )  # fmt: skip
-        self.FILE_EXTENSION = path.suffix
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        here = str(Path(str(self.dirpath), f"{self.filename}{self.FILE_EXTENSION}"))
-        paths = {name: here for name in ("best_model_path", "kth_best_model_path") if state_dict[name]}
-        models = dict.fromkeys([here] if state_dict["best_k_models"] else [], state_dict["best_model_score"])
-        super().load_state_dict({**state_dict, **paths, "dirpath": self.dirpath, "best_k_models": models})
-
-
-class _Record(Callback):
-    """Seeds each epoch, measures it, and puts what it measured into the checkpoints."""
-
-    def __init__(self, out: Path, metadata: Metadata, console: Console) -> None:
-        self.out, self.metadata, self.console = out, metadata, console
-        self._start = self._seconds = 0.0
-        self._line = ""
-
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        checkpoint[HEADER_KEY] = self.metadata.to_json()
-        # Whole epochs alone are kept, at their end; Lightning counts one as completed a moment later, and would take it
-        # up again without calling on_train_epoch_start.
-        for count in ("total", "current"):
-            progress = checkpoint["loops"]["fit_loop"]["epoch_progress"][count]
-            progress["completed"] = progress["processed"]
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self.metadata.history:
-            trainer.save_checkpoint(self.out / LAST)
-
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._print()
-        # A seed for each epoch of each process, so that nothing of a generator's state needs to be kept.
-        place = self.metadata.config.seed, trainer.current_epoch + 1, trainer.global_rank
-        torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1)[0]))
-        self._start = time.perf_counter()
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._seconds = time.perf_counter() - self._start
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert isinstance(pl_module, SegmentationTask)
-        epoch, (loss, scores) = trainer.current_epoch + 1, pl_module.evaluation
-        # The last step's weights have no loss of their own, and not every weight that isn't finite shows in one.
-        finite = all(parameter.isfinite().all() for parameter in pl_module.parameters())
-        if not (finite and math.isfinite(loss)):
-            what = "the validation loss is" if finite else "weights are"
-            raise DivergedError(f"epoch {epoch}: {what} not finite; a lower lr helps")
-        images = len(trainer.datamodule.train_dataloader().sampler) * trainer.world_size  # type: ignore[attr-defined]
-        record = EpochRecord(
-            epoch=epoch, train_loss=trainer.callback_metrics["train_loss"].item(), val_loss=loss,
-            pixel_accuracy=scores.pixel_accuracy, mean_iou=scores.mean_iou, iou=tuple(map(known, scores.iou)),
-            seconds=self._seconds, images_per_second=images / self._seconds,
-        )  # fmt: skip
-        self.metadata = dataclasses.replace(self.metadata, history=(*self.metadata.history, record))
-        if trainer.is_global_zero:
-            write_atomically(self.out / HISTORY, to_lines(self.metadata.history).encode())
-        self._line = (
-            f"epoch {epoch}/{trainer.max_epochs}: train loss {record.train_loss:.4f}, val loss {loss:.4f}, "
-            f"pixel accuracy {record.pixel_accuracy:.4f}, mean IoU {record.mean_iou:.4f}, "
-            f"{record.seconds:.1f} s, {record.images_per_second:.1f} images/s"
-        )
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._print()
-
-    def _print(self) -> None:
-        """Say what the last epoch measured, once its checkpoints are written."""
-        if self._line:
-            self.console.print(self._line, soft_wrap=True, highlight=False)
-        self._line = ""
-
-
-@contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
-    """Ctrl-C as everywhere else, where Lightning ends the process with code 1; what torch means by its own message."""
-    try:
-        yield
-    except SystemExit as error:
-        if isinstance(error.__context__, KeyboardInterrupt):
-            raise KeyboardInterrupt from error
-        raise
-    except ValueError as error:
-        if "more than 1 value per channel" in str(error):
-            raise ConfigError("batch_size: batch normalisation in this network needs several images a batch") from error
-        raise
-
-
-@contextlib.contextmanager
-def quiet_lightning() -> Iterator[None]:
-    """Without Lightning's tips, and without its warnings of what is meant here."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "lightning")]
-    levels = [one.level for one in loggers]
-    for one in loggers:
-        one.setLevel(max(one.level, logging.WARNING))
-    try:
-        with warnings.catch_warnings():
-            for message in (
-                ".*does not have many workers",  # a CPU's cores are busy training
-                ".*number of training batches .* is smaller than the logging interval",
-                "Checkpoint directory .* exists and is not empty",  # that of the run that is resumed, or a new folder
-                "GPU available but not used",
-                r"Found \d+ module\(s\) in eval mode at the start of training",  # a frozen encoder
-                r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning 2.6 does it, torch 2.13 says it
-            ):
-                warnings.filterwarnings("ignore", message)
-            yield
-    finally:
-        for one, level in zip(loggers, levels, strict=True):
-            one.setLevel(level)
-
-
-@contextlib.contextmanager
-def _limited_memory() -> Iterator[None]:
-    """No more memory for the process than the machine has: where there is none left, an allocation fails."""
-    before = resource.getrlimit(resource.RLIMIT_DATA)
-    try:
-        text = Path("/proc/meminfo").read_text() + Path("/proc/self/status").read_text()
-    except FileNotFoundError:
-        logger.info("no /proc: the largest batch is looked for without a limit of memory")
-        yield
-        return
-    available, used = (int(re.search(rf"{name}:\s+(\d+) kB", text)[1]) * 1024 for name in ("MemAvailable", "VmData"))  # type: ignore[index]
-    resource.setrlimit(resource.RLIMIT_DATA, (used + available, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_DATA, before)
-
-
-@contextlib.contextmanager
-def _deterministic_cudnn(device: torch.device) -> Iterator[None]:
-    """Take cuDNN's deterministic algorithms, so that a seed reproduces a run; the caller's choice is restored."""
-    if device.type != "cuda":  # there is no cuDNN to set, and who has frozen torch's flags needs none
-        yield
-        return
-    cudnn = torch.backends.cudnn
-    before = cudnn.deterministic, cudnn.benchmark
-    cudnn.deterministic, cudnn.benchmark = True, False
-    try:
-        yield
-    finally:
-        cudnn.deterministic, cudnn.benchmark = before

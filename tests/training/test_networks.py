@@ -28,8 +28,9 @@ from fastseg.training import (
     load_checkpoint,
     networks,
     predict,
-    run,
     train,
+    trainer,
+    tuning,
 )
 from fastseg.training._lightning import Trainer
 from fastseg.training.losses import Loss
@@ -158,10 +159,10 @@ def loader(items: list) -> SegmentationData:
 def test_lightnings_own_trainer_fits_a_network_without_the_command(tmp_path: Path) -> None:
     task = SegmentationTask(TwoHeads(CLASSES, 3), CLASSES, lr=0.01)
     before = {name: value.clone() for name, value in task.network.named_parameters()}
-    trainer = Trainer(max_epochs=1, accelerator="cpu", default_root_dir=tmp_path, logger=False,
+    plain = Trainer(max_epochs=1, accelerator="cpu", default_root_dir=tmp_path, logger=False,
                       enable_checkpointing=False, enable_progress_bar=False)  # fmt: skip
-    trainer.fit(task, loader([ShapesDataset(8, (32, 32))[number] for number in range(8)]))
-    assert {"train_loss", "val_loss", "val_mean_iou", "val_pixel_accuracy"} <= trainer.callback_metrics.keys()
+    plain.fit(task, loader([ShapesDataset(8, (32, 32))[number] for number in range(8)]))
+    assert {"train_loss", "val_loss", "val_mean_iou", "val_pixel_accuracy"} <= plain.callback_metrics.keys()
     assert len(task.evaluation.scores.iou) == CLASSES
     assert all(not torch.equal(before[name], value) for name, value in task.network.named_parameters())
 
@@ -274,7 +275,7 @@ def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_lr_and_batch_size_are_tuned_and_kept(shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "_LR_STEPS", 30)
+    monkeypatch.setattr(tuning, "_LR_STEPS", 30)
     settings = {"lr": "auto", "batch_size": "auto", "widths": (4, 8)}
     train(config(shapes, tmp_path, **settings))
     chosen = load_checkpoint(tmp_path / "last.ckpt")[1].config
@@ -311,8 +312,8 @@ def test_the_learning_rate_follows_its_schedule(scheduled: str) -> None:
 
     warmup = 0.0 if scheduled == "onecycle" else 1.0
     task = Task(models.FCN(num_classes=CLASSES, widths=(4,)), lr=0.01, schedule=scheduled, warmup=warmup)
-    with run.quiet_lightning():
-        run.new_trainer("cpu", max_epochs=4).fit(task, loader([ShapesDataset(8, (32, 32))[n] for n in range(8)]))
+    with trainer.quiet_lightning():
+        trainer.new_trainer("cpu", max_epochs=4).fit(task, loader([ShapesDataset(8, (32, 32))[n] for n in range(8)]))
     assert len(rates) == 16  # 4 epochs of 4 steps; the rates are those of the steps that follow, if any
     del rates[-1]
     assert rates[:3] == sorted(rates[:3])

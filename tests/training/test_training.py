@@ -32,6 +32,7 @@ from fastseg.training import (
     load_checkpoint,
     run,
     train,
+    trainer,
 )
 from fastseg.training.checkpoint import read_state
 from fastseg.training.losses import Loss, mean_squared_error
@@ -260,8 +261,8 @@ def test_evaluation_runs_the_network_once(shapes: Path, tmp_path: Path, kind: st
     model.model.classifier.register_forward_hook(lambda *_: seen.append(1))
     task = SegmentationTask(model, loss=kind)
     data = SegmentationData(None, [(image, mask) for image, mask in zip(*batch, strict=True)])
-    with run.quiet_lightning():
-        run.new_trainer("cpu").validate(task, data, verbose=False)
+    with trainer.quiet_lightning():
+        trainer.new_trainer("cpu").validate(task, data, verbose=False)
     assert len(seen) == 1
     assert task.evaluation.loss == pytest.approx(expected, rel=1e-6)  # float32, and a product and a quotient in float64
 
