@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.harness.torchvision_import import import_torchvision
+from fastseg._torchvision import prepare_torchvision
 from fastseg.fusion import backend
 
 RECIPES = {path.stem: path for path in sorted(Path(__file__).parents[1].glob("docs/recipes/*.py"))}
@@ -41,7 +41,7 @@ def test_a_recipe_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     missing = [package for package in imported(RECIPES[name]) if importlib.util.find_spec(package) is None]
     if missing:
         pytest.skip(f"needs {', '.join(missing)}: pip install '.[models,bench]'")
-    import_torchvision()
+    prepare_torchvision()
     monkeypatch.chdir(tmp_path)  # what a recipe writes
     monkeypatch.setitem(sys.modules, "openvino_telemetry", None)  # OpenVINO would tell of its use
     # Inductor takes its time, and has tests of its own.

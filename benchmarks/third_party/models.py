@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.harness.torchvision_import import import_torchvision
 from benchmarks.third_party.plain_conv_unet import PlainConvUNet
+from fastseg._torchvision import prepare_torchvision
 
 IGNORED = 255  # the label of pixels that don't count
 STAGES = ["stage1", "stage2", "stage3", "stage4"]  # of a backbone, as transformers names what a head gets
@@ -18,7 +18,7 @@ AUXILIARY_WEIGHT = 0.5  # of the loss of torchvision's second head, as in its re
 
 Builder = Callable[[int], nn.Module]  # makes a model for a number of classes
 
-import_torchvision()  # which timm and segmentation_models_pytorch import too
+prepare_torchvision()  # which timm and segmentation_models_pytorch import too
 
 # ---- how they are made ----
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fastseg._torchvision import prepare_torchvision
 from fastseg.testing import assert_parity, make, make_labels, values_and_gradients
 from tests.ops import cross_entropy_cases
 
@@ -20,10 +21,7 @@ IGNORED = 255
 
 def original(name: str) -> Any:
     """A module of another library; a skip where that isn't installed."""
-    benchmarks = pytest.importorskip(
-        "benchmarks.harness.torchvision_import", reason="benchmarks/ is part of a checkout alone"
-    )
-    benchmarks.import_torchvision()
+    prepare_torchvision()
     return pytest.importorskip(name, reason=f"{name.partition('.')[0]} isn't installed")
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 import fastseg
 from fastseg import functional
+from fastseg._torchvision import prepare_torchvision
 
 LAYERS = {
     "Conv2d": fastseg.Conv2d(3, 4, 3, padding=1),
@@ -96,10 +97,7 @@ def test_traced_stages_train() -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("torchvision") is None, reason="torchvision isn't installed")
 def test_torchvisions_feature_extractor_names_layers() -> None:
-    benchmarks = pytest.importorskip(
-        "benchmarks.harness.torchvision_import", reason="benchmarks/ is part of a checkout alone"
-    )
-    benchmarks.import_torchvision()
+    prepare_torchvision()
     from torchvision.models.feature_extraction import create_feature_extractor
 
     model = nn.Sequential(fastseg.ConvReLUPool2d(3, 4, 3, padding=1), fastseg.ReLUPool2d(2), nn.Conv2d(4, 2, 1))
