@@ -8,6 +8,7 @@ import torch
 
 from fastseg import _native, _triton
 from fastseg._version import __version__
+from fastseg.ops.convolution.kept import kept_bytes
 
 
 def info() -> dict[str, Any]:
@@ -18,7 +19,8 @@ def info() -> dict[str, Any]:
         ``cpu`` (what CPU tensors run: "C++ kernels", the interpreted Triton kernels, or plain PyTorch and why),
         ``cpu_isa`` (the instruction set in use) and ``cpu_isas`` (those that this machine runs; the environment
         variable ``FASTSEG_CPU_ISA`` chooses one), ``openmp`` (whether the kernels run on several threads), ``threads``
-        (``torch.get_num_threads()``), ``gpu`` (what GPU tensors run) and ``gpus`` (those that torch sees).
+        (``torch.get_num_threads()``), ``kept_weights`` (bytes of transformed weights that predictions on a CPU keep, as
+        long as the weights live), ``gpu`` (what GPU tensors run) and ``gpus`` (those that torch sees).
 
     Raises:
         ValueError: As `cpu_isa`.
@@ -32,6 +34,7 @@ def info() -> dict[str, Any]:
         "cpu_isas": _native._C.runnable_isas() if _native._C is not None else [],
         "openmp": _native._C.openmp if _native._C is not None else False,
         "threads": torch.get_num_threads(),
+        "kept_weights": kept_bytes(),
         "gpu": "Triton kernels" if (reason := missing_kernels("cuda")) is None else f"plain PyTorch ({reason})",
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
     }

@@ -128,15 +128,37 @@ void conv_relu_pool2d_forward(const py::tuple& tensors, const py::sequence& geom
   fastseg::conv_relu_pool2d_forward(call);
 }
 
+// Weights that are kept are read as they lie in memory, to see whether they have changed.
+void check_kept(const ConvReluPool2dWinogradForward& call) {
+  const Tensor& w = call.weight;
+  require(!call.scale || (call.scale.ndim == 1 && call.scale.size[0] == w.size[0] && call.scale.dtype == w.dtype),
+          "scale is [K], of weight's dtype");
+  if (!call.kept) return;
+  require(call.kept.ndim == 1 && call.kept.dtype == DType::kUInt8 && is_dense(call.kept), "kept is uint8 [bytes]");
+  Tensor nhwc = w;
+  for (int axis = 1; axis < 4; ++axis)
+    nhwc.size[axis] = w.size[axis % 3 + 1], nhwc.stride[axis] = w.stride[axis % 3 + 1];
+  require((is_dense(w) || is_dense(nhwc)) && is_dense(call.bias) && is_dense(call.scale),
+          "weights that are kept are dense");
+}
+
+int64_t winograd_kept_bytes(const py::object& weight) {
+  int64_t bytes = 0;
+  fastseg::conv2d_winograd_kept_bytes({from_python(weight), &bytes});
+  return bytes;
+}
+
 bool winograd_forward(const py::tuple& tensors, const py::sequence& geometry, bool relu, int threads) {
   bool done = false;
   ConvReluPool2dWinogradForward call;
-  read_tensors(tensors, {&call.input, &call.weight, &call.bias, &call.output, &call.positions, &call.skip});
+  read_tensors(tensors, {&call.input, &call.weight, &call.bias, &call.output, &call.positions, &call.skip, &call.scale,
+                         &call.kept});
   call.geometry = read_geometry(geometry);
   call.relu = relu;
   call.threads = threads;
   call.done = &done;
   check_forward(call);
+  check_kept(call);
   const ConvPoolGeometry& g = call.geometry;
   require(call.weight.size[1] > 0 && call.output.size[2] > 0 && call.output.size[3] > 0,
           "the Winograd kernels are for at least one channel and one window");
@@ -145,6 +167,7 @@ bool winograd_forward(const py::tuple& tensors, const py::sequence& geometry, bo
   require(unpooled || (relu && ((plain && pools(g, 2, 2, 0)) || stem)),
           "the Winograd kernels are for 3x3 under a 2x2 pool or none (without ReLU, under none), and for 7x7 of stride "
           "2 under a 3x3 pool of stride 2");
+  require(!call.scale || (plain && call.weight.size[1] > kFewChannels), "scale is for 3x3 and more than four channels");
   require(!call.skip || (plain && !unpooled), "the Winograd kernels are for a skip beside a 2x2 pool alone");
   const Tensor& full = unpooled ? call.output : call.skip;
   require(
@@ -246,6 +269,7 @@ void bind_conv_relu_pool2d(py::module_& m) {
   m.def("conv_relu_pool2d_forward", &conv_relu_pool2d_forward);
   m.def("conv_relu_pool2d_backward", &conv_relu_pool2d_backward);
   m.def("winograd_forward", &winograd_forward);
+  m.def("winograd_kept_bytes", &winograd_kept_bytes);
   m.def("winograd_backward", &winograd_backward);
   m.def("relu_pool2d_forward", &relu_pool2d_forward);
   m.def("relu_pool2d_backward", &relu_pool2d_backward);

@@ -37,8 +37,16 @@ struct ConvReluPool2dForward {
 // stride 2 under a pool of 3x3.
 struct ConvReluPool2dWinogradForward : ConvReluPool2dForward {
   Tensor skip;       // [N, K, convolved height, convolved width], optional under 2x2: relu(conv(input))
+  Tensor scale;      // [K], optional, for 3x3: by which the weight's output channels are multiplied
+  Tensor kept;       // uint8 [bytes], optional, for 3x3 and more than kFewChannels: transformed weights stay there
   bool relu = true;  // false, without a pool: output = conv(input) + bias, which is conv2d
   bool* done;  // false where its sums might overflow or anything isn't finite: then the outputs hold nothing of use
+};
+
+// How large `kept` has to be for a weight.
+struct Conv2dWinogradKeptBytes {
+  Tensor weight;
+  int64_t* bytes;
 };
 
 // The gradients of a convolution, those that are given as tensors.
@@ -82,6 +90,7 @@ struct ReluPool2dBackward {
 FASTSEG_KERNEL(conv_relu_pool2d_forward, ConvReluPool2dForward)
 FASTSEG_KERNEL(conv_relu_pool2d_winograd_forward, ConvReluPool2dWinogradForward)
 FASTSEG_KERNEL(conv2d_winograd_backward, Conv2dWinogradBackward)
+FASTSEG_KERNEL(conv2d_winograd_kept_bytes, Conv2dWinogradKeptBytes)
 FASTSEG_KERNEL(conv_relu_pool2d_backward, ConvReluPool2dBackward)
 FASTSEG_KERNEL(relu_pool2d_forward, ReluPool2dForward)
 FASTSEG_KERNEL(relu_pool2d_backward, ReluPool2dBackward)

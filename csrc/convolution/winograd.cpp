@@ -14,6 +14,14 @@ namespace {
 
 // Whether it did.
 template <class Kernel>
+bool run(Kernel& kernel) {
+  bool safe = kernel.largest_input >= 0;
+  kernel.safe = &safe;
+  if (safe) for_each_task(kernel.tasks(), kernel.call.threads, [&](int64_t task) { return kernel.run(task); });
+  return safe;
+}
+
+template <class Kernel>
 bool forward(const ConvReluPool2dWinogradForward& call) {
   Kernel kernel(call);
   if (kernel.tasks() == 0) return true;
@@ -21,17 +29,35 @@ bool forward(const ConvReluPool2dWinogradForward& call) {
   Workspace workspace(bytes);
   advise_huge_pages(workspace.data(), bytes);  // 17 MB for 512 by 512 channels, fresh at every call
   kernel.prepare(workspace.data());
-  bool safe = kernel.largest_input >= 0;
-  kernel.safe = &safe;
-  if (safe) for_each_task(kernel.tasks(), call.threads, [&](int64_t task) { return kernel.run(task); });
-  return safe;
+  return run(kernel);
+}
+
+template <class T>
+int64_t kept_bytes(const Tensor& weight) {
+  return int64_t{sizeof(KeptHeader)} + WinogradChannels<T>::workspace_elements(weight) * int64_t{sizeof(T)};
+}
+
+// With transformed weights that stay. Calls at the same time write the same numbers there.
+template <class T>
+bool forward_keeping(const ConvReluPool2dWinogradForward& call) {
+  WinogradChannels<T> kernel(call);
+  if (kernel.tasks() == 0) return true;
+  if (call.kept.size[0] < kept_bytes<T>(call.weight)) return forward<WinogradChannels<T>>(call);  // for other vectors
+  KeptHeader* header = static_cast<KeptHeader*>(call.kept.data);
+  const KeptHeader wanted = {kernel.fingerprint(), kernel.workspace_elements(), kLanes<T>};
+  const bool transformed =
+      header->fingerprint == wanted.fingerprint && header->elements == wanted.elements && header->lanes == wanted.lanes;
+  kernel.prepare(header + 1, transformed);
+  if (!transformed) *header = wanted;
+  return run(kernel);
 }
 
 template <class T>
 bool forward_of(const ConvReluPool2dWinogradForward& call) {
   if (call.weight.size[2] == kStemKernel) return forward<WinogradStem<T>>(call);
   const bool all_channels = call.skip || call.geometry.pool_size[0] != kPoolSide || call.input.size[1] > kFewChannels;
-  return all_channels ? forward<WinogradChannels<T>>(call) : forward<WinogradWindows<T>>(call);
+  if (!all_channels) return forward<WinogradWindows<T>>(call);
+  return call.kept ? forward_keeping<T>(call) : forward<WinogradChannels<T>>(call);
 }
 
 // The gradient of the input is a convolution too: of grad_output, by the kernels turned by 180 degrees, with output
@@ -66,6 +92,11 @@ bool backward_of(const Conv2dWinogradBackward& call) {
 
 void conv_relu_pool2d_winograd_forward(const ConvReluPool2dWinogradForward& call) {
   *call.done = call.input.dtype == DType::kFloat64 ? forward_of<double>(call) : forward_of<float>(call);
+}
+
+void conv2d_winograd_kept_bytes(const Conv2dWinogradKeptBytes& call) {
+  const bool is_double = call.weight.dtype == DType::kFloat64;
+  *call.bytes = is_double ? kept_bytes<double>(call.weight) : kept_bytes<float>(call.weight);
 }
 
 void conv2d_winograd_backward(const Conv2dWinogradBackward& call) {

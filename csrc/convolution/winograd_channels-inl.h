@@ -4,6 +4,7 @@
 #pragma once
 
 #include "convolution/conv_relu_pool2d.h"
+#include "convolution/kept_weights-inl.h"
 #include "convolution/pool_tile-inl.h"
 #include "convolution/register_tile-inl.h"
 #include "convolution/winograd-inl.h"
@@ -58,7 +59,13 @@ struct WinogradChannels {
 
   int64_t block_elements() const { return kProducts * weight_plane(); }
 
-  int64_t workspace_elements() const { return blocks * (block_elements() + kBlock<T> + 2); }
+  int64_t workspace_elements() const { return workspace_elements(call.weight); }
+
+  // For a weight [K, C, 3, 3].
+  static int64_t workspace_elements(const Tensor& weight) {
+    const int64_t plane = weight.size[1] * kBlock<T> + kRowPadding;
+    return ceil_div(weight.size[0], kBlock<T>) * (kProducts * plane + kBlock<T> + 2);
+  }
 
   // The largest magnitudes of each block's weights, then of its bias.
   T* maxima() const { return bias + blocks * kBlock<T>; }
@@ -74,6 +81,7 @@ struct WinogradChannels {
     if (call.bias)
       pack(at(call.bias, first * call.bias.stride[0]), call.bias.dtype, 1, count, 0, call.bias.stride[0], shift, 0);
     const KernelStrides step = pack_kernels(first, count, lanes, taps);
+    if (call.scale) scale_kernels(first, count, lanes, elements, taps);
     maxima()[block] = largest_magnitude(taps, elements);
     maxima()[blocks + block] = largest_magnitude(shift, kBlock<T>);
     for (int64_t i = 0; i < shape.c * lanes; i += kLanes<T>) {
@@ -88,6 +96,12 @@ struct WinogradChannels {
         store<T>(target + product * weight_plane(), u[product / kSide][product % kSide]);
     }
     return true;
+  }
+
+  void scale_kernels(int64_t first, int64_t count, int64_t lanes, int64_t elements, T* taps) const {
+    T scale[kBlock<T>] = {};
+    pack(at(call.scale, first * call.scale.stride[0]), call.scale.dtype, 1, count, 0, call.scale.stride[0], scale, 0);
+    for (int64_t i = 0; i < elements; i += kLanes<T>) store<T>(taps + i, load(taps + i) * load(scale + i % lanes));
   }
 
   struct KernelStrides {
@@ -244,10 +258,21 @@ struct WinogradChannels {
     }
   }
 
-  void prepare(void* workspace) {
+  // What changes the transformed weights.
+  uint64_t fingerprint() const {
+    const Tensor &w = call.weight, *tensors[] = {&w, &call.bias, &call.scale};
+    uint64_t result = mix(static_cast<uint64_t>(w.stride[1]), static_cast<uint64_t>(w.stride[3]));
+    for (const Tensor* tensor : tensors) {
+      const int64_t elements = tensor == &w ? shape.k * shape.c * kKernelTaps : shape.k;
+      result = mix(result, *tensor ? fingerprint_of(tensor->data, elements * element_size(w.dtype), call.threads) : 0);
+    }
+    return result;
+  }
+
+  void prepare(void* workspace, bool transformed = false) {
     weights = static_cast<T*>(workspace);
     bias = weights + blocks * block_elements();
-    for_each_task(blocks, call.threads, [&](int64_t block) { return transform_weights(block); });
+    if (!transformed) for_each_task(blocks, call.threads, [&](int64_t block) { return transform_weights(block); });
     largest_input = largest_safe_input(maxima(), 2 * blocks, kGrowth * shape.c);
   }
 

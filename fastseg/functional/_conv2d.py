@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastseg.ops.convolution.algorithms import serves_conv2d
+from fastseg.ops.convolution.convolve import for_prediction, scaled
 from fastseg.ops.convolution.geometry import resolve
 
 IntOrPair = int | tuple[int, ...]
@@ -20,6 +21,8 @@ def conv2d(
     padding: str | IntOrPair = 0,
     dilation: IntOrPair = 1,
     groups: int = 1,
+    *,
+    scale: Tensor | None = None,
 ) -> Tensor:
     """`torch.nn.functional.conv2d`: on a CPU, 3x3 kernels with a step of one pixel run Winograd's algorithm.
 
@@ -40,6 +43,7 @@ def conv2d(
             size; needs stride 1).
         dilation: Distance between the kernel's taps, in pixels.
         groups: Blocks of channels that are convolved apart.
+        scale: ``[K]`` of input's dtype, by which the kernels are multiplied; as batch normalisation does in evaluation.
 
     Returns:
         ``[N, K, CH, CW]`` in input's dtype; see `torch.nn.functional.conv2d` for the formula and the sizes.
@@ -48,11 +52,12 @@ def conv2d(
         ValueError: A number is out of its range; the message names the argument.
         RuntimeError: Shapes or dtypes don't fit: torch's own error.
     """
+    weight, scale, keep = for_prediction(weight, scale)
     if _are_served(input, weight, bias):
         geometry, _ = resolve((3, 3), stride, padding, dilation, groups, 1, None, 0, False)
-        if serves_conv2d(input, weight, geometry):
-            return torch.ops.fastseg.conv2d.default(input, weight, bias, geometry.padding)
-    return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+        if serves_conv2d(input, weight, geometry, keep):
+            return torch.ops.fastseg.conv2d.default(input, weight, bias, scale, geometry.padding, keep)
+    return F.conv2d(input, scaled(weight, scale), bias, stride, padding, dilation, groups)
 
 
 def _are_served(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:

@@ -12,6 +12,7 @@ from fastseg.functional._checks import FLOATING_DTYPES, without_batch
 from fastseg.ops import conv_relu_pool2d as operator
 from fastseg.ops.arguments import integer
 from fastseg.ops.convolution import geometry as geometries
+from fastseg.ops.convolution.convolve import scaled
 
 IntOrPair = int | tuple[int, ...]
 
@@ -31,6 +32,7 @@ def conv_relu_pool2d(
     ceil_mode: bool = False,
     return_indices: bool = False,
     return_skip: bool = False,
+    scale: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, ...]:
     """Convolution, bias, ReLU and max pooling in one operator: ``max_pool2d(relu(conv2d(input, weight, bias)))``.
 
@@ -59,6 +61,7 @@ def conv_relu_pool2d(
         ceil_mode: Round the pooled size up instead of down.
         return_indices: Also return the maxima's flat positions in the convolution's output, as max_pool2d does.
         return_skip: Also return the un-pooled ``relu(conv2d(...))``, with a gradient of its own (a U-Net's skip).
+        scale: ``[K]`` of input's dtype, by which the kernels are multiplied; as batch normalisation does in evaluation.
 
     Returns:
         The pooled tensor ``[N, K, PH, PW]`` in input's dtype; then, where asked, the indices (int64, of the same
@@ -68,7 +71,9 @@ def conv_relu_pool2d(
         ValueError: Shapes or numbers don't fit; the message names the argument.
         TypeError: A dtype that isn't supported, or dtypes that differ.
     """
-    input, weight, bias = operator.cast_for_autocast(input, weight, bias)
+    if scale is not None and scale.shape != weight.shape[:1]:
+        raise ValueError(f"scale: expected shape ({weight.shape[0]},), got {tuple(scale.shape)}")
+    input, weight, bias, scale = operator.cast_for_autocast(input, weight, bias, scale)
     _check_tensors(input, weight, bias, groups)
     geometry, (extra_h, extra_w) = geometries.resolve(
         weight.shape[2:], stride, padding, dilation, groups, pool_size, pool_stride, pool_padding, ceil_mode
@@ -84,12 +89,13 @@ def conv_relu_pool2d(
         if not torch.compiler.is_compiling():
             log_fallback("conv_relu_pool2d", f"a pool window of more than {geometries.MAX_WINDOW} positions")
         results = reference.conv_relu_pool2d(
-            input, weight, bias, *geometry[:4], pool_size=geometry.pool_size, pool_stride=geometry.pool_stride,
+            input, scaled(weight, scale), bias, *geometry[:4],
+            pool_size=geometry.pool_size, pool_stride=geometry.pool_stride,
             pool_padding=geometry.pool_padding, ceil_mode=geometry.ceil_mode,
             return_indices=return_indices, return_skip=return_skip,
         )  # fmt: skip
     else:
-        results = operator.conv_relu_pool2d(input, weight, bias, geometry, return_indices, return_skip)
+        results = operator.conv_relu_pool2d(input, weight, bias, scale, geometry, return_indices, return_skip)
     return without_batch(results) if unbatched else results
 
 

@@ -19,8 +19,13 @@ from fastseg.ops.registration import register_gradient, register_plain
 
 # ---- schemas ----
 
+# The weight's output channels are multiplied by the scale; what is made of weights that are likely to come again is
+# kept. Both are for predictions.
 _library = torch.library.Library("fastseg", "FRAGMENT")
-_library.define("conv2d(Tensor input, Tensor weight, Tensor? bias, int[2] padding) -> Tensor", tags=ANY_LAYOUT)
+_library.define(
+    "conv2d(Tensor input, Tensor weight, Tensor? bias, Tensor? scale, int[2] padding, bool keep) -> Tensor",
+    tags=ANY_LAYOUT,
+)
 _library.define(
     "conv2d_backward(Tensor grad_output, Tensor input, Tensor weight, int[2] padding, bool[3] needs)"
     " -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)",
@@ -29,7 +34,9 @@ _library.define(
 
 
 @torch.library.register_fake("fastseg::conv2d", lib=_library)
-def _allocate_output(input: Tensor, weight: Tensor, bias: Tensor | None, padding: list[int]) -> Tensor:
+def _allocate_output(
+    input: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, padding: list[int], keep: bool
+) -> Tensor:
     size = (rows + 2 * pad - 2 for rows, pad in zip(input.shape[2:], padding, strict=True))
     return empty(input, (input.shape[0], weight.shape[0], *size), convolve.output_format(input, weight))
 
@@ -44,14 +51,16 @@ def _backward_fake(
 # ---- implementations ----
 
 
-def _forward_cpu(input: Tensor, weight: Tensor, bias: Tensor | None, padding: list[int]) -> Tensor:
+def _forward_cpu(
+    input: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, padding: list[int], keep: bool
+) -> Tensor:
     kernels, geometry = native("conv2d"), of_conv2d(*padding)
-    if kernels is not None and algorithms.choose_cpu_forward(input, weight, geometry, False) == "winograd":
-        output = _allocate_output(input, weight, bias, padding)
+    if kernels is not None and algorithms.choose_cpu_forward(input, weight, geometry, False, keep) == "winograd":
+        output = _allocate_output(input, weight, bias, scale, padding, keep)
         tensors = (input, weight, bias, output, None, None)
-        if convolve.fill_outputs(kernels, "winograd", tensors, flatten(geometry), relu=False):
+        if convolve.fill_outputs(kernels, "winograd", tensors, flatten(geometry), relu=False, scale=scale, keep=keep):
             return output
-    return forward_plain(input, weight, bias, padding)
+    return forward_plain(input, weight, bias, scale, padding, keep)
 
 
 def _backward_cpu(
@@ -64,9 +73,11 @@ def _backward_cpu(
     return convolve.dense_backward(kernels, algorithm, (grad_output, input, weight), flatten(geometry), needs)
 
 
-def forward_plain(input: Tensor, weight: Tensor, bias: Tensor | None, padding: list[int]) -> Tensor:
+def forward_plain(
+    input: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, padding: list[int], keep: bool
+) -> Tensor:
     """The operator from torch's own, in the layout that the fake promises."""
-    output = torch.conv2d(input, weight, bias, 1, padding)
+    output = torch.conv2d(input, convolve.scaled(weight, scale), bias, 1, padding)
     return output.contiguous(memory_format=convolve.output_format(input, weight))
 
 
@@ -90,19 +101,26 @@ class _Conv2d(torch.autograd.Function):
     """The operator's gradient; forward and backward are both operators, so that compilers can trace them."""
 
     @staticmethod
-    def forward(ctx: Any, call: Any, input: Tensor, weight: Tensor, bias: Tensor | None, padding: list[int]) -> Tensor:
-        ctx.save_for_backward(input, weight)
+    def forward(
+        ctx: Any, call: Any, input: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None,
+        padding: list[int], keep: bool,
+    ) -> Tensor:  # fmt: skip
+        ctx.save_for_backward(input, weight, scale)
         ctx.padding = padding
-        return call(input, weight, bias, padding)
+        return call(input, weight, bias, scale, padding, keep)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        input, weight = ctx.saved_tensors
+        input, weight, scale = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[1:4])
         # create_graph=True: this gradient will be differentiated itself, which plain PyTorch's can.
         backward = backward_plain if torch.is_grad_enabled() else torch.ops.fastseg.conv2d_backward.default
-        gradients = backward(grad_output, input, weight, ctx.padding, needs)
-        return None, *(gradient if need else None for gradient, need in zip(gradients, needs, strict=True)), None
+        grad_input, grad_weight, grad_bias = backward(
+            grad_output, input, convolve.scaled(weight, scale), ctx.padding, needs
+        )
+        gradients = grad_input, convolve.scaled(grad_weight, scale) if needs[1] else None, grad_bias
+        found = (gradient if need else None for gradient, need in zip(gradients, needs, strict=True))
+        return None, *found, None, None, None
 
 
-register_gradient(_library, "conv2d", {"CPU": _forward_cpu}, _Conv2d.apply, forward_plain, tensors=3, differentiable=3)
+register_gradient(_library, "conv2d", {"CPU": _forward_cpu}, _Conv2d.apply, forward_plain, tensors=4, differentiable=3)

@@ -22,8 +22,8 @@ from fastseg.ops.registration import register_gradient, register_plain
 # The geometry is `flatten`ed.
 _library = torch.library.Library("fastseg", "FRAGMENT")
 _library.define(
-    "conv_relu_pool2d(Tensor input, Tensor weight, Tensor? bias, int[] geometry, bool with_positions, bool with_skip)"
-    " -> (Tensor output, Tensor positions, Tensor skip)",
+    "conv_relu_pool2d(Tensor input, Tensor weight, Tensor? bias, Tensor? scale, int[] geometry, bool with_positions, "
+    "bool with_skip, bool keep) -> (Tensor output, Tensor positions, Tensor skip)",
     tags=ANY_LAYOUT,
 )
 _library.define(
@@ -35,8 +35,9 @@ _library.define(
 
 @torch.library.register_fake("fastseg::conv_relu_pool2d", lib=_library)
 def _allocate(
-    input: Tensor, weight: Tensor, bias: Tensor | None, numbers: list[int], with_positions: bool, with_skip: bool
-) -> pooling.Results:
+    input: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, numbers: list[int],
+    with_positions: bool, with_skip: bool, keep: bool,
+) -> pooling.Results:  # fmt: skip
     shapes = output_shapes(input.shape, weight.shape, unflatten(tuple(numbers)))
     return pooling.allocate_results(input, shapes, convolve.output_format(input, weight), with_positions, with_skip)
 
@@ -53,21 +54,22 @@ def _backward_fake(
 
 
 def _forward_cpu(
-    input: Tensor, weight: Tensor, bias: Tensor | None, numbers: list[int], with_positions: bool, with_skip: bool
-) -> pooling.Results:
+    input: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, numbers: list[int],
+    with_positions: bool, with_skip: bool, keep: bool,
+) -> pooling.Results:  # fmt: skip
     kernels = native("conv_relu_pool2d")
     if kernels is None:
-        return forward_plain(input, weight, bias, numbers, with_positions, with_skip)
+        return forward_plain(input, weight, bias, scale, numbers, with_positions, with_skip, keep)
     geometry = unflatten(tuple(numbers))
-    algorithm = algorithms.choose_cpu_forward(input, weight, geometry, with_skip)
+    algorithm = algorithms.choose_cpu_forward(input, weight, geometry, with_skip, keep)
     fused_skip = with_skip and algorithm == "winograd"
-    output, positions, skip = _allocate(input, weight, bias, numbers, with_positions, fused_skip)
+    output, positions, skip = _allocate(input, weight, bias, scale, numbers, with_positions, fused_skip, keep)
     kept = positions if with_positions else None
-    tensors = (input, weight, bias, output, kept, skip if fused_skip else None)
-    if convolve.fill_outputs(kernels, algorithm, tensors, numbers):
+    filled = (input, weight, bias, output, kept, skip if fused_skip else None)
+    if convolve.fill_outputs(kernels, algorithm, filled, numbers, scale=scale, keep=keep):
         return output, positions, skip
 
-    convolved = torch.conv2d(input, weight, bias, *geometry[:4])
+    convolved = torch.conv2d(input, convolve.scaled(weight, scale), bias, *geometry[:4])
     # Where windows overlap, two of them read one row: it can't be rewritten in passing.
     in_place = with_skip and not geometry.windows_overlap
     if with_skip and not in_place:
@@ -107,14 +109,16 @@ _KERNELS_OF_ALGORITHMS = {"fields": "conv_relu_pool2d_fields", "direct": "conv_r
 
 
 def _forward_triton(
-    input: Tensor, weight: Tensor, bias: Tensor | None, numbers: list[int], with_positions: bool, with_skip: bool
-) -> pooling.Results:
+    input: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, numbers: list[int],
+    with_positions: bool, with_skip: bool, keep: bool,
+) -> pooling.Results:  # fmt: skip
     geometry = unflatten(tuple(numbers))
+    weight, scale = convolve.scaled(weight, scale), None
     algorithm = algorithms.choose_gpu_forward(weight, geometry, with_skip)
     kernels = _triton.kernels("conv_relu_pool2d", _KERNELS_OF_ALGORITHMS[algorithm])
     if kernels is None:
-        return forward_plain(input, weight, bias, numbers, with_positions, with_skip)
-    output, positions, skip = _allocate(input, weight, bias, numbers, with_positions, False)
+        return forward_plain(input, weight, bias, scale, numbers, with_positions, with_skip, keep)
+    output, positions, skip = _allocate(input, weight, bias, scale, numbers, with_positions, False, keep)
     kept = positions if with_positions else None
     if algorithm != "library":
         _, convolved_shape = output_shapes(input.shape, weight.shape, geometry)
@@ -164,11 +168,12 @@ def _backward_triton(
 
 
 def forward_plain(
-    input: Tensor, weight: Tensor, bias: Tensor | None, numbers: list[int], with_positions: bool, with_skip: bool
-) -> pooling.Results:
+    input: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, numbers: list[int],
+    with_positions: bool, with_skip: bool, keep: bool,
+) -> pooling.Results:  # fmt: skip
     """The operator for devices without a kernel, from torch's own operators."""
     geometry = unflatten(tuple(numbers))
-    convolved = torch.conv2d(input, weight, bias, *geometry[:4])
+    convolved = torch.conv2d(input, convolve.scaled(weight, scale), bias, *geometry[:4])
     return pooling.pool_plain(convolved, geometry, convolve.output_format(input, weight), with_positions, with_skip)
 
 
@@ -183,23 +188,28 @@ def backward_plain(
     return convolve.library_backward(dense, input, weight, geometry, needs)
 
 
-def cast_for_autocast(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+def cast_for_autocast(
+    input: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """The tensors in autocast's dtype where it is on for their device, as it treats conv2d; float64 stays."""
     device = input.device.type
     # TorchDynamo can't trace is_autocast_available (torch 2.11); what it compiles for has autocast.
     available = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)
     if not available or not torch.is_autocast_enabled(device):
-        return input, weight, bias
+        return input, weight, bias, scale
+    weight = convolve.scaled(weight, scale)
     dtype = torch.get_autocast_dtype(device)
 
     def cast(tensor: Tensor) -> Tensor:
         return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
 
-    return cast(input), cast(weight), None if bias is None else cast(bias)
+    return cast(input), cast(weight), None if bias is None else cast(bias), None
 
 
-def _forward_autocast(input: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> pooling.Results:
-    tensors = cast_for_autocast(input, weight, bias)
+def _forward_autocast(
+    input: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, *rest: Any
+) -> pooling.Results:  # fmt: skip
+    tensors = cast_for_autocast(input, weight, bias, scale)
     with torch.autocast(input.device.type, enabled=False):
         return torch.ops.fastseg.conv_relu_pool2d.default(*tensors, *rest)
 
@@ -220,30 +230,32 @@ class _ConvReLUPool2d(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, call: Any, input: Tensor, weight: Tensor, bias: Tensor | None, numbers: list[int],
-        with_positions: bool, with_skip: bool,
+        ctx: Any, call: Any, input: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None,
+        numbers: list[int], with_positions: bool, with_skip: bool, keep: bool,
     ) -> pooling.Results:  # fmt: skip
         ctx.numbers = numbers
-        results = call(input, weight, bias, numbers, True, with_skip)
-        return pooling.save(ctx, (input, weight, bias), results, with_positions, with_skip)
+        results = call(input, weight, bias, scale, numbers, True, with_skip, keep)
+        return pooling.save(ctx, (input, weight, bias, scale), results, with_positions, with_skip)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, _: Any, grad_skip: Tensor | None) -> tuple[Tensor | None, ...]:
-        input, weight, bias, positions, skip = ctx.saved_tensors
+        input, weight, bias, scale, positions, skip = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[1:4])
         if skip is None:  # compilers make up a gradient for the output that stands for no skip
             grad_skip = None
         if grad_output is None and grad_skip is None:
-            return (None,) * 7
+            return (None,) * 9
+        weight = convolve.scaled(weight, scale)
         if torch.is_grad_enabled():
             # create_graph=True: this gradient will be differentiated itself, which plain PyTorch can.
-            gradients = _differentiable_backward(grad_output, grad_skip, input, weight, bias, ctx.numbers, needs)
+            grads: Any = _differentiable_backward(grad_output, grad_skip, input, weight, bias, ctx.numbers, needs)
         else:
-            gradients = torch.ops.fastseg.conv_relu_pool2d_backward.default(
+            grads = torch.ops.fastseg.conv_relu_pool2d_backward.default(
                 grad_output, grad_skip, input, weight, positions, skip, ctx.numbers, needs
             )
+        gradients = (grads[0], convolve.scaled(grads[1], scale) if needs[1] else None, grads[2])
         found = (gradient if need else None for gradient, need in zip(gradients, needs, strict=True))
-        return None, *found, None, None, None
+        return None, *found, None, None, None, None, None
 
 
 def _differentiable_backward(
@@ -261,16 +273,18 @@ def _differentiable_backward(
 
 
 register_gradient(
-    _library, "conv_relu_pool2d", _KERNELS, _ConvReLUPool2d.apply, forward_plain, tensors=3, differentiable=3
+    _library, "conv_relu_pool2d", _KERNELS, _ConvReLUPool2d.apply, forward_plain, tensors=4, differentiable=3
 )
 
 
 def conv_relu_pool2d(
-    input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, return_indices: bool, return_skip: bool
-) -> Tensor | tuple[Tensor, ...]:
+    input: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, geometry: Geometry,
+    return_indices: bool, return_skip: bool,
+) -> Tensor | tuple[Tensor, ...]:  # fmt: skip
     """What of the operator's results was asked for; arguments checked and resolved by `fastseg.functional`."""
+    weight, scale, keep = convolve.for_prediction(weight, scale)
     results = torch.ops.fastseg.conv_relu_pool2d.default(
-        input, weight, bias, flatten(geometry), return_indices, return_skip
+        input, weight, bias, scale, flatten(geometry), return_indices, return_skip, keep
     )
     convolved = output_shapes(input.shape, weight.shape, geometry)[1] if return_indices else ()
     return pooling.asked_for(results, convolved, geometry, return_indices, return_skip)

@@ -38,7 +38,13 @@ def register(counter: ModuleType) -> None:
 
     @counter.register_flop_formula(operators.conv_relu_pool2d)
     def conv_relu_pool2d(
-        input: Shape, weight: Shape, bias: Shape | None, geometry: list[int], *rest: Any, out_shape: Any
+        input: Shape,
+        weight: Shape,
+        bias: Shape | None,
+        scale: Shape | None,
+        geometry: list[int],
+        *rest: Any,
+        out_shape: Any,
     ) -> int:
         return counter.conv_flop_count(input, weight, _convolved(input, weight, geometry))
 

@@ -196,8 +196,8 @@ def test_opcheck_conv_relu_pool2d(algorithm: str) -> None:
     geometry = flatten(resolve((3, 3), 1, 1, 1, 1, 2, None, 0, False)[0])
     forward = torch.ops.fastseg.conv_relu_pool2d.default
     for with_skip in (False, True):
-        torch.library.opcheck(forward, (input, weight, bias, geometry, True, with_skip))
-    output, positions, _ = forward(input, weight, bias, geometry, True, False)
+        torch.library.opcheck(forward, (input, weight, bias, None, geometry, True, with_skip, False))
+    output, positions, _ = forward(input, weight, bias, None, geometry, True, False, False)
     torch.library.opcheck(
         torch.ops.fastseg.conv_relu_pool2d_backward.default,
         (torch.randn_like(output), None, input, weight, positions, None, geometry, [True, True, True]),

@@ -49,7 +49,7 @@ SHAPES = {
 def algorithm(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Serves calls by one algorithm both ways; those that the direct one can't serve go to the library all the same."""
 
-    def choose(input: Tensor, weight: Tensor, geometry: Geometry, with_skip: bool, **rest: bool) -> str:
+    def choose(input: Tensor, weight: Tensor, geometry: Geometry, with_skip: bool, *rest: bool, **others: bool) -> str:
         return "library" if geometry.groups > 1 or with_skip else request.param
 
     def choose_gpu(weight: Tensor, geometry: Geometry, with_skip: bool) -> str:
@@ -295,6 +295,6 @@ def test_autocast_of_the_bare_operator() -> None:
     geometry = flatten(resolve((3, 3), 1, 1, 1, 1, 2, None, 0, False)[0])
     with torch.autocast("cpu", torch.bfloat16):
         output, _, _ = torch.ops.fastseg.conv_relu_pool2d(
-            *tensors(SHAPES["rgb"], torch.float32), geometry, False, False
+            *tensors(SHAPES["rgb"], torch.float32), None, geometry, False, False, False
         )
     assert output.dtype == torch.bfloat16

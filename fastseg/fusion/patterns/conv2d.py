@@ -7,6 +7,7 @@ report.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -24,16 +25,15 @@ def conv_batch_norm(
     input: Tensor, weight: Tensor, bias: Tensor | None, batch_norm: dict[str, Any] | None, **numbers: Any
 ) -> Tensor:
     """What the graph calls."""
-    if batch_norm is not None:
-        weight, bias = fold(weight, bias, **batch_norm)
-    return conv2d(input, weight, bias, **numbers)
+    weight, bias, scale = fold(weight, bias, batch_norm)
+    return conv2d(input, weight, bias, **numbers, scale=scale)
 
 
 def _match(last: Call) -> Match:
     chain = convolution(last)
     convolved = tensor_of(chain[0].node)
     demand(convolved is not None and convolved.dtype in (torch.float32, torch.float64))
-    demand(looks_served(chain[0], serves_conv2d))
+    demand(looks_served(chain[0], functools.partial(serves_conv2d, keep=not torch.is_grad_enabled())))
     return Match(
         nodes=[call.node for call in chain],
         outputs={last.node: None},

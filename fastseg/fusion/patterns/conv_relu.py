@@ -25,9 +25,8 @@ def conv_batch_norm_relu(
     input: Tensor, weight: Tensor, bias: Tensor | None, batch_norm: dict[str, Any] | None, **numbers: Any
 ) -> Tensor:
     """What the graph calls."""
-    if batch_norm is not None:
-        weight, bias = fold(weight, bias, **batch_norm)
-    return conv_relu_pool2d(input, weight, bias, **numbers, pool_size=1)  # type: ignore[return-value]  # one result
+    weight, bias, scale = fold(weight, bias, batch_norm)
+    return conv_relu_pool2d(input, weight, bias, **numbers, pool_size=1, scale=scale)  # type: ignore[return-value]
 
 
 def _match(relu: Call) -> Match:
@@ -43,7 +42,7 @@ def _match(relu: Call) -> Match:
 
 
 def _is_served(input: Tensor, weight: Tensor, geometry: Geometry) -> bool:
-    return choose_cpu_forward(input, weight, geometry, False) == "winograd"
+    return choose_cpu_forward(input, weight, geometry, False, keep=not torch.is_grad_enabled()) == "winograd"
 
 
 def looks_served(conv: Call, serves: Callable[[Tensor, Tensor, Geometry], bool]) -> bool:

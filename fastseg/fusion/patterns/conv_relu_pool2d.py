@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from fastseg.functional import conv_relu_pool2d
 from fastseg.fusion.calls import Call, has_nodes, tensor_of
 from fastseg.fusion.pattern import Match, Pattern, Unfit, demand, source
+from fastseg.ops.convolution.convolve import scaled
 from fastseg.ops.convolution.geometry import MAX_WINDOW
 
 NUMBERS = ("stride", "padding", "dilation", "groups")  # of a convolution
@@ -26,9 +27,10 @@ def conv_batch_norm_relu_pool2d(
     return_skip: bool, **options: Any,
 ) -> Any:  # fmt: skip
     """What the graph calls: the pooled value (with its indices where asked, as max_pool2d), then the skip."""
-    if batch_norm is not None:
-        weight, bias = fold(weight, bias, **batch_norm)
-    results = conv_relu_pool2d(input, weight, bias, **options, return_indices=return_indices, return_skip=return_skip)
+    weight, bias, scale = fold(weight, bias, batch_norm)
+    results = conv_relu_pool2d(
+        input, weight, bias, **options, return_indices=return_indices, return_skip=return_skip, scale=scale
+    )
     if return_indices and return_skip:
         output, indices, skip = results
         return (output, indices), skip
@@ -36,19 +38,25 @@ def conv_batch_norm_relu_pool2d(
 
 
 def fold(
-    conv_weight: Tensor, conv_bias: Tensor | None, running_mean: Tensor, running_var: Tensor, weight: Tensor | None,
-    bias: Tensor | None, eps: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Weight and bias of the convolution that does what ``batch_norm(conv2d(...))`` does in evaluation."""
-    accumulated = torch.promote_types(conv_weight.dtype, torch.float32)
-    scale = torch.rsqrt(running_var.to(accumulated) + eps)
-    if weight is not None:
-        scale = scale * weight
-    shift = -running_mean if conv_bias is None else conv_bias.to(accumulated) - running_mean
-    folded_bias = shift * scale
-    if bias is not None:
-        folded_bias = folded_bias + bias
-    return (conv_weight * scale.reshape(-1, 1, 1, 1)).to(conv_weight.dtype), folded_bias.to(conv_weight.dtype)
+    weight: Tensor, bias: Tensor | None, batch_norm: dict[str, Any] | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Weight, bias and scale of the convolution that does what ``batch_norm(conv2d(...))`` does in evaluation.
+
+    Half types have no scale but another weight: rounded, the scale would add an error of its own.
+    """
+    if batch_norm is None:
+        return weight, bias, None
+    accumulated = torch.promote_types(weight.dtype, torch.float32)
+    scale = torch.rsqrt(batch_norm["running_var"].to(accumulated) + batch_norm["eps"])
+    if batch_norm["weight"] is not None:
+        scale = scale * batch_norm["weight"]
+    mean = batch_norm["running_mean"]
+    folded = (-mean if bias is None else bias.to(accumulated) - mean) * scale
+    if batch_norm["bias"] is not None:
+        folded = folded + batch_norm["bias"]
+    if accumulated != weight.dtype:
+        return scaled(weight, scale).to(weight.dtype), folded.to(weight.dtype), None
+    return weight, folded.to(weight.dtype), scale.to(weight.dtype)
 
 
 def _match_relu_pool(pool: Call) -> Match:

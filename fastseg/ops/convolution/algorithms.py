@@ -37,6 +37,7 @@ DIRECT_COLUMNS = 24 if _C is None else _C.DIRECT_COLUMNS  # up to which the forw
 # Input pixels (of all images) from which a CPU takes Winograd's F(2x2, 3x3) where it can: fewer don't pay for the
 # transform of the weights. Measured with AVX2 (AMD Zen 3, 2026-11-22): a tenth ahead of oneDNN at 256, even at 196.
 WINOGRAD_MIN_PIXELS = 200
+WINOGRAD_MIN_PIXELS_KEPT = 64  # of kept weights
 
 # Input channels up to which it takes loops of its own, which know neither a skip nor how not to pool.
 WINOGRAD_FEW_CHANNELS = 4 if _C is None else _C.FEW_CHANNELS
@@ -58,16 +59,19 @@ PLAIN_POOL_MAX_VALUES_CHANNELS_LAST = 2**17
 
 
 def choose_cpu_forward(
-    input: Tensor, weight: Tensor, geometry: Geometry, with_skip: bool, winograd: bool = True
+    input: Tensor, weight: Tensor, geometry: Geometry, with_skip: bool, keep: bool = False, winograd: bool = True
 ) -> Literal["winograd", "direct", "library"]:
-    """Which algorithm serves a forward call on a CPU; without ``winograd``, where its transforms can't carry values."""
+    """Which algorithm serves a forward call on a CPU.
+
+    With ``keep``, Winograd's transformed weights are there already; without ``winograd``, it can't carry the values.
+    """
     numbers = (tuple(weight.shape[2:]), geometry.stride, geometry.dilation, geometry.pool)
     many = input.shape[1] > WINOGRAD_FEW_CHANNELS
     if with_skip:
         served = many and numbers == WINOGRAD_POOLED
     else:
         served = numbers in (WINOGRAD_POOLED, WINOGRAD_STEM) or (many and numbers == WINOGRAD_UNPOOLED)
-    if winograd and served and geometry.groups == 1 and _pays_for_winograd(input):
+    if winograd and served and geometry.groups == 1 and _pays_for_winograd(input, keep and many):
         return "winograd"
     if with_skip:  # the skip is the full-resolution map itself
         return "library"
@@ -91,12 +95,12 @@ def choose_cpu_backward(
     return _direct_or_library(input, weight, geometry, most_taps)
 
 
-def serves_conv2d(input: Tensor, weight: Tensor, geometry: Geometry) -> bool:
+def serves_conv2d(input: Tensor, weight: Tensor, geometry: Geometry, keep: bool = False) -> bool:
     """Whether a convolution alone, on a CPU, comes to Winograd's kernels; in a graph for any size that it may have."""
     if input.shape[1] <= WINOGRAD_FEW_CHANNELS or not _has_winograd_gradients(weight, geometry):
         return False
     products = input.numel() * weight.shape[0] * 9
-    return isinstance(products, torch.SymInt) or (products >= CONV2D_MIN_PRODUCTS and _pays_for_winograd(input))
+    return isinstance(products, torch.SymInt) or (products >= CONV2D_MIN_PRODUCTS and _pays_for_winograd(input, keep))
 
 
 def serves_relu_pool2d(input: Tensor) -> bool:
@@ -133,9 +137,10 @@ def _has_winograd_gradients(weight: Tensor, geometry: Geometry) -> bool:
     return numbers == ((3, 3), (1, 1), (1, 1), 1) and max(geometry.padding) <= 2
 
 
-def _pays_for_winograd(input: Tensor) -> bool:
+def _pays_for_winograd(input: Tensor, keep: bool = False) -> bool:
     """Whether it is worth its transform of the weights on a CPU."""
-    return 0 < WINOGRAD_MIN_PIXELS * input.shape[1] <= input.numel()
+    least = WINOGRAD_MIN_PIXELS_KEPT if keep else WINOGRAD_MIN_PIXELS
+    return 0 < least * input.shape[1] <= input.numel()
 
 
 # ---- a GPU ----

@@ -10,6 +10,7 @@ from torch import Tensor
 from fastseg._native import describe
 from fastseg.ops.convolution import algorithms
 from fastseg.ops.convolution.geometry import Geometry, unflatten
+from fastseg.ops.convolution.kept import memory_for
 from fastseg.ops.layouts import empty, is_channels_last, memory_format_of
 
 Gradients = tuple[Tensor, Tensor, Tensor]  # of input, weight and bias; those that aren't needed have no elements
@@ -34,9 +35,23 @@ def describe_needed(gradients: Gradients, needs: list[bool]) -> list[Any]:
     return [describe(gradient) if need else None for gradient, need in zip(gradients, needs, strict=True)]
 
 
+def scaled(weight: Tensor, scale: Tensor | None) -> Tensor:
+    """The kernels of a convolution whose output channels are multiplied by ``scale``."""
+    return weight if scale is None else weight * scale.reshape(-1, 1, 1, 1)
+
+
+def for_prediction(weight: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor | None, bool]:
+    """Weight and scale, and whether what is made of them is to be kept; where gradients are recorded, one weight."""
+    recorded = torch.is_grad_enabled()
+    if scale is not None and recorded and (weight.requires_grad or scale.requires_grad):
+        weight, scale = scaled(weight, scale), None
+    return weight, scale, not (recorded and weight.requires_grad)
+
+
 def fill_outputs(
-    kernels: Any, algorithm: str, tensors: tuple[Tensor | None, ...], numbers: list[int], relu: bool = True
-) -> bool:
+    kernels: Any, algorithm: str, tensors: tuple[Tensor | None, ...], numbers: list[int], relu: bool = True,
+    scale: Tensor | None = None, keep: bool = False,
+) -> bool:  # fmt: skip
     """Fills a convolution's outputs on a CPU by "winograd" or "direct"; False where a library has to convolve.
 
     The one place that knows that Winograd's kernel may refuse a call: its transforms add what a convolution never adds,
@@ -48,20 +63,29 @@ def fill_outputs(
         tensors: Input, weight, bias; and to be filled, output, positions, and the skip (by "winograd" alone).
         numbers: The geometry, `flatten`ed.
         relu: Without it the convolution is all there is: by "winograd", and without a pool.
+        scale: By which output channels are multiplied, ``[K]``.
+        keep: Whether the weight is likely to come again, so that what is made of it is kept.
     """
     if algorithm == "library":
         return False
-    threads, described = torch.get_num_threads(), tuple(map(describe, tensors))
+    input, weight, *_, skip = tensors
+    assert input is not None
+    assert weight is not None
+    threads = torch.get_num_threads()
     if algorithm == "winograd":
-        if kernels.winograd_forward(described, numbers, relu, threads):
+        by_products = weight.shape[2] == 3 and weight.shape[1] > algorithms.WINOGRAD_FEW_CHANNELS
+        memory = memory_for(kernels, weight) if keep and by_products else None
+        folded = weight if by_products else scaled(weight, scale)  # a tensor is described while it lives
+        described = (describe(input), describe(folded), *map(describe, tensors[2:]))
+        extra = (describe(scale) if by_products else None, describe(memory))
+        if kernels.winograd_forward((*described, *extra), numbers, relu, threads):
             return True
-        input, weight, *_, skip = tensors
-        assert input is not None
-        assert weight is not None
         geometry = unflatten(tuple(numbers))
         algorithm = algorithms.choose_cpu_forward(input, weight, geometry, skip is not None, winograd=False)
     if algorithm == "direct" and relu:
-        kernels.conv_relu_pool2d_forward(described[:-1], numbers, threads)
+        folded = scaled(weight, scale)
+        described = (describe(input), describe(folded), *map(describe, tensors[2:-1]))
+        kernels.conv_relu_pool2d_forward(described, numbers, threads)
         return True
     return False
 
