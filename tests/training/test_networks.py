@@ -50,7 +50,8 @@ def needs(library: str) -> pytest.MarkDecorator:
 def case(model: str, stride: int, **options: object) -> object:
     architecture = Architecture(model, CLASSES, **options)
     library = architecture.library
-    return pytest.param(architecture, stride, id=model, marks=[needs(library)] if library else [])
+    slow = [] if model == "smp:Unet" else [pytest.mark.models]
+    return pytest.param(architecture, stride, id=model, marks=[needs(str(library)), *slow])
 
 
 OTHERS = [
