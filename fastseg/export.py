@@ -8,7 +8,7 @@ import logging
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -43,8 +43,9 @@ class Prediction(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Class numbers ``[N, H, W]`` of images ``[N, channels, H, W]``."""
-        logits = getattr(self.model, "logits", self.model)(images)  # SegmentationModel's, not yet upsampled
-        labels = functional.upsample_argmax(logits_of(logits), size=tuple(images.shape[2:]))
+        # SegmentationModel's and fastseg.training.Network's aren't upsampled yet.
+        logits = logits_of(getattr(self.model, "logits", self.model)(images))
+        labels = functional.upsample_argmax(logits, size=tuple(images.shape[2:]), **getattr(self.model, "grid", {}))
         assert isinstance(labels, Tensor)
         return labels
 
@@ -55,7 +56,7 @@ def export(
     format: Format,
     *,
     example: Tensor,
-    metadata: dict[str, object] | None = None,
+    metadata: Mapping[str, object] | None = None,
 ) -> None:
     """Write a network as a file that gives images' class numbers, for any number and size of images.
 
@@ -84,7 +85,7 @@ def export(
     file = Path(file)
     if format == "openvino" and file.suffix != ".xml":
         raise ValueError(f"file: OpenVINO's files end in .xml, got {file}")
-    text = json.dumps(metadata or {})
+    text = json.dumps(dict(metadata or {}))
     training = model.training
     prediction = Prediction(model).eval()
     try:

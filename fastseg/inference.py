@@ -103,7 +103,9 @@ class TestTimeAugmentation(nn.Module):
     __test__ = False  # pytest collects what is called Test...
 
     def __init__(
-        self, model: nn.Module, *, flip: bool = True, scales: Sequence[float] = (1.0,), divisor: int = 32
+        self,
+        model: nn.Module | Callable[[Tensor], Any],
+        *, flip: bool = True, scales: Sequence[float] = (1.0,), divisor: int = 32
     ) -> None:  # fmt: skip
         super().__init__()
         if not scales or not all(0 < scale < math.inf for scale in scales):

@@ -11,14 +11,17 @@ from rich.table import Table
 import fastseg
 from fastseg._info import cpu_isa
 from fastseg.cli.check import check
+from fastseg.cli.compare import compare
 from fastseg.cli.demo import demo
 from fastseg.cli.evaluate import evaluate
+from fastseg.cli.explain import explain
+from fastseg.cli.export import export
 from fastseg.cli.predict import predict
 from fastseg.cli.train import train
 from fastseg.training import ConfigError
 
 app = typer.Typer(
-    help="Image segmentation on fused kernels: check the data, train, evaluate, predict.",
+    help="Image segmentation on fused kernels: check the data, train, evaluate, predict, explain, export.",
     add_completion=False,
     pretty_exceptions_enable=False,  # a programming error shows Python's own traceback
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -54,3 +57,6 @@ app.command()(check)
 app.command()(train)
 app.command()(evaluate)
 app.command()(predict)
+app.command()(explain)
+app.command()(export)
+app.command()(compare)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from typer import Option
@@ -24,6 +25,7 @@ def evaluate(
     at: Annotated[
         Literal["native", "training"], Option(help="Score at the masks' own size, or at that of the training.")
     ] = "native",
+    report: Annotated[Path | None, Option(help="Folder for report.html, a page with all that is known.")] = None,
 ) -> None:
     """Measure a checkpoint on a split: loss, pixel accuracy, IoU and Dice of each class, and their means."""
     (loss, scores), metadata = training.evaluate(
@@ -36,6 +38,7 @@ def evaluate(
         workers=workers,
         model=model,
         at=at,
+        report=report,
     )
     console = main_console()
     iou, dice = ([known(value) for value in values] for values in (scores.iou, scores.dice))

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from rich.console import Console
 from typer import Argument, Option
 
 from fastseg.cli import options
+from fastseg.inference import Blend
+from fastseg.training import ConfigError, Viewing
 from fastseg.training import predict as run_prediction
+
+Palette = Literal["ade20k", "camvid", "cityscapes", "voc"]
 
 
 def predict(
@@ -21,9 +25,16 @@ def predict(
     device: options.Device = "auto",
     max_pixels: options.MaxPixels = None,
     model: options.Function = None,
+    tile: Annotated[int | None, Option(help="Side of the tiles in which large images are seen.")] = None,
+    overlap: Annotated[float, Option(help="Share of a tile that its neighbour covers, too.")] = 0.25,
+    blend: Annotated[Blend, Option(help="How tiles are weighted where they overlap.")] = "gaussian",
+    tta: Annotated[str | None, Option(help="Also see images so: flip, and sizes, as in flip,0.75,1.25.")] = None,
+    palette: Annotated[Palette | None, Option(help="Colours of a data set.", show_default="the checkpoint's")] = None,
+    confidence: Annotated[bool, Option("--confidence", help="Also write STEM_confidence.png.")] = False,
 ) -> None:
     """Segment images: a mask of class numbers and an overlay for each, in the image's size."""
     console = Console()
+    flip, scales = _augmentation(tta)
     masks = run_prediction(
         checkpoint,
         images,
@@ -33,6 +44,23 @@ def predict(
         device=device,
         model=model,
         max_pixels=max_pixels,
+        viewing=Viewing(tile, overlap, blend, flip, scales),
+        colors=palette,
+        confidence=confidence,
         console=console,
     )
     console.print(f"{len(masks)} masks and overlays in {out}", soft_wrap=True, highlight=False)
+
+
+def _augmentation(text: str | None) -> tuple[bool, tuple[float, ...]]:
+    """``"flip,0.75"`` to whether to mirror, and the sizes, 1 first."""
+    flip, scales = False, [1.0]
+    for part in text.split(",") if text is not None else ():
+        if part == "flip":
+            flip = True
+            continue
+        try:
+            scales.append(float(part))
+        except ValueError as error:
+            raise ConfigError(f"tta must be flip and numbers, as in flip,0.75,1.25, but it is {text!r}") from error
+    return flip, tuple(dict.fromkeys(scales))

@@ -12,7 +12,7 @@ from fastseg.training.config import TrainConfig
 from fastseg.training.errors import CheckpointError, ConfigError, DivergedError
 from fastseg.training.history import EpochRecord, Evaluation, History
 from fastseg.training.networks import Architecture, Network
-from fastseg.training.prediction import predict
+from fastseg.training.prediction import Viewing, predict
 
 if TYPE_CHECKING:
     from fastseg.training.datamodule import SegmentationData
@@ -38,6 +38,7 @@ __all__ = [
     "SegmentationData",
     "SegmentationTask",
     "TrainConfig",
+    "Viewing",
     "evaluate",
     "load_checkpoint",
     "predict",

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fastseg.metrics import Scores
+from fastseg.training import _records
+from fastseg.training.errors import ConfigError
 
 
 class Evaluation(NamedTuple):
@@ -76,3 +78,19 @@ def to_lines(records: tuple[EpochRecord, ...]) -> str:
 def known(value: float) -> float | None:
     """``value``, or None for nan, which JSON doesn't have."""
     return None if math.isnan(value) else value
+
+
+def read_history(run: Path) -> tuple[EpochRecord, ...]:
+    """The records of a run's folder.
+
+    Raises:
+        ConfigError: It holds none.
+    """
+    file = run / "history.jsonl"
+    try:
+        records = tuple(_records.from_json(EpochRecord, json.loads(line)) for line in file.read_text().splitlines())
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"{run}: no run that can be read: {error}") from error
+    if not records:
+        raise ConfigError(f"{run}: no run that can be read: {file.name} is empty")
+    return records

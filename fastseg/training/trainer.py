@@ -50,7 +50,7 @@ def new_trainer(device: DeviceChoice, devices: int = 1, nodes: int = 1, **option
     return Trainer(
         accelerator="gpu" if choose_device(device).type == "cuda" else "cpu", devices=devices, num_nodes=nodes,
         strategy="ddp" if devices * nodes > 1 else "auto", plugins=[Files()], use_distributed_sampler=False,
-        num_sanity_val_steps=0, enable_model_summary=False, benchmark=False,
+        num_sanity_val_steps=0, enable_model_summary=False,
         **{"logger": False, "enable_progress_bar": False, "enable_checkpointing": False, **options},
     )  # fmt: skip
 

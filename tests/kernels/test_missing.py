@@ -32,7 +32,7 @@ def no_triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def conv(forward: Callable[..., tuple[Tensor, ...]], backward: Callable[..., tuple[Tensor, ...]]) -> list[Tensor]:
     input, weight, bias = make((2, 3, 10, 12)), make((8, 3, 3, 3), seed=1), make((8,), seed=2)
-    output, positions, skip = forward(input, weight, bias, GEOMETRY, True, True)
+    output, positions, skip = forward(input, weight, bias, None, GEOMETRY, True, True, False)
     saved = (input, weight, positions, skip, GEOMETRY, [True, True, True])
     return [output, positions, skip, *backward(make(output.shape, seed=3), make(skip.shape, seed=4), *saved)]
 
