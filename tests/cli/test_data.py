@@ -237,9 +237,9 @@ def test_a_checkpoint_keeps_how_the_data_are_read(
 def test_predict_takes_images_up_to_its_own_limit(
     tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # Pillow's, which scans exceed
-    Image.new("1", (60, 40)).save(tmp_path / "scan.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100_000)  # Pillow's, which scans exceed
+    Image.new("1", (600, 400)).save(tmp_path / "scan.png")
     arguments = ["predict", "--checkpoint", str(checkpoint), "--out", str(tmp_path / "out"), str(tmp_path / "scan.png")]
     assert run(arguments) == 0
-    assert run([*arguments, "--max-pixels", "2399"]) == REFUSED
-    assert "60x40 is more than 2399 pixels; --max-pixels raises the limit" in capsys.readouterr().err
+    assert run([*arguments, "--max-pixels", "239999"]) == REFUSED
+    assert "600x400 is more than 239999 pixels; --max-pixels raises the limit" in capsys.readouterr().err
