@@ -44,7 +44,8 @@ def runs() -> Iterator[dict[str, subprocess.Popen]]:
     }  # fmt: skip
     yield processes
     for process in processes.values():
-        process.kill()
+        with process:  # which closes its output, where no test has read that
+            process.kill()
 
 
 @pytest.mark.parametrize("name", FILES)
