@@ -109,7 +109,7 @@ def _program(prediction: Prediction, example: Tensor) -> torch.export.ExportedPr
     sizes = {0: Dim.AUTO, 2: Dim.AUTO, 3: Dim.AUTO}
     try:
         return torch.export.export(prediction, (images,), dynamic_shapes=(sizes,))
-    except Exception as error:
+    except Exception as error:  # tracing runs the network's own code, which raises what it likes
         raise ExportError(f"torch.export can't trace the network: {error}") from error
 
 

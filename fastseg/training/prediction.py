@@ -118,13 +118,13 @@ def predict(
     failures: list[str] = []
     for source, target in track(targets.items(), "predict", console=shown, disable=not shown.is_terminal):
         try:
-            image, mask, sure = _segment(source, network, metadata, place, max_pixels, viewing)
+            image, mask, sure = _segment(source, network, metadata, place, max_pixels, viewing, confidence)
         except DataError as error:
             failures.append(str(error))
             continue
         save_mask(mask, target.mask, painted)
         with_legend(overlay(image, mask, painted, alpha), mask, metadata.class_names, painted).save(target.overlay)
-        if confidence:
+        if sure is not None:
             Image.fromarray((sure * 255).round().to(torch.uint8).numpy()).save(target.confidence)
     if failures:
         raise DataError(f"{len(failures)} of {len(targets)} images can't be used: {'; '.join(failures)}")
@@ -158,9 +158,10 @@ def _targets(files: list[Path], out: Path) -> dict[Path, Target]:
 
 
 def _segment(
-    path: Path, network: Network, metadata: Metadata, device: torch.device, max_pixels: int | None, viewing: Viewing
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The image, uint8 ``[3, H, W]``, the class of each pixel, ``[H, W]``, and its confidence, in the file's size."""
+    path: Path, network: Network, metadata: Metadata, device: torch.device, max_pixels: int | None, viewing: Viewing,
+    confidence: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """The image, uint8 ``[3, H, W]``, the class of each pixel, ``[H, W]``, and where asked its confidence."""
     pixels = read_pixels(path, exif=metadata.config.exif, max_pixels=max_pixels)
     image = image_tensor(pixels)
     seen = image if viewing.tile else image_tensor(pixels, metadata.size)
@@ -181,12 +182,12 @@ def _segment(
 
     with torch.no_grad():
         if viewing.tile:
-            mask, sure = sliding_window(
+            found = sliding_window(
                 upsampled, image, max(viewing.tile, smallest), overlap=viewing.overlap, blend=viewing.blend,
-                preprocess=lambda tiles: normalize(tiles.to(device)), return_confidence=True,
+                preprocess=lambda tiles: normalize(tiles.to(device)), return_confidence=confidence,
             )  # fmt: skip
-            return image, mask, sure
-        logits = logits_of_images(normalize(seen.to(device)).unsqueeze(0))
-        found = network.operators.upsample_argmax(logits, (height, width), return_confidence=True, **network.grid)
-    mask, sure = (part.squeeze(0).cpu() for part in found)
-    return image, mask, sure
+        else:
+            logits, size = logits_of_images(normalize(seen.to(device)).unsqueeze(0)), (height, width)
+            found = network.operators.upsample_argmax(logits, size, return_confidence=confidence, **network.grid)
+    mask, sure = found if isinstance(found, tuple) else (found, None)
+    return image, mask.view(height, width).cpu(), None if sure is None else sure.view(height, width).cpu()
