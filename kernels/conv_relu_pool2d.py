@@ -224,7 +224,7 @@ def forward(tensors: ForwardTensors, options: Options) -> None:
     arguments = {
         **forward_arguments(tensors, options), **tiling.arguments, "channel_blocks": channel_blocks,
     }  # fmt: skip
-    launch(conv_relu_pool2d_forward, bucket, plan, images * tiling.count * channel_blocks, device, arguments)
+    launch(conv_relu_pool2d_forward, bucket, plan, images * tiling.count * channel_blocks, arguments)
 
 
 def forward_arguments(tensors: ForwardTensors, options: Options) -> dict[str, Any]:

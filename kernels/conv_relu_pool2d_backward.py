@@ -210,7 +210,7 @@ def _backward_weight(tensors: WeightTensors, with_options: tuple[bool, Options])
         **geometry_constants(weight, grad_output.shape[2:], options),
     }  # fmt: skip
     programs = shares * channel_blocks * product_blocks
-    launch(conv_relu_pool2d_backward_weight, bucket, plan, programs, device, arguments)
+    launch(conv_relu_pool2d_backward_weight, bucket, plan, programs, arguments)
     return partials
 
 
@@ -234,4 +234,4 @@ def backward_input(tensors: InputTensors, options: Options) -> None:
         "grad_input_strides": grad_input.stride(), "INDEX": index_type(reach(grad_input, grad_output, positions)),
         **geometry_constants(weight, grad_output.shape[2:], options),
     }  # fmt: skip
-    launch(conv_relu_pool2d_backward_input, bucket, plan, images * tiling.count * channel_blocks, device, arguments)
+    launch(conv_relu_pool2d_backward_input, bucket, plan, images * tiling.count * channel_blocks, arguments)

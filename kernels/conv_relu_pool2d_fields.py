@@ -214,4 +214,4 @@ def forward(tensors: ForwardTensors, options: Options) -> None:
         **forward_arguments(tensors, options), **tiling.arguments, "channel_blocks": channel_blocks, "tiles": tiles,
         "shares": shares, "FIELD": field, "BLOCK_K": block_k,
     }  # fmt: skip
-    launch(conv_relu_pool2d_forward_fields, bucket, plan, shares * channel_blocks, device, arguments)
+    launch(conv_relu_pool2d_forward_fields, bucket, plan, shares * channel_blocks, arguments)

@@ -338,7 +338,7 @@ def forward(tensors: ForwardTensors, options: LossOptions) -> None:
         programs = runs.count * arguments["blocks"]
     reduced = options.reduction != "none"
     partials = scratch((2, programs), torch.float64, device) if reduced else None
-    launch(kernel, bucket, plan, programs, device, arguments | {"partials": partials})
+    launch(kernel, bucket, plan, programs, arguments | {"partials": partials})
     if partials is not None:
         finish(partials, tensors.loss, tensors.total_weight, options, not probabilities)
 
@@ -371,4 +371,4 @@ def backward(tensors: BackwardTensors, options: LossOptions) -> None:
             **_tiles([input, target, grad_input], runs, plan),
         }  # fmt: skip
         programs = runs.count * arguments["blocks"]
-    launch(kernel, bucket, plan, programs, input.device, arguments)
+    launch(kernel, bucket, plan, programs, arguments)

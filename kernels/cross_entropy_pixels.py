@@ -132,4 +132,4 @@ def finish(partials: Tensor, loss: Tensor, total_weight: Tensor, options: LossOp
         "MEAN": options.reduction == "mean", "SMOOTHED_LABELS": options.label_smoothing > 0 and with_labels,
     }  # fmt: skip
     plan = choose(cross_entropy_finish, "all", FINISH_PLANS, loss.device)
-    launch(cross_entropy_finish, "all", plan, 1, loss.device, arguments)
+    launch(cross_entropy_finish, "all", plan, 1, arguments)

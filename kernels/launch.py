@@ -129,10 +129,8 @@ def recording() -> Iterator[list[Launch]]:
         _state.recorded = before
 
 
-def launch(
-    kernel: Any, bucket: str, plan: Plan, programs: int, device: torch.device, arguments: dict[str, Any]
-) -> None:
-    """Run ``programs`` programs (maybe none) of a kernel on a device, which needn't be the current one.
+def launch(kernel: Any, bucket: str, plan: Plan, programs: int, arguments: dict[str, Any]) -> None:
+    """Run ``programs`` programs (maybe none) of a kernel on its tensors' device, which needn't be the current one.
 
     Of the arguments, the kernel gets those that it has parameters for.
     """
@@ -143,6 +141,7 @@ def launch(
         return
     if programs == 0:
         return
+    device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         compiled = kernel[(programs,)](**arguments, **plan.options(BACKEND))
     if _state.first_call is not None:

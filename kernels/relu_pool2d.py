@@ -295,7 +295,7 @@ def forward(tensors: ForwardTensors, geometry: Any) -> None:
         "POOL_PADDING": padding, "CELL": cell, "INDEX": index_type(reach(convolved, output, skip)),
     }  # fmt: skip
     programs = images * tiling.count * channel_blocks
-    launch(relu_pool2d_forward, bucket, plan, programs, convolved.device, arguments)
+    launch(relu_pool2d_forward, bucket, plan, programs, arguments)
 
 
 def backward(tensors: BackwardTensors, with_bias: bool, geometry: Any) -> Tensor | None:
@@ -328,5 +328,5 @@ def _backward(tensors: BackwardTensors, options: tuple[bool, Any]) -> Tensor | N
         "INDEX": index_type(reach(grad_convolved, grad_output, positions, skip, grad_skip)),
     }  # fmt: skip
     programs = images * tiling.count * channel_blocks if grad_convolved.numel() else 0
-    launch(relu_pool2d_backward, bucket, plan, programs, device, arguments)
+    launch(relu_pool2d_backward, bucket, plan, programs, arguments)
     return partials

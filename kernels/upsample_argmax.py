@@ -102,4 +102,4 @@ def forward(tensors: tuple[Tensor, Tensor, Tensor], upsampling: Upsampling) -> N
         **cut, "input_strides": input.stride(), "CLASSES": input.shape[1],
         "INDEX": index_of(labels.shape, input),
     }  # fmt: skip
-    launch(upsample_argmax_forward, bucket, plan, input.shape[0] * cut["blocks"], input.device, arguments)
+    launch(upsample_argmax_forward, bucket, plan, input.shape[0] * cut["blocks"], arguments)

@@ -88,4 +88,4 @@ def forward(tensors: tuple[Tensor, Tensor, Tensor], ignore_index: int | None, up
         "CLASSES": input.shape[1], "IGNORES": ignore_index is not None,
         "INDEX": index_of(target.shape, input, target),
     }  # fmt: skip
-    launch(upsample_confusion_matrix_forward, bucket, plan, input.shape[0] * cut["blocks"], input.device, arguments)
+    launch(upsample_confusion_matrix_forward, bucket, plan, input.shape[0] * cut["blocks"], arguments)

@@ -246,7 +246,7 @@ def forward(tensors: ForwardTensors, options: LossOptions, upsampling: Upsamplin
         "loss": tensors.loss, "statistics": _statistics_to_fill(tensors), "partials": partials, **cut,
         "INDEX": index_of(target.shape, input, target),
     }  # fmt: skip
-    launch(upsample_cross_entropy_forward, bucket, plan, programs, device, arguments)
+    launch(upsample_cross_entropy_forward, bucket, plan, programs, arguments)
     if partials is not None:
         finish(partials, tensors.loss, tensors.total_weight, options, True)
     if len(tensors.overlap) > 0:
@@ -271,12 +271,10 @@ def _fill_overlap(overlap: Tensor, grid: Grid, arguments: dict[str, Any]) -> Non
     arguments = arguments | {
         "partials": partials, "blocks": blocks, "shares": shares, "class_blocks": class_blocks,
     }  # fmt: skip
-    launch(upsample_overlap_forward, bucket, plan, images * shares * class_blocks, device, arguments)
+    launch(upsample_overlap_forward, bucket, plan, images * shares * class_blocks, arguments)
     finish_plan = choose(upsample_overlap_finish, "all", OVERLAP_FINISH_PLANS, device)
     of_sums = {
         "partials": partials, "overlap": overlap, "shares": shares, "images": images, "sums": overlap.numel(),
         "CLASSES": classes,
     }  # fmt: skip
-    launch(
-        upsample_overlap_finish, "all", finish_plan, cdiv(overlap.numel(), finish_plan.tile["BLOCK"]), device, of_sums
-    )
+    launch(upsample_overlap_finish, "all", finish_plan, cdiv(overlap.numel(), finish_plan.tile["BLOCK"]), of_sums)

@@ -342,11 +342,11 @@ def backward(tensors: BackwardTensors, options: LossOptions, upsampling: Upsampl
         "grad_input_strides": grad_input.stride(), "MEAN": options.reduction == "mean",
         "CLASSES_INNER": grad_input.stride(1) == 1,
     }  # fmt: skip
-    launch(upsample_cross_entropy_backward, bucket, plan, images * blocks * class_blocks, device, arguments)
+    launch(upsample_cross_entropy_backward, bucket, plan, images * blocks * class_blocks, arguments)
 
 
 def _fill_mean_grads(grid: Grid, arguments: dict[str, Any]) -> None:
     """Launches the kernel for each pixel's mean of the overlap's gradients."""
     input = arguments["input"]
     bucket, plan, cut = cut_groups(upsample_overlap_mean_grads, MEAN_GRADS_PLANS, input, grid, arguments)
-    launch(upsample_overlap_mean_grads, bucket, plan, len(input) * cut["blocks"], input.device, arguments | cut)
+    launch(upsample_overlap_mean_grads, bucket, plan, len(input) * cut["blocks"], arguments | cut)

@@ -334,7 +334,7 @@ def in_planes(input: Tensor) -> Tensor:
         "class_blocks": class_blocks, "strides": input.stride(), "CLASSES": classes,
         "INDEX": index_type(max(reach(input), classes * pixels)),
     }  # fmt: skip
-    launch(copy_to_planes, "all", plan, images * blocks * class_blocks, input.device, arguments)
+    launch(copy_to_planes, "all", plan, images * blocks * class_blocks, arguments)
     return planes
 
 

@@ -144,7 +144,7 @@ def make_launcher(kernel: Kernel, decisions: list[object]) -> object:
         input, output = tensors
         memory = launch.scratch((2, len(input)), torch.float64, input.device)
         arguments = {"input": input, "output": output, "memory": memory, "size": len(input)}
-        launch.launch(kernel, "all", Plan({"BLOCK": 64}), len(input), input.device, arguments)
+        launch.launch(kernel, "all", Plan({"BLOCK": 64}), len(input), arguments)
         return memory
 
     return launcher
