@@ -71,6 +71,7 @@ PARITY = [
         "ops/test_conv_relu_pool2d",
     )
 ]  # fmt: skip
+BEHAVIOUR = ["tests/kernels/test_cuda.py", "tests/kernels/test_cuda_memory.py"]
 SMOKE = "tests/ops/test_smoke.py"
 LARGE = (
     "2_to_the_31"  # what the tests of more elements than 32 bits count have in their names: each takes the GPU alone
@@ -82,7 +83,7 @@ def gpu_stages(out: Path, seconds_for_timing: float) -> list[Stage]:
     cores = os.cpu_count() or 1
     on_gpu = ["--device=cuda", "--shuffled"]
     install = ["pip", "install", "--no-index", "--no-build-isolation", "--no-deps", "-q", "-e", "."]
-    behaviour = ["-m", "gpu", "tests/kernels/test_cuda.py", "-k"]
+    behaviour = ["-m", "gpu", *BEHAVIOUR, "-k"]
     timing = str(out / "timing.json")
     return [
         Stage("versions", 30, _module("benchmarks.gpu.versions")),
@@ -113,7 +114,7 @@ def rehearsal_stages(out: Path) -> list[Stage]:
         Stage("compile", 120, _module("benchmarks.gpu.compiling", "--few", "--json", str(out / "compile.json"))),
         Stage("smoke", 120, _pytest(1, "-x", "--full", "--every=4", SMOKE), interpreted, decisive=True),
         Stage("parity", 120, _pytest(1, "--full", "--every=37", *PARITY[1:2]), interpreted),
-        Stage("behaviour", 60, _pytest(1, "-m", "gpu", "tests/kernels/test_cuda.py")),
+        Stage("behaviour", 60, _pytest(1, "-m", "gpu", *BEHAVIOUR)),
         Stage("timing", 120, _module("benchmarks.gpu.timing", "--device=cpu", "--json", timing, "--seconds", "60")),
         Stage("profile", 60, _module("benchmarks.gpu.profiling", "--timing", timing)),
     ]
