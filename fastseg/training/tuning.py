@@ -6,9 +6,10 @@ import contextlib
 import dataclasses
 import re
 import resource
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from matplotlib.figure import Figure
@@ -24,7 +25,8 @@ from fastseg.training.trainer import PRECISIONS, new_trainer
 
 LR_FIND = "lr_find.png"
 
-_LR_STEPS = 100  # of the range test: Lightning's default
+_LR_STEPS = 100  # of the range test: Lightning's default, over eight decades
+_LR_SMOOTHING = 4  # steps, a third of a decade: standard deviation of the weights by which its losses are averaged
 
 
 def tune(
@@ -41,17 +43,45 @@ def tune(
         console.print(f"batch size: {data.batch_size} is the largest that fits")
     if config.lr == "auto":
         torch.manual_seed(config.seed)
+        losses: list[float] = []
+        task.on_train_batch_end = lambda outputs, *_: losses.append(float(outputs["loss"]))  # type: ignore[method-assign]
         finder = Tuner(_tuning_trainer(config, out)).lr_find(task, datamodule=data, num_training=_LR_STEPS)
-        lr = None if finder is None else finder.suggestion()
-        if finder is None or lr is None:
-            raise ConfigError("lr can't be auto here: no step of the range test lowered the loss")
-        figure = Figure(layout="constrained")
-        finder.plot(suggest=True, ax=figure.subplots())
-        figure.savefig(out / LR_FIND)
+        del task.on_train_batch_end
+        assert finder is not None
+        lr = steepest_descent(finder.results["lr"], losses, out / LR_FIND)
         config = dataclasses.replace(config, lr=lr)
         console.print(f"learning rate: {lr:.3g} by the range test in {out / LR_FIND}", soft_wrap=True, highlight=False)
     task.raises_diverged = True
     return config
+
+
+def steepest_descent(rates: Sequence[float], losses: Sequence[float], picture: Path) -> float:
+    """The learning rate at which the loss falls fastest over the logarithm of the rate, shown in a picture.
+
+    Lightning's own suggestion differentiates by the rate itself, after an average that reaches back over half of the
+    test: noise at the smallest rates, a billionth from each other, outweighs all that follows.
+
+    Raises:
+        ConfigError: The loss falls nowhere.
+    """
+    known = np.array(losses)
+    known = known[: np.argmin(np.append(np.isfinite(known), False))]  # up to where it diverges
+    steps = np.arange(len(known))
+    weights = np.exp(-0.5 * ((steps[:, None] - steps) / _LR_SMOOTHING) ** 2)
+    smooth = weights @ known / weights.sum(1)
+    slopes = np.diff(smooth)
+    if not (slopes < 0).any():
+        raise ConfigError("lr can't be auto here: no step of the range test lowered the loss")
+    chosen = int(slopes.argmin())
+    figure = Figure(layout="constrained")
+    axes = figure.subplots()
+    axes.semilogx(rates[: len(known)], known, ".", label="loss")
+    axes.semilogx(rates[: len(known)], smooth, label="smoothed")
+    axes.plot(rates[chosen], smooth[chosen], "o", label=f"{rates[chosen]:.3g}: it falls fastest")
+    axes.set(xlabel="learning rate", ylabel="loss")
+    axes.legend()
+    figure.savefig(picture)
+    return rates[chosen]
 
 
 def _tuning_trainer(config: TrainConfig, out: Path) -> Trainer:

@@ -1,5 +1,6 @@
 """Networks of other libraries and of the user's own, by name and as objects."""
 
+import math
 import subprocess
 import sys
 import urllib.error
@@ -300,6 +301,16 @@ def test_lr_and_batch_size_are_tuned_and_kept(shapes: Path, tmp_path: Path, monk
     train(config(shapes, tmp_path, epochs=2, resume=True, **settings))
     again = load_checkpoint(tmp_path / "last.ckpt")[1]
     assert (again.config.lr, again.config.batch_size, again.epoch) == (chosen.lr, chosen.batch_size, 2)
+
+
+def test_the_range_test_takes_where_the_loss_falls_fastest(tmp_path: Path) -> None:
+    rates = np.geomspace(1e-8, 1, 100)
+    steps, noise = np.log10(rates), np.random.default_rng(0).normal(scale=0.05, size=100)
+    losses = 2.5 - 1.5 / (1 + np.exp(-4 * (steps + 3))) + np.exp(3 * (steps + 1)) + noise
+    assert 3e-4 < tuning.steepest_descent(rates, losses, tmp_path / "picture.png") < 3e-3
+    rising = [1.0, 1.1, 1.2, math.nan, 0.5]  # what comes after is no loss
+    with pytest.raises(ConfigError, match="no step of the range test lowered the loss"):
+        tuning.steepest_descent(rates, rising, tmp_path / "picture.png")
 
 
 def test_a_run_without_progress_ends_early(shapes: Path, tmp_path: Path) -> None:
