@@ -22,7 +22,7 @@ Lines: TypeAlias = Mapping[str, Sequence[float]]
 
 
 def save_history(history: Sequence[EpochRecord], path: Path) -> None:
-    """Draw losses, pixel accuracy and mean IoU over the epochs into a PNG file."""
+    """Draw losses, pixel accuracy and mean IoU over the epochs into a PNG file, which names the run's folder."""
     epochs = [record.epoch for record in history]
     losses = {
         "training": [record.train_loss for record in history],
@@ -32,18 +32,20 @@ def save_history(history: Sequence[EpochRecord], path: Path) -> None:
         "pixel accuracy": [record.pixel_accuracy for record in history],
         "mean IoU": [record.mean_iou for record in history],
     }
-    save_panels({"loss": (epochs, losses), "validation score": (epochs, scores)}, "epoch", path)
+    save_panels({"loss": (epochs, losses), "validation score": (epochs, scores)}, "epoch", path, str(path.parent))
 
 
-def save_panels(panels: Mapping[str, tuple[Sequence[int], Lines]], xlabel: str, path: Path) -> None:
+def save_panels(panels: Mapping[str, tuple[Sequence[int], Lines]], xlabel: str, path: Path, title: str = "") -> None:
     """Draw panels side by side into a PNG file.
 
     Args:
         panels: For the label of each y axis: the points on the x axis, and the named lines over them.
         xlabel: Label of the x axes, which count something.
         path: File to write.
+        title: What stands above them all.
     """
     figure = Figure(figsize=(_PANEL[0] * len(panels), _PANEL[1]), layout="constrained")
+    figure.suptitle(title)
     for axes, (ylabel, (points, lines)) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
         marker = "o" if len(points) == 1 else None
         for (name, values), style in zip(lines.items(), itertools.cycle(_LINE_STYLES)):
