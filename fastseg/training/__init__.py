@@ -13,6 +13,7 @@ from fastseg.training.errors import CheckpointError, ConfigError, DivergedError
 from fastseg.training.history import EpochRecord, Evaluation, History
 from fastseg.training.networks import Architecture, Network
 from fastseg.training.prediction import Viewing, predict
+from fastseg.training.video import predict_video
 
 if TYPE_CHECKING:
     from fastseg.training.datamodule import SegmentationData
@@ -42,6 +43,7 @@ __all__ = [
     "evaluate",
     "load_checkpoint",
     "predict",
+    "predict_video",
     "save_checkpoint",
     "train",
 ]

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 
 import torch
 import torch.distributed as dist
+from torch.distributed.elastic.utils.store import barrier
 
 from fastseg.training.config import DeviceChoice
 from fastseg.training.errors import ConfigError
+
+_LONGEST_WAIT = 7 * 24 * 3600  # seconds
+_waits = itertools.count()
 
 
 def launched_rank() -> int | None:
@@ -16,8 +21,22 @@ def launched_rank() -> int | None:
     return int(os.environ["RANK"]) if dist.is_available() and dist.is_torchelastic_launched() else None
 
 
+def launched_place() -> tuple[int, int]:
+    """The number of this process among those that torchrun started, and how many these are; 0 of 1 without it."""
+    rank = launched_rank()
+    return (0, 1) if rank is None else (rank, int(os.environ["WORLD_SIZE"]))
+
+
+def wait_for_all() -> None:
+    """Return when all processes that torchrun started are here: it ends them all as soon as one ends with an error."""
+    rank, processes = launched_place()
+    if processes > 1:
+        store, _, _ = next(dist.rendezvous("env://", rank, processes))
+        barrier(store, processes, f"fastseg/{next(_waits)}", barrier_timeout=_LONGEST_WAIT)
+
+
 def choose_device(choice: DeviceChoice) -> torch.device:
-    """The device that ``choice`` stands for.
+    """The device that ``choice`` stands for; under torchrun each process has a GPU of its own.
 
     Raises:
         ConfigError: CUDA is asked for and torch sees no device.
@@ -25,4 +44,6 @@ def choose_device(choice: DeviceChoice) -> torch.device:
     available = torch.cuda.is_available()
     if choice == "cuda" and not available:
         raise ConfigError("device must be cpu or auto here, but it is cuda and torch sees no CUDA device")
-    return torch.device("cuda" if choice != "cpu" and available else "cpu")
+    if choice == "cpu" or not available:
+        return torch.device("cpu")
+    return torch.device("cuda") if launched_rank() is None else torch.device("cuda", int(os.environ["LOCAL_RANK"]))

@@ -19,11 +19,10 @@ from torch import Tensor
 from fastseg.data import DataError, Normalize, images_by_stem, overlay, palette, save_mask, with_legend
 from fastseg.data.files import image_tensor, read_pixels
 from fastseg.inference import Blend, TestTimeAugmentation, sliding_window
-from fastseg.training.checkpoint import Metadata, load_checkpoint
+from fastseg.training.checkpoint import load_checkpoint
 from fastseg.training.config import Backend, DeviceChoice
-from fastseg.training.devices import choose_device
+from fastseg.training.devices import choose_device, launched_place, wait_for_all
 from fastseg.training.errors import ConfigError
-from fastseg.training.networks import Network
 
 
 class Target(NamedTuple):
@@ -80,7 +79,8 @@ def predict(
     """Write a mask and an overlay for each image, in the image's own size.
 
     ``STEM.png`` holds class numbers (see `fastseg.data.save_mask`), ``STEM_overlay.png`` the classes' colours over the
-    image and a legend of those that occur, ``STEM_confidence.png`` the probability of each pixel's class, of 255.
+    image and a legend of those that occur, ``STEM_confidence.png`` the probability of each pixel's class, of 255. Under
+    torchrun each process takes its share of the images, and waits for the others at the end.
 
     Args:
         checkpoint: A file that training wrote.
@@ -97,7 +97,7 @@ def predict(
         console: Where progress is shown; None for nowhere.
 
     Returns:
-        The mask files, in the order of the images.
+        The mask files, in the order of the images; of several processes, those of this one.
 
     Raises:
         CheckpointError: The file is no checkpoint that can be used.
@@ -107,28 +107,27 @@ def predict(
     """
     out = Path(out)
     targets = _targets(image_files([Path(path) for path in images]), out)
-    network, metadata = load_checkpoint(checkpoint, backend=backend, model=model)
-    place = choose_device(device)
-    network.to(place).eval()
-    painted = np.array(metadata.palette, dtype=np.uint8) if colors is None else palette(colors)
-    if len(painted) < metadata.num_classes:
-        raise ConfigError(f"palette {colors} has {len(painted)} colours for {metadata.num_classes} classes")
+    segmenter = Segmenter(checkpoint, alpha, backend, device, model, viewing, colors)
     out.mkdir(parents=True, exist_ok=True)
     shown = console if console is not None else Console(quiet=True)
     failures: list[str] = []
-    for source, target in track(targets.items(), "predict", console=shown, disable=not shown.is_terminal):
+    rank, processes = launched_place()
+    share = dict(list(targets.items())[rank::processes])
+    for source, target in track(share.items(), "predict", console=shown, disable=not shown.is_terminal):
         try:
-            image, mask, sure = _segment(source, network, metadata, place, max_pixels, viewing, confidence)
+            pixels = read_pixels(source, exif=segmenter.metadata.config.exif, max_pixels=max_pixels)
+            image, mask, sure = segmenter.segment(pixels, source, confidence)
         except DataError as error:
             failures.append(str(error))
             continue
-        save_mask(mask, target.mask, painted)
-        with_legend(overlay(image, mask, painted, alpha), mask, metadata.class_names, painted).save(target.overlay)
+        save_mask(mask, target.mask, segmenter.colors)
+        segmenter.paint(image, mask, legend=mask).save(target.overlay)
         if sure is not None:
             Image.fromarray((sure * 255).round().to(torch.uint8).numpy()).save(target.confidence)
+    wait_for_all()
     if failures:
-        raise DataError(f"{len(failures)} of {len(targets)} images can't be used: {'; '.join(failures)}")
-    return [target.mask for target in targets.values()]
+        raise DataError(f"{len(failures)} of {len(share)} images can't be used: {'; '.join(failures)}")
+    return [target.mask for target in share.values()]
 
 
 def image_files(paths: Sequence[Path]) -> list[Path]:
@@ -157,37 +156,65 @@ def _targets(files: list[Path], out: Path) -> dict[Path, Target]:
     return targets
 
 
-def _segment(
-    path: Path, network: Network, metadata: Metadata, device: torch.device, max_pixels: int | None, viewing: Viewing,
-    confidence: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """The image, uint8 ``[3, H, W]``, the class of each pixel, ``[H, W]``, and where asked its confidence."""
-    pixels = read_pixels(path, exif=metadata.config.exif, max_pixels=max_pixels)
-    image = image_tensor(pixels)
-    seen = image if viewing.tile else image_tensor(pixels, metadata.size)
-    if len(image) != len(metadata.mean):
-        raise DataError(f"{path}: the network takes {len(metadata.mean)} channels, but the image has {len(image)}")
-    height, width = image.shape[-2:]
-    smallest = metadata.network.smallest_side
-    if not viewing.tile and min(seen.shape[-2:]) < smallest:
-        raise DataError(f"{path}: must be at least {smallest}x{smallest}, but it is {height}x{width} (height x width)")
-    normalize = Normalize(metadata.mean, metadata.std).to(device)
-    logits_of_images: Callable[[Tensor], Tensor] = network.logits
-    if viewing.flip or viewing.scales != (1.0,):
-        augmented = TestTimeAugmentation(network.logits, flip=viewing.flip, scales=viewing.scales)
-        logits_of_images = augmented.forward
+class Segmenter:
+    """A checkpoint's network, how it looks at images, and how what it finds is painted; see `predict`."""
 
-    def upsampled(tiles: Tensor) -> Tensor:
-        return F.interpolate(logits_of_images(tiles), tuple(tiles.shape[2:]), **network.grid)
+    def __init__(
+        self, checkpoint: str | Path, alpha: float, backend: Backend, device: DeviceChoice, model: str | None,
+        viewing: Viewing, colors: str | None,
+    ) -> None:  # fmt: skip
+        self.network, self.metadata = load_checkpoint(checkpoint, backend=backend, model=model)
+        self.alpha, self.viewing, self.device = alpha, viewing, choose_device(device)
+        self.network.to(self.device).eval()
+        self.colors = np.array(self.metadata.palette, dtype=np.uint8) if colors is None else palette(colors)
+        if len(self.colors) < self.metadata.num_classes:
+            raise ConfigError(
+                f"palette {colors} has {len(self.colors)} colours for {self.metadata.num_classes} classes"
+            )
+        self.normalize = Normalize(self.metadata.mean, self.metadata.std).to(self.device)
+        self.logits: Callable[[Tensor], Tensor] = self.network.logits
+        if viewing.flip or viewing.scales != (1.0,):
+            self.logits = TestTimeAugmentation(self.logits, flip=viewing.flip, scales=viewing.scales).forward
 
-    with torch.no_grad():
-        if viewing.tile:
-            found = sliding_window(
-                upsampled, image, max(viewing.tile, smallest), overlap=viewing.overlap, blend=viewing.blend,
-                preprocess=lambda tiles: normalize(tiles.to(device)), return_confidence=confidence,
-            )  # fmt: skip
-        else:
-            logits, size = logits_of_images(normalize(seen.to(device)).unsqueeze(0)), (height, width)
-            found = network.operators.upsample_argmax(logits, size, return_confidence=confidence, **network.grid)
-    mask, sure = found if isinstance(found, tuple) else (found, None)
-    return image, mask.view(height, width).cpu(), None if sure is None else sure.view(height, width).cpu()
+    def segment(
+        self, pixels: np.ndarray, name: object, confidence: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The image, ``[C, H, W]``, the class of each pixel, ``[H, W]``, and where asked its confidence.
+
+        Raises:
+            DataError: The network can't take such an image, which is called by its name.
+        """
+        image = image_tensor(pixels)
+        channels, height, width = image.shape
+        seen = image if self.viewing.tile else image_tensor(pixels, self.metadata.size)
+        if channels != len(self.metadata.mean):
+            raise DataError(
+                f"{name}: the network takes {len(self.metadata.mean)} channels, but the image has {channels}"
+            )
+        smallest = self.metadata.network.smallest_side
+        if not self.viewing.tile and min(seen.shape[-2:]) < smallest:
+            raise DataError(
+                f"{name}: must be at least {smallest}x{smallest}, but it is {height}x{width} (height x width)"
+            )
+        with torch.no_grad():
+            if self.viewing.tile:
+                found = sliding_window(
+                    self._upsampled, image, max(self.viewing.tile, smallest), overlap=self.viewing.overlap,
+                    blend=self.viewing.blend, preprocess=lambda tiles: self.normalize(tiles.to(self.device)),
+                    return_confidence=confidence,
+                )  # fmt: skip
+            else:
+                logits = self.logits(self.normalize(seen.to(self.device)).unsqueeze(0))
+                found = self.network.operators.upsample_argmax(
+                    logits, (height, width), return_confidence=confidence, **self.network.grid
+                )
+        mask, sure = found if isinstance(found, tuple) else (found, None)
+        return image, mask.view(height, width).cpu(), None if sure is None else sure.view(height, width).cpu()
+
+    def paint(self, image: Tensor, mask: Tensor, *, legend: Tensor) -> Image.Image:
+        """The classes' colours over the image, and a legend of the classes among ``legend``."""
+        painted = overlay(image, mask, self.colors, self.alpha)
+        return with_legend(painted, legend, self.metadata.class_names, self.colors)
+
+    def _upsampled(self, tiles: Tensor) -> Tensor:
+        return F.interpolate(self.logits(tiles), tuple(tiles.shape[2:]), **self.network.grid)

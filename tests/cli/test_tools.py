@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +65,53 @@ def test_overlays_have_the_palettes_colours_and_a_legend(trained: Path, image: P
     overlay = read(tmp_path / "out" / "00000_overlay.png")
     assert np.array_equal(overlay[:, :70], palette("voc")[mask])
     assert overlay.shape[1] > 70
+
+
+def turned(video: bytes) -> bytes:
+    """An MP4 file that says that it is to be shown a quarter to the right, as a phone's."""
+    straight, right = (
+        bytes.fromhex(f"{a} {b} 00000000 {c} {a} 00000000 00000000 00000000 40000000")
+        for a, b, c in (("00010000", "00000000", "00000000"), ("00000000", "00010000", "FFFF0000"))
+    )
+    start = video.index(straight, video.index(b"tkhd"))
+    return video[:start] + right + video[start + len(right) :]
+
+
+def test_predict_a_video(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    av = pytest.importorskip("av", reason="PyAV isn't installed: it comes with the extra [video]")
+    file, out = tmp_path / "phone.mp4", tmp_path / "segmented.mp4"
+    with av.open(file, "w") as video:
+        stream = video.add_stream("mpeg4", rate=10)
+        stream.width, stream.height = 46, 30
+        for index in range(3):
+            frame = np.full((30, 46, 3), 60 * index, np.uint8)
+            frame[:10] = (255, 0, 0)  # on top: at the right, once turned
+            video.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        video.mux(stream.encode(None))
+    file.write_bytes(turned(file.read_bytes()))
+    arguments = ["predict", "--checkpoint", str(trained / "best.safetensors"), "--out", str(out), "--alpha", "0"]
+    assert run([*arguments, str(file)]) == 0
+    assert "3 frames in" in capsys.readouterr().out
+    with av.open(out) as video:
+        assert video.streams.video[0].average_rate == 10
+        frames = [frame.to_ndarray(format="rgb24").astype(int) for frame in video.decode(video=0)]
+    assert len(frames) == 3
+    assert frames[0].shape[0] == 46
+    assert frames[0].shape[1] > 30  # and a legend
+    red = frames[2][23, :30, 0] - frames[2][23, :30, 1] > 100
+    assert red[21:30].all()
+    assert not red[:19].any()
+    assert run([*arguments, "--confidence", str(file)]) == REFUSED
+    assert run([*arguments[:-3], str(tmp_path), str(file)]) == REFUSED
+    out.write_text("no video")
+    assert run([*arguments[:-3], str(tmp_path / "other.mp4"), str(out)]) == REFUSED
+    monkeypatch.setitem(sys.modules, "av", None)
+    assert run([*arguments, str(file)]) == REFUSED
+    refusals = capsys.readouterr().err
+    for message in ("a video is segmented alone", "out must be another video", "can't be read and", "needs PyAV"):
+        assert message in refusals
 
 
 @pytest.mark.parametrize("method", ["gradcam", "saliency"])

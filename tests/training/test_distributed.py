@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -103,3 +104,15 @@ def test_a_label_that_one_process_finds_ends_both(tmp_path: Path) -> None:
     finished = torchrun("train", *options(config(tmp_path / "data", tmp_path / "run", batch_size=3)), "--classes", "4")
     assert finished.returncode != 0
     assert f"{path}: label 77" in finished.stderr
+
+
+def test_predictions_are_shared(shapes: Path, pair_run: tuple[Path, str], tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    shutil.copytree(shapes / "images", images)
+    (images / "00003.png").write_text("no image")
+    finished = torchrun(
+        "predict", "--checkpoint", str(pair_run[0] / "best.safetensors"), "--out", str(tmp_path / "out"), str(images)
+    )  # fmt: skip
+    assert finished.returncode != 0
+    assert "process 1: 1 of 4 images can't be used" in finished.stderr
+    assert len(list((tmp_path / "out").glob("*_overlay.png"))) == 8
