@@ -16,6 +16,8 @@ from fastseg.modules import (
     UpsampleCrossEntropyDiceLoss,
     UpsampleCrossEntropyLoss,
     UpsampleFocalLoss,
+    UpsampleMaskArgmax,
+    UpsampleThreshold,
 )
 from fastseg.ops.registration import decompositions
 
@@ -30,6 +32,8 @@ __all__ = [
     "UpsampleCrossEntropyDiceLoss",
     "UpsampleCrossEntropyLoss",
     "UpsampleFocalLoss",
+    "UpsampleMaskArgmax",
+    "UpsampleThreshold",
     "__version__",
     "decompositions",
     "functional",

@@ -198,6 +198,53 @@ def upsample_confusion_matrix(
     return torch.bincount(counted.flatten(), minlength=classes**2).view(classes, classes)
 
 
+def upsample_threshold(
+    input: Tensor,
+    size: IntOrPair | None = None,
+    threshold: float = 0.5,
+    *,
+    scale_factor: FloatOrPair | None = None,
+    mode: str = "bilinear",
+    align_corners: bool = False,
+    return_scores: bool = False,
+) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    """Where the upsampled logits' sigmoid is above a threshold, with scores and boxes; see `fastseg.functional`."""
+    probabilities = upsample(input, size, scale_factor, mode, align_corners).sigmoid()
+    inside = probabilities > threshold
+    if not return_scores:
+        return inside.byte()
+    sums = probabilities.masked_fill(~inside, 0).sum((2, 3), dtype=torch.promote_types(input.dtype, torch.float32))
+    scores = (sums / inside.sum((2, 3)).clamp(min=1)).to(input.dtype)
+    return inside.byte(), scores, _boxes_around(inside)
+
+
+def upsample_mask_argmax(
+    input: Tensor,
+    class_probabilities: Tensor,
+    size: IntOrPair | None = None,
+    *,
+    scale_factor: FloatOrPair | None = None,
+    mode: str = "bilinear",
+    align_corners: bool = False,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """The class that the upsampled masks of all queries add up to most of; see `fastseg.functional`."""
+    masks = upsample(input, size, scale_factor, mode, align_corners).sigmoid()
+    scores = torch.einsum("bqc,bqhw->bchw", class_probabilities.to(masks.dtype), masks)
+    return scores.argmax(1).to(dtype or label_dtype(class_probabilities.shape[2]))
+
+
+def _boxes_around(inside: Tensor) -> Tensor:
+    """``[N, C, 4]``: of masks [N, C, H, W] the first column and row, and the first beyond; 0 where there is none."""
+    ends = []
+    for met in (inside.any(2), inside.any(3)):  # columns, rows
+        positions = torch.arange(met.shape[-1], device=met.device)
+        beyond = ((positions + 1) * met).amax(-1)
+        first = positions.where(met, met.shape[-1]).amin(-1)
+        ends.append((first.minimum(beyond), beyond))
+    return torch.stack([*(first for first, _ in ends), *(beyond for _, beyond in ends)], -1)
+
+
 def cross_entropy_dice(
     input: Tensor,
     target: Tensor,

@@ -8,7 +8,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fastseg.kernels import upsample_argmax, upsample_confusion_matrix, upsample_cross_entropy
+from fastseg.kernels import (
+    upsample_argmax,
+    upsample_confusion_matrix,
+    upsample_cross_entropy,
+    upsample_mask_argmax,
+    upsample_threshold,
+)
 from fastseg.kernels.specimen import Call, Specimen, describe, make_tensor
 from fastseg.ops.losses.options import LossOptions
 from fastseg.ops.upsample_cross_entropy import OVERLAP_SUMS
@@ -30,7 +36,7 @@ class _Upsampling:
     label_smoothing: float = 0.0
     reduction: str = "mean"
     with_overlap: bool = False
-    predicted: bool = False  # whether the prediction and the confusion matrix are specimens, too
+    predicted: bool = False  # whether the predictions and the confusion matrix are specimens, too
     tuned: bool = False
 
     def specimens(self) -> Iterator[Specimen]:
@@ -47,6 +53,8 @@ class _Upsampling:
             return
         yield Specimen(f"upsample_argmax {name} forward", self.argmax, self.tuned)
         yield Specimen(f"upsample_confusion_matrix {name} forward", self.confusion_matrix, self.tuned)
+        yield Specimen(f"upsample_threshold {name} forward", self.threshold, self.tuned)
+        yield Specimen(f"upsample_mask_argmax {name} forward", self.mask_argmax, self.tuned)
 
     @property
     def _upsampling(self) -> Upsampling:
@@ -119,6 +127,35 @@ class _Upsampling:
         def call() -> tuple[Tensor, ...]:
             upsample_confusion_matrix.forward((input, target, counts.zero_()), ignore_index, self._upsampling)
             return (counts,)
+
+        return call
+
+    def threshold(self, device: torch.device) -> Call:
+        """Prepares the masks of all classes, with scores where the loss would have overlap."""
+        input = make_tensor(self.sizes, self.dtype, device, self.channels_last)
+        images, classes, _, _ = self.sizes
+        masks = torch.empty((images, classes, *self.out), dtype=torch.uint8, device=device)
+        scores = input.new_empty((images * self.with_overlap, classes))
+        boxes = torch.empty((*scores.shape, 4), dtype=torch.int64, device=device)
+
+        def call() -> tuple[Tensor, ...]:
+            upsample_threshold.forward((input, masks, scores, boxes), 0.0, self._upsampling)
+            return masks, scores, boxes
+
+        return call
+
+    def mask_argmax(self, device: torch.device) -> Call:
+        """Prepares the classes of masks, of which there are as many; their matrix products in TF32 but for doubles."""
+        input = make_tensor(self.sizes, self.dtype, device, self.channels_last)
+        images, queries, _, _ = self.sizes
+        accumulation = torch.float64 if self.dtype == torch.float64 else torch.float32
+        probabilities = make_tensor((images, queries, queries), accumulation, device, False)
+        labels = torch.empty((images, *self.out), dtype=self.target, device=device)
+
+        def call() -> tuple[Tensor, ...]:
+            takes_tf32 = self.dtype in (torch.bfloat16, torch.float16)
+            upsample_mask_argmax.forward((input, probabilities, labels), takes_tf32, self._upsampling)
+            return (labels,)
 
         return call
 

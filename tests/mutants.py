@@ -33,7 +33,10 @@ SWITCH = "FASTSEG_MUTANT"  # the environment's variable with the number of the f
 # The tests that are run for a family of operators, the quick and general ones first; a fault may name one before them.
 SUITE = ("test_smoke", "test_conformance")
 LOSSES = (*SUITE, "test_cross_entropy", "test_upsample_cross_entropy", "test_refused", "test_cross_entropy_dice")
-PREDICTIONS = (*SUITE, "test_upsample_argmax", "test_upsample_confusion_matrix")
+PREDICTIONS = (
+    *SUITE, "test_upsample_argmax", "test_upsample_confusion_matrix", "test_upsample_threshold",
+    "test_upsample_mask_argmax",
+)  # fmt: skip
 CONVOLUTIONS = (
     *SUITE, "test_relu_pool2d", "test_conv_relu_pool2d", "test_conv_relu_pool2d_winograd", "test_conv2d",
 )  # fmt: skip
@@ -105,6 +108,13 @@ FAULTS = (
     Fault("the last task's counts are left out", "csrc/upsampling/upsample_confusion_matrix.cpp",
           "matrix[i] += <<<counts[task * cells + i]|||task > 0 && task + 1 == tasks ? 0 : counts[task * cells + i]>>>;",
           ("test_upsample_confusion_matrix", *PREDICTIONS)),
+    Fault("a logit at the threshold is inside", "csrc/upsampling/upsample_threshold.cpp",
+          "IntVec<T> inside = logit <<<>|||>=>>> bound;", ("test_upsample_threshold", *PREDICTIONS)),
+    Fault("a box ends at the first band's last row", "csrc/upsampling/upsample_threshold.cpp",
+          "max_of(all.bottom, <<<part.bottom|||all.bottom < 0 ? part.bottom : -1>>>)",
+          ("test_upsample_threshold", *PREDICTIONS)),
+    Fault("classes of the second block keep the first one's numbers", "csrc/upsampling/upsample_mask_argmax.cpp",
+          "static_cast<Int<T>>(<<<first + c|||c>>>) : label[i];", ("test_upsample_mask_argmax", *PREDICTIONS)),
     # ---- convolutions ----
     Fault("of equal values the window's last is taken", "csrc/convolution/pool_tile-inl.h",
           "better = <<<(candidate > best)|||(candidate >= best)>>> |", ("test_relu_pool2d", *CONVOLUTIONS)),
@@ -135,6 +145,12 @@ FAULTS = (
     # ---- Triton ----
     Fault("a number replaces NaN on a GPU", "kernels/upsample_argmax.py",
           "((logits <= largest) == 0)<<< & (largest == largest)|||>>>", ("test_upsample_argmax",), interpreted=True),
+    Fault("a mask's pixels are counted in its first block alone on a GPU", "kernels/upsample_threshold.py",
+          "cells = block < blocks, mask * blocks + <<<block|||0 * block>>>", ("test_upsample_threshold",),
+          interpreted=True),
+    Fault("the last query is left out on a GPU", "kernels/upsample_mask_argmax.py",
+          "CLASSES) & (queries[None, :] < <<<QUERIES|||QUERIES - 1>>>), 0)", ("test_upsample_mask_argmax",),
+          interpreted=True),
     Fault("sums of earlier classes keep the old maximum on a GPU", "kernels/cross_entropy.py",
           "spread += <<<(base_before - base) * share|||0.0>>> +", ("test_cross_entropy",), interpreted=True),
 )  # fmt: skip

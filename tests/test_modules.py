@@ -206,6 +206,12 @@ REPRS = {
     "UpsampleArgmax(scale_factor=2.0, mode='bilinear', align_corners=True)": fastseg.UpsampleArgmax(
         scale_factor=2.0, align_corners=True
     ),
+    "UpsampleThreshold(threshold=0.3, size=(3, 4), mode='nearest', align_corners=False)": fastseg.UpsampleThreshold(
+        (3, 4), 0.3, mode="nearest"
+    ),
+    "UpsampleMaskArgmax(scale_factor=2, mode='bilinear', align_corners=False)": fastseg.UpsampleMaskArgmax(
+        scale_factor=2
+    ),
     "CrossEntropyDiceLoss(ce_weight=1.0, dice_weight=2.0, smooth=1e-05, batch_dice=False, include_background=True)": (
         fastseg.CrossEntropyDiceLoss(dice_weight=2.0)
     ),

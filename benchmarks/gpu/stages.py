@@ -68,7 +68,7 @@ PARITY = [
     for name in (
         "ops/test_cross_entropy", "kernels/test_labels", "ops/test_upsample_cross_entropy", "ops/test_upsample_argmax",
         "ops/test_upsample_confusion_matrix", "ops/test_relu_pool2d", "ops/test_conv_relu_pool2d_fields",
-        "ops/test_conv_relu_pool2d",
+        "ops/test_conv_relu_pool2d", "ops/test_upsample_threshold", "ops/test_upsample_mask_argmax",
     )
 ]  # fmt: skip
 BEHAVIOUR = ["tests/kernels/test_cuda.py", "tests/kernels/test_cuda_memory.py"]

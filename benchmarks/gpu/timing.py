@@ -20,6 +20,8 @@ from benchmarks.cases.bench_relu_pool2d import ReLUPool2dCase
 from benchmarks.cases.bench_upsample_argmax import UpsampleArgmaxCase
 from benchmarks.cases.bench_upsample_confusion_matrix import UpsampleConfusionMatrixCase
 from benchmarks.cases.bench_upsample_cross_entropy import UpsampleCrossEntropyCase
+from benchmarks.cases.bench_upsample_mask_argmax import UpsampleMaskArgmaxCase
+from benchmarks.cases.bench_upsample_threshold import UpsampleThresholdCase
 from benchmarks.gpu import results
 from benchmarks.gpu.stages import MARK
 from benchmarks.harness.compile_time import COMPILE
@@ -59,6 +61,8 @@ CASES: list[Case] = [
     UpsampleCrossEntropyCase((16, 19, 128, 256), (512, 1024), dice=True),
     ReLUPool2dCase((32, 64, 256, 256), (3, 2, 1)),
     ConvReLUPool2dCase((16, 128, 128, 128), 128, input_gradient=True),
+    UpsampleThresholdCase((16, 20, 128, 128), (512, 512)),
+    UpsampleMaskArgmaxCase((16, 100, 128, 128), (512, 512), classes=150),
 ]
 REHEARSED: list[Case] = [
     UpsampleCrossEntropyCase((1, 5, 8, 8), (32, 32)),

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -73,22 +73,24 @@ class Job(NamedTuple):
     """A call to be timed: ``function(*arguments)``, which returns a tensor, and the gradients that are wanted of it.
 
     Args:
-        function: What is called.
+        function: What is called; without a backward pass it may return several tensors.
         arguments: Its arguments.
         wanted: The tensors whose gradients are taken. None of them: the call runs under ``no_grad``.
         incoming: The gradient of the output, in the output's layout; None for a scalar output.
     """
 
-    function: Callable[..., Tensor]
+    function: Callable[..., Any]
     arguments: tuple[Tensor, ...]
     wanted: tuple[Tensor, ...] = ()
     incoming: Tensor | None = None
 
     def results(self) -> list[Tensor]:
-        """The output, then the gradients."""
+        """The output, or all of several, then the gradients."""
         with torch.set_grad_enabled(bool(self.wanted)):
             output = self.function(*self.arguments)
-        return [output.detach(), *(torch.autograd.grad(output, self.wanted, self.incoming) if self.wanted else ())]
+        gradients = torch.autograd.grad(output, self.wanted, self.incoming) if self.wanted else ()
+        outputs = output if isinstance(output, tuple) else (output,)
+        return [*(output.detach() for output in outputs), *gradients]
 
     def seconds(self, device: Device, calls: int = 1, lead: bool = False) -> tuple[float, float]:
         """Seconds of the forward and of the backward pass, the mean of some calls. Freeing what they made counts.

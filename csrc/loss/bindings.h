@@ -11,10 +11,15 @@
 namespace fastseg {
 namespace python {
 
-// Logits [N, C, h, w] and, of the output's size, labels [N, H, W].
-inline void check_map(const Tensor& input, const Tensor& labels) {
+// Logits [N, C, h, w].
+inline void check_logits(const Tensor& input) {
   require(input.ndim == 4 && is_floating(input) && input.size[1] > 0 && input.size[2] > 0 && input.size[3] > 0,
           "input is a floating-point [N, C, h, w] with classes, rows and columns");
+}
+
+// Logits [N, C, h, w] and, of the output's size, labels [N, H, W].
+inline void check_map(const Tensor& input, const Tensor& labels) {
+  check_logits(input);
   require(labels.ndim == 3 && !is_floating(labels) && labels.size[0] == input.size[0] && labels.size[1] > 0 &&
               labels.size[2] > 0,
           "labels are integers [N, H, W] with rows and columns");

@@ -1,5 +1,4 @@
-// The class of the largest logit of each pixel of an upsampled row: what upsample_argmax and upsample_confusion_matrix
-// share.
+// The class of the largest logit of each pixel of an upsampled row: what the predictions of classes share.
 #pragma once
 
 #include "upsampling/upsampled_rows-inl.h"
@@ -44,6 +43,18 @@ void argmax_row(const UpsampledMap<T>& map, const RowPair<T>& pair, const Row lo
     argmax_columns<T, true>(map.classes, logits, count, labels);
   else
     argmax_columns<T, false>(map.classes, logits, count, labels);
+}
+
+// Labels to target, which is dense, from its element `first` on.
+template <class I>
+void store_labels(const I* labels, int64_t count, const Tensor& target, int64_t first) {
+  const auto to = [&](auto* typed) {
+    for (int64_t x = 0; x < count; ++x) typed[first + x] = static_cast<decltype(typed[0] + 0)>(labels[x]);
+  };
+  if (target.dtype == DType::kUInt8) to(static_cast<uint8_t*>(target.data));
+  if (target.dtype == DType::kInt16) to(static_cast<int16_t*>(target.data));
+  if (target.dtype == DType::kInt32) to(static_cast<int32_t*>(target.data));
+  if (target.dtype == DType::kInt64) to(static_cast<int64_t*>(target.data));
 }
 
 }  // namespace

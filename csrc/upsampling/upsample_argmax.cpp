@@ -20,17 +20,6 @@ void confidence_row(const UpsampledMap<T>& map, const Row logits, int64_t count,
   }
 }
 
-template <class I>
-void store_labels(const I* labels, int64_t count, const Tensor& target, int64_t first) {
-  const auto to = [&](auto* typed) {
-    for (int64_t x = 0; x < count; ++x) typed[first + x] = static_cast<decltype(typed[0] + 0)>(labels[x]);
-  };
-  if (target.dtype == DType::kUInt8) to(static_cast<uint8_t*>(target.data));
-  if (target.dtype == DType::kInt16) to(static_cast<int16_t*>(target.data));
-  if (target.dtype == DType::kInt32) to(static_cast<int32_t*>(target.data));
-  if (target.dtype == DType::kInt64) to(static_cast<int64_t*>(target.data));
-}
-
 template <class T>
 bool argmax_band(const UpsampleArgmax& call, const UpsampledMap<T>& map, const Bands& bands, int64_t band) {
   const auto padded = Pieces<T>::padded;

@@ -11,6 +11,8 @@ from fastseg.functional._relu_pool2d import relu_pool2d
 from fastseg.functional._upsample_argmax import upsample_argmax
 from fastseg.functional._upsample_confusion_matrix import upsample_confusion_matrix
 from fastseg.functional._upsample_cross_entropy import upsample_cross_entropy
+from fastseg.functional._upsample_mask_argmax import upsample_mask_argmax
+from fastseg.functional._upsample_threshold import upsample_threshold
 from fastseg.ops import flops, registration
 from fastseg.ops.on_import import on_import
 
@@ -26,6 +28,8 @@ __all__ = [
     "upsample_cross_entropy",
     "upsample_cross_entropy_dice",
     "upsample_focal_loss",
+    "upsample_mask_argmax",
+    "upsample_threshold",
 ]
 
 # torch.fx's symbolic trace keeps their calls whole, as it does those of torch's own functions.

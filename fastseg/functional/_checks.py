@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import math
+from numbers import Real
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from fastseg import reference
+from fastseg.ops.arguments import integer
 from fastseg.ops.upsampling import MODES
+
+IntOrPair = int | tuple[int, ...]
+FloatOrPair = float | tuple[float, ...]
 
 FLOATING_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 LABEL_DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)  # those that the kernels read
@@ -43,6 +52,48 @@ def check_map(input: Tensor) -> int:
     if 0 in input.shape[2:]:
         raise ValueError(f"input: expected at least one row and one column, got shape {tuple(input.shape)}")
     return check_logits(input)
+
+
+def resolve_size(
+    input: Tensor, size: IntOrPair | None, scale_factor: FloatOrPair | None
+) -> tuple[tuple[int, int], tuple[float, float] | None]:
+    """The output's size, and the factors for rows and columns where they gave it."""
+    if (size is None) == (scale_factor is None):
+        raise ValueError(f"size: expected either it or scale_factor, got {size} and {scale_factor}")
+    if size is not None:
+        height, width = (integer("size", extent, 0) for extent in _pair("size", size))
+    else:
+        factors = _pair("scale_factor", scale_factor)
+        if not all(map(_is_factor, factors)):
+            raise ValueError(f"scale_factor: expected finite numbers above 0, got {scale_factor}")
+        height, width = (math.floor(extent * factor) for extent, factor in zip(input.shape[2:], factors, strict=True))
+    if height < 1 or width < 1:
+        what = f"size {size}" if size is not None else f"scale_factor {scale_factor}"
+        raise ValueError(f"size: expected at least one row and one column, got {height} x {width} of {what}")
+    return (height, width), None if size is not None else factors
+
+
+def _is_factor(value: Any) -> bool:
+    """Whether a value is a number that sizes can be multiplied by; written so that NaN isn't."""
+    is_number = isinstance(value, Real | torch.SymFloat | torch.SymInt)
+    return is_number and bool(0 < value < math.inf)
+
+
+def _pair(name: str, value: Any) -> tuple[Any, Any]:
+    pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+    if len(pair) != 2:
+        raise ValueError(f"{name}: expected one number or (height, width), got {value}")
+    return pair[0], pair[1]
+
+
+def resolve_label_dtype(dtype: torch.dtype | None, classes: int) -> torch.dtype:
+    """The dtype of predicted labels, which may not be too small for the classes."""
+    dtype = dtype or reference.label_dtype(classes)
+    if dtype not in LABEL_DTYPES:
+        raise TypeError(f"dtype: expected uint8, int16, int32 or int64, got {dtype}")
+    if classes - 1 > torch.iinfo(dtype).max:
+        raise ValueError(f"dtype: {dtype} can't hold the labels of {classes} classes")
+    return dtype
 
 
 def check_grid(mode: str, align_corners: bool) -> None:

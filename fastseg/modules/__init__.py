@@ -4,12 +4,12 @@ from fastseg.modules._losses import (
     CrossEntropyDiceLoss,
     CrossEntropyLoss,
     FocalLoss,
-    UpsampleArgmax,
     UpsampleCrossEntropyDiceLoss,
     UpsampleCrossEntropyLoss,
     UpsampleFocalLoss,
 )
 from fastseg.modules._pooling import Conv2d, ConvReLUPool2d, ReLUPool2d
+from fastseg.modules._predictions import UpsampleArgmax, UpsampleMaskArgmax, UpsampleThreshold
 
 __all__ = [
     "Conv2d",
@@ -22,4 +22,6 @@ __all__ = [
     "UpsampleCrossEntropyDiceLoss",
     "UpsampleCrossEntropyLoss",
     "UpsampleFocalLoss",
+    "UpsampleMaskArgmax",
+    "UpsampleThreshold",
 ]

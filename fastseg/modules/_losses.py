@@ -1,15 +1,13 @@
-"""Losses and predictions as layers: torch.nn's constructors and state_dict, fastseg's operators."""
+"""Losses as layers: torch.nn's constructors and state_dict, fastseg's operators."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fastseg import functional
 from fastseg.modules._leaves import leaf_of_traces
-from fastseg.modules._pooling import IntOrPair
 
 
 def _named(layer: nn.Module, *names: str) -> str:
@@ -71,56 +69,6 @@ class UpsampleCrossEntropyLoss(nn.CrossEntropyLoss):
     def extra_repr(self) -> str:
         """The grid, for ``repr(layer)``."""
         return _named(self, "mode", "align_corners")
-
-
-class UpsampleArgmax(nn.Module):
-    """The class of the largest upsampled logit of each pixel: `torch.nn.Upsample` and ``argmax(1)`` in one layer.
-
-    See `fastseg.functional.upsample_argmax` for the shapes and dtypes.
-
-    Args:
-        size: The output's (height, width), or one number for both.
-        scale_factor: The output's size in input's, instead of ``size``. Without either, each call says its size.
-        mode: "bilinear" or "nearest".
-        align_corners: As in `fastseg.functional.upsample_cross_entropy`.
-        dtype: The labels' dtype; None for uint8 for up to 256 classes, else int64.
-        return_confidence: Also return the largest class's softmax value.
-
-    Raises:
-        ValueError: Both ``size`` and ``scale_factor`` are given.
-    """
-
-    def __init__(
-        self,
-        size: IntOrPair | None = None,
-        scale_factor: float | tuple[float, float] | None = None,
-        mode: str = "bilinear",
-        align_corners: bool = False,
-        *,
-        dtype: torch.dtype | None = None,
-        return_confidence: bool = False,
-    ) -> None:
-        super().__init__()
-        if size is not None and scale_factor is not None:
-            raise ValueError(f"size: expected either it or scale_factor, got {size} and {scale_factor}")
-        self.size = size
-        self.scale_factor = scale_factor
-        self.mode = mode
-        self.align_corners = align_corners
-        self.dtype = dtype
-        self.return_confidence = return_confidence
-
-    @leaf_of_traces
-    def forward(self, input: Tensor, size: IntOrPair | None = None) -> Any:
-        """Labels of logits ``[N, C, h, w]``, and the confidence where asked; ``size`` overrides the constructor's."""
-        extent = (self.size, self.scale_factor) if size is None else (size, None)
-        return functional.upsample_argmax(
-            input, *extent, self.mode, self.align_corners, dtype=self.dtype, return_confidence=self.return_confidence
-        )
-
-    def extra_repr(self) -> str:
-        """The size and the grid, for ``repr(layer)``."""
-        return _named(self, "size" if self.scale_factor is None else "scale_factor", "mode", "align_corners")
 
 
 class CrossEntropyDiceLoss(nn.Module):

@@ -9,6 +9,8 @@ from fastseg.ops import (
     upsample_argmax,
     upsample_confusion_matrix,
     upsample_cross_entropy,
+    upsample_mask_argmax,
+    upsample_threshold,
 )
 
 __all__ = [
@@ -20,4 +22,6 @@ __all__ = [
     "upsample_argmax",
     "upsample_confusion_matrix",
     "upsample_cross_entropy",
+    "upsample_mask_argmax",
+    "upsample_threshold",
 ]

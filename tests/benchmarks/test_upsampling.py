@@ -25,6 +25,8 @@ from benchmarks.cases import upsampling
 from benchmarks.cases.bench_upsample_argmax import UpsampleArgmaxCase
 from benchmarks.cases.bench_upsample_confusion_matrix import IGNORED, UpsampleConfusionMatrixCase
 from benchmarks.cases.bench_upsample_cross_entropy import UpsampleCrossEntropyCase
+from benchmarks.cases.bench_upsample_mask_argmax import UpsampleMaskArgmaxCase
+from benchmarks.cases.bench_upsample_threshold import UpsampleThresholdCase
 from benchmarks.cases.upsampling import UpsamplingCase
 from benchmarks.harness import memory, suite
 from benchmarks.harness.devices import CPU, CUDA, Device
@@ -47,6 +49,8 @@ CASES = [
     UpsampleArgmaxCase((2, 300, 7, 9), (31, 45)),  # labels that uint8 doesn't hold
     MATRIX,
     UpsampleConfusionMatrixCase((2, 5, 7, 9), (31, 45), mode="nearest"),
+    UpsampleThresholdCase((2, 5, 7, 9), (31, 45), scores=True),
+    UpsampleMaskArgmaxCase((2, 5, 7, 9), (31, 45), classes=7),
 ]
 MIB = 2**20
 ROOT = Path(__file__).parents[2]

@@ -43,6 +43,8 @@ A_FEW = [  # a specimen of each launcher
         ("upsample_cross_entropy", "backward"),
         ("upsample_argmax", "forward"),
         ("upsample_confusion_matrix", "forward"),
+        ("upsample_threshold", "forward"),
+        ("upsample_mask_argmax", "forward"),
     )
 ]
 

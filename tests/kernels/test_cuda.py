@@ -29,6 +29,8 @@ PARITY = {
     "upsample_cross_entropy": ["ops/test_upsample_cross_entropy.py"],
     "upsample_argmax": ["ops/test_upsample_argmax.py"],
     "upsample_confusion_matrix": ["ops/test_upsample_confusion_matrix.py"],
+    "upsample_threshold": ["ops/test_upsample_threshold.py"],
+    "upsample_mask_argmax": ["ops/test_upsample_mask_argmax.py"],
     "relu_pool2d": ["ops/test_relu_pool2d.py"],
     "conformance": ["ops/test_conformance.py", "ops/test_memory.py"],
     "conv_relu_pool2d-tf32": ["ops/test_conv_relu_pool2d.py", "ops/test_conv_relu_pool2d_fields.py", "--tf32=on"],

@@ -14,6 +14,8 @@ from fastseg.ops import (
     upsample_argmax,
     upsample_confusion_matrix,
     upsample_cross_entropy,
+    upsample_mask_argmax,
+    upsample_threshold,
 )
 from fastseg.ops.convolution.geometry import flatten, resolve
 from fastseg.testing import make, make_labels
@@ -60,12 +62,23 @@ def counts(forward: Callable[..., Tensor], backward: None) -> list[Tensor]:
     return [forward(make((2, 5, 6, 7)), make_labels((2, 11, 9), 5), 3, "bilinear", False)]
 
 
+def masks(forward: Callable[..., tuple[Tensor, ...]], backward: None) -> list[Tensor]:
+    return list(forward(make((2, 5, 6, 7)), [11, 9], None, 0.5, "bilinear", False, True))
+
+
+def added_masks(forward: Callable[..., Tensor], backward: None) -> list[Tensor]:
+    probabilities = make((2, 5, 3), seed=1).softmax(2)
+    return [forward(make((2, 5, 6, 7)), probabilities, [11, 9], None, "bilinear", False, torch.uint8)]
+
+
 OPERATORS = {
     "conv_relu_pool2d": (conv, conv_relu_pool2d),
     "cross_entropy": (loss, cross_entropy),
     "upsample_cross_entropy": (upsampled_loss, upsample_cross_entropy),
     "upsample_argmax": (prediction, upsample_argmax),
     "upsample_confusion_matrix": (counts, upsample_confusion_matrix),
+    "upsample_threshold": (masks, upsample_threshold),
+    "upsample_mask_argmax": (added_masks, upsample_mask_argmax),
 }
 
 

@@ -24,6 +24,7 @@ from tests.ops import cross_entropy_cases, upsample_cases
 Size = tuple[int, int]
 
 CLASSES = 5
+PREDICTIONS = ("upsample_argmax", "upsample_confusion_matrix", "upsample_mask_argmax", "upsample_threshold")
 IMAGES, SIZE = 2, (12, 14)  # where a test names no other
 WEIGHT = torch.tensor([0.5, 2.0, 1.0, 0.25, 3.0])
 
@@ -77,7 +78,7 @@ class Call:
     @property
     def is_differentiable(self) -> bool:
         """Whether any result has a gradient."""
-        return self.operator not in ("upsample_argmax", "upsample_confusion_matrix")
+        return self.operator not in PREDICTIONS
 
     @property
     def is_loss(self) -> bool:
@@ -89,6 +90,8 @@ class Call:
         input = tensors[0]
         if self.data < len(tensors):  # a weight's gradient runs over all pixels, a value over the kernel's taps
             return max(input[:, 0].numel(), tensors[1][0].numel(), tensors[1][:, 0].numel())
+        if self.operator == "upsample_threshold":  # a score's mask
+            return input[:1, 0].numel()
         if self.data == 1:
             return 1
         if "upsample" in self.operator:
@@ -154,6 +157,11 @@ def logits_and_labels(ignore_index: int | None = -100, upsampled: bool = False, 
 def logits_and_probabilities(images: int, size: Size, dtype: torch.dtype, layout: str) -> list[Tensor]:
     input = make((images, CLASSES, *size), dtype, layout=layout, scale=3.0, requires_grad=True)
     return [input, make((images, CLASSES, *size), torch.float64, seed=3).softmax(1).to(dtype)]
+
+
+def masks_and_probabilities(images: int, size: Size, dtype: torch.dtype, layout: str) -> list[Tensor]:
+    input = make((images, CLASSES, *size), dtype, layout=layout, scale=3.0)
+    return [input, make((images, CLASSES, 12), torch.float64, seed=3).softmax(-1).to(dtype)]
 
 
 def loss(operator: str, layer: type[nn.Module], **options: Any) -> Call:
@@ -236,6 +244,18 @@ CALLS = {
         "upsample_confusion_matrix", logits_and_labels(255, upsampled=True, requires_grad=False),
         {"ignore_index": 255}, data=2,
     ),
+    "upsample_threshold": Call(
+        "upsample_threshold", feature_map(requires_grad=False), {"scale_factor": 1.5, "return_scores": True},
+        layer=fastseg.UpsampleThreshold,
+    ),
+    "upsample_threshold-nearest": Call(
+        "upsample_threshold", feature_map(requires_grad=False), {"size": (29, 31), "threshold": 0.7, "mode": "nearest"},
+        layer=fastseg.UpsampleThreshold,
+    ),
+    "upsample_mask_argmax": Call(
+        "upsample_mask_argmax", masks_and_probabilities, {"scale_factor": 1.5}, data=2,
+        layer=fastseg.UpsampleMaskArgmax,
+    ),
 }  # fmt: skip
 
 DIFFERENTIABLE = {name: call for name, call in CALLS.items() if call.is_differentiable}
@@ -246,7 +266,7 @@ CAPTURED = {
     for name, call in CALLS.items()
     if name == call.operator or name.partition("-")[2] in ("skip", "none", "batch")
 }
-OF_LABELS = sorted({call.operator for call in CALLS.values() if call.data == 2})
+OF_LABELS = sorted({call.operator for call in CALLS.values() if call.data == 2} - {"upsample_mask_argmax"})
 
 
 def parametrize(calls: dict[str, Call]) -> pytest.MarkDecorator:

@@ -52,6 +52,7 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "relu_pool2d": lambda: fastseg.ReLUPool2d(2),
     "relu_pool2d-skip": lambda: fastseg.ReLUPool2d(2, return_skip=True),
     "upsample_argmax": lambda: fastseg.UpsampleArgmax(scale_factor=2, return_confidence=True),
+    "upsample_threshold": lambda: fastseg.UpsampleThreshold(scale_factor=2, return_scores=True),
 }
 LOSSES: dict[str, Callable[[], nn.Module]] = {
     "cross_entropy": fastseg.CrossEntropyLoss,

@@ -64,8 +64,20 @@ def train(input: Tensor, target: Tensor, **mode: Any) -> object:
     return torch.autograd.grad(functional.upsample_cross_entropy(input, target, **mode), input)
 
 
-# Bytes that remain for each pixel: labels and confidences, nothing, two statistics.
-PEAKS = {"argmax": (predict, 5), "confusion_matrix": (count, 0), "cross_entropy": (train, 8)}
+def threshold(input: Tensor, target: Tensor, **mode: Any) -> object:
+    return functional.upsample_threshold(input, tuple(target.shape[1:]), return_scores=True, **mode)
+
+
+def add_masks(input: Tensor, target: Tensor, **mode: Any) -> object:
+    probabilities = input.new_ones((*input.shape[:2], CLASSES))
+    return functional.upsample_mask_argmax(input, probabilities, tuple(target.shape[1:]), **mode)
+
+
+# Bytes that remain for each pixel: labels and confidences, nothing, two statistics, masks, labels.
+PEAKS = {
+    "argmax": (predict, 5), "confusion_matrix": (count, 0), "cross_entropy": (train, 8), "threshold": (threshold, 64),
+    "mask_argmax": (add_masks, 1),
+}  # fmt: skip
 
 
 @slow_under_the_interpreter

@@ -29,10 +29,13 @@ VALID: dict[str, dict[str, Any]] = {
     "conv_relu_pool2d": CONVOLUTION,
     "relu_pool2d": {"input": torch.ones(1, 3, 8, 8)},
     "upsample_argmax": {"input": LOGITS, "size": 4},
+    "upsample_mask_argmax": {"input": LOGITS, "class_probabilities": torch.ones(2, 4, 3), "size": 4},
+    "upsample_threshold": {"input": LOGITS, "size": 4},
     **{name: UPSAMPLED if "upsample" in name else OF_ONE_SIZE for name in OF_LABELS},
 }
 
 WITH_WEIGHT = [name for name in OF_LABELS if name != "upsample_confusion_matrix"]
+RESIZING = ["upsample_argmax", "upsample_mask_argmax", "upsample_threshold"]
 UPSAMPLING = [name for name in VALID if "upsample" in name]
 WITH_PIXEL_WEIGHT = ["cross_entropy", "upsample_cross_entropy"]
 WITH_REDUCTION = [*WITH_PIXEL_WEIGHT, "focal_loss", "upsample_focal_loss"]
@@ -44,15 +47,15 @@ CHANNELS_MISSING = {"input": LOGITS[:, :0]}
 # What several operators refuse alike.
 SHARED: dict[str, tuple[list[str], Refusal]] = {
     "integer-logits": (
-        [*OF_LABELS, "upsample_argmax"],
+        [*OF_LABELS, *RESIZING],
         ({"input": LOGITS.long()}, TypeError, "input: expected float32.* got torch.int64"),
     ),
     "complex-logits": (
-        [*OF_LABELS, "upsample_argmax"],
+        [*OF_LABELS, *RESIZING],
         ({"input": LOGITS.cfloat()}, TypeError, "input: expected float32.* got torch.complex64"),
     ),
     "no-class": (
-        [*WITH_WEIGHT, "upsample_argmax"],
+        [*WITH_WEIGHT, *RESIZING],
         (CHANNELS_MISSING, ValueError, r"input: expected at least one class, got shape \(2, 0, 3, 5\)"),
     ),
     "no-batch": (
@@ -84,6 +87,13 @@ SHARED: dict[str, tuple[list[str], Refusal]] = {
         OF_LABELS, ({"target": LABELS.bool()}, (TypeError, ValueError), "target: expected labels"),
     ),
     "labels-device": (OF_LABELS, ({"target": LABELS.to("meta")}, ValueError, "target: expected ")),
+    "neither-size-nor-factor": (
+        RESIZING, ({"size": None}, ValueError, "size: expected either it or scale_factor, got None and None"),
+    ),
+    "size-and-factor": (
+        RESIZING, ({"scale_factor": 2}, ValueError, "size: expected either it or scale_factor, got 4 and 2"),
+    ),
+    "label-dtype": (RESIZING[:2], ({"dtype": torch.int8}, TypeError, "dtype: expected uint8.*got torch.int8")),
     "weight-shape": (
         WITH_WEIGHT, ({"weight": torch.ones(3)}, ValueError, r"weight: expected shape \(4,\), got \(3,\)"),
     ),
@@ -193,8 +203,6 @@ OWN: dict[str, dict[str, Refusal]] = {
     },
     "upsample_argmax": {
         "no-columns": ({"input": LOGITS[..., :0]}, ValueError, "input: expected at least one row and one column"),
-        "neither": ({"size": None}, ValueError, "size: expected either it or scale_factor, got None and None"),
-        "both": ({"scale_factor": 2}, ValueError, "size: expected either it or scale_factor, got 4 and 2"),
         "triple": ({"size": (1, 2, 3)}, ValueError, r"size: expected one number or \(height, width\), got \(1, 2, 3\)"),
         "no-output": ({"size": (0, 4)}, ValueError, r"size: expected at least one row .* got 0 x 4 of size \(0, 4\)"),
         "float-size": ({"size": 4.0}, ValueError, "size: expected an integer .* got 4.0"),
@@ -208,9 +216,34 @@ OWN: dict[str, dict[str, Refusal]] = {
             f"factors-{factors}": ({"size": None, "scale_factor": factors}, ValueError, "scale_factor: expected one")
             for factors in ((2.0,), [2.0, 2.0, 2.0])
         },
-        "dtype": ({"dtype": torch.int8}, TypeError, "dtype: expected uint8.*got torch.int8"),
         "small-dtype": (
             {"input": torch.zeros(1, 257, 2, 2), "dtype": torch.uint8}, ValueError,
+            "dtype: torch.uint8 can't hold the labels of 257 classes",
+        ),
+    },
+    "upsample_threshold": {
+        f"threshold-{threshold}": (
+            {"threshold": threshold}, ValueError, rf"threshold: expected a probability in \[0, 1\], got {threshold}",
+        )
+        for threshold in (-0.1, 1.5, float("nan"))
+    },
+    "upsample_mask_argmax": {
+        **{
+            f"probabilities-{shape}": (
+                {"class_probabilities": torch.ones(shape)}, ValueError,
+                r"class_probabilities: expected \[2, 4, C\] with classes, got",
+            )
+            for shape in ((2, 4), (1, 4, 3), (2, 3, 4), (2, 4, 0))
+        },
+        "integers": (
+            {"class_probabilities": torch.ones(2, 4, 3).long()}, TypeError, "class_probabilities: expected a floating",
+        ),
+        "device": (
+            {"class_probabilities": torch.ones(2, 4, 3, device="meta")}, ValueError,
+            "class_probabilities: expected input's device .*, got meta",
+        ),
+        "small-dtype": (
+            {"class_probabilities": torch.ones(2, 4, 257), "dtype": torch.uint8}, ValueError,
             "dtype: torch.uint8 can't hold the labels of 257 classes",
         ),
     },

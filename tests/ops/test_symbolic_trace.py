@@ -20,6 +20,7 @@ LAYERS = {
     "ConvReLUPool2d-reflect": fastseg.ConvReLUPool2d(3, 4, 3, padding=1, padding_mode="reflect"),
     "ReLUPool2d": fastseg.ReLUPool2d(2),
     "UpsampleArgmax": fastseg.UpsampleArgmax(scale_factor=2),
+    "UpsampleThreshold": fastseg.UpsampleThreshold(scale_factor=2),
 }
 LOSSES = {
     "CrossEntropyLoss": fastseg.CrossEntropyLoss(),
@@ -65,11 +66,12 @@ def test_losses_are_leaves(name: str) -> None:
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_layer_traced_itself_calls_its_operator(name: str) -> None:
-    fixed = {"size": None} if name == "UpsampleArgmax" else None  # an optional argument of its forward
+    fixed = {"size": None} if "Upsample" in name else None  # an optional argument of its forward
     traced, input = fx.symbolic_trace(LAYERS[name], fixed), torch.randn(2, 3, 16, 16)
-    operator = {"Conv2d": "conv2d", "ReLUPool2d": "relu_pool2d", "UpsampleArgmax": "upsample_argmax"}.get(
-        name, "conv_relu_pool2d"
-    )
+    operator = {
+        "Conv2d": "conv2d", "ReLUPool2d": "relu_pool2d", "UpsampleArgmax": "upsample_argmax",
+        "UpsampleThreshold": "upsample_threshold",
+    }.get(name, "conv_relu_pool2d")  # fmt: skip
     assert calls(traced.graph)[-1] is getattr(functional, operator)
     assert torch.equal(traced(input), LAYERS[name](input))
 

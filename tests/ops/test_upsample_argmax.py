@@ -15,6 +15,7 @@ from tests.ops.upsample_cases import (
     MODES,
     TILES,
     Size,
+    grid_of,
     roundings,
     slow_under_the_interpreter,
     terms_of,
@@ -31,13 +32,9 @@ def check(input: Tensor, size: Any = None, scale_factor: Any = None, **options: 
     assert (labels.shape, labels.dtype) == (expected.shape, expected.dtype)
     assert_parity(confidence, plain, truth, terms=terms_of(input, labels.shape[1:], options.get("mode", "bilinear")))
     assert torch.equal(functional.upsample_argmax(input, **arguments), labels)
-    assert_largest(input, labels, reference.upsample(input.double(), size, scale_factor, *_grid(options)))
+    assert_largest(input, labels, reference.upsample(input.double(), size, scale_factor, *grid_of(options)))
     torch.testing.assert_close(input, before, rtol=0, atol=0, equal_nan=True)
     return labels
-
-
-def _grid(options: dict[str, Any]) -> tuple[str, bool]:
-    return options.get("mode", "bilinear"), options.get("align_corners", False)
 
 
 def assert_largest(input: Tensor, labels: Tensor, upsampled: Tensor) -> None:

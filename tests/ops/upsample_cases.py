@@ -22,6 +22,12 @@ MODES: dict[str, dict[str, Any]] = {
     "nearest": {"mode": "nearest"},
 }
 
+
+def grid_of(options: dict[str, Any]) -> tuple[str, bool]:
+    """Mode and align_corners, as `fastseg.reference.upsample` takes them."""
+    return options.get("mode", "bilinear"), options.get("align_corners", False)
+
+
 # The sizes of input and target, and why each is here.
 GRIDS: dict[str, tuple[Size, Size]] = {
     "x2": ((8, 9), (16, 18)),  # torch's nearest has a kernel of its own for it
