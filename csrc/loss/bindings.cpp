@@ -1,4 +1,4 @@
-// cross_entropy and upsample_cross_entropy for Python. A call's tensors come in one tuple, in the order in which the
+// The pixel losses for Python. A call's tensors come in one tuple, in the order in which the
 // binding reads them, since names for them would cost a call 1 us (2 cores, AVX-512, 2026-11-26); its options by name,
 // as fastseg.ops.losses.options.LossOptions has them. Of what Python has checked, the checks here repeat what memory
 // depends on.
@@ -10,6 +10,7 @@
 #include "core/parallel.h"
 #include "loss/cross_entropy.h"
 #include "loss/upsample_cross_entropy.h"
+#include "loss/upsample_sigmoid_sums.h"
 
 namespace fastseg {
 namespace python {  // the functions' names are the kernels' names
@@ -66,10 +67,9 @@ void check_loss(const Tensor& loss, const CrossEntropy& call, const Tensor& pixe
           "the loss has a value per pixel, or one; float64 where input is, else float32");
 }
 
-void check_grad_input(const CrossEntropyBackward& call) {
-  require(same_shape(call.grad_input, call.input) && call.grad_input.dtype == call.input.dtype,
-          "grad_input has input's shape and dtype");
-  advise_huge_pages(call.grad_input.data, byte_span(call.grad_input));
+void check_grad_input(const Tensor& grad_input, const Tensor& input) {
+  require(same_shape(grad_input, input) && grad_input.dtype == input.dtype, "grad_input has input's shape and dtype");
+  advise_huge_pages(grad_input.data, byte_span(grad_input));
 }
 
 // ---- cross_entropy ----
@@ -99,7 +99,7 @@ void cross_entropy_backward(const py::tuple& tensors, const py::object& options,
                          &call.total_weight, &call.grad_input});
   read_options(options, threads, &call);
   check_pixels(call, call.grad_output);
-  check_grad_input(call);
+  check_grad_input(call.grad_input, call.input);
   run_with_labels(call, fastseg::cross_entropy_backward);
 }
 
@@ -144,8 +144,53 @@ void upsample_cross_entropy_backward(const py::tuple& tensors, const py::object&
   check_statistics(call, call.target);
   check_loss(call.grad_output, call, call.target);
   if (call.grad_overlap) check_overlap(call.grad_overlap, call.input);
-  check_grad_input(call);
+  check_grad_input(call.grad_input, call.input);
   run_with_labels(call, fastseg::upsample_cross_entropy_backward);
+}
+
+// ---- upsample_sigmoid_sums ----
+
+void read_sigmoid_options(const py::object& options, const py::object& upsampling, int threads,
+                          UpsampleSigmoidSums* read) {
+  UpsampleSigmoidSums& call = *read;
+  const auto number = [&](const char* name) {
+    const py::object value = options.attr(name);
+    return value.is_none() ? 0.0 : value.cast<double>();
+  };
+  call.ignore_index = options.attr("ignore_index").cast<int64_t>();
+  call.gamma = number("gamma");
+  call.threshold = number("threshold");
+  call.grid = read_upsampling(upsampling);
+  call.threads = threads;
+  const Tensor &input = call.input, &target = call.target, &sums = call.sums;
+  const bool of_labels = target.ndim == 3;
+  Tensor pixels = of_labels ? target : pixels_of(target);
+  if (!of_labels) pixels.dtype = DType::kInt64;  // as labels would be
+  check_map(input, pixels);
+  require(of_labels || (target.ndim == 4 && target.size[1] == input.size[1]), "shares have input's classes");
+  require(of_labels || !is_floating(target) || (target.dtype == DType::kFloat64) == (input.dtype == DType::kFloat64),
+          "shares are float64 where input is, and only there");
+  require(sums.ndim == 3 && sums.size[0] == (options.attr("gamma").is_none() ? 3 : 6) &&
+              sums.size[1] == input.size[0] && sums.size[2] == input.size[1] && sums.dtype == accumulation_dtype(input),
+          "the sums are [3 or 6, N, C], float64 where input is, else float32");
+}
+
+void upsample_sigmoid_sums_forward(const py::tuple& tensors, const py::object& options, const py::object& upsampling,
+                                   int threads) {
+  UpsampleSigmoidSums call;
+  read_tensors(tensors, {&call.input, &call.target, &call.sums});
+  read_sigmoid_options(options, upsampling, threads, &call);
+  require(is_dense(call.sums), "the sums are dense");
+  run_with_labels(call, fastseg::upsample_sigmoid_sums_forward);
+}
+
+void upsample_sigmoid_sums_backward(const py::tuple& tensors, const py::object& options, const py::object& upsampling,
+                                    int threads) {
+  UpsampleSigmoidSumsBackward call;
+  read_tensors(tensors, {&call.sums, &call.input, &call.target, &call.grad_input});
+  read_sigmoid_options(options, upsampling, threads, &call);
+  check_grad_input(call.grad_input, call.input);
+  run_with_labels(call, fastseg::upsample_sigmoid_sums_backward);
 }
 
 }  // namespace
@@ -159,6 +204,8 @@ void bind_cross_entropy(py::module_& m) {
 void bind_upsample_cross_entropy(py::module_& m) {
   m.def("upsample_cross_entropy_forward", &upsample_cross_entropy_forward);
   m.def("upsample_cross_entropy_backward", &upsample_cross_entropy_backward);
+  m.def("upsample_sigmoid_sums_forward", &upsample_sigmoid_sums_forward);
+  m.def("upsample_sigmoid_sums_backward", &upsample_sigmoid_sums_backward);
 }
 
 }  // namespace python

@@ -178,21 +178,6 @@ bool forward_band(const UpsampleCrossEntropyForward& call, const UpsampledMap<T>
   return true;
 }
 
-// overlap = the sum of its image's bands.
-template <class T>
-void store_overlap(const UpsampleCrossEntropyForward& call, const UpsampledMap<T>& map, const Bands& bands,
-                   const double* overlaps) {
-  const int64_t images = map.images, classes = map.classes;
-  T* const target = static_cast<T*>(call.overlap.data);
-  for (int64_t image = 0; image < images; ++image)
-    for (int64_t i = 0; i < kOverlapSums * classes; ++i) {
-      double sum = 0;
-      for (int64_t band = image * bands.per_image; band < (image + 1) * bands.per_image; ++band)
-        sum += overlaps[band * kOverlapSums * classes + i];
-      target[(i / classes * images + image) * classes + i % classes] = static_cast<T>(sum);
-    }
-}
-
 template <class T, Kind kKind>
 void forward(const UpsampleCrossEntropyForward& call) {
   const int64_t output_height = call.target.size[1], output_width = call.target.size[2];
@@ -202,11 +187,11 @@ void forward(const UpsampleCrossEntropyForward& call) {
   const bool with_overlap = static_cast<bool>(call.overlap);
   const BandSums sums(bands.count, with_overlap ? kOverlapSums * map.classes : 0);
   for_each_task(bands.count, call.threads, [&](int64_t band) {
-    double* const overlap = with_overlap ? sums.overlaps() + band * kOverlapSums * map.classes : nullptr;
+    double* const overlap = with_overlap ? sums.of_classes() + band * kOverlapSums * map.classes : nullptr;
     return forward_band<T, kKind>(call, map, bands, band, &sums.partials()[band], overlap);
   });
   store_totals<T>(call, sums.partials(), bands.count, kKind == Kind::kSmoothedLabels);
-  if (with_overlap) store_overlap(call, map, bands, sums.overlaps());
+  if (with_overlap) store_class_sums<T>(call.overlap, map, bands, sums.of_classes());
 }
 
 // ---- with the gradient ----
@@ -215,6 +200,7 @@ void forward(const UpsampleCrossEntropyForward& call) {
 template <class T, Kind kKind>
 class GradientRows {
  public:
+  static constexpr bool kRelative = true;
   static int64_t elements(const UpsampledMap<T>& map) { return Blocks<T, kKind>::elements(map); }
 
   GradientRows(const UpsampleCrossEntropyForward& call, const UpsampledMap<T>& map, const Place&, Partial* partial,

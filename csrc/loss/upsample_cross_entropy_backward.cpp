@@ -69,6 +69,7 @@ void read_grad(const UpsampleCrossEntropyBackward& call, const UpsampledMap<T>& 
 template <class T, Kind kKind>
 class BackwardRows {
  public:
+  static constexpr bool kRelative = true;
   static int64_t elements(const UpsampledMap<T>& map) {
     const auto padded = Pieces<T>::padded;
     return padded(Tile<T>::elements(map.classes, map.row_stride, false)) +

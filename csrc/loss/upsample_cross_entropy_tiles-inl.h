@@ -1,5 +1,4 @@
-// What upsample_cross_entropy's two kernels share: the memory of a block of pixels, whose arithmetic is
-// cross_entropy's.
+// What the kernels of upsample_cross_entropy and upsample_sigmoid_sums share: the sums of bands, and a row's labels.
 #pragma once
 
 #include "loss/cross_entropy_loops-inl.h"
@@ -12,23 +11,36 @@ namespace {
 
 constexpr int kOverlapSums = 3;
 
-// The sums of every band, zero to begin with: of losses and weights, and where asked of the overlap.
+// The sums of every band, zero to begin with: of losses and weights, and where asked of each class.
 class BandSums {
  public:
-  explicit BandSums(int64_t bands, int64_t overlap_sums = 0) : bands_(bands), memory_(bytes(bands, overlap_sums)) {
-    memset(memory_.data(), 0, bytes(bands, overlap_sums));
+  explicit BandSums(int64_t bands, int64_t class_sums = 0) : bands_(bands), memory_(bytes(bands, class_sums)) {
+    memset(memory_.data(), 0, bytes(bands, class_sums));
   }
-  Partial* partials() const { return static_cast<Partial*>(memory_.data()); }          // [bands]
-  double* overlaps() const { return reinterpret_cast<double*>(partials() + bands_); }  // [bands][overlap_sums]
+  Partial* partials() const { return static_cast<Partial*>(memory_.data()); }            // [bands]
+  double* of_classes() const { return reinterpret_cast<double*>(partials() + bands_); }  // [bands][class_sums]
 
  private:
   int64_t bands_;
   Workspace memory_;
 
-  static int64_t bytes(int64_t bands, int64_t overlap_sums) {
-    return bands * static_cast<int64_t>(sizeof(Partial) + overlap_sums * sizeof(double));
+  static int64_t bytes(int64_t bands, int64_t class_sums) {
+    return bands * static_cast<int64_t>(sizeof(Partial) + class_sums * sizeof(double));
   }
 };
+
+// target [sums, N, C] = the sums of its image's bands, [bands][sums][C].
+template <class T>
+void store_class_sums(const Tensor& target, const UpsampledMap<T>& map, const Bands& bands, const double* of_bands) {
+  const int64_t images = map.images, classes = map.classes, sums = target.size[0] * classes;
+  for (int64_t image = 0; image < images; ++image)
+    for (int64_t i = 0; i < sums; ++i) {
+      double sum = 0;
+      for (int64_t band = image * bands.per_image; band < (image + 1) * bands.per_image; ++band)
+        sum += of_bands[band * sums + i];
+      static_cast<T*>(target.data)[(i / classes * images + image) * classes + i % classes] = static_cast<T>(sum);
+    }
+}
 
 // Reads the labels of an output row's columns [x, x + count), up to whole blocks filled with kIgnored.
 template <class T>

@@ -181,7 +181,8 @@ bool sum_tile(const GradientSum<T>& sum, const Place& place, ExpandedRows<T>* so
   return true;
 }
 
-// Work: what is done to an output row. Its static elements(map) is the scratch memory that it takes from pieces.
+// Work: what is done to an output row. Its static elements(map) is the scratch memory that it takes from pieces, and
+// kRelative whether it takes logits relative to their pixels' largest.
 template <class T, class Work, class Call>
 bool sum_band(const GradientSum<T>& sum, const Call& call, Partial* partial, int64_t band) {
   const UpsampledMap<T>& map = sum.map;
@@ -192,7 +193,7 @@ bool sum_band(const GradientSum<T>& sum, const Call& call, Partial* partial, int
   void* const memory = scratch(elements * static_cast<int64_t>(sizeof(T)));
   if (memory == nullptr) return false;
   Pieces<T> pieces(memory);
-  ExpandedRows<T> source(map, call.input, true, pieces.take(ExpandedRows<T>::elements(map)));
+  ExpandedRows<T> source(map, call.input, Work::kRelative, pieces.take(ExpandedRows<T>::elements(map)));
   T* const expanded = pieces.take(2 * map.row_elements());
   T* const rows = pieces.take(rows_elements);
   memset(rows, 0, rows_elements * sizeof(T));

@@ -2,6 +2,7 @@
 
 import torch.fx
 
+from fastseg.functional._class_sums import class_sums, upsample_class_sums
 from fastseg.functional._conv2d import conv2d
 from fastseg.functional._conv_relu_pool2d import conv_relu_pool2d
 from fastseg.functional._cross_entropy import cross_entropy
@@ -17,6 +18,7 @@ from fastseg.ops import flops, registration
 from fastseg.ops.on_import import on_import
 
 __all__ = [
+    "class_sums",
     "conv2d",
     "conv_relu_pool2d",
     "cross_entropy",
@@ -24,6 +26,7 @@ __all__ = [
     "focal_loss",
     "relu_pool2d",
     "upsample_argmax",
+    "upsample_class_sums",
     "upsample_confusion_matrix",
     "upsample_cross_entropy",
     "upsample_cross_entropy_dice",

@@ -9,8 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+<<<<<<< HEAD
 from fastseg import reference
 from fastseg.ops.arguments import integer
+=======
+from fastseg.ops.losses.options import accumulation_dtype
+>>>>>>> f340873 (wip)
 from fastseg.ops.upsampling import MODES
 
 IntOrPair = int | tuple[int, ...]
@@ -38,6 +42,13 @@ def check_logits(input: Tensor) -> int:
     if input.dtype not in FLOATING_DTYPES:
         raise TypeError(f"input: expected float32, float64, bfloat16 or float16, got {input.dtype}")
     return classes
+
+
+def check_batch(input: Tensor) -> None:
+    """Refuses what isn't logits ``[N, C, ...]`` with pixels, of which an image's sums are made."""
+    check_logits(input)
+    if input.ndim < 2 or 0 in input.shape[2:]:
+        raise ValueError(f"input: expected [N, C, d1, ...] with at least one pixel, got shape {tuple(input.shape)}")
 
 
 def pixels_of(input: Tensor) -> tuple[int, ...]:
@@ -140,6 +151,21 @@ def check_label_map(target: Tensor, input: Tensor, ignore_index: int | None) -> 
         got = f"{tuple(target.shape)}{_remedy(target, 3)}"
         raise ValueError(f"target: expected labels [N, H, W] with rows and columns, got shape {got}")
     return check_labels(target, (input.shape[0], *target.shape[1:]), input, ignore_index)
+
+
+def check_shares(target: Tensor, shape: tuple[int, ...], input: Tensor) -> Tensor:
+    """Each class's share of a pixel, in a dtype that the kernels read; refuses a target of another shape."""
+    check_device("target", target, input)
+    if target.shape != shape or 0 in shape[2:]:
+        raise ValueError(f"target: expected labels or a target of shape {shape}, got {tuple(target.shape)}")
+    if target.dtype == torch.bool:
+        return target.view(torch.uint8)
+    if target.is_floating_point():
+        wide = accumulation_dtype(input)
+        return target if target.dtype in FLOATING_DTYPES and wide == accumulation_dtype(target) else target.to(wide)
+    if target.dtype not in LABEL_DTYPES and target.dtype not in WIDER_DTYPES:
+        raise TypeError(f"target: expected a boolean, integer or floating-point dtype, got {target.dtype}")
+    return widen_labels(target, None)
 
 
 def _remedy(target: Tensor, ndim: int) -> str:

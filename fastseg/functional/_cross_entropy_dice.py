@@ -9,10 +9,10 @@ from torch import Tensor
 
 from fastseg import reference
 from fastseg.functional._checks import (
+    check_batch,
     check_class_weight,
     check_label_map,
     check_labels,
-    check_logits,
     check_map,
     pixels_of,
 )
@@ -87,9 +87,7 @@ def cross_entropy_dice(
         ValueError: Shapes, devices or numbers don't fit; the message names the argument.
         TypeError: A dtype that isn't supported, class probabilities among them.
     """
-    check_logits(input)
-    if input.ndim < 2 or 0 in input.shape[2:]:
-        raise ValueError(f"input: expected [N, C, d1, ...] with at least one pixel, got shape {tuple(input.shape)}")
+    check_batch(input)
     target = check_labels(target, pixels_of(input), input, ignore_index)
     combination = _Combination(ce_weight, dice_weight, smooth, batch_dice, include_background)
     options = make_options(ignore_index, _reduction(ce_weight), label_smoothing)

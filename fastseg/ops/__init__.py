@@ -9,8 +9,12 @@ from fastseg.ops import (
     upsample_argmax,
     upsample_confusion_matrix,
     upsample_cross_entropy,
+<<<<<<< HEAD
     upsample_mask_argmax,
     upsample_threshold,
+=======
+    upsample_sigmoid_sums,
+>>>>>>> f340873 (wip)
 )
 
 __all__ = [
@@ -22,6 +26,10 @@ __all__ = [
     "upsample_argmax",
     "upsample_confusion_matrix",
     "upsample_cross_entropy",
+<<<<<<< HEAD
     "upsample_mask_argmax",
     "upsample_threshold",
+=======
+    "upsample_sigmoid_sums",
+>>>>>>> f340873 (wip)
 ]

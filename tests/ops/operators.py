@@ -96,7 +96,7 @@ class Call:
             return 1
         if "upsample" in self.operator:
             mode = self.options.get("mode", "bilinear")
-            return upsample_cases.terms_of(input, tuple(tensors[1].shape[1:]), mode)
+            return upsample_cases.terms_of(input, tuple(tensors[1].shape[-2:]), mode)
         return cross_entropy_cases.terms_of(input)
 
 
@@ -159,9 +159,26 @@ def logits_and_probabilities(images: int, size: Size, dtype: torch.dtype, layout
     return [input, make((images, CLASSES, *size), torch.float64, seed=3).softmax(1).to(dtype)]
 
 
+<<<<<<< HEAD
 def masks_and_probabilities(images: int, size: Size, dtype: torch.dtype, layout: str) -> list[Tensor]:
     input = make((images, CLASSES, *size), dtype, layout=layout, scale=3.0)
     return [input, make((images, CLASSES, 12), torch.float64, seed=3).softmax(-1).to(dtype)]
+=======
+def logits_and_masks(upsampled: bool = False, soft: bool = False) -> Maker:
+    """Each class's own mask, of which a value of 3 is to be ignored, or soft shares in logits' dtype."""
+
+    def tensors(images: int, size: Size, dtype: torch.dtype, layout: str) -> list[Tensor]:
+        of_masks = (2 * size[0] + 1, 3 * size[1] - 1) if upsampled else size
+        shape = (images, CLASSES, *of_masks)
+        shares = make(shape, torch.float64, seed=3).sigmoid().to(dtype)
+        masks = make_labels(shape, 2, torch.uint8, ignore_index=3)
+        return [
+            make((images, CLASSES, *size), dtype, layout=layout, scale=3.0, requires_grad=True),
+            shares if soft else masks,
+        ]
+
+    return tensors
+>>>>>>> f340873 (wip)
 
 
 def loss(operator: str, layer: type[nn.Module], **options: Any) -> Call:
@@ -232,6 +249,19 @@ CALLS = {
         "upsample_focal_loss", fastseg.UpsampleFocalLoss, reduction="none", gamma=0.5, weight=WEIGHT, mode="nearest",
         ignore_index=1,
     ),
+    "class_sums": Call("class_sums", logits_and_labels(255), {"ignore_index": 255}, data=2),
+    "class_sums-sigmoid": Call(
+        "class_sums", logits_and_labels(1), {"ignore_index": 1, "activation": "sigmoid"}, data=2
+    ),
+    "class_sums-shares": Call("class_sums", logits_and_masks(soft=True), {"activation": "sigmoid"}, data=2),
+    "upsample_class_sums": Call("upsample_class_sums", logits_and_labels(None, upsampled=True), data=2),
+    "upsample_class_sums-masks": Call(
+        "upsample_class_sums", logits_and_masks(upsampled=True), {"ignore_index": 3, "activation": "sigmoid"}, data=2
+    ),
+    "upsample_class_sums-nearest": Call(
+        "upsample_class_sums", logits_and_labels(255, upsampled=True),
+        {"ignore_index": 255, "activation": "sigmoid", "mode": "nearest"}, data=2,
+    ),
     "upsample_argmax": Call(
         "upsample_argmax", feature_map(requires_grad=False), {"scale_factor": 1.5, "return_confidence": True},
         layer=fastseg.UpsampleArgmax,
@@ -264,7 +294,7 @@ WITH_LAYERS = {name: call for name, call in CALLS.items() if call.layer}
 CAPTURED = {
     name: call
     for name, call in CALLS.items()
-    if name == call.operator or name.partition("-")[2] in ("skip", "none", "batch")
+    if name == call.operator or name.partition("-")[2] in ("skip", "none", "batch", "masks")
 }
 OF_LABELS = sorted({call.operator for call in CALLS.values() if call.data == 2} - {"upsample_mask_argmax"})
 

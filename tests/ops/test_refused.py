@@ -34,8 +34,13 @@ VALID: dict[str, dict[str, Any]] = {
     **{name: UPSAMPLED if "upsample" in name else OF_ONE_SIZE for name in OF_LABELS},
 }
 
+<<<<<<< HEAD
 WITH_WEIGHT = [name for name in OF_LABELS if name != "upsample_confusion_matrix"]
 RESIZING = ["upsample_argmax", "upsample_mask_argmax", "upsample_threshold"]
+=======
+OF_SUMS = ["class_sums", "upsample_class_sums"]
+WITH_WEIGHT = [name for name in OF_LABELS if name not in ("upsample_confusion_matrix", *OF_SUMS)]
+>>>>>>> f340873 (wip)
 UPSAMPLING = [name for name in VALID if "upsample" in name]
 WITH_PIXEL_WEIGHT = ["cross_entropy", "upsample_cross_entropy"]
 WITH_REDUCTION = [*WITH_PIXEL_WEIGHT, "focal_loss", "upsample_focal_loss"]
@@ -55,21 +60,25 @@ SHARED: dict[str, tuple[list[str], Refusal]] = {
         ({"input": LOGITS.cfloat()}, TypeError, "input: expected float32.* got torch.complex64"),
     ),
     "no-class": (
+<<<<<<< HEAD
         [*WITH_WEIGHT, *RESIZING],
+=======
+        [*WITH_WEIGHT, *OF_SUMS, "upsample_argmax"],
+>>>>>>> f340873 (wip)
         (CHANNELS_MISSING, ValueError, r"input: expected at least one class, got shape \(2, 0, 3, 5\)"),
     ),
     "no-batch": (
-        ["cross_entropy_dice"],
+        ["cross_entropy_dice", "class_sums"],
         ({"input": LOGITS[0, :, 0, 0], "target": LABELS[0, 0, 0]}, ValueError, r"input: expected \[N, C, d1, ...\]"),
     ),
     "no-pixel": (
-        ["cross_entropy_dice"],
+        ["cross_entropy_dice", "class_sums"],
         ({"input": LOGITS[:, :, :0], "target": LABELS[:, :0, :5]}, ValueError, "at least one pixel, got shape"),
     ),
     "rank": (UPSAMPLING, ({"input": LOGITS[0]}, ValueError, r"input: expected \[N, C, h, w\], got shape \(4, 3, 5\)")),
     "no-rows": (UPSAMPLING, ({"input": LOGITS[:, :, :0]}, ValueError, "input: expected at least one row")),
     "scalar": (
-        ["cross_entropy", "cross_entropy_dice", "focal_loss"],
+        ["cross_entropy", "cross_entropy_dice", "focal_loss", "class_sums"],
         ({"input": torch.tensor(1.0), "target": torch.tensor(0)}, ValueError, "input: expected .*got a scalar"),
     ),
     "mode": (UPSAMPLING, ({"mode": "area"}, ValueError, "mode: expected \"bilinear\" or \"nearest\", got 'area'")),
@@ -124,6 +133,21 @@ SHARED: dict[str, tuple[list[str], Refusal]] = {
     ),
     "learned-weight": (
         OF_DICE, ({"weight": torch.ones(4, requires_grad=True)}, ValueError, "weight: it has no gradient"),
+    ),
+    "activation": (OF_SUMS, ({"activation": "tanh"}, ValueError, "activation: expected .*got 'tanh'")),
+    "shares-shape": (
+        OF_SUMS,
+        (
+            {"target": torch.zeros(2, 3, 3, 5), "activation": "sigmoid"}, ValueError,
+            r"target: expected labels or a target of shape \(2, 4, 3, 5\), got \(2, 3, 3, 5\)",
+        ),
+    ),
+    "shares-dtype": (
+        OF_SUMS,
+        ({"target": LOGITS.cfloat(), "activation": "sigmoid"}, TypeError, "target: expected a boolean, integer or fl"),
+    ),
+    "shares-device": (
+        OF_SUMS, ({"target": LOGITS.to("meta"), "activation": "sigmoid"}, ValueError, "target: expected input's dev"),
     ),
     "gamma": (OF_FOCUS, ({"gamma": -1.0}, ValueError, "gamma: expected a number of at least 0, got -1.0")),
     "gamma-nan": (OF_FOCUS, ({"gamma": float("nan")}, ValueError, "gamma: expected .*got nan")),
@@ -192,14 +216,16 @@ OWN: dict[str, dict[str, Refusal]] = {
             "class-probabilities": ({"target": LOGITS}, ValueError, r"target: expected labels \[N, H, W\]"),
             "float-labels": ({"target": LABELS.float()}, TypeError, "target: expected labels of an integer dtype"),
         }
-        for name in ("upsample_cross_entropy_dice", "upsample_focal_loss", "upsample_confusion_matrix")
+        for name in (
+            "upsample_cross_entropy_dice", "upsample_focal_loss", "upsample_confusion_matrix", "upsample_class_sums"
+        )
     },
     **{
         name: {
             "class-probabilities": ({"target": LOGITS}, TypeError, "target: expected labels of an integer dtype"),
             "pixels": ({"target": LABELS}, ValueError, r"target: expected labels of shape \(2, 3, 5\), got \(2, 6, 7"),
         }
-        for name in ("cross_entropy_dice", "focal_loss")
+        for name in ("cross_entropy_dice", "focal_loss", "class_sums")
     },
     "upsample_argmax": {
         "no-columns": ({"input": LOGITS[..., :0]}, ValueError, "input: expected at least one row and one column"),

@@ -1,0 +1,339 @@
+// upsample_sigmoid_sums' CPU kernels. Classes know nothing of each other: forward goes over an output row class by
+// class and adds up its terms; backward makes the terms' derivatives again, row by row, and nothing is kept between the
+// two.
+#include "loss/upsample_sigmoid_sums.h"
+
+#include <math.h>
+
+#include "core/cache.h"
+#include "loss/upsample_cross_entropy_tiles-inl.h"
+#include "upsampling/upsampled_gradient-inl.h"
+
+namespace fastseg {
+namespace FASTSEG_ISA {
+namespace {
+
+constexpr int kRowsInCache = 2;          // a tile's two expanded input rows
+constexpr int64_t kColumnsAdded = 1024;  // in T: the sums over more are added up in double
+
+// What is summed: the class sums alone, or with them cross-entropies that are multiplied by focal factors or not.
+enum class Terms { kClassSums, kCrossEntropy, kFocal };
+
+template <Terms kTerms>
+constexpr int kSums = kTerms == Terms::kClassSums ? 3 : 6;
+
+// log(1 + x) for x in [0, 1], with what rounds off in the sum.
+template <class T>
+FASTSEG_INLINE Vec<T> log_of_one_plus(Vec<T> x) {
+  const Vec<T> sum = x + T(1);
+  return log_of_positive<T>(sum) + (x - (sum - T(1))) / sum;
+}
+
+template <class T>
+FASTSEG_INLINE Vec<T> positive_part(Vec<T> x) {
+  return maximum<T>(Vec<T>{}, x);  // x where it is NaN
+}
+
+// Of a vector of logits.
+template <class T>
+struct Sigmoid {
+  Vec<T> exponential;     // exp(-|z|)
+  Vec<T> value, counter;  // sigmoid(z), sigmoid(-z)
+
+  FASTSEG_INLINE explicit Sigmoid(Vec<T> logit) {
+    exponential = exp_of_nonpositive<T>(logit > 0 ? -logit : logit);
+    const Vec<T> larger = T(1) / (exponential + T(1)), smaller = exponential * larger;
+    value = logit > 0 ? larger : smaller;
+    counter = logit > 0 ? smaller : larger;
+  }
+};
+
+template <class T>
+struct FocalFactor {
+  T gamma, scale, threshold;
+
+  explicit FocalFactor(const UpsampleSigmoidSums& call)
+      : gamma(static_cast<T>(call.gamma)),
+        scale(call.threshold > 0 ? static_cast<T>(pow(call.threshold, -call.gamma)) : T(1)),
+        threshold(static_cast<T>(call.threshold)) {}
+
+  // The factor of logits whose targets they agree with by `signed_logit`, and its derivative for that.
+  FASTSEG_INLINE void operator()(Vec<T> signed_logit, Vec<T>* factor, Vec<T>* slope) const {
+    const Sigmoid<T> right(signed_logit);
+    const Vec<T> loss_of_others = positive_part<T>(signed_logit) + log_of_one_plus<T>(right.exponential);
+    const IntVec<T> focused = ~(right.value < threshold);
+    const Vec<T> power = exp_of_nonpositive<T>(loss_of_others * -gamma) * scale;
+    *factor = focused ? power : broadcast<T>(1);
+    *slope = select_or_zero<T>(focused, power * right.value * -gamma);
+  }
+};
+
+// A row's labels, and of one of its classes the shares; whole blocks, with nothing that counts at the end.
+template <class T>
+class Shares {
+ public:
+  static int64_t elements(const UpsampledMap<T>& map) { return 3 * map.row_stride; }
+
+  Shares(const UpsampleSigmoidSums& call, const UpsampledMap<T>& map, InvalidLabel* invalid, T* memory)
+      : call_(call),
+        of_labels_(call.target.ndim == 3),
+        share_(memory),
+        counts_(reinterpret_cast<Int<T>*>(memory + map.row_stride)),
+        labels_(reinterpret_cast<Int<T>*>(memory + 2 * map.row_stride)),
+        invalid_(invalid) {}
+
+  // The columns [x, x + count) of an output row. False where a label is no class.
+  bool select(int64_t image, int64_t y, int64_t x, int64_t count) {
+    const Tensor& target = call_.target;
+    const int row = target.ndim - 2;
+    offset_ = image * target.stride[0] + y * target.stride[row] + x * target.stride[row + 1];
+    count_ = count;
+    for (int64_t p = count; p < round_up(count, kPixelMultiple); ++p) {
+      labels_[p] = kIgnored;
+      counts_[p] = 0;
+      share_[p] = 0;
+    }
+    return !of_labels_ || read_label_run(call_, offset_, count, target.stride[row + 1], labels_, invalid_);
+  }
+
+  void select_class(int64_t c) {
+    if (of_labels_) {
+      for (int64_t p = 0; p < count_; ++p) share_[p] = labels_[p] == c ? T(1) : T(0);
+      for (int64_t p = 0; p < count_; ++p) counts_[p] = labels_[p] == kIgnored ? 0 : -1;
+      return;
+    }
+    read_shares(c);
+    const T ignored = static_cast<T>(call_.ignore_index);
+    for (int64_t p = 0; p < count_; ++p) counts_[p] = share_[p] == ignored ? 0 : -1;
+  }
+
+  FASTSEG_INLINE Vec<T> share(int64_t p) const { return load(share_ + p); }
+  FASTSEG_INLINE IntVec<T> counts(int64_t p) const { return load_labels<T>(counts_ + p); }
+
+ private:
+  const UpsampleSigmoidSums& call_;
+  const bool of_labels_;
+  T* const share_;
+  Int<T>*const counts_, *const labels_;
+  InvalidLabel* const invalid_;
+  int64_t offset_ = 0, count_ = 0;
+
+  void read_shares(int64_t c) {
+    const Tensor& target = call_.target;
+    const int64_t stride = target.stride[3];
+    const void* const source = at(target, offset_ + c * target.stride[1]);
+    const auto read = [&](const auto* typed) {
+      for (int64_t p = 0; p < count_; ++p) share_[p] = static_cast<T>(typed[p * stride]);
+    };
+    switch (target.dtype) {
+      case DType::kUInt8:
+        return read(static_cast<const uint8_t*>(source));
+      case DType::kInt16:
+        return read(static_cast<const int16_t*>(source));
+      case DType::kInt32:
+        return read(static_cast<const int32_t*>(source));
+      case DType::kInt64:
+        return read(static_cast<const int64_t*>(source));
+      default:
+        return pack(source, target.dtype, 1, count_, 0, stride, share_, 0);
+    }
+  }
+};
+
+// ---- forward ----
+
+template <class T, Terms kTerms>
+FASTSEG_INLINE void terms_of(Vec<T> logit, Vec<T> share, const FocalFactor<T>& focal, Vec<T> (&terms)[kSums<kTerms>]) {
+  const Sigmoid<T> sigmoid(logit);
+  terms[0] = sigmoid.value * share;
+  terms[1] = sigmoid.value;
+  terms[2] = share;
+  if constexpr (kTerms != Terms::kClassSums) {
+    const Vec<T> log_sum = log_of_one_plus<T>(sigmoid.exponential);
+    terms[3] = (positive_part<T>(-logit) + log_sum) * share;
+    terms[4] = (positive_part<T>(logit) + log_sum) * (T(1) - share);
+    terms[5] = broadcast<T>(1);
+    if (kTerms == Terms::kFocal) {
+      Vec<T> slope;
+      focal(logit * (share * T(2) - T(1)), &terms[5], &slope);
+      terms[3] *= terms[5];
+      terms[4] *= terms[5];
+    }
+  }
+}
+
+// Adds a class's terms, of the `count` columns of a block of which `logits` are the first, to the sums
+// [kSums][classes].
+template <class T, Terms kTerms, class Logits>
+FASTSEG_NOINLINE void add_terms(const Shares<T>& shares, const FocalFactor<T>& focal, int64_t c, int64_t count,
+                                const Logits logits, double* sums, int64_t classes) {
+  Vec<T> added[kSums<kTerms>] = {};
+  for (int64_t p = 0; p < count; p += kLanes<T>) {
+    Vec<T> terms[kSums<kTerms>];
+    terms_of<T, kTerms>(logits(c, p), shares.share(p), focal, terms);
+    for (int i = 0; i < kSums<kTerms>; ++i) added[i] += select_or_zero<T>(shares.counts(p), terms[i]);
+  }
+  for (int i = 0; i < kSums<kTerms>; ++i) {
+    T lanes[kLanes<T>];
+    store(lanes, added[i]);
+    for (T lane : lanes) sums[i * classes + c] += static_cast<double>(lane);
+  }
+}
+
+template <class T, Terms kTerms>
+bool forward_band(const UpsampleSigmoidSums& call, const UpsampledMap<T>& map, const Bands& bands, int64_t band,
+                  InvalidLabel* invalid, double* sums) {
+  const auto padded = Pieces<T>::padded;
+  const int64_t elements = padded(ExpandedRows<T>::elements(map)) + padded(Shares<T>::elements(map));
+  void* const memory = scratch(elements * static_cast<int64_t>(sizeof(T)));
+  if (memory == nullptr) return false;
+  Pieces<T> pieces(memory);
+  ExpandedRows<T> source(map, call.input, false, pieces.take(ExpandedRows<T>::elements(map)));
+  Shares<T> shares(call, map, invalid, pieces.take(Shares<T>::elements(map)));
+  const FocalFactor<T> focal(call);
+  for_each_tile_row(map, bands, band, &source,
+                    [&](int64_t image, int64_t y, const RowPair<T>& pair, int64_t begin, int64_t columns) {
+                      for (int64_t x = 0; x < columns; x += kColumnsAdded) {
+                        const int64_t count = min_of(kColumnsAdded, columns - x);
+                        if (!shares.select(image, y, begin + x, count)) return false;
+                        with_upsampled_row(map, pair, x, [&](const auto logits) {
+                          for (int64_t c = 0; c < map.classes; ++c) {
+                            shares.select_class(c);
+                            add_terms<T, kTerms>(shares, focal, c, count, logits, sums, map.classes);
+                          }
+                        });
+                      }
+                      return true;
+                    });
+  return true;
+}
+
+template <class T, Terms kTerms>
+void forward(const UpsampleSigmoidSums& call) {
+  const Tensor& target = call.target;
+  const int64_t output_height = target.size[target.ndim - 2], output_width = target.size[target.ndim - 1];
+  const Bands bands(call.input.size[0], output_height);
+  const Workspace tables(UpsampledMap<T>::table_bytes(output_height, output_width));
+  const UpsampledMap<T> map(call.grid, call.input, output_height, output_width, kRowsInCache, tables.data());
+  const int64_t sums_of_band = kSums<kTerms> * map.classes;
+  const BandSums sums(bands.count, sums_of_band);
+  for_each_task(bands.count, call.threads, [&](int64_t band) {
+    return forward_band<T, kTerms>(call, map, bands, band, &sums.partials()[band].invalid,
+                                   sums.of_classes() + band * sums_of_band);
+  });
+  *call.invalid = {};
+  for (int64_t band = 0; band < bands.count; ++band) keep_first(sums.partials()[band].invalid, call.invalid);
+  store_class_sums<T>(call.sums, map, bands, sums.of_classes());
+}
+
+// ---- backward ----
+
+// The derivative of the terms, each multiplied by the gradient of its sum.
+template <class T, Terms kTerms>
+FASTSEG_INLINE Vec<T> derivative(Vec<T> logit, Vec<T> share, const FocalFactor<T>& focal, const T (&grad)[6]) {
+  const Sigmoid<T> sigmoid(logit);
+  Vec<T> result = (share * grad[0] + grad[1]) * (sigmoid.value * sigmoid.counter);
+  if constexpr (kTerms != Terms::kClassSums) {
+    const Vec<T> of_own = share * grad[3], of_others = (T(1) - share) * grad[4];
+    const Vec<T> of_losses = of_others * sigmoid.value - of_own * sigmoid.counter;
+    if (kTerms == Terms::kCrossEntropy) return result + of_losses;
+    const Vec<T> log_sum = log_of_one_plus<T>(sigmoid.exponential), sign = share * T(2) - T(1);
+    const Vec<T> losses =
+        of_own * (positive_part<T>(-logit) + log_sum) + of_others * (positive_part<T>(logit) + log_sum);
+    Vec<T> factor, slope;
+    focal(logit * sign, &factor, &slope);
+    result += factor * of_losses + (losses + grad[5]) * (slope * sign);
+  }
+  return result;
+}
+
+// What is done to an output row.
+template <class T, Terms kTerms>
+class BackwardRows {
+ public:
+  static constexpr bool kRelative = false;
+  static int64_t elements(const UpsampledMap<T>& map) { return Pieces<T>::padded(Shares<T>::elements(map)); }
+
+  BackwardRows(const UpsampleSigmoidSumsBackward& call, const UpsampledMap<T>& map, const Place&, Partial* partial,
+               Pieces<T>* pieces)
+      : call_(call),
+        map_(map),
+        shares_(call, map, &partial->invalid, pieces->take(Shares<T>::elements(map))),
+        focal_(call) {}
+
+  bool row(const Place& place, int64_t y, const RowPair<T>& pair, const GradientsToRows<T>& keep) {
+    if (!shares_.select(place.image, y, place.column, place.columns)) return false;
+    with_upsampled_row(map_, pair, 0, [&](const auto logits) {
+      for (int64_t c = 0; c < map_.classes; ++c) differentiate_class(place, c, logits, keep);
+    });
+    return true;
+  }
+
+ private:
+  const UpsampleSigmoidSumsBackward& call_;
+  const UpsampledMap<T>& map_;
+  Shares<T> shares_;
+  const FocalFactor<T> focal_;
+
+  template <class Logits>
+  FASTSEG_NOINLINE void differentiate_class(const Place& place, int64_t c, const Logits logits,
+                                            const GradientsToRows<T>& keep) {
+    const Tensor& sums = call_.sums;
+    T grad[6] = {};
+    for (int i = 0; i < kSums<kTerms>; ++i)
+      grad[i] =
+          static_cast<const T*>(sums.data)[i * sums.stride[0] + place.image * sums.stride[1] + c * sums.stride[2]];
+    shares_.select_class(c);
+    for (int64_t p = 0; p < place.columns; p += kLanes<T>) {
+      const Vec<T> gradient = derivative<T, kTerms>(logits(c, p), shares_.share(p), focal_, grad);
+      keep(c, p, select_or_zero<T>(shares_.counts(p), gradient));
+    }
+  }
+};
+
+template <class T, Terms kTerms>
+void backward(const UpsampleSigmoidSumsBackward& call) {
+  const Tensor &target = call.target, &input = call.input;
+  const int64_t output_height = target.size[target.ndim - 2], output_width = target.size[target.ndim - 1];
+  const InputBands bands(input.size[0], input.size[2], output_height, call.grid.mode);
+  const Workspace tables(UpsampledMap<T>::table_bytes(output_height, output_width));
+  const UpsampledMap<T> map(call.grid, input, output_height, output_width, kGradientRowsInCache, tables.data());
+  const BandSums sums(bands.count);
+  sum_gradients<T, BackwardRows<T, kTerms>>(call, map, bands, call.grad_input, sums.partials());
+  *call.invalid = {};
+  for (int64_t band = 0; band < bands.count; ++band) keep_first(sums.partials()[band].invalid, call.invalid);
+}
+
+Terms terms_of(const UpsampleSigmoidSums& call) {
+  if (call.sums.size[0] == kSums<Terms::kClassSums>) return Terms::kClassSums;
+  return call.gamma == 0 ? Terms::kCrossEntropy : Terms::kFocal;
+}
+
+}  // namespace
+
+void upsample_sigmoid_sums_forward(const UpsampleSigmoidSums& call) {
+  const bool wide = call.input.dtype == DType::kFloat64;
+  switch (terms_of(call)) {
+    case Terms::kClassSums:
+      return wide ? forward<double, Terms::kClassSums>(call) : forward<float, Terms::kClassSums>(call);
+    case Terms::kCrossEntropy:
+      return wide ? forward<double, Terms::kCrossEntropy>(call) : forward<float, Terms::kCrossEntropy>(call);
+    case Terms::kFocal:
+      return wide ? forward<double, Terms::kFocal>(call) : forward<float, Terms::kFocal>(call);
+  }
+}
+
+void upsample_sigmoid_sums_backward(const UpsampleSigmoidSumsBackward& call) {
+  const bool wide = call.input.dtype == DType::kFloat64;
+  switch (terms_of(call)) {
+    case Terms::kClassSums:
+      return wide ? backward<double, Terms::kClassSums>(call) : backward<float, Terms::kClassSums>(call);
+    case Terms::kCrossEntropy:
+      return wide ? backward<double, Terms::kCrossEntropy>(call) : backward<float, Terms::kCrossEntropy>(call);
+    case Terms::kFocal:
+      return wide ? backward<double, Terms::kFocal>(call) : backward<float, Terms::kFocal>(call);
+  }
+}
+
+}  // namespace FASTSEG_ISA
+}  // namespace fastseg
