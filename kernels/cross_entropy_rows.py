@@ -160,7 +160,7 @@ PLANS = {
     f"rows-{c}": Plan({"BLOCK_C": 32, "BLOCK_P": 128 if c <= 64 else 64}, num_warps=4 if c <= 64 else 2)
     for c in (2, 4, 8, 16, 32, 64, 128, 256)
 }
-BACKWARD_PLANS = {"rows": Plan({"BLOCK": 256})}
+BACKWARD_PLANS = {"rows": Plan({"BLOCK": 128})}
 
 
 def bucket(input: Tensor) -> str:

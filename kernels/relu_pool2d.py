@@ -111,18 +111,42 @@ def load_unpooled(
 
 
 @triton.jit
+def load_shifted(pixels, channels, source, skip, owned, ACC: tl.constexpr, INDEX: tl.constexpr):
+    """The map with its bias, -inf beyond its edges; its ReLU goes to the skip, where that is ``owned``.
+
+    Pixels are (image, rows, columns, existence), channels (numbers, existence, bias), ``source`` (map, height, width,
+    strides), and ``skip`` (map or None, strides).
+    """
+    image, rows, columns, exist = pixels
+    numbers, numbers_exist, shift = channels
+    convolved, height, width, strides = source
+    exist = exist & (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
+    mask = exist[:, None] & numbers_exist[None, :]
+    at = image * strides[0] + offsets_of(rows, columns, numbers, strides, INDEX)
+    value = tl.load(convolved + at, mask, other=float("-inf")).to(ACC) + shift[None, :]
+    value = value.to(convolved.dtype.element_ty).to(ACC)  # as the map would be: so the same values are equal
+    if skip[0] is not None:
+        at = image * skip[1][0] + offsets_of(rows, columns, numbers, skip[1], INDEX)
+        tl.store(skip[0] + at, tl.where(value <= 0, 0.0, value), mask & owned)
+    return value
+
+
+@triton.jit
 def relu_pool2d_forward(
     convolved, bias, output, positions, skip,
     convolved_h, convolved_w, pooled_h, pooled_w, cells_h, cells_w, down, across, channel_blocks,
     convolved_strides, output_strides, skip_strides,
     CHANNELS: tl.constexpr, POOL: tl.constexpr, POOL_STRIDE: tl.constexpr, POOL_PADDING: tl.constexpr,
-    CELL: tl.constexpr, INDEX: tl.constexpr, BLOCK_P: tl.constexpr, TILE_W: tl.constexpr, BLOCK_O: tl.constexpr,
+    CELL: tl.constexpr, PAIRS: tl.constexpr, INDEX: tl.constexpr,
+    BLOCK_P: tl.constexpr, TILE_W: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
     """Pools ReLU of the convolution's output and its bias; stores the un-pooled map, too, where ``skip`` is given.
 
     Cells lie as the windows do, and more of them where needed to hold every pixel of the map. Each is as large as a
     window, or as the windows' stride where a skip wants also what lies between them; what lies within the stride it
     stores. Where windows don't overlap, so that no other program reads that, ``skip`` may be ``convolved`` itself.
+
+    With PAIRS, cells are two columns wide and lie side by side in memory, which is read in whole vectors.
     """
     ACC: tl.constexpr = tl.float64 if convolved.dtype.element_ty == tl.float64 else tl.float32
     image, cell_y, cell_x, inside, channels, channels_exist = locate(
@@ -133,22 +157,34 @@ def relu_pool2d_forward(
         shift += tl.load(bias + channels, channels_exist, other=0).to(ACC)
     largest = tl.full((BLOCK_P, BLOCK_O), float("-inf"), ACC)
     chosen = tl.zeros((BLOCK_P, BLOCK_O), tl.int32)
-    for place in range(CELL[0] * CELL[1]):
-        local_y, local_x = place // CELL[1], place % CELL[1]
-        row = cell_y * POOL_STRIDE[0] - POOL_PADDING[0] + local_y
-        column = cell_x * POOL_STRIDE[1] - POOL_PADDING[1] + local_x
-        exist = inside & (row >= 0) & (row < convolved_h) & (column >= 0) & (column < convolved_w)
-        mask = exist[:, None] & channels_exist[None, :]
-        at = image * convolved_strides[0] + offsets_of(row, column, channels, convolved_strides, INDEX)
-        value = tl.load(convolved + at, mask, other=float("-inf")).to(ACC) + shift[None, :]
-        value = value.to(convolved.dtype.element_ty).to(ACC)  # as the map would be: so the same values are equal
-        if skip is not None:
-            owned = mask & (local_y < POOL_STRIDE[0]) & (local_x < POOL_STRIDE[1])
-            at = image * skip_strides[0] + offsets_of(row, column, channels, skip_strides, INDEX)
-            tl.store(skip + at, tl.where(value <= 0, 0.0, value), owned)
-            in_window = (local_y < POOL[0]) & (local_x < POOL[1])
-            value = tl.where(in_window, value, float("-inf"))
-        largest, chosen = keep_larger(value, local_y * POOL[1] + local_x, largest, chosen)
+    of_channels = channels, channels_exist, shift
+    source = convolved, convolved_h, convolved_w, convolved_strides
+    if PAIRS:
+        _, rows, columns, exist, _, _ = locate(
+            tl.program_id(0), down, across, channel_blocks, cells_h, 2 * cells_w, CHANNELS, 2 * BLOCK_P, 2 * TILE_W,
+            BLOCK_O,
+        )  # fmt: skip
+        CELL_H: tl.constexpr = CELL[0]
+        for local_y in tl.static_range(CELL_H):
+            pixels = image, rows * POOL_STRIDE[0] - POOL_PADDING[0] + local_y, columns - POOL_PADDING[1], exist
+            values = load_shifted(
+                pixels, of_channels, source, (skip, skip_strides), local_y < POOL_STRIDE[0], ACC, INDEX
+            )
+            if local_y < POOL[0]:
+                near, far = tl.split(tl.reshape(values, (BLOCK_P, 2)))
+                largest, chosen = keep_larger(near[:, None], local_y * POOL[1], largest, chosen)
+                if POOL[1] == 2:
+                    largest, chosen = keep_larger(far[:, None], local_y * POOL[1] + 1, largest, chosen)
+    else:
+        for place in range(CELL[0] * CELL[1]):
+            local_y, local_x = place // CELL[1], place % CELL[1]
+            row = cell_y * POOL_STRIDE[0] - POOL_PADDING[0] + local_y
+            pixels = image, row, cell_x * POOL_STRIDE[1] - POOL_PADDING[1] + local_x, inside
+            owned = (local_y < POOL_STRIDE[0]) & (local_x < POOL_STRIDE[1])
+            value = load_shifted(pixels, of_channels, source, (skip, skip_strides), owned, ACC, INDEX)
+            if skip is not None:
+                value = tl.where((local_y < POOL[0]) & (local_x < POOL[1]), value, float("-inf"))
+            largest, chosen = keep_larger(value, local_y * POOL[1] + local_x, largest, chosen)
     is_window = inside & (cell_y < pooled_h) & (cell_x < pooled_w)
     store_pooled(
         largest, chosen, None, output, positions, image, cell_y, cell_x, is_window, channels, channels_exist,
@@ -209,10 +245,13 @@ def _plans(pixels: int, channels: int) -> dict[str, Plan]:
     return plans
 
 
-# No other tiles were tried on a GPU yet; of a copy's bandwidth, 32 x 64 x 256^2 in bfloat16 gets 78% forward and 93%
-# backward in channels_last, 40% and 83% in NCHW (H100, 2026-11-26). Small tiles spend much on finding their pixels.
-# Forward has a whole window for each element: its tiles are half as large.
-FORWARD_PLANS = _plans(pixels=2048, channels=4096)
+# Small tiles spend much on finding their pixels. Forward has a whole window for each element: its tiles are smaller. In
+# pairs, threads have as many cells as two vectors of 16 bytes hold: with other numbers Triton would pass values between
+# them. Of a copy's bandwidth, 32 x 64 x 256^2 in bfloat16 gets about 80% forward in either format (H200, 2026-11-27),
+# 93% backward in channels_last and 83% in NCHW (H100, 2026-11-26).
+FORWARD_PLANS = _plans(pixels=2048, channels=2048) | {
+    f"pairs-{size}": Plan({"BLOCK_P": 1024 // size, "BLOCK_O": 1}) for size in (2, 4, 8)
+}
 BACKWARD_PLANS = _plans(pixels=4096, channels=8192)
 LEAST_PIXELS = 16  # smallest BLOCK_P
 THREADS_OF_A_WARP = 64 if BACKEND == "hip" else 32
@@ -240,16 +279,18 @@ def strides_of(tensor: Tensor | None) -> tuple[int, ...]:
     return (0, 0, 0, 0) if tensor is None else tensor.stride()
 
 
-def _cut(kernel: Any, defaults: dict[str, Plan], map: Tensor, height: int, width: int) -> tuple[str, Plan, Tiling, int]:
-    """Bucket and plan for a map, the tiling of ``height`` x ``width`` pixels of it, and its blocks of channels."""
+def _cut(
+    kernel: Any, bucket: str, defaults: dict[str, Plan], map: Tensor, height: int, width: int
+) -> tuple[Plan, Tiling, int]:
+    """The plan for a map, the tiling of ``height`` x ``width`` pixels of it, and its blocks of channels."""
     images, channels, *_ = map.shape
-    bucket, pixels = _bucket(map), height * width
+    pixels = height * width
     plan = fold(choose(kernel, bucket, defaults, map.device), "BLOCK_P", pixels, "BLOCK_O", channels)
     # No fewer elements than threads: several threads would have the same one, and where the skip overwrites the map one
     # of them would read what another has stored.
     least = max(LEAST_PIXELS, THREADS_OF_A_WARP * plan.num_warps // plan.tile["BLOCK_O"])
     plan = fit(plan, "BLOCK_P", least, images * pixels * channels // plan.tile["BLOCK_O"], map.device)
-    return bucket, plan, tile_map(plan.tile["BLOCK_P"], height, width), cdiv(channels, plan.tile["BLOCK_O"])
+    return plan, tile_map(plan.tile["BLOCK_P"], height, width), cdiv(channels, plan.tile["BLOCK_O"])
 
 
 class ForwardTensors(NamedTuple):
@@ -285,14 +326,19 @@ def forward(tensors: ForwardTensors, geometry: Any) -> None:
         cell = tuple(max(pair) for pair in zip(size, stride, strict=True))
         cells_h = max(cells_h, cdiv(convolved_h + padding[0], stride[0]))
         cells_w = max(cells_w, cdiv(convolved_w + padding[1], stride[1]))
-    bucket, plan, tiling, channel_blocks = _cut(relu_pool2d_forward, FORWARD_PLANS, convolved, cells_h, cells_w)
+    bucket = _bucket(convolved)
+    if bucket.startswith("pixels") and convolved.stride(3) == 1 and cell[1] == stride[1] == 2:
+        bucket = f"pairs-{convolved.itemsize}"
+    plan, tiling, channel_blocks = _cut(relu_pool2d_forward, bucket, FORWARD_PLANS, convolved, cells_h, cells_w)
     arguments = {
         **tensors._asdict(), "convolved_h": convolved_h, "convolved_w": convolved_w, "pooled_h": output.shape[2],
         "pooled_w": output.shape[3], "cells_h": cells_h, "cells_w": cells_w, **tiling.arguments,
         "channel_blocks": channel_blocks,
         "convolved_strides": convolved.stride(), "output_strides": output.stride(),
         "skip_strides": strides_of(skip), "CHANNELS": channels, "POOL": size, "POOL_STRIDE": stride,
-        "POOL_PADDING": padding, "CELL": cell, "INDEX": index_type(reach(convolved, output, skip)),
+        "POOL_PADDING": padding, "CELL": cell,
+        "PAIRS": bucket.startswith("pairs") and plan.tile["BLOCK_O"] == 1,
+        "INDEX": index_type(reach(convolved, output, skip)),
     }  # fmt: skip
     programs = images * tiling.count * channel_blocks
     launch(relu_pool2d_forward, bucket, plan, programs, arguments)
@@ -311,8 +357,9 @@ def _backward(tensors: BackwardTensors, options: tuple[bool, Any]) -> Tensor | N
     images, channels, convolved_h, convolved_w = grad_convolved.shape
     accumulated = torch.float64 if grad_convolved.dtype == torch.float64 else torch.float32
     device = grad_convolved.device
-    bucket, plan, tiling, channel_blocks = _cut(
-        relu_pool2d_backward, BACKWARD_PLANS, grad_convolved, convolved_h, convolved_w
+    bucket = _bucket(grad_convolved)
+    plan, tiling, channel_blocks = _cut(
+        relu_pool2d_backward, bucket, BACKWARD_PLANS, grad_convolved, convolved_h, convolved_w
     )
     partials = scratch((images * tiling.count, channels), accumulated, device) if with_bias else None
     pooled = (1, 1) if grad_output is None else grad_output.shape[2:]

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastseg.kernels.launch import launch, replayed
-from fastseg.kernels.upsample_argmax import PLANS, predict
+from fastseg.kernels.upsample_argmax import GROUP_PIXELS, PLANS, predict
 from fastseg.kernels.upsampling import (
     GRID_ARGUMENTS,
     axes_of,
@@ -80,7 +80,7 @@ def forward(tensors: tuple[Tensor, Tensor, Tensor], ignore_index: int | None, up
     """Adds input's predictions and target to counts [C * C + 1]; see `fastseg.ops.upsample_confusion_matrix`."""
     input, target, counts = tensors
     input = in_planes(input)
-    grid, arguments = grid_of(input.shape[2:], target.shape[1:], upsampling)
+    grid, arguments = grid_of(input.shape[2:], target.shape[1:], upsampling, GROUP_PIXELS)
     bucket, plan, cut = cut_groups(upsample_confusion_matrix_forward, PLANS, input, grid, arguments)
     arguments |= {
         "input": input, "target": target, "counts": counts, **cut,

@@ -241,7 +241,7 @@ def probabilities(logits, statistics, at, pixels, counts):
 
 # ---- launchers ----
 
-GROUP_PIXELS = 8  # of a group, at most: a thread has some numbers of its own for each
+GROUP_PIXELS = 8  # of a group, at most: a thread has some numbers of its own for each pixel
 GROUP_WIDTH = 4  # at most
 
 # Relative error of a coordinate in single arithmetic, with room to spare.
@@ -262,8 +262,10 @@ def positions_in_interval(size: int, out_size: int, step: float, mode: str, alig
     return min(math.floor(ratio * (1 + size * COORDINATE_ERROR)) + 1, out_size)
 
 
-def grid_of(size: Sequence[int], out_size: Sequence[int], upsampling: Upsampling) -> tuple[Grid, dict[str, Any]]:
-    """The grid, and the arguments by which kernels are told the rest of it."""
+def grid_of(
+    size: Sequence[int], out_size: Sequence[int], upsampling: Upsampling, pixels: int = GROUP_PIXELS
+) -> tuple[Grid, dict[str, Any]]:
+    """The grid with groups of up to so many pixels, and the arguments by which kernels are told the rest of it."""
     mode, align_corners, steps = upsampling
     taps = tuple(1 if mode == "nearest" or before == after else 2 for before, after in zip(size, out_size, strict=True))
     most = [
@@ -271,7 +273,7 @@ def grid_of(size: Sequence[int], out_size: Sequence[int], upsampling: Upsampling
         for before, after, step in zip(size, out_size, steps, strict=True)
     ]
     group_w = next_power_of_2(most[1], 1, GROUP_WIDTH)
-    group = next_power_of_2(most[0], 1, GROUP_PIXELS // group_w), group_w
+    group = next_power_of_2(most[0], 1, pixels // group_w), group_w
     spread = tuple(after > before for before, after in zip(size, out_size, strict=True))
     grid = Grid(mode == "nearest", align_corners, taps, spread, group)
     arguments = {
