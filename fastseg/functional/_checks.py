@@ -9,12 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-<<<<<<< HEAD
 from fastseg import reference
 from fastseg.ops.arguments import integer
-=======
 from fastseg.ops.losses.options import accumulation_dtype
->>>>>>> f340873 (wip)
 from fastseg.ops.upsampling import MODES
 
 IntOrPair = int | tuple[int, ...]

@@ -9,12 +9,9 @@ from fastseg.ops import (
     upsample_argmax,
     upsample_confusion_matrix,
     upsample_cross_entropy,
-<<<<<<< HEAD
     upsample_mask_argmax,
-    upsample_threshold,
-=======
     upsample_sigmoid_sums,
->>>>>>> f340873 (wip)
+    upsample_threshold,
 )
 
 __all__ = [
@@ -26,10 +23,7 @@ __all__ = [
     "upsample_argmax",
     "upsample_confusion_matrix",
     "upsample_cross_entropy",
-<<<<<<< HEAD
     "upsample_mask_argmax",
-    "upsample_threshold",
-=======
     "upsample_sigmoid_sums",
->>>>>>> f340873 (wip)
+    "upsample_threshold",
 ]

@@ -28,13 +28,10 @@ BY_IMAGES: dict[str, tuple[tuple[Placed, ...], tuple[Placed, ...]]] = {
     "focal_sums_backward": ((0,), (WHOLE, 1, 0, 0, 1, WHOLE)),
     "upsample_argmax": ((0, 0), (0,)),
     "upsample_confusion_matrix": ((SUM,), (0, 0)),
-<<<<<<< HEAD
     "upsample_mask_argmax": ((0,), (0, 0)),
     "upsample_threshold": ((0, 0, 0), (0,)),
-=======
     "upsample_sigmoid_sums": ((1,), (0, 0)),
     "upsample_sigmoid_sums_backward": ((0,), (1, 0, 0)),
->>>>>>> f340873 (wip)
 }
 # The same of losses, whose reduction tells how the loss (SUM here) lies.
 LOSSES_BY_IMAGES: dict[str, tuple[tuple[Placed, ...], tuple[Placed, ...]]] = {
