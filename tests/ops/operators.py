@@ -159,11 +159,11 @@ def logits_and_probabilities(images: int, size: Size, dtype: torch.dtype, layout
     return [input, make((images, CLASSES, *size), torch.float64, seed=3).softmax(1).to(dtype)]
 
 
-<<<<<<< HEAD
 def masks_and_probabilities(images: int, size: Size, dtype: torch.dtype, layout: str) -> list[Tensor]:
     input = make((images, CLASSES, *size), dtype, layout=layout, scale=3.0)
     return [input, make((images, CLASSES, 12), torch.float64, seed=3).softmax(-1).to(dtype)]
-=======
+
+
 def logits_and_masks(upsampled: bool = False, soft: bool = False) -> Maker:
     """Each class's own mask, of which a value of 3 is to be ignored, or soft shares in logits' dtype."""
 
@@ -178,7 +178,6 @@ def logits_and_masks(upsampled: bool = False, soft: bool = False) -> Maker:
         ]
 
     return tensors
->>>>>>> f340873 (wip)
 
 
 def loss(operator: str, layer: type[nn.Module], **options: Any) -> Call:

@@ -34,13 +34,9 @@ VALID: dict[str, dict[str, Any]] = {
     **{name: UPSAMPLED if "upsample" in name else OF_ONE_SIZE for name in OF_LABELS},
 }
 
-<<<<<<< HEAD
-WITH_WEIGHT = [name for name in OF_LABELS if name != "upsample_confusion_matrix"]
-RESIZING = ["upsample_argmax", "upsample_mask_argmax", "upsample_threshold"]
-=======
 OF_SUMS = ["class_sums", "upsample_class_sums"]
 WITH_WEIGHT = [name for name in OF_LABELS if name not in ("upsample_confusion_matrix", *OF_SUMS)]
->>>>>>> f340873 (wip)
+RESIZING = ["upsample_argmax", "upsample_mask_argmax", "upsample_threshold"]
 UPSAMPLING = [name for name in VALID if "upsample" in name]
 WITH_PIXEL_WEIGHT = ["cross_entropy", "upsample_cross_entropy"]
 WITH_REDUCTION = [*WITH_PIXEL_WEIGHT, "focal_loss", "upsample_focal_loss"]
@@ -60,11 +56,7 @@ SHARED: dict[str, tuple[list[str], Refusal]] = {
         ({"input": LOGITS.cfloat()}, TypeError, "input: expected float32.* got torch.complex64"),
     ),
     "no-class": (
-<<<<<<< HEAD
-        [*WITH_WEIGHT, *RESIZING],
-=======
-        [*WITH_WEIGHT, *OF_SUMS, "upsample_argmax"],
->>>>>>> f340873 (wip)
+        [*WITH_WEIGHT, *OF_SUMS, *RESIZING],
         (CHANNELS_MISSING, ValueError, r"input: expected at least one class, got shape \(2, 0, 3, 5\)"),
     ),
     "no-batch": (
