@@ -1,6 +1,7 @@
 """torchvision for libraries that import it."""
 
 import importlib
+import importlib.metadata
 import importlib.util
 
 import torch
@@ -11,12 +12,7 @@ _libraries: list[torch.library.Library] = []  # what they define lasts as long a
 
 
 def prepare_torchvision() -> None:
-    """Make torchvision importable where it is installed.
-
-    The package index has wheels of torchvision for CUDA alone. Beside a torch for CPUs their compiled operators can't
-    be loaded, and then neither can torchvision nor what imports it (timm, torchmetrics, Lightning), although none of
-    these needs more of the operators than that they are declared.
-    """
+    """Make torchvision importable where its compiled operators can't be loaded; elsewhere this imports it alone."""
     if importlib.util.find_spec("torchvision") is None:
         return
     try:
@@ -24,7 +20,14 @@ def prepare_torchvision() -> None:
     except RuntimeError as error:
         if "torchvision::nms" not in str(error):
             raise
-        logger.info("torchvision's operators (nms and the like) can't be loaded beside torch %s", torch.__version__)
+        # A wheel for CUDA beside a torch for CPUs, as package indexes give it that have no other: Lightning (through
+        # torchmetrics) and timm import torchvision, and would fail with it, although all that they need of its
+        # compiled operators is that they are declared. An error with the remedy would be no help where there is none.
+        logger.warning(
+            "torchvision %s doesn't fit torch %s: nms, roi_align and the like don't work; both from one index do",
+            importlib.metadata.version("torchvision"),
+            torch.__version__,
+        )
         library = torch.library.Library("torchvision", "FRAGMENT")
         for name in ("nms", "qnms"):
             library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
