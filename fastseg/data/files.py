@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import kornia_rs.io
 import numpy as np
 import tifffile
 import torch
@@ -60,7 +61,7 @@ def read_raster(
     exif: str = "apply",
     max_pixels: int | None = None,
 ) -> Raster:
-    """Read a file by Pillow, or by tifffile where Pillow would lose channels or bits.
+    """Read a file by Pillow, or by tifffile or kornia_rs where Pillow would lose channels or bits.
 
     Args:
         path: The file.
@@ -144,12 +145,17 @@ def _resized(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 def _read_by_pillow(path: Path, kind: str, max_pixels: int | None) -> Raster:
     with _open(path) as file:
         _check_extent(path, file.width, file.height, max_pixels)
+        coding = file.tile[0][3] if kind == "image" and file.format == "PNG" else None
         # taken out before loading, which turns TIFF files otherwise
         orientation = file.getexif().pop(_ORIENTATION, 1)
         frames, lossy = getattr(file, "n_frames", 1), file.format in ("JPEG", "MPO")
         file.load()  # decodes the pixels: a truncated file fails here
         image: Image.Image = file
-        if image.mode == "I" and image.format == "PNG":  # whose integers have 16 bits at most
+        if coding in ("RGB;16B", "RGBA;16B"):  # of which Pillow gives 8 bits
+            pixels = kornia_rs.io.read_image_png_u16(str(path), image.mode.lower())[..., :3]
+        elif coding == "LA;16B":
+            raise DataError(f"{path}: gray of 16 bits with an alpha channel, of which Pillow reads 8: save it without")
+        elif image.mode == "I" and image.format == "PNG":  # whose integers have 16 bits at most
             pixels = np.asarray(image).astype(np.uint16)
         elif image.mode in _DEEP_MODES:
             pixels = np.array(image)

@@ -2,6 +2,8 @@ import contextlib
 import os
 import pickle
 import re
+import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -302,6 +304,32 @@ def test_tiff_files_are_read_as_what_they_are(
         share = expected.float() / 65535 if pixels.dtype == np.uint16 else expected.float()
         torch.testing.assert_close(image, share)
     assert read_image(path, (5, 4)).shape == (len(image), 5, 4)
+
+
+def png(path: Path, pixels: np.ndarray) -> None:
+    """Write a PNG file of 16 bits, as Pillow can't."""
+    height, width, channels = pixels.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    kind = {2: 4, 3: 2, 4: 6}[channels]  # gray with alpha, RGB, RGB with alpha
+    header = struct.pack(">IIBBBBB", width, height, 16, kind, 0, 0, 0)
+    file = b"\x89PNG\r\n\x1a\n"
+    for data in (b"IHDR" + header, b"IDAT" + zlib.compress(rows), b"IEND"):
+        file += struct.pack(">I", len(data) - 4) + data + struct.pack(">I", zlib.crc32(data))
+    path.write_bytes(file)
+
+
+@pytest.mark.parametrize("channels", [3, 4])
+def test_colours_of_16_bits_in_png_keep_them(tmp_path: Path, channels: int) -> None:
+    pixels = RNG.integers(0, 2**16, (9, 7, channels), np.uint16)
+    png(tmp_path / "deep.png", pixels)
+    expected = torch.from_numpy(pixels[..., :3].astype(np.float32) / 65535).permute(2, 0, 1)
+    assert torch.equal(read_image(tmp_path / "deep.png"), expected)
+
+
+def test_gray_of_16_bits_with_an_alpha_channel_is_refused(tmp_path: Path) -> None:
+    png(tmp_path / "gray.png", RNG.integers(0, 2**16, (9, 7, 2), np.uint16))
+    with pytest.raises(DataError, match=r"gray\.png: gray of 16 bits with an alpha channel"):
+        read_image(tmp_path / "gray.png")
 
 
 def test_an_alpha_channel_of_16_bits_is_dropped(tmp_path: Path) -> None:
