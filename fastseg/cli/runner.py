@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
+import os
 import signal
 import sys
 from collections.abc import Sequence
 from types import FrameType
 
+import torch.distributed as dist
 import typer
 
 from fastseg.cli.app import app
@@ -28,7 +31,15 @@ def main() -> None:
     """Run the command of ``sys.argv`` and exit with its code."""
     if launched_rank() is None:  # a process that waits for the others must die at once, not when it wakes up
         signal.signal(signal.SIGTERM, _terminate)
-    sys.exit(run(sys.argv[1:]))
+    code = run(sys.argv[1:])
+    if dist.is_available() and dist.is_initialized():
+        # A thread of gloo that lets go of a tensor while Python shuts down aborts the process, and the group lives as
+        # long as anything refers to it, as DistributedDataParallel's cycles do: this process doesn't shut Python down.
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def run(arguments: Sequence[str]) -> int:
