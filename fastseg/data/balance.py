@@ -1,45 +1,31 @@
 """Weights that balance a loss over classes of different frequency."""
 
-from collections.abc import Sized
-from typing import Protocol
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
-from fastseg.data.errors import DataError
 
-
-class LabelledImages(Sized, Protocol):
-    """Anything with a length whose items are ``(image, mask)``, as MaskDataset and ShapesDataset."""
-
-    def __getitem__(self, index: int, /) -> tuple[Tensor, Tensor]: ...
-
-
-def class_frequencies(dataset: LabelledImages, num_classes: int, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """Count the pixels of each class over a data set; ignored pixels are not counted anywhere.
+def class_frequencies(
+    labels: Iterable[Mapping[int, int]], num_classes: int, ignore_index: int
+) -> tuple[Tensor, Tensor]:
+    """Add up the pixels of each class over a data set; ignored pixels are not counted anywhere.
 
     Args:
-        dataset: Items ``(image, mask)`` with integer masks of any shape.
-        num_classes: Number of classes C.
+        labels: For each image the number of pixels of each label, as ``Counter(mask.flatten().tolist())`` gives it and
+            a `Summary` holds it.
+        num_classes: Number of classes C; other labels aren't counted.
         ignore_index: Label of the pixels that don't count.
 
     Returns:
         Two int64 tensors of shape (C): ``pixels[c]``, the pixels of class c; ``present[c]``, the counted pixels of all
         images in which class c appears.
-
-    Raises:
-        DataError: A label is outside [0, C) and not ``ignore_index``.
     """
-    pixels = torch.zeros(num_classes, dtype=torch.int64)
-    present = torch.zeros(num_classes, dtype=torch.int64)
-    for index in range(len(dataset)):
-        labels = dataset[index][1].to(torch.int64).flatten()
-        counts = torch.bincount(labels[labels != ignore_index], minlength=num_classes)
-        if len(counts) > num_classes:
-            raise DataError(f"item {index}: label {len(counts) - 1} is outside the classes 0..{num_classes - 1}")
-        pixels += counts
-        present += torch.where(counts > 0, counts.sum(), 0)
-    return pixels, present
+    classes = [label for label in range(num_classes) if label != ignore_index]
+    rows = [[image.get(label, 0) for label in classes] for image in labels]
+    counts = torch.zeros(len(rows), num_classes, dtype=torch.int64)
+    counts[:, classes] = torch.tensor(rows, dtype=torch.int64).view(-1, len(classes))
+    return counts.sum(0), ((counts > 0) * counts.sum(1, keepdim=True)).sum(0)
 
 
 def class_weights(pixels: Tensor, present: Tensor, method: str) -> Tensor:

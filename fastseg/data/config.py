@@ -118,18 +118,22 @@ class Splits:
     summary: Summary
 
 
-def open_splits(config: DataConfig, size: tuple[int, int] | None, console: Console | None = None) -> Splits:
-    """Read all files of a data set, print what they hold, and open the splits to train and to validate on.
+def open_splits(
+    config: DataConfig, size: tuple[int, int] | None, console: Console | None = None, summary: Summary | None = None
+) -> Splits:
+    """Print what a data set's files hold, and open the splits to train and to validate on.
 
     Args:
         config: Where the data set is and how it is read.
         size: ``(height, width)`` that images and masks are resized to; None keeps the files'.
         console: Where the summary is printed; None for nowhere.
+        summary: What ``config.survey()`` found; None to read all files now.
 
     Raises:
         DataError: The data can't be used.
     """
-    summary = config.survey()
+    if summary is None:
+        summary = config.survey()
     if console is not None:
         summary.show(console)
     _ = summary.channels

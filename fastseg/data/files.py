@@ -145,7 +145,8 @@ def _resized(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 def _read_by_pillow(path: Path, kind: str, max_pixels: int | None) -> Raster:
     with _open(path) as file:
         _check_extent(path, file.width, file.height, max_pixels)
-        coding = file.tile[0][3] if kind == "image" and file.format == "PNG" else None
+        tile = getattr(file, "tile", [])  # before loading
+        coding = tile[0][3] if kind == "image" and file.format == "PNG" and tile else None
         # taken out before loading, which turns TIFF files otherwise
         orientation = file.getexif().pop(_ORIENTATION, 1)
         frames, lossy = getattr(file, "n_frames", 1), file.format in ("JPEG", "MPO")

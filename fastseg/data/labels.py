@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import json
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
@@ -97,6 +97,10 @@ class PairReader:
             raise DataError(
                 f"ignore_index must be none of {len(self.class_names)} classes, but it is {self.ignore_index}"
             )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The fields, for another process, without the table of a map of colours, which has 64 MiB."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     @property
     def class_names(self) -> tuple[str, ...]:

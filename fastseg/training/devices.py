@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import datetime
 import itertools
 import os
+import pickle
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -12,8 +16,10 @@ from torch.distributed.elastic.utils.store import barrier
 from fastseg.training.config import DeviceChoice
 from fastseg.training.errors import ConfigError
 
-_LONGEST_WAIT = 7 * 24 * 3600  # seconds
-_waits = itertools.count()
+_T = TypeVar("_T")
+
+_LONGEST_WAIT = datetime.timedelta(days=7)
+_meetings = itertools.count()
 
 
 def launched_rank() -> int | None:
@@ -29,10 +35,32 @@ def launched_place() -> tuple[int, int]:
 
 def wait_for_all() -> None:
     """Return when all processes that torchrun started are here: it ends them all as soon as one ends with an error."""
+    if (meeting := _meeting()) is not None:
+        store, key, processes = meeting
+        barrier(store, processes, key, barrier_timeout=_LONGEST_WAIT.total_seconds())
+
+
+def from_first(make: Callable[[], _T]) -> _T:
+    """What ``make`` gives in the first of the processes that torchrun started, the only one that calls it."""
+    if (meeting := _meeting()) is None:
+        return make()
+    store, key, _ = meeting
+    if not launched_rank():
+        made = make()
+        store.set(key, pickle.dumps(made))  # type: ignore[arg-type]  # bytes do, too
+        return made
+    store.wait([key], _LONGEST_WAIT)
+    received: _T = pickle.loads(store.get(key))
+    return received
+
+
+def _meeting() -> tuple[dist.Store, str, int] | None:
+    """Where the processes that torchrun started meet, a key there for this time, and how many they are."""
     rank, processes = launched_place()
-    if processes > 1:
-        store, _, _ = next(dist.rendezvous("env://", rank, processes))
-        barrier(store, processes, f"fastseg/{next(_waits)}", barrier_timeout=_LONGEST_WAIT)
+    if processes == 1:
+        return None
+    store, _, _ = next(dist.rendezvous("env://", rank, processes))
+    return store, f"fastseg/{next(_meetings)}", processes
 
 
 def choose_device(choice: DeviceChoice) -> torch.device:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from fastseg.data import Augment, Normalize, Splits, open_splits
+from fastseg.data import Augment, DataError, Normalize, Splits, class_frequencies, class_weights, open_splits
 from fastseg.training._lightning import (
     Callback,
     CSVLogger,
@@ -26,12 +26,11 @@ from fastseg.training._lightning import (
 from fastseg.training.checkpoint import Metadata, colors_of, load_weights, read_metadata
 from fastseg.training.config import TrainConfig
 from fastseg.training.datamodule import SegmentationData
-from fastseg.training.devices import choose_device
+from fastseg.training.devices import choose_device, from_first
 from fastseg.training.errors import ConfigError
 from fastseg.training.history import History
 from fastseg.training.networks import Architecture, Network, build, compiled
 from fastseg.training.plots import save_history
-from fastseg.training.splits import count_weights
 from fastseg.training.task import SegmentationTask
 from fastseg.training.trainer import (
     BEST,
@@ -153,7 +152,7 @@ def _run_folder(config: TrainConfig, main: bool) -> Path:
 
 
 def _prepare(config: TrainConfig, console: Console) -> tuple[SegmentationData, Metadata]:
-    splits = open_splits(config, config.size, console)
+    splits = open_splits(config, config.size, console, from_first(config.survey))
     channels, height, width = splits.train[0][0].shape
     if channels != 3 and config.jitter:
         raise ConfigError(f"jitter must be 0 for images of {channels} channels, but it is {config.jitter}")
@@ -187,9 +186,20 @@ def _describe(config: TrainConfig, splits: Splits, channels: int) -> Metadata:
         mean=tuple(mean),
         std=tuple(std),
         size=config.size,
-        class_weights=count_weights(config, splits),
+        class_weights=_class_weights(config, splits),
         config=config,
     )
+
+
+def _class_weights(config: TrainConfig, splits: Splits) -> tuple[float, ...] | None:
+    """The weight of each class in the loss, by its frequency in the training split; None for equal weights."""
+    if config.class_weights == "none":
+        return None
+    labels = [facts.labels for facts in splits.summary.splits["train"].values()]
+    pixels, present = class_frequencies(labels, len(splits.class_names), splits.ignore_index)
+    if not pixels.any():
+        raise DataError(f"no pixel of the training split counts: ignore_index is {splits.ignore_index}")
+    return tuple(class_weights(pixels, present, config.class_weights).tolist())
 
 
 def _task(config: TrainConfig, metadata: Metadata, console: Console) -> SegmentationTask:

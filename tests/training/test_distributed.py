@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +23,12 @@ from fastseg.training import TrainConfig, evaluate, load_checkpoint, train
 TIMEOUT = 240  # seconds; a lost process would wait forever
 
 
-def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "fastseg"]
+def torchrun(*arguments: str, module: Sequence[str] = ("-m", "fastseg")) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=TIMEOUT)
+    return subprocess.run(
+        [*command, *module, *arguments], env=environment, capture_output=True, text=True, timeout=TIMEOUT
+    )
 
 
 def config(data: Path, out: Path, batch_size: int) -> TrainConfig:
@@ -116,3 +119,16 @@ def test_predictions_are_shared(shapes: Path, pair_run: tuple[Path, str], tmp_pa
     assert finished.returncode != 0
     assert "process 1: 1 of 4 images can't be used" in finished.stderr
     assert len(list((tmp_path / "out").glob("*_overlay.png"))) == 8
+
+
+def test_the_first_process_alone_makes_what_all_take(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from fastseg.training.devices import from_first, launched_rank\n"
+        "print('taken', from_first(lambda: print('made by', launched_rank()) or 'this'))\n"
+    )
+    finished = torchrun(str(script), module=())
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.count("made by 0") == 1
+    assert finished.stdout.count("made by") == 1
+    assert finished.stdout.count("taken this") == 2
