@@ -332,9 +332,7 @@ def _sum_pixels(terms: list[Tensor], counted: Tensor) -> Tensor:
     return torch.stack([term.masked_fill(~counted, 0).unsqueeze(-1).flatten(2).sum(2) for term in terms])
 
 
-def class_sums(
-    input: Tensor, target: Tensor, ignore_index: int | None = None, activation: str = "softmax"
-) -> Tensor:
+def class_sums(input: Tensor, target: Tensor, ignore_index: int | None = None, activation: str = "softmax") -> Tensor:
     """``[N, C, 3]``: sums of p t, p and t over an image's pixels; see `fastseg.functional`."""
     ignored = IGNORE_NONE if ignore_index is None else ignore_index
     sums = overlap(input, target, ignored) if activation == "softmax" else sigmoid_sums(input, target, ignored)

@@ -13,11 +13,13 @@ from fastseg.kernels import (
     upsample_confusion_matrix,
     upsample_cross_entropy,
     upsample_mask_argmax,
+    upsample_sigmoid_sums,
     upsample_threshold,
 )
-from fastseg.kernels.specimen import Call, Specimen, describe, make_tensor
+from fastseg.kernels.specimen import Call, Specimen, describe, fill, make_tensor
 from fastseg.ops.losses.options import LossOptions
 from fastseg.ops.upsample_cross_entropy import OVERLAP_SUMS
+from fastseg.ops.upsample_sigmoid_sums import ALL_SUMS, CLASS_SUMS, SigmoidOptions
 from fastseg.ops.upsampling import Upsampling, upsampling_between
 
 
@@ -160,6 +162,69 @@ class _Upsampling:
         return call
 
 
+@dataclasses.dataclass(frozen=True)
+class _SigmoidSums:
+    """Logits of a size and dtype, the output's height and width, and the arguments of the sums."""
+
+    sizes: tuple[int, int, int, int]
+    out: tuple[int, int]
+    dtype: torch.dtype = torch.bfloat16
+    channels_last: bool = False
+    target: torch.dtype | None = torch.uint8  # of masks; None for labels
+    gamma: float | None = None
+    mode: str = "bilinear"
+    align_corners: bool = False
+    tuned: bool = False
+
+    def specimens(self) -> Iterator[Specimen]:
+        """Forward and backward."""
+        name = describe(
+            "x".join(map(str, self.sizes)), "to", "x".join(map(str, self.out)), self.dtype,
+            self.channels_last and "channels_last", self.target or "labels", self.mode,
+            self.align_corners and "align_corners", "" if self.gamma is None else f"gamma {self.gamma}",
+        )  # fmt: skip
+        yield Specimen(f"upsample_sigmoid_sums {name} forward", self.forward, self.tuned)
+        yield Specimen(f"upsample_sigmoid_sums {name} backward", self.backward, self.tuned)
+
+    @property
+    def _options(self) -> tuple[SigmoidOptions, Upsampling]:
+        options = SigmoidOptions(255, self.gamma, None, self.mode, self.align_corners)
+        return options, upsampling_between(self.sizes[2:], self.out, self.mode, self.align_corners)
+
+    def tensors(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Input, target and sums."""
+        input, (images, classes, _, _) = make_tensor(self.sizes, self.dtype, device, self.channels_last), self.sizes
+        if self.target is None:
+            target = torch.randint(classes, (images, *self.out), device=device)
+        else:
+            target = torch.randint(2, (images, classes, *self.out), device=device).to(self.target)
+        accumulation = torch.float64 if self.dtype == torch.float64 else torch.float32
+        sums = CLASS_SUMS if self.gamma is None else ALL_SUMS
+        return input, target, torch.empty((sums, images, classes), dtype=accumulation, device=device)
+
+    def forward(self, device: torch.device) -> Call:
+        """Prepares the sums."""
+        tensors = upsample_sigmoid_sums.ForwardTensors(*self.tensors(device))
+
+        def call() -> tuple[Tensor, ...]:
+            upsample_sigmoid_sums.forward(tensors, *self._options)
+            return (tensors.sums,)
+
+        return call
+
+    def backward(self, device: torch.device) -> Call:
+        """Prepares their gradient."""
+        input, target, sums = self.tensors(device)
+        grads = fill(torch.empty_like(sums))
+        tensors = upsample_sigmoid_sums.BackwardTensors(grads, input, target, torch.empty_like(input))
+
+        def call() -> tuple[Tensor, ...]:
+            upsample_sigmoid_sums.backward(tensors, *self._options)
+            return (tensors.grad_input,)
+
+        return call
+
+
 _ALL_ARGUMENTS = {"weighted": True, "label_smoothing": 0.1, "with_overlap": True}
 _CASES = [
     # Each bucket's: what an interval holds, 4 x 4 pixels, 2 x 2, 2 x 1 or 1 x 1.
@@ -195,4 +260,20 @@ _CASES = [
     _Upsampling((1, 19, 4, 4), (16, 16)),
     _Upsampling((1, 150, 5000, 4000), (20000, 16000), **_ALL_ARGUMENTS, predicted=True),
 ]
-UPSAMPLING = [specimen for case in _CASES for specimen in case.specimens()]
+_SIGMOIDS = [
+    # Each bucket's, with the terms of all three kinds of losses, of masks and of labels.
+    _SigmoidSums((16, 20, 128, 128), (512, 512), gamma=0.0, tuned=True),
+    _SigmoidSums((16, 20, 128, 128), (512, 512), target=None, gamma=2.0),
+    _SigmoidSums((16, 1, 256, 256), (512, 512)),
+    _SigmoidSums((16, 20, 256, 256), (512, 512), target=torch.float32, gamma=2.0, align_corners=True),
+    _SigmoidSums((4, 19, 256, 256), (512, 256), torch.float32, target=None, gamma=0.0),
+    _SigmoidSums((4, 21, 512, 512), (512, 512), channels_last=True, target=torch.int64, gamma=2.0, mode="nearest"),
+    _SigmoidSums((4, 21, 512, 512), (512, 512), target=None, gamma=2.0, mode="nearest"),
+    *(
+        _SigmoidSums((2, 19, *before), after, torch.float64, target=torch.float64, gamma=2.0)
+        for before, after in (
+            ((128, 128), (512, 512)), ((256, 256), (512, 512)), ((256, 256), (512, 256)), ((512, 512), (256, 256))
+        )
+    ),
+]  # fmt: skip
+UPSAMPLING = [specimen for case in [*_CASES, *_SIGMOIDS] for specimen in case.specimens()]

@@ -198,13 +198,15 @@ def upsample_overlap_forward(
 
 
 @triton.jit(do_not_specialize=["shares", "images", "sums"])
-def upsample_overlap_finish(partials, overlap, shares, images, sums, CLASSES: tl.constexpr, BLOCK: tl.constexpr):
-    """Overlap [3, images, CLASSES] from the parts [images, shares, 3, CLASSES]."""
+def upsample_overlap_finish(
+    partials, overlap, shares, images, sums, CLASSES: tl.constexpr, SUMS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Sums [SUMS, images, CLASSES], as the overlap's are, from the parts [images, shares, SUMS, CLASSES]."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     kind, image, label = at // (images * CLASSES), at // CLASSES % images, at % CLASSES
     total = tl.zeros((BLOCK,), tl.float64)
     for share in range(shares):
-        part = ((image * shares + share) * 3 + kind) * CLASSES + label
+        part = ((image * shares + share) * SUMS + kind) * CLASSES + label
         total += tl.load(partials + part, at < sums, other=0)
     tl.store(overlap + at, total, at < sums)
 
@@ -250,7 +252,7 @@ def forward(tensors: ForwardTensors, options: LossOptions, upsampling: Upsamplin
     if partials is not None:
         finish(partials, tensors.loss, tensors.total_weight, options, True)
     if len(tensors.overlap) > 0:
-        _fill_overlap(tensors.overlap, grid, arguments)
+        fill_class_sums(upsample_overlap_forward, OVERLAP_PLANS, tensors.overlap, grid, arguments)
 
 
 def _statistics_to_fill(tensors: ForwardTensors) -> Tensor | None:
@@ -260,21 +262,21 @@ def _statistics_to_fill(tensors: ForwardTensors) -> Tensor | None:
     return tensors.statistics if tensors.statistics.numel() > 0 else None
 
 
-def _fill_overlap(overlap: Tensor, grid: Grid, arguments: dict[str, Any]) -> None:
-    """Launches the kernels for the overlap, when those for the statistics have been."""
+def fill_class_sums(
+    kernel: Any, defaults: dict[str, Plan], overlap: Tensor, grid: Grid, arguments: dict[str, Any]
+) -> None:
+    """Launches a kernel for the parts of sums [SUMS, images, CLASSES], and the one that adds them up."""
     input, device, (sums, images, classes) = arguments["input"], overlap.device, overlap.shape
-    bucket, plan, cut = cut_groups(upsample_overlap_forward, OVERLAP_PLANS, input, grid, arguments)
+    bucket, plan, cut = cut_groups(kernel, defaults, input, grid, arguments)
     blocks, class_blocks = cut["blocks"], cdiv(classes, plan.tile["BLOCK_C"])
     programs = SHARES_PER_MULTIPROCESSOR * multiprocessors(device)
     shares = min(blocks, cdiv(programs, max(images, 1) * class_blocks))
     partials = scratch((images, shares, sums, classes), torch.float64, device)
-    arguments = arguments | {
-        "partials": partials, "blocks": blocks, "shares": shares, "class_blocks": class_blocks,
-    }  # fmt: skip
-    launch(upsample_overlap_forward, bucket, plan, images * shares * class_blocks, arguments)
+    of_parts = {**cut, "partials": partials, "shares": shares, "class_blocks": class_blocks, "SUMS": sums}
+    launch(kernel, bucket, plan, images * shares * class_blocks, arguments | of_parts)
     finish_plan = choose(upsample_overlap_finish, "all", OVERLAP_FINISH_PLANS, device)
     of_sums = {
         "partials": partials, "overlap": overlap, "shares": shares, "images": images, "sums": overlap.numel(),
-        "CLASSES": classes,
+        "CLASSES": classes, "SUMS": sums,
     }  # fmt: skip
     launch(upsample_overlap_finish, "all", finish_plan, cdiv(overlap.numel(), finish_plan.tile["BLOCK"]), of_sums)

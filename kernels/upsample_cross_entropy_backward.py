@@ -14,12 +14,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastseg.kernels.cross_entropy_pixels import from_bits, label_gradients, load_labels
 from fastseg.kernels.launch import Plan, bits_of, cdiv, choose, fit, launch, replayed, scratch
+from fastseg.kernels.sigmoid_pixels import load_shares, load_sigmoid_grads, sigmoid_gradients
 from fastseg.kernels.upsampling import (
     GRID_ARGUMENTS,
     Grid,
@@ -79,24 +81,24 @@ def _to_taps(gradients, weights, AXIS: tl.constexpr, TAPS: tl.constexpr):
 
 @triton.jit(
     do_not_specialize=[
-        *GRID_ARGUMENTS,
-        "class_blocks",
-        "ignore_index",
-        "smoothing_bits",
+        *GRID_ARGUMENTS, "class_blocks", "ignore_index", "smoothing_bits", "gamma_bits", "scale_bits", "threshold_bits"
     ]
-)
+)  # fmt: skip
 def upsample_cross_entropy_backward(
     grad_loss, grad_overlap, mean_grads, input, target, weight, statistics, total_weight, grad_input,
     height, width, out_height, out_width, row_step, column_step, row_passes, column_passes, blocks, class_blocks,
     pixels, grad_loss_strides, grad_overlap_strides, input_strides, target_strides, grad_input_strides,
-    ignore_index, smoothing_bits,
-    CLASSES: tl.constexpr, SMOOTHED: tl.constexpr, REDUCED: tl.constexpr, MEAN: tl.constexpr,
-    CLASSES_INNER: tl.constexpr, GRID: tl.constexpr, INDEX: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr,
-    SEGMENT: tl.constexpr,
+    ignore_index, smoothing_bits, gamma_bits, scale_bits, threshold_bits,
+    CLASSES: tl.constexpr, SMOOTHED: tl.constexpr, REDUCED: tl.constexpr, MEAN: tl.constexpr, SUMS: tl.constexpr,
+    FOCAL: tl.constexpr, OF_LABELS: tl.constexpr, CLASSES_INNER: tl.constexpr, GRID: tl.constexpr, INDEX: tl.constexpr,
+    ACC: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr, SEGMENT: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of the low-resolution logits: BLOCK_C classes of SEGMENT rows under BLOCK_G intervals."""
-    ACC: tl.constexpr = statistics.dtype.element_ty
-    OVERLAP: tl.constexpr = grad_overlap is not None
+    """The gradient of the low-resolution logits: BLOCK_C classes of SEGMENT rows under BLOCK_G intervals.
+
+    ``grad_overlap`` is that of so many SUMS of sigmoids where there are any, and there is no loss; else the overlap's.
+    """
+    SIGMOID: tl.constexpr = SUMS > 0
+    OVERLAP: tl.constexpr = grad_overlap is not None and not SIGMOID
     rows, columns = axes_of(
         height, width, out_height, out_width, row_step, column_step, row_passes, column_passes, GRID, ACC
     )
@@ -118,17 +120,23 @@ def upsample_cross_entropy_backward(
     exist = classes < CLASSES
     pointers = input + image * input_strides[0] + classes.to(tl.int64)[:, None, None, None] * input_strides[1]
     target += image * target_strides[0]
-    statistics += image * out_height * out_width
     first_out_column = first_positions(column, columns, GRID)
     column_taps = tap_offsets(column, width, input_strides[3], GRID, INDEX)
     columns_hold = holds(first_out_column, column, columns, GRID)
     grad = tl.zeros((1,), ACC)
-    if REDUCED:
-        grad += tl.load(grad_loss).to(ACC)
-        if MEAN:
-            grad /= tl.load(total_weight)
+    if SIGMOID:
+        grads = load_sigmoid_grads(
+            grad_overlap + image * grad_overlap_strides[1], classes[:, None, None, None], grad_overlap_strides, CLASSES,
+            SUMS,
+        )  # fmt: skip
     else:
-        grad_loss += image * grad_loss_strides[0]
+        statistics += image * out_height * out_width
+        if REDUCED:
+            grad += tl.load(grad_loss).to(ACC)
+            if MEAN:
+                grad /= tl.load(total_weight)
+        else:
+            grad_loss += image * grad_loss_strides[0]
     if SMOOTHED:
         share = tl.zeros((1,), ACC)
         q = _smoothed_share(weight, smoothing_bits, classes, CLASSES, ACC)[:, None, None, None]
@@ -159,29 +167,42 @@ def upsample_cross_entropy_backward(
                 first = first_out_column + column_pass * GRID.group[1]
                 opened_columns = open_groups(first, column, columns, GRID, 1)
                 out_rows, out_columns, inside, row_weights, column_weights, _ = pixels_of(opened_rows, opened_columns)
-                pixel_grad = grad
-                if not REDUCED:
-                    offsets = out_rows.to(INDEX) * grad_loss_strides[1] + out_columns.to(INDEX) * grad_loss_strides[2]
-                    pixel_grad = flat(load(grad_loss + offsets, inside, other=0).to(ACC))
-                offsets = out_rows.to(INDEX) * target_strides[1] + out_columns.to(INDEX) * target_strides[2]
-                labels, pixel_grad, label_grad = label_gradients(
-                    target, flat(offsets), flat(inside), pixel_grad, weight, ignore_index, smoothing_bits, CLASSES,
-                    SMOOTHED, ACC,
-                )  # fmt: skip
-                labels = tl.reshape(labels, inside.shape)
-                pixel_grad = tl.reshape(pixel_grad, inside.shape)
-                label_grad = tl.reshape(label_grad, inside.shape)
-                at = out_rows.to(INDEX) * out_width + out_columns
-                counts = labels >= 0 if OVERLAP else inside
-                logits = interpolate(taps, row_weights, column_weights, GRID)
-                probability = probabilities(logits, statistics, at, pixels, counts)
-                hit = classes[:, None, None, None] == labels
-                gradient = probability * label_grad - tl.where(hit, label_grad, 0.0)
-                if SMOOTHED:
-                    gradient += (probability * share - q) * pixel_grad
-                if OVERLAP:
-                    mean_grad = load(mean_grads + at, counts, other=0)
-                    gradient += probability * ((of_predicted - mean_grad) + tl.where(hit, of_intersection, 0.0))
+                if SIGMOID:
+                    logits = interpolate(taps, row_weights, column_weights, GRID)
+                    share, counts, known = load_shares(
+                        target, target_strides, classes[:, None, None, None], out_rows, out_columns, inside,
+                        ignore_index, CLASSES, OF_LABELS, INDEX, ACC,
+                    )  # fmt: skip
+                    gradient = sigmoid_gradients(
+                        logits, share, grads, gamma_bits, scale_bits, threshold_bits, SUMS, FOCAL, ACC
+                    )
+                    gradient = tl.where(counts, tl.where(known, gradient, float("nan")), 0.0)
+                else:
+                    pixel_grad = grad
+                    if not REDUCED:
+                        offsets = (
+                            out_rows.to(INDEX) * grad_loss_strides[1] + out_columns.to(INDEX) * grad_loss_strides[2]
+                        )
+                        pixel_grad = flat(load(grad_loss + offsets, inside, other=0).to(ACC))
+                    offsets = out_rows.to(INDEX) * target_strides[1] + out_columns.to(INDEX) * target_strides[2]
+                    labels, pixel_grad, label_grad = label_gradients(
+                        target, flat(offsets), flat(inside), pixel_grad, weight, ignore_index, smoothing_bits, CLASSES,
+                        SMOOTHED, ACC,
+                    )  # fmt: skip
+                    labels = tl.reshape(labels, inside.shape)
+                    pixel_grad = tl.reshape(pixel_grad, inside.shape)
+                    label_grad = tl.reshape(label_grad, inside.shape)
+                    at = out_rows.to(INDEX) * out_width + out_columns
+                    counts = labels >= 0 if OVERLAP else inside
+                    logits = interpolate(taps, row_weights, column_weights, GRID)
+                    probability = probabilities(logits, statistics, at, pixels, counts)
+                    hit = classes[:, None, None, None] == labels
+                    gradient = probability * label_grad - tl.where(hit, label_grad, 0.0)
+                    if SMOOTHED:
+                        gradient += (probability * share - q) * pixel_grad
+                    if OVERLAP:
+                        mean_grad = load(mean_grads + at, counts, other=0)
+                        gradient += probability * ((of_predicted - mean_grad) + tl.where(hit, of_intersection, 0.0))
                 near, far = _to_taps(gradient, column_weights, 2, GRID.taps[1])  # [BLOCK_C, GROUP_H, BLOCK_G]
                 upper, lower = _to_taps(near, group_row_weights, 1, GRID.taps[0])
                 near_near += upper
@@ -278,6 +299,11 @@ _DOWN_THE_ROWS = Plan({"BLOCK_C": 8, "BLOCK_G": 32, "SEGMENT": 32}, num_warps=1,
 BACKWARD_PLANS = {
     **plans_of({pixels: {} for pixels in (1, 2, 4, 8)}, _DOWN_THE_ROWS),
     **plans_of({pixels: {"BLOCK_C": 4} for pixels in (1, 2, 4, 8)}, _DOWN_THE_ROWS, ["-dense"]),
+    # Estimates, until a GPU has run them.
+    **plans_of(
+        {1: {"BLOCK_C": 4}, 2: {"BLOCK_C": 4}, 4: {"BLOCK_C": 2}, 8: {"BLOCK_C": 1}}, _DOWN_THE_ROWS, ["-sigmoid"]
+    ),
+    "8-pixels-sigmoid-double": Plan({"BLOCK_C": 1, "BLOCK_G": 16, "SEGMENT": 32}, num_warps=1, max_registers=255),
     "8-pixels": Plan({"BLOCK_C": 4, "BLOCK_G": 32, "SEGMENT": 16}, num_warps=1, max_registers=136),
 }
 MEAN_GRADS_PLANS = plans_of(
@@ -300,6 +326,12 @@ class BackwardTensors(NamedTuple):
     grad_input: Tensor
 
 
+# What the backward kernel takes of sigmoids' sums where there are none.
+_WITHOUT_SIGMOIDS = {
+    "gamma_bits": 0, "scale_bits": 0, "threshold_bits": 0, "SUMS": 0, "FOCAL": False, "OF_LABELS": True,
+}  # fmt: skip
+
+
 def common(input: Tensor, tensors: Any, options: LossOptions) -> dict[str, Any]:
     """What the kernels of both passes take; ``input`` are the logits in planes."""
     target = tensors.target
@@ -309,6 +341,7 @@ def common(input: Tensor, tensors: Any, options: LossOptions) -> dict[str, Any]:
         "target_strides": target.stride(), "ignore_index": options.ignore_index,
         "smoothing_bits": bits_of(options.label_smoothing), "CLASSES": input.shape[1],
         "SMOOTHED": options.label_smoothing > 0, "REDUCED": options.reduction != "none",
+        "ACC": tl.float64 if input.dtype == torch.float64 else tl.float32, **_WITHOUT_SIGMOIDS,
     }  # fmt: skip
 
 
@@ -317,8 +350,7 @@ def backward(tensors: BackwardTensors, options: LossOptions, upsampling: Upsampl
     """Fills grad_input; see `fastseg.ops.upsample_cross_entropy`."""
     grad_overlap, target, grad_input = tensors.grad_overlap, tensors.target, tensors.grad_input
     input = in_planes(tensors.input)
-    device, (images, classes, height, width) = input.device, input.shape
-    grid, arguments = grid_of((height, width), target.shape[1:], upsampling)
+    grid, arguments = grid_of(input.shape[2:], target.shape[1:], upsampling)
     arguments |= common(input, tensors, options) | {
         "INDEX": index_of(target.shape, input, target, grad_input), "grad_overlap": None, "mean_grads": None,
         "grad_overlap_strides": grad_overlap.stride(),
@@ -326,23 +358,33 @@ def backward(tensors: BackwardTensors, options: LossOptions, upsampling: Upsampl
     if len(grad_overlap) > 0:
         arguments |= {
             "grad_overlap": grad_overlap,
-            "mean_grads": scratch(target.shape, tensors.statistics.dtype, device),
+            "mean_grads": scratch(target.shape, tensors.statistics.dtype, input.device),
         }
         _fill_mean_grads(grid, arguments)
-    bucket = bucket_of(grid, input, "-dense" if options.label_smoothing > 0 or len(grad_overlap) > 0 else "")
+    arguments |= {
+        "grad_loss": tensors.grad_loss, "MEAN": options.reduction == "mean",
+        "grad_loss_strides": tensors.grad_loss.stride() if options.reduction == "none" else (0, 0, 0),
+    }  # fmt: skip
+    dense = options.label_smoothing > 0 or len(grad_overlap) > 0
+    launch_backward(grad_input, grid, arguments, "-dense" if dense else "")
+
+
+def launch_backward(grad_input: Tensor, grid: Grid, arguments: dict[str, Any], suffix: str) -> None:
+    """Launches the backward kernel, cut into programs by the plan of a bucket; ``arguments`` has the rest."""
+    input, device, (images, classes, height, width) = arguments["input"], grad_input.device, grad_input.shape
+    bucket = bucket_of(grid, input, suffix)
     plan = clip_classes(choose(upsample_cross_entropy_backward, bucket, BACKWARD_PLANS, device), classes)
     class_blocks, intervals = cdiv(classes, plan.tile["BLOCK_C"]), width + grid.taps[1] - 1
     owned = plan.tile["BLOCK_G"] - (grid.taps[1] - 1) * (1 + (not grid.corners))
     work = images * class_blocks * height * intervals // owned
     plan = fit(plan, "SEGMENT", LEAST_SEGMENT, work // SMALL_PROGRAMS, device)
-    blocks = cdiv(cdiv(height, plan.tile["SEGMENT"]) * intervals, owned)
     arguments |= {
-        "grad_loss": tensors.grad_loss, "grad_input": grad_input, "blocks": blocks, "class_blocks": class_blocks,
-        "grad_loss_strides": tensors.grad_loss.stride() if options.reduction == "none" else (0, 0, 0),
-        "grad_input_strides": grad_input.stride(), "MEAN": options.reduction == "mean",
+        "blocks": cdiv(cdiv(height, plan.tile["SEGMENT"]) * intervals, owned), "class_blocks": class_blocks,
+        "grad_input": grad_input, "grad_input_strides": grad_input.stride(),
         "CLASSES_INNER": grad_input.stride(1) == 1,
     }  # fmt: skip
-    launch(upsample_cross_entropy_backward, bucket, plan, images * blocks * class_blocks, arguments)
+    programs = images * arguments["blocks"] * class_blocks
+    launch(upsample_cross_entropy_backward, bucket, plan, programs, arguments)
 
 
 def _fill_mean_grads(grid: Grid, arguments: dict[str, Any]) -> None:

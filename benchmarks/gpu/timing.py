@@ -18,6 +18,7 @@ from benchmarks.cases.bench_conv_relu_pool2d import ConvReLUPool2dCase
 from benchmarks.cases.bench_cross_entropy import CrossEntropyCase
 from benchmarks.cases.bench_relu_pool2d import ReLUPool2dCase
 from benchmarks.cases.bench_upsample_argmax import UpsampleArgmaxCase
+from benchmarks.cases.bench_upsample_class_sums import UpsampleClassSumsCase
 from benchmarks.cases.bench_upsample_confusion_matrix import UpsampleConfusionMatrixCase
 from benchmarks.cases.bench_upsample_cross_entropy import UpsampleCrossEntropyCase
 from benchmarks.cases.bench_upsample_mask_argmax import UpsampleMaskArgmaxCase
@@ -63,6 +64,7 @@ CASES: list[Case] = [
     ConvReLUPool2dCase((16, 128, 128, 128), 128, input_gradient=True),
     UpsampleThresholdCase((16, 20, 128, 128), (512, 512)),
     UpsampleMaskArgmaxCase((16, 100, 128, 128), (512, 512), classes=150),
+    UpsampleClassSumsCase((16, 20, 128, 128), (512, 512)),
 ]
 REHEARSED: list[Case] = [
     UpsampleCrossEntropyCase((1, 5, 8, 8), (32, 32)),

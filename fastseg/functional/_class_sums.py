@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from fastseg.functional._checks import (
@@ -23,9 +22,7 @@ from fastseg.ops.upsampling import grid_between
 ACTIVATIONS = ("softmax", "sigmoid")
 
 
-def class_sums(
-    input: Tensor, target: Tensor, ignore_index: int | None = None, activation: str = "softmax"
-) -> Tensor:
+def class_sums(input: Tensor, target: Tensor, ignore_index: int | None = None, activation: str = "softmax") -> Tensor:
     """The sums over pixels that region losses are made of: Dice, Jaccard, Tversky and their relatives.
 
     Of each image and class, with p the probability of the class in a pixel and t what the target says of it, the sums

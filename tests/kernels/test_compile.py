@@ -45,6 +45,8 @@ A_FEW = [  # a specimen of each launcher
         ("upsample_confusion_matrix", "forward"),
         ("upsample_threshold", "forward"),
         ("upsample_mask_argmax", "forward"),
+        ("upsample_sigmoid_sums", "forward"),
+        ("upsample_sigmoid_sums", "backward"),
     )
 ]
 

@@ -84,7 +84,9 @@ def test_grids_of_sigmoids(
 ) -> None:
     input = logits((2, 3, *before), dtype)
     ignored = None if kind == "shares" else 255
-    sums, gradient = check(input, target_for(kind, input, after, ignored), activation="sigmoid", ignore_index=ignored, **mode)
+    sums, gradient = check(
+        input, target_for(kind, input, after, ignored), activation="sigmoid", ignore_index=ignored, **mode
+    )
     assert (sums.shape, sums.dtype) == ((2, 3, 3), torch.promote_types(dtype, torch.float32))
     assert gradient.dtype == dtype
 

@@ -135,7 +135,8 @@ def test_inductor(call: Call) -> None:
     torch.testing.assert_close(*results)
     for result in results:
         outputs = result if isinstance(result, tuple) else (result,)
-        sums = [output.square().sum() for output in outputs if output.requires_grad]
+        # Random weights: the gradients of a softmax's sums cancel each other where they are alike.
+        sums = [(output * make(output.shape, seed=7)).sum() for output in outputs if output.requires_grad]
         if sums:
             torch.stack(sums).sum().backward()
     for mine, theirs in zip(compiled.parameters(), eager.parameters(), strict=True):

@@ -32,6 +32,10 @@ ALLOWED: dict[str, tuple[str, dict[str, Any], int]] = {
     ),
     "upsample_cross_entropy-none": ("upsample_cross_entropy", {"reduction": "none"}, 3 * STATISTICS),
     "upsample_cross_entropy_dice": ("upsample_cross_entropy_dice", {}, STATISTICS + 32 * 3 * 4 * CLASSES),
+    "class_sums": ("class_sums", {}, STATISTICS + 32 * 3 * 4 * CLASSES),
+    "class_sums-sigmoid": ("class_sums", {"activation": "sigmoid"}, 32 * 3 * 4 * CLASSES),
+    "upsample_class_sums": ("upsample_class_sums", {}, STATISTICS + 32 * 3 * 4 * CLASSES),
+    "upsample_class_sums-sigmoid": ("upsample_class_sums", {"activation": "sigmoid"}, 32 * 3 * 4 * CLASSES),
     "upsample_focal_loss": ("upsample_focal_loss", {}, 12 * STATISTICS),
 }  # fmt: skip
 
