@@ -1,6 +1,7 @@
 // The upsampling predictions for Python: a call's tensors in one tuple, as the losses'.
 #include "loss/bindings.h"
 
+#include "core/parallel.h"
 #include "upsampling/upsample_argmax.h"
 #include "upsampling/upsample_confusion_matrix.h"
 #include "upsampling/upsample_mask_argmax.h"
@@ -73,6 +74,7 @@ void upsample_threshold(const py::tuple& tensors, double bound, const py::object
                       boxes.size[2] == 4 && boxes.dtype == DType::kInt64 && is_dense(boxes)),
           "boxes are a dense [N, C, 4] of int64");
   py::gil_scoped_release unlocked;
+  advise_huge_pages(masks.data, masks.size[0] * masks.stride[0]);
   fastseg::upsample_threshold(call);
 }
 

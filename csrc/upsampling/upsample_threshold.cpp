@@ -49,26 +49,26 @@ FASTSEG_NOINLINE void threshold_row(const Row logits, int64_t c, int64_t count, 
   for (int i = 0; i < kLanes<T>; ++i) places[i] = i;
   Vec<T> probability = {};
   IntVec<T> met = {};
-  for (int64_t x = 0; x < count; x += kLanes<T>) {
+  const auto store_masks = [&](int64_t x, IntVec<T> counted, int64_t bytes_left) __attribute__((always_inline)) {
     const Vec<T> logit = logits(c, x);
-    IntVec<T> inside = logit > bound;
-    if (const int64_t rest = count - x; rest < kLanes<T>) inside &= places < static_cast<Int<T>>(rest);
+    const IntVec<T> inside = (logit > bound) & counted;
     const Bytes bytes = __builtin_convertvector(inside & 1, Bytes);
-    if (x + kLanes<T> <= count)
-      memcpy(masks + x, &bytes, sizeof bytes);
-    else
-      memcpy(masks + x, &bytes, count - x);
-    if (!kSums) continue;
+    memcpy(masks + x, &bytes, bytes_left);
+    if (!kSums) return;
     uint64_t words[2] = {};
     memcpy(words, &bytes, sizeof bytes);
-    if ((words[0] | words[1]) == 0) continue;
+    if ((words[0] | words[1]) == 0) return;
     met |= inside;
     probability += select_or_zero<T>(inside, sigmoid<T>(logit));
     lanes->count -= inside;
     const IntVec<T> columns = places + static_cast<Int<T>>(column + x);
     lanes->left = inside & (columns < lanes->left) ? columns : lanes->left;
     lanes->right = inside & (columns > lanes->right) ? columns : lanes->right;
-  }
+  };
+  const int64_t whole = count - count % kLanes<T>;
+#pragma GCC unroll 4
+  for (int64_t x = 0; x < whole; x += kLanes<T>) store_masks(x, IntVec<T>{} - 1, sizeof(Bytes));
+  if (whole < count) store_masks(whole, places < static_cast<Int<T>>(count - whole), count - whole);
   if (!kSums) return;
   lanes->probability += probability;
   const IntVec<T> rows = IntVec<T>{} + static_cast<Int<T>>(row);

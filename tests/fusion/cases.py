@@ -331,6 +331,29 @@ def prediction_recomputed(x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     return F.interpolate(x, scale_factor=2.3, mode="bilinear", recompute_scale_factor=True).argmax(1)
 
 
+def masks_of_sigmoids(x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    return torch.sigmoid(F.interpolate(x, (13, 17), mode="bilinear", align_corners=True)) > 0.3
+
+
+def masks_by_method(x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    return F.interpolate(x, scale_factor=2).double().sigmoid().gt(0.5).long()
+
+
+def masks_of_logits(x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    return F.interpolate(x, scale_factor=2.3, mode="bilinear", recompute_scale_factor=True) > 0
+
+
+def classes_of_masks(x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    classes = x[:, :, 0, :4].softmax(2)[..., :-1]
+    masks = F.interpolate(x, (13, 17), mode="bilinear").sigmoid()
+    return torch.einsum("bqc, bqhw -> bchw", classes, masks).argmax(dim=1)
+
+
+def classes_of_masks_kept_dim(x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    masks = torch.sigmoid(F.interpolate(x, scale_factor=2))
+    return torch.einsum("nqyx,nqk->nkyx", masks, x[:, :, 0].exp()).argmax(-3, keepdim=True)
+
+
 def loss(x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     return F.cross_entropy(x, target, weight, ignore_index=255)
 
@@ -394,6 +417,11 @@ CASES = {
     "confidence, cast": Case(confidence_in_double, logits, ("upsample_argmax",), CLASSES),
     "loss, nll": Case(nll_loss, full_logits, ("cross_entropy",), PIXELS),
     "prediction, recomputed": Case(prediction_recomputed, logits, ("upsample_argmax",)),
+    "masks": Case(masks_of_sigmoids, logits, ("upsample_threshold",)),
+    "masks, methods, cast": Case(masks_by_method, logits, ("upsample_threshold",)),
+    "masks, logits, recomputed": Case(masks_of_logits, logits, ("upsample_threshold",)),
+    "classes of masks": Case(classes_of_masks, logits, ("upsample_mask_argmax",)),
+    "classes of masks, swapped, kept dim": Case(classes_of_masks_kept_dim, logits, ("upsample_mask_argmax",)),
     "loss": Case(loss, full_logits, ("cross_entropy",), PIXELS),
     "loss of probabilities": Case(loss_of_probabilities, full_logits, ("cross_entropy",), PIXELS),
 }

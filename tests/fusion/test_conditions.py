@@ -198,6 +198,39 @@ def probabilities_used_elsewhere(x: Tensor, target: Tensor, weight: Tensor) -> t
     return probabilities.argmax(1), probabilities.amax(1)
 
 
+@left(logits, "comparison of logits with 1")
+def logits_above_one(x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    return F.interpolate(x, (24, 32)) > 1
+
+
+@left(logits, "comparison of a sigmoid with 2")
+def sigmoids_above_two(x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    return F.interpolate(x, (24, 32)).sigmoid() > 2
+
+
+@left(logits, "isn't a number")
+def sigmoids_above_their_mean(x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    return F.interpolate(x, (24, 32)).sigmoid() > x.mean()
+
+
+@left(logits, "sigmoid (probabilities) has another user")
+def sigmoids_used_elsewhere(x: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    probabilities = F.interpolate(x, (24, 32)).sigmoid()
+    return probabilities > 0.5, probabilities.amax(1)
+
+
+@left(logits, "isn't the sum over queries")
+def masks_of_other_images(x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    masks = F.interpolate(x, (24, 32)).sigmoid()
+    return torch.einsum("aqc,bqhw->bchw", x[:, :, 0], masks).argmax(1)
+
+
+@left(logits, "argmax over another dimension")
+def largest_row_of_masks(x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    masks = F.interpolate(x, (24, 32)).sigmoid()
+    return torch.einsum("bqc,bqhw->bchw", x[:, :, 0], masks).argmax(2)
+
+
 @left(logits, "changes a value in place")
 def logits_changed_on_the_way(x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     low = x * 1.0

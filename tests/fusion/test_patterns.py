@@ -7,8 +7,8 @@ import fastseg
 from fastseg.testing import assert_parity, values_and_gradients
 from tests.fusion.cases import CASES, Case, compiled, operators
 
-# In half types positions stay torch's, and labels are those of logits that torch would have rounded first.
-OF_UNROUNDED = ("indices", "prediction")
+# In half types positions stay torch's, and labels and masks are those of logits that torch would have rounded first.
+OF_UNROUNDED = ("indices", "prediction", "masks")
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -8,6 +8,8 @@ from fastseg.fusion.patterns.cross_entropy import CROSS_ENTROPY, NLL_LOSS
 from fastseg.fusion.patterns.relu_pool2d import POOL_RELU, RELU_POOL
 from fastseg.fusion.patterns.upsample_argmax import UPSAMPLE_ARGMAX, UPSAMPLE_MAX
 from fastseg.fusion.patterns.upsample_cross_entropy import UPSAMPLE_CROSS_ENTROPY, UPSAMPLE_NLL_LOSS
+from fastseg.fusion.patterns.upsample_mask_argmax import UPSAMPLE_MASK_ARGMAX
+from fastseg.fusion.patterns.upsample_threshold import UPSAMPLE_THRESHOLD
 
 PATTERNS: tuple[Pattern, ...] = (
     CONV_RELU_POOL,
@@ -19,6 +21,8 @@ PATTERNS: tuple[Pattern, ...] = (
     UPSAMPLE_NLL_LOSS,
     UPSAMPLE_ARGMAX,
     UPSAMPLE_MAX,
+    UPSAMPLE_MASK_ARGMAX,
+    UPSAMPLE_THRESHOLD,
     CROSS_ENTROPY,
     NLL_LOSS,
     CONV_NORM,

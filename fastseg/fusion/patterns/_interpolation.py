@@ -42,6 +42,28 @@ class Upsampled:
     dtype: torch.dtype | None
     rows: bool
 
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What `before` takes, and the grid."""
+        return {
+            "input": self.interpolate["input"],
+            "dtype": self.dtype,
+            **{name: self.interpolate[name] for name in ARGUMENTS},
+        }
+
+
+def before(
+    input: Tensor, dtype: torch.dtype | None, size: Any, scale_factor: Any, mode: str, align_corners: bool | None,
+    recompute_scale_factor: bool | None,
+) -> tuple[Tensor, dict[str, Any]]:  # fmt: skip
+    """The logits and the grid, as the operators that resize take them."""
+    if dtype is not None:
+        input = input.to(dtype)
+    if recompute_scale_factor:
+        size, scale_factor = output_size(input, None, scale_factor), None
+    grid = {"size": size, "scale_factor": scale_factor, "mode": mode, "align_corners": bool(align_corners)}
+    return input, grid
+
 
 def upsampled(call: Call | None) -> Upsampled:
     """The upsampled logits that a call gives; `Unfit` where it gives none, or the operators have no such grid.

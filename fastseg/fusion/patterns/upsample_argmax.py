@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from fastseg import functional
 from fastseg.fusion.calls import Call, tensor_of
@@ -24,18 +24,10 @@ CLASSES = (1, -3)  # the classes' dimension of [N, C, H, W]
 _VALUES, _INDICES = 0, 1  # of torch.max's parts
 
 
-def interpolate_argmax(
-    input: Tensor, dtype: torch.dtype | None, keepdim: bool, with_confidence: bool, size: Any, scale_factor: Any,
-    mode: str, align_corners: bool | None, recompute_scale_factor: bool | None,
-) -> Any:  # fmt: skip
+def interpolate_argmax(keepdim: bool, with_confidence: bool, **upsampling: Any) -> Any:
     """What the graph calls: the labels, or (confidence, labels)."""
-    if dtype is not None:
-        input = input.to(dtype)
-    if recompute_scale_factor:
-        size, scale_factor = _interpolation.output_size(input, None, scale_factor), None
-    results = functional.upsample_argmax(
-        input, size, scale_factor, mode, bool(align_corners), dtype=torch.int64, return_confidence=with_confidence
-    )
+    input, grid = _interpolation.before(**upsampling)
+    results = functional.upsample_argmax(input, **grid, dtype=torch.int64, return_confidence=with_confidence)
     if not with_confidence:
         return results.unsqueeze(1) if keepdim else results  # type: ignore[union-attr]  # no tuple
     labels, confidence = results
@@ -77,13 +69,7 @@ def _make(last: Call, outputs: dict[fx.Node, int | None], with_confidence: bool)
         nodes=nodes + parts,
         outputs=outputs,
         function=interpolate_argmax,
-        arguments={
-            "input": up.interpolate["input"],
-            "dtype": up.dtype,
-            "keepdim": bool(last["keepdim"]),
-            "with_confidence": with_confidence,
-            **{name: up.interpolate[name] for name in _interpolation.ARGUMENTS},
-        },
+        arguments=up.arguments | {"keepdim": bool(last["keepdim"]), "with_confidence": with_confidence},
         not_kept=[*up.nodes[:1], *(call.node for call in calls[:-1])],
         shared=[node for node in nodes if node not in outputs],
         across_autocast=True,
