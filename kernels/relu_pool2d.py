@@ -247,11 +247,13 @@ def _plans(pixels: int, channels: int) -> dict[str, Plan]:
 
 # Small tiles spend much on finding their pixels. Forward has a whole window for each element: its tiles are smaller. In
 # pairs, threads have as many cells as two vectors of 16 bytes hold: with other numbers Triton would pass values between
-# them. Of a copy's bandwidth, 32 x 64 x 256^2 in bfloat16 gets about 80% forward in either format (H200, 2026-11-27),
-# 93% backward in channels_last and 83% in NCHW (H100, 2026-11-26).
-FORWARD_PLANS = _plans(pixels=2048, channels=2048) | {
-    f"pairs-{size}": Plan({"BLOCK_P": 1024 // size, "BLOCK_O": 1}) for size in (2, 4, 8)
-}
+# them. Strided columns lie in a line of memory for each cell of a thread: with 16 cells 3x3 windows took 0.60 ms
+# (32 x 64 x 256^2, NCHW), with 4, which touch half as many lines, they weren't measured yet. Of a copy's bandwidth, 2x2
+# windows get 80% forward and 69% backward in NCHW, 81% and 83% in channels_last (H200, bfloat16, 2026-11-27).
+FORWARD_PLANS = _plans(pixels=2048, channels=2048)
+for size in (2, 4, 8):
+    FORWARD_PLANS[f"pairs-{size}"] = Plan({"BLOCK_P": 1024 // size, "BLOCK_O": 1})
+    FORWARD_PLANS[f"strided-{size}"] = Plan({"BLOCK_P": 512 if size < 8 else 256, "BLOCK_O": 1})
 BACKWARD_PLANS = _plans(pixels=4096, channels=8192)
 LEAST_PIXELS = 16  # smallest BLOCK_P
 THREADS_OF_A_WARP = 64 if BACKEND == "hip" else 32
@@ -327,8 +329,9 @@ def forward(tensors: ForwardTensors, geometry: Any) -> None:
         cells_h = max(cells_h, cdiv(convolved_h + padding[0], stride[0]))
         cells_w = max(cells_w, cdiv(convolved_w + padding[1], stride[1]))
     bucket = _bucket(convolved)
-    if bucket.startswith("pixels") and convolved.stride(3) == 1 and cell[1] == stride[1] == 2:
-        bucket = f"pairs-{convolved.itemsize}"
+    if bucket.startswith("pixels") and stride[1] > 1:
+        in_pairs = cell[1] == stride[1] == 2 and convolved.stride(3) == 1
+        bucket = f"{'pairs' if in_pairs else 'strided'}-{convolved.itemsize}"
     plan, tiling, channel_blocks = _cut(relu_pool2d_forward, bucket, FORWARD_PLANS, convolved, cells_h, cells_w)
     arguments = {
         **tensors._asdict(), "convolved_h": convolved_h, "convolved_w": convolved_w, "pooled_h": output.shape[2],

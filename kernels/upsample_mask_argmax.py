@@ -66,7 +66,9 @@ def upsample_mask_argmax_forward(
     column_taps = tap_offsets(column_intervals, width, input_strides[3], GRID, INDEX)
     input += image * input_strides[0]
     class_probabilities += image * probability_strides[0]
-    PIXELS: tl.constexpr = GRID.group[0] * GRID.group[1] * BLOCK_G
+    GROUP_H: tl.constexpr = GRID.group[0]  # Triton 3.6 takes no part of a tuple in a shape
+    GROUP_W: tl.constexpr = GRID.group[1]
+    PIXELS: tl.constexpr = GROUP_H * GROUP_W * BLOCK_G
     best, label = tl.full((PIXELS,), float("-inf"), ACC), tl.zeros((PIXELS,), tl.int32)
     for first in range(0, CLASSES, BLOCK_M):
         classes = first + tl.arange(0, BLOCK_M)
@@ -77,7 +79,7 @@ def upsample_mask_argmax_forward(
             exist = (queries < QUERIES)[:, None, None, None]
             taps = load_taps(input + of_queries, row_taps, column_taps, exist & some, GRID, ACC)
             masks = sigmoid(interpolate(taps, row_weights, column_weights, GRID))
-            masks = masks + tl.zeros((1, GRID.group[0], GRID.group[1], 1), ACC)  # where "nearest" left axes of 1
+            masks = masks + tl.zeros((1, GROUP_H, GROUP_W, 1), ACC)  # where "nearest" left axes of 1
             at = classes[:, None] * probability_strides[2] + queries[None, :] * probability_strides[1]
             weights = tl.load(class_probabilities + at, (classes[:, None] < CLASSES) & (queries[None, :] < QUERIES), 0)
             sums = tl.dot(weights, tl.reshape(masks, (BLOCK_Q, PIXELS)), sums, input_precision=PRECISION, out_dtype=ACC)

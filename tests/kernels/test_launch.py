@@ -86,7 +86,7 @@ def test_recording_tells_what_a_call_would_launch() -> None:
 def test_a_trial_plan_replaces_the_default() -> None:
     input = torch.empty(8, 19, 512, 512, device="meta")
     default = record_forward(input)[0].plan
-    with launch.trial("cross_entropy_forward", "pixels-inner", Plan({"BLOCK_C": 2, "BLOCK_P": 256}, 2)):
+    with launch.trial("cross_entropy_forward", "pixels-inner", Plan({"BLOCK_C": 2, "BLOCK_P": 256, "STAGES": 2}, 2)):
         tried = record_forward(input)[0].plan
     assert (tried.num_warps, tried.tile["BLOCK_P"]) == (2, 256)
     assert record_forward(input)[0].plan == default
