@@ -67,6 +67,12 @@ def pytest_configure(config: pytest.Config) -> None:
         torch.backends.cudnn.deterministic = True  # the library's part of what is compared bit by bit
 
 
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """On a GPU, whose time may be over before the run is, a failure's name is printed at once."""
+    if report.failed and "PYTEST_XDIST_WORKER" not in os.environ and torch.get_default_device().type == "cuda":
+        print(f"\nFAILED {report.nodeid}", flush=True)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out tests that need a CUDA device where there is none, those of ``--full``, and other parts' tests."""
     if not torch.cuda.is_available():

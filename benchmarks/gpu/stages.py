@@ -67,10 +67,11 @@ PARITY = [
     f"tests/{name}.py"
     for name in (
         "ops/test_cross_entropy", "kernels/test_labels", "ops/test_upsample_cross_entropy", "ops/test_upsample_argmax",
-        "ops/test_upsample_confusion_matrix", "ops/test_relu_pool2d", "ops/test_conv_relu_pool2d_fields",
-        "ops/test_conv_relu_pool2d", "ops/test_upsample_threshold", "ops/test_upsample_mask_argmax",
+        "ops/test_upsample_confusion_matrix", "ops/test_upsample_threshold", "ops/test_upsample_mask_argmax",
+        "ops/test_class_sums", "ops/test_relu_pool2d", "ops/test_conformance", "ops/test_memory",
     )
 ]  # fmt: skip
+CONVOLUTIONS = ["tests/ops/test_conv_relu_pool2d_fields.py", "tests/ops/test_conv_relu_pool2d.py"]
 BEHAVIOUR = ["tests/kernels/test_cuda.py", "tests/kernels/test_cuda_memory.py"]
 SMOKE = "tests/ops/test_smoke.py"
 LARGE = (
@@ -93,8 +94,9 @@ def gpu_stages(out: Path, seconds_for_timing: float) -> list[Stage]:
         ),
         Stage("compile", 60, _module("benchmarks.gpu.compiling", "--json", str(out / "compile.json"))),
         Stage("smoke", 60, _pytest(cores, "-x", "--device=cuda", "--tf32=off", SMOKE), decisive=True),
-        Stage("parity", 100, _pytest(cores, "--tf32=off", *on_gpu, *PARITY)),
-        Stage("parity, TF32", 40, _pytest(cores, "--tf32=on", *on_gpu, *PARITY[-2:], "-k", "float32")),
+        Stage("peers", 120, _module("benchmarks.gpu.timing", "--device=cuda", "--compile"), beside_next=True),
+        Stage("parity", 100, _pytest(cores, "--tf32=off", *on_gpu, *PARITY, *CONVOLUTIONS)),
+        Stage("parity, TF32", 40, _pytest(cores, "--tf32=on", *on_gpu, *CONVOLUTIONS, "-k", "float32")),
         Stage("behaviour", 50, _pytest(cores // 2, *behaviour, f"not {LARGE} and not parity_suite")),
         Stage("behaviour, large", 40, _pytest(1, *behaviour, LARGE)),
         Stage(
@@ -115,6 +117,7 @@ def rehearsal_stages(out: Path) -> list[Stage]:
         Stage("smoke", 120, _pytest(1, "-x", "--full", "--every=4", SMOKE), interpreted, decisive=True),
         Stage("parity", 120, _pytest(1, "--full", "--every=37", *PARITY[1:2]), interpreted),
         Stage("behaviour", 60, _pytest(1, "-m", "gpu", *BEHAVIOUR)),
+        Stage("peers", 120, _module("benchmarks.gpu.timing", "--device=cpu", "--compile")),
         Stage("timing", 120, _module("benchmarks.gpu.timing", "--device=cpu", "--json", timing, "--seconds", "60")),
         Stage("profile", 60, _module("benchmarks.gpu.profiling", "--timing", timing)),
     ]

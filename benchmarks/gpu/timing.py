@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import gc
 import json
+import math
 import statistics
 import sys
 from pathlib import Path
@@ -150,6 +151,13 @@ def rows_of(case: Case, ceilings: Ceilings, kinds: tuple[str, ...]) -> list[Row]
     return rows
 
 
+def compile_peers(case: Case) -> None:
+    """Runs torch.compile's contestants once: then its cache on disk holds what takes several times their timing."""
+    torch.compiler.reset()
+    for layout in case.layouts:
+        Contestant(COMPILE, layout).job(case, case.timings != (FORWARD,)).results()
+
+
 def describe(rows: list[Row]) -> list[str]:
     """A line for each layout and pass of a case."""
     lines = []
@@ -184,15 +192,23 @@ def write(path: Path, device: Device, ceilings: Ceilings, rows: list[Row], secon
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--device", choices=list(DEVICES), required=True)
-    parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, required=True, help="no case is begun after so many")
+    parser.add_argument("--json", type=Path, help="where the results are written, and beside it the table")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="no case is begun after so many")
     parser.add_argument("--kinds", default=",".join(KINDS), help="contestants, with commas between them")
+    parser.add_argument("--compile", action="store_true", help="time nothing, but fill torch.compile's cache")
     parser.add_argument("--only", help="cases whose operator and name hold this")
     arguments = parser.parse_args()
     start, device = perf_counter(), DEVICES[arguments.device]
     cases = CASES if device.asynchronous else REHEARSED
     if arguments.only:
         cases = [case for case in cases if arguments.only in f"{operator_of(case)} {case.name}"]
+    if arguments.compile:
+        for case in cases:
+            compile_peers(dataclasses.replace(case, device=device))
+            print(f"{operator_of(case)} {case.name}: {perf_counter() - start:.1f} s", flush=True)
+        return 0
+    if arguments.json is None:
+        parser.error("--json is required")
     ceilings = measure_ceilings(device)
     print(
         f"copy {ceilings.bytes_per_second / 1e12:.2f} TB/s, product {ceilings.operations_per_second / 1e12:.0f} TFLOP/s"

@@ -22,7 +22,7 @@ def test_rehearsal(tmp_path: Path) -> None:
     run = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-5000:] + run.stderr
     summary = (tmp_path / "summary.md").read_text()
-    assert [line.split("|")[2].strip() for line in summary.splitlines()[2:]] == ["passed"] * 7
+    assert [line.split("|")[2].strip() for line in summary.splitlines()[2:]] == ["passed"] * 8
     files = list(tmp_path.iterdir())
     assert {"log.txt", "compile.json", "timing.json", "timing.md", "timing.png"} <= {file.name for file in files}
     assert len(files) <= MOST_FILES
