@@ -15,6 +15,7 @@ from benchmarks.harness.devices import CUDA
 from benchmarks.harness.roofline import Work
 from benchmarks.harness.suite import BACKWARD, FORWARD, Job
 from fastseg import functional, reference
+from fastseg.ops.losses.options import accumulation_dtype
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,10 @@ class UpsampleClassSumsCase(UpsamplingCase):
         logits = self.make_logits(dtype, layout, requires_grad=training)
         operator = (functional if fused else reference).upsample_class_sums
         call = functools.partial(operator, mode=self.mode, activation=self.activation)
-        return Job(call, (logits, self._target()), (logits,) if training else ())
+        sums = (*self.shape[:2], 3)
+        incoming = torch.linspace(0.5, 1.5, math.prod(sums), device=logits.device).reshape(sums)
+        incoming = incoming.to(accumulation_dtype(logits))
+        return Job(call, (logits, self._target()), (logits,) if training else (), incoming)
 
     def work(self, timing: str) -> tuple[Work, ...]:
         """Forward: logits and target. Backward: the same, and the gradient; the logits are those before upsampling."""
