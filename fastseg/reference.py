@@ -11,14 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastseg._reference_sums import IGNORE_NONE, binary_cross_entropy, is_ignored, overlap, sigmoid_sums
+from fastseg._reference_sums import combine_binary as combine_binary
+
 IntOrPair = int | tuple[int, ...]
 FloatOrPair = float | tuple[float, ...]
 
 # A soft Dice's denominator is at least this: without `smooth`, a class that is nowhere has 0 / 0.
 LEAST_DENOMINATOR = 1e-8
-
-# The ignore_index where no label is to be ignored: a number that is no class either.
-IGNORE_NONE = torch.iinfo(torch.int64).min
 
 
 def conv2d(
@@ -121,11 +121,6 @@ def weigh(
 def _weights_of_labels(weight: Tensor, target: Tensor, ignored: Tensor) -> Tensor:
     """Each label's weight; some class's where it is ignored, or outside the classes (the loss is NaN there)."""
     return weight[target.long().masked_fill(ignored, 0).clamp(0, len(weight) - 1)]
-
-
-def is_ignored(target: Tensor, ignore_index: int) -> Tensor:
-    """Where the labels are ``ignore_index``; compared as int64, since torch would wrap -100 to uint8's 156."""
-    return target.long() == ignore_index
 
 
 def upsample_cross_entropy(
@@ -279,59 +274,6 @@ def combine_dice(
     return dice + ce_weight * loss.masked_fill(of_no_pixel, 0)
 
 
-def overlap(input: Tensor, target: Tensor, ignore_index: int) -> Tensor:
-    """``[3, N, C]``: each image's sums of P [target = c], P and [target = c] for each class c, P = softmax(input)."""
-    # Half types hold neither the sums over many pixels nor the quotients of small ones.
-    probabilities = input.softmax(1, torch.promote_types(input.dtype, torch.float32))
-    shares, counted = _shares_of(target, probabilities, ignore_index)
-    return _sum_pixels([probabilities * shares, probabilities, shares], counted)
-
-
-def sigmoid_sums(
-    input: Tensor, target: Tensor, ignore_index: int, gamma: float | None = None, threshold: float | None = None
-) -> Tensor:
-    """``[3, N, C]``, with gamma ``[6, N, C]``: sums over each image's pixels; see `fastseg.ops.upsample_sigmoid_sums`.
-
-    The target has labels ``[N, d1, ...]``, or each class's share of a pixel ``[N, C, d1, ...]``.
-    """
-    logits = input.to(torch.promote_types(input.dtype, torch.float32))
-    shares, counted = _shares_of(target, logits, ignore_index)
-    logits = logits.masked_fill(~counted, 0)
-    probabilities = logits.sigmoid()
-    terms = [probabilities * shares, probabilities, shares]
-    if gamma is not None:
-        signed = logits * (2 * shares - 1)
-        # 1 - q; bounded, since the derivative of a root of zero is infinite.
-        others = (-signed).sigmoid().clamp_min(torch.finfo(signed.dtype).tiny)
-        factors = (others if threshold is None else others / threshold).pow(gamma)
-        if threshold is not None:
-            factors = factors.masked_fill(signed.sigmoid() < threshold, 1)
-        own, other = -F.logsigmoid(logits) * shares, -F.logsigmoid(-logits) * (1 - shares)
-        terms += [factors * own, factors * other, factors]
-    return _sum_pixels(terms, counted)
-
-
-def _shares_of(target: Tensor, values: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """Each class's share of a pixel, of values' shape, zero where it is ignored; and where it isn't.
-
-    Of labels, which give one class all of it, or of shares, of which each may be ignored.
-    """
-    if target.ndim == values.ndim:
-        shares = target.to(values.dtype)
-        counted = shares != ignore_index
-        return shares.masked_fill(~counted, 0), counted
-    ignored = is_ignored(target, ignore_index)
-    one_hot = F.one_hot(target.long().masked_fill(ignored, 0), values.shape[1]).movedim(-1, 1)
-    counted = ~ignored.unsqueeze(1).expand_as(values)
-    return one_hot.to(values.dtype).masked_fill(~counted, 0), counted
-
-
-def _sum_pixels(terms: list[Tensor], counted: Tensor) -> Tensor:
-    """Sums ``[terms, N, C]`` of terms ``[N, C, d1, ...]`` over the pixels that count."""
-    # The new dimension lets [N, C] be images of one pixel.
-    return torch.stack([term.masked_fill(~counted, 0).unsqueeze(-1).flatten(2).sum(2) for term in terms])
-
-
 def class_sums(input: Tensor, target: Tensor, ignore_index: int | None = None, activation: str = "softmax") -> Tensor:
     """``[N, C, 3]``: sums of p t, p and t over an image's pixels; see `fastseg.functional`."""
     ignored = IGNORE_NONE if ignore_index is None else ignore_index
@@ -351,6 +293,22 @@ def upsample_class_sums(
     """`class_sums` of the logits upsampled to target's size; see `fastseg.functional`."""
     logits = upsample(input, target.shape[-2:], None, mode, align_corners)
     return class_sums(logits, target, ignore_index, activation)
+
+
+def upsample_binary_cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    pos_weight: Tensor | None = None,
+    ignore_index: int | None = None,
+    reduction: str = "mean",
+    *,
+    mode: str = "bilinear",
+    align_corners: bool = False,
+) -> Tensor:
+    """`binary_cross_entropy` of the logits upsampled to target's size; see `fastseg.functional`."""
+    logits = upsample(input, target.shape[-2:], None, mode, align_corners)
+    return binary_cross_entropy(logits, target, weight, pos_weight, ignore_index, reduction)
 
 
 def dice_loss(overlap: Tensor, smooth: float, batch_dice: bool, include_background: bool) -> Tensor:

@@ -2,6 +2,7 @@
 
 import torch.fx
 
+from fastseg.functional._binary_cross_entropy import binary_cross_entropy, upsample_binary_cross_entropy
 from fastseg.functional._class_sums import class_sums, upsample_class_sums
 from fastseg.functional._conv2d import conv2d
 from fastseg.functional._conv_relu_pool2d import conv_relu_pool2d
@@ -18,6 +19,7 @@ from fastseg.ops import flops, registration
 from fastseg.ops.on_import import on_import
 
 __all__ = [
+    "binary_cross_entropy",
     "class_sums",
     "conv2d",
     "conv_relu_pool2d",
@@ -26,6 +28,7 @@ __all__ = [
     "focal_loss",
     "relu_pool2d",
     "upsample_argmax",
+    "upsample_binary_cross_entropy",
     "upsample_class_sums",
     "upsample_confusion_matrix",
     "upsample_cross_entropy",

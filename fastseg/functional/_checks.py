@@ -171,15 +171,15 @@ def _remedy(target: Tensor, ndim: int) -> str:
     return "; labels have no dimension of channels: give target.squeeze(1)" if channel else ""
 
 
-def check_class_weight(weight: Tensor | None, classes: int, input: Tensor) -> None:
+def check_class_weight(weight: Tensor | None, classes: int, input: Tensor, name: str = "weight") -> None:
     """Refuses a weight that isn't a number for each class."""
     if weight is None:
         return
     if weight.ndim != 1 or weight.shape[0] != classes:
-        raise ValueError(f"weight: expected shape ({classes},), got {tuple(weight.shape)}")
+        raise ValueError(f"{name}: expected shape ({classes},), got {tuple(weight.shape)}")
     if not weight.is_floating_point():
-        raise TypeError(f"weight: expected a floating-point dtype, got {weight.dtype}")
-    check_device("weight", weight, input)
+        raise TypeError(f"{name}: expected a floating-point dtype, got {weight.dtype}")
+    check_device(name, weight, input)
 
 
 def check_pixel_weight(pixel_weight: Tensor | None, shape: tuple[int, ...], input: Tensor) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import fastseg
-from fastseg import functional, reference
+from fastseg import functional, losses, reference
 from fastseg.testing import assert_parity, make, make_labels, values_and_gradients
 from tests.ops import cross_entropy_cases, upsample_cases
 
@@ -248,6 +248,18 @@ CALLS = {
         "upsample_focal_loss", fastseg.UpsampleFocalLoss, reduction="none", gamma=0.5, weight=WEIGHT, mode="nearest",
         ignore_index=1,
     ),
+    "binary_cross_entropy": Call(
+        "binary_cross_entropy", logits_and_masks(), {"weight": WEIGHT, "ignore_index": 3}, data=2,
+        layer=losses.BinaryCrossEntropyLoss,
+    ),
+    "upsample_binary_cross_entropy": Call(
+        "upsample_binary_cross_entropy", logits_and_masks(upsampled=True), {"pos_weight": WEIGHT, "ignore_index": 3},
+        data=2, layer=losses.UpsampleBinaryCrossEntropyLoss,
+    ),
+    "upsample_binary_cross_entropy-sum": Call(
+        "upsample_binary_cross_entropy", logits_and_masks(upsampled=True, soft=True),
+        {"reduction": "sum", "align_corners": True}, data=2, layer=losses.UpsampleBinaryCrossEntropyLoss,
+    ),
     "class_sums": Call("class_sums", logits_and_labels(255), {"ignore_index": 255}, data=2),
     "class_sums-sigmoid": Call(
         "class_sums", logits_and_labels(1), {"ignore_index": 1, "activation": "sigmoid"}, data=2
@@ -295,7 +307,10 @@ CAPTURED = {
     for name, call in CALLS.items()
     if name == call.operator or name.partition("-")[2] in ("skip", "none", "batch", "masks")
 }
-OF_LABELS = sorted({call.operator for call in CALLS.values() if call.data == 2} - {"upsample_mask_argmax"})
+OF_LABELS = sorted(
+    {call.operator for call in CALLS.values() if call.data == 2}
+    - {"binary_cross_entropy", "upsample_binary_cross_entropy", "upsample_mask_argmax"}
+)
 
 
 def parametrize(calls: dict[str, Call]) -> pytest.MarkDecorator:
