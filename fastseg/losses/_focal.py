@@ -1,14 +1,16 @@
-"""The focal loss of sigmoids, one class against the rest, of class labels: its sums over pixels."""
+"""The focal loss of sigmoids, one class against the rest: its sums over pixels."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from fastseg.functional._checks import check_shares
 from fastseg.functional._losses import as_map
 from fastseg.losses._sums import softmax_sums
 from fastseg.ops.focal_sums import Focal, plain_sums
 from fastseg.ops.losses.options import LossOptions
+from fastseg.ops.upsample_sigmoid_sums import SigmoidOptions, upsample_sigmoid_sums
 
 
 def focal_sums(input: Tensor, labels: Tensor, focal: Focal, with_overlap: bool = False) -> tuple[Tensor, Tensor]:
@@ -24,3 +26,10 @@ def focal_sums(input: Tensor, labels: Tensor, focal: Focal, with_overlap: bool =
         return sums, softmax_sums(input, labels, LossOptions(focal.ignore_index, "sum"))[1]
     sums, _, _, overlap = torch.ops.fastseg.focal_sums.default(input, labels, *focal, with_overlap)
     return sums, overlap
+
+
+def mask_sums(input: Tensor, masks: Tensor, focal: Focal) -> Tensor:
+    """The sums ``[3, C]`` of `fastseg.ops.focal_sums`, of a mask for each class, of input's shape."""
+    masks = check_shares(masks, tuple(input.shape), input)
+    options = SigmoidOptions(focal.ignore_index, focal.gamma, focal.threshold)
+    return upsample_sigmoid_sums(as_map(input, 2), as_map(masks, 2), options)[3:].sum(1)

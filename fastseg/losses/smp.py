@@ -1,7 +1,8 @@
 """segmentation_models_pytorch's losses (0.6.0): the same arguments, values and gradients, on fastseg's operators.
 
-Their multiclass modes read the logits in fused passes and hold nothing of their size but the gradient; the binary and
-multilabel modes, and probabilities instead of logits, run as plain PyTorch. Labels may have any integer dtype.
+They read logits in fused passes and hold nothing of their size but the gradient: in "multiclass" with labels, in
+"binary" and "multilabel" with masks of zeros and ones in a boolean or an integer dtype, for `SoftBCEWithLogitsLoss` in
+any. What else they take runs as plain PyTorch.
 """
 
 from __future__ import annotations
@@ -10,159 +11,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastseg.functional import binary_cross_entropy
 from fastseg.functional._checks import pixels_of
 from fastseg.functional._losses import in_dtype
-from fastseg.losses._focal import focal_sums
+from fastseg.losses._focal import Focal, focal_sums, mask_sums
+from fastseg.losses._smp_region import DiceLoss, JaccardLoss, TverskyLoss
 from fastseg.losses._smp_terms import (
     BINARY,
     MULTICLASS,
     MULTILABEL,
-    Sums,
     as_weights,
     check_mode,
     check_weights,
+    of_classes,
     result_dtype,
-    sum_pixels,
     weighted_mean,
 )
-from fastseg.losses._sums import (
-    as_integers,
-    as_labels,
-    check_labels,
-    check_scores,
-    log_plain,
-    one_hot,
-    softmax_sums,
-)
+from fastseg.losses._sums import as_integers, as_labels, check_labels, check_scores, log_plain
 from fastseg.ops.cross_entropy import cross_entropy
-from fastseg.ops.focal_sums import Focal
 from fastseg.ops.losses.options import IGNORE_NONE, LossOptions, accumulation_dtype
 from fastseg.reference import is_ignored
 
+__all__ = ["DiceLoss", "FocalLoss", "JaccardLoss", "SoftBCEWithLogitsLoss", "SoftCrossEntropyLoss", "TverskyLoss"]
+
 # A class's sum of focal factors, by which "normalized" divides, is at least this.
 LEAST_FACTOR = 1e-6
-
-
-class DiceLoss(nn.Module):
-    """`segmentation_models_pytorch.losses.DiceLoss`.
-
-    Of class c, with sums over all pixels of the batch that aren't ignored, p the predicted probability and t the
-    target: ``Dice[c] = (I + smooth) / max((sum(p) + sum(t)) / 2 + smooth, eps)`` and ``I = sum(min(p, t))``, which is
-    sum(p * t) for targets of zeros and ones. The loss is the mean over classes of ``1 - Dice[c]``, or ``-log(max(
-    Dice[c], eps))``.
-
-    What may surprise: one Dice of each class over the whole batch, not of each image; a class without a labelled pixel
-    adds 0 to the mean, but counts in its divisor; ``smooth`` is added to halved sums, so that 1 counts like 2 in
-    `fastseg.functional.cross_entropy_dice`; ``class_weights`` give the loss of half-type logits in float32. Unlike the
-    original, a batch without images is served: its loss is 0.
-
-    Args:
-        mode: "binary", "multiclass" or "multilabel". In "multiclass" with logits the sums come from one fused pass.
-        classes: The classes whose losses count; None for all.
-        log_loss: Whether the loss is -log(Dice) instead of 1 - Dice.
-        from_logits: Whether the prediction is logits, not probabilities.
-        smooth: Added to Dice's numerator and denominator, in pixels.
-        ignore_index: A label that doesn't count; in "binary" and "multilabel" a target value.
-        eps: The least denominator, and the least Dice under the logarithm.
-        class_weights: ``[C]``, how much each class counts in the mean; not for "binary".
-
-    Raises:
-        ValueError: Arguments don't fit; the message names them.
-    """
-
-    def __init__(
-        self,
-        mode: str,
-        classes: list[int] | None = None,
-        log_loss: bool = False,
-        from_logits: bool = True,
-        smooth: float = 0.0,
-        ignore_index: int | None = None,
-        eps: float = 1e-7,
-        class_weights: list[float] | None = None,
-    ) -> None:
-        super().__init__()
-        check_mode(mode, class_weights)
-        if classes is not None and mode == BINARY:
-            raise ValueError('classes: mode "binary" has one class')
-        self.mode = mode
-        self.classes = None if classes is None else torch.as_tensor(classes, dtype=torch.long)
-        if self.classes is not None and self.classes.ndim != 1:
-            raise ValueError(f"classes: expected a list of class indices, got {classes}")
-        self.from_logits = from_logits
-        self.smooth = smooth
-        self.eps = eps
-        self.log_loss = log_loss
-        self.ignore_index = ignore_index
-        self.class_weights = as_weights(class_weights)
-
-    def forward(self, y_pred: Tensor, y_true: Tensor) -> Tensor:
-        """The loss.
-
-        Args:
-            y_pred: Logits or probabilities ``[N, C, d1, ...]``; float32, float64, bfloat16 or float16.
-            y_true: In "multiclass", labels ``[N, d1, ...]`` (or of as many elements) in [0, C); else a target of
-                y_pred's number of elements, ``[N, ...]``.
-
-        Returns:
-            One number in y_pred's dtype (float32 for half dtypes under autocast, or with ``class_weights``).
-
-        Raises:
-            IndexError: On a CPU, a label is neither in [0, C) nor ignored.
-            ValueError: Shapes don't fit; the message names the argument.
-        """
-        check_scores("y_pred", y_pred, 2)
-        check_weights(self.class_weights, y_pred.shape[1])
-        if self.mode != MULTICLASS:
-            sums = self._sum_maps(self._probabilities(y_pred), y_true)
-        elif self.from_logits:
-            labels = as_labels("y_true", y_true, y_pred)
-            ignore_index = IGNORE_NONE if self.ignore_index is None else self.ignore_index
-            sums = Sums(*softmax_sums(y_pred, labels, LossOptions(ignore_index, "sum"))[1].sum(1))
-        else:
-            log_plain("smp.DiceLoss", "from_logits=False leaves no softmax to fuse")
-            sums = self._sum_labels(y_pred, as_labels("y_true", y_true, y_pred))
-        return in_dtype(self._combine(sums), result_dtype(y_pred, self.class_weights))
-
-    def _combine(self, sums: Sums) -> Tensor:
-        denominator = (sums.predicted + sums.labelled) / 2 + self.smooth
-        scores = (sums.intersection + self.smooth) / denominator.clamp_min(self.eps)
-        losses = -scores.clamp_min(self.eps).log() if self.log_loss else 1 - scores
-        losses = losses * (sums.labelled > 0)
-        weights = self.class_weights
-        if self.classes is not None:
-            losses = losses[self.classes.to(losses.device)]
-            weights = None if weights is None else weights[self.classes]
-        return weighted_mean(losses, weights)
-
-    def _probabilities(self, y_pred: Tensor) -> Tensor:
-        return F.logsigmoid(y_pred).exp() if self.from_logits else y_pred
-
-    def _sum_maps(self, probabilities: Tensor, y_true: Tensor) -> Sums:
-        """The sums of a target value for each probability."""
-        images, channels = probabilities.shape[:2]
-        if y_true.shape[:1] != (images,) or y_true.numel() != probabilities.numel():
-            raise ValueError(
-                f"y_true: expected as many targets as y_pred, {tuple(probabilities.shape)}, got {tuple(y_true.shape)}"
-            )
-        pixels = probabilities[0, 0].numel() if images else 0
-        if self.mode == BINARY:
-            channels, pixels = 1, channels * pixels
-        y_true = y_true.reshape(images, channels, pixels)
-        counted = None if self.ignore_index is None else y_true != self.ignore_index
-        return sum_pixels(probabilities.reshape(y_true.shape), y_true, counted)
-
-    def _sum_labels(self, probabilities: Tensor, labels: Tensor) -> Sums:
-        """The sums of class labels."""
-        labels = labels.flatten(1) if labels.ndim > 1 else labels.unsqueeze(1)
-        counted = None
-        if self.ignore_index is not None:
-            ignored = is_ignored(labels, self.ignore_index)
-            labels, counted = labels.masked_fill(ignored, 0), ~ignored.unsqueeze(1)
-        probabilities = probabilities.unsqueeze(-1).flatten(2)
-        return sum_pixels(
-            probabilities, one_hot("y_true", labels, probabilities.shape[1], probabilities.dtype), counted
-        )
+REDUCTIONS = ("mean", "sum", "batchwise_mean")
 
 
 class FocalLoss(nn.Module):
@@ -179,7 +53,8 @@ class FocalLoss(nn.Module):
     finite for gamma < 1 where q is 1.
 
     Args:
-        mode: "binary", "multiclass" or "multilabel". "multiclass" reads the logits in blocks.
+        mode: "binary", "multiclass" or "multilabel". Labels and masks that aren't floating-point numbers are served by
+            a fused pass over the logits.
         alpha: How much a target of 1 counts, in [0, 1]; None for all alike.
         gamma: How much less well classified values count.
         ignore_index: A label that doesn't count; in "binary" a target value. "multilabel" has none: the original fails.
@@ -267,30 +142,44 @@ class FocalLoss(nn.Module):
     def _multiclass(self, logits: Tensor, y_true: Tensor) -> Tensor:
         """The classes' losses, from labels."""
         labels = as_labels("y_true", y_true, logits)
-        (own, others, factors), _ = focal_sums(logits, labels, self._focal)
-        losses = own + others if self.alpha is None else self.alpha * own + (1 - self.alpha) * others
+        losses, factors = self._weigh(focal_sums(logits, labels, self._focal)[0])
         if self.ignore_index is None:
             return self._reduce(losses, factors, labels.numel(), labels.shape[1:].numel())
         return self._reduce(losses, factors, (~is_ignored(labels, self.ignore_index)).sum())
+
+    def _weigh(self, sums: Tensor) -> tuple[Tensor, Tensor]:
+        """The classes' losses and factors, from their sums."""
+        own, others, factors = sums
+        return own + others if self.alpha is None else self.alpha * own + (1 - self.alpha) * others, factors
 
     def _multilabel(self, logits: Tensor, y_true: Tensor) -> Tensor:
         """The classes' losses, from a target for each value."""
         if y_true.shape != logits.shape:
             raise ValueError(f"y_true: expected y_pred's shape {tuple(logits.shape)}, got {tuple(y_true.shape)}")
-        dims = [dim for dim in range(logits.ndim) if dim != 1]
-        losses, factors = (terms.sum(dims) for terms in self._terms(logits, y_true))
+        if y_true.is_floating_point() or self.gamma < 0:
+            dims = [dim for dim in range(logits.ndim) if dim != 1]
+            losses, factors = (terms.sum(dims) for terms in self._terms(logits, y_true))
+        else:
+            losses, factors = self._weigh(mask_sums(logits, y_true, self._focal))
         return self._reduce(losses, factors, logits[:, 0].numel(), logits.shape[2:].numel())
 
     def _binary(self, logits: Tensor, y_true: Tensor) -> Tensor:
         """The loss of all values, or each one's."""
         if y_true.numel() != logits.numel():
             raise ValueError(f"y_true: expected as many targets as y_pred, {logits.numel()}, got {y_true.numel()}")
+        if self.reduction in REDUCTIONS and self.gamma >= 0 and not y_true.is_floating_point():
+            flat, targets = logits.reshape(1, 1, -1), y_true.reshape(1, 1, -1)
+            losses, factors = self._weigh(mask_sums(flat, targets, self._focal))
+            ignored = self.ignore_index
+            return self._reduce(
+                losses[0], factors[0], targets.numel() if ignored is None else (targets != ignored).sum()
+            )
         y_true = y_true.reshape(-1)
         losses, factors = self._terms(logits.reshape(-1), y_true)
         counted = None if self.ignore_index is None else y_true != self.ignore_index
         if counted is not None:
             losses, factors = losses.masked_fill(~counted, 0), factors.masked_fill(~counted, 0)
-        if self.reduction in ("mean", "sum", "batchwise_mean"):
+        if self.reduction in REDUCTIONS:
             count = losses.numel() if counted is None else counted.sum()
             return self._reduce(losses.sum(), factors.sum(), count)
         losses = losses if counted is None else losses[counted]
@@ -379,3 +268,76 @@ class SoftCrossEntropyLoss(nn.Module):
         elif reduction == "none" and self.ignore_index is not None:
             loss = loss.unsqueeze(self.dim)
         return in_dtype(loss, y_pred.dtype)
+
+
+class SoftBCEWithLogitsLoss(nn.Module):
+    """`segmentation_models_pytorch.losses.SoftBCEWithLogitsLoss`: binary cross-entropy with label smoothing.
+
+    A target t becomes ``(1 - t) * smooth_factor + t * (1 - smooth_factor)``. A reduced loss comes from one fused pass
+    where the weights are numbers of classes.
+
+    What may surprise: the "mean" divides by all values, those that are ignored among them, and a reduction that isn't
+    known is "none".
+
+    Args:
+        weight: How much each value counts; of any shape that broadcasts to the logits'.
+        ignore_index: A target value that adds nothing to the loss; None for none.
+        reduction: "mean", "sum" or "none".
+        smooth_factor: Share of the target that the other value gets; None for 0.
+        pos_weight: How much a target of 1 counts; of any shape that broadcasts to the logits'.
+    """
+
+    weight: Tensor | None
+    pos_weight: Tensor | None
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        ignore_index: int | None = -100,
+        reduction: str = "mean",
+        smooth_factor: float | None = None,
+        pos_weight: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        self.ignore_index = ignore_index
+        self.reduction = reduction
+        self.smooth_factor = smooth_factor
+        self.register_buffer("weight", weight)
+        self.register_buffer("pos_weight", pos_weight)
+
+    def forward(self, y_pred: Tensor, y_true: Tensor) -> Tensor:
+        """The loss.
+
+        Args:
+            y_pred: Logits of any shape; float32, float64, bfloat16 or float16.
+            y_true: A target of y_pred's shape, in [0, 1], of a boolean, integer or floating-point dtype.
+
+        Returns:
+            The loss in y_pred's dtype (float32 for half dtypes under autocast).
+
+        Raises:
+            ValueError: Shapes don't fit; the message names the argument.
+        """
+        if y_true.shape != y_pred.shape:
+            raise ValueError(f"y_true: expected y_pred's shape {tuple(y_pred.shape)}, got {tuple(y_true.shape)}")
+        target, ignored = y_true, self.ignore_index
+        if self.smooth_factor is not None:
+            values = y_true.to(accumulation_dtype(y_pred))
+            smoothed = (1 - values) * self.smooth_factor + values * (1 - self.smooth_factor)
+            target = smoothed if ignored is None else torch.where(y_true == ignored, values, smoothed)
+        weight, pos_weight = (of_classes(each, y_pred) for each in (self.weight, self.pos_weight))
+        reduces = self.reduction in ("mean", "sum") and y_pred.ndim > 1 and 0 not in y_pred.shape[1:]
+        if not reduces or weight is NotImplemented or pos_weight is NotImplemented:
+            return self._plain(y_pred, target, y_true)
+        loss = binary_cross_entropy(y_pred, target, weight, pos_weight, ignored, "sum")
+        return loss / y_pred.numel() if self.reduction == "mean" else loss
+
+    def _plain(self, y_pred: Tensor, target: Tensor, y_true: Tensor) -> Tensor:
+        log_plain("smp.SoftBCEWithLogitsLoss", "a loss for each value, or a weight that isn't one of classes")
+        losses = F.binary_cross_entropy_with_logits(
+            y_pred, target.to(y_pred.dtype), self.weight, pos_weight=self.pos_weight, reduction="none"
+        )
+        if self.ignore_index is not None:
+            losses = losses.masked_fill(y_true == self.ignore_index, 0)
+        reduced = {"mean": losses.mean, "sum": losses.sum}.get(self.reduction)
+        return losses if reduced is None else reduced()

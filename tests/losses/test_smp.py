@@ -18,7 +18,8 @@ from tests.ops import upsample_cases
 
 CLASS_WEIGHTS = [0.5, 2.0, 1.0, 0.25, 3.0]
 MAP_MODES = ("binary", "multilabel")
-LOSSES = ("DiceLoss", "FocalLoss", "SoftCrossEntropyLoss")
+REGIONS = ("DiceLoss", "JaccardLoss", "TverskyLoss")
+LOSSES = (*REGIONS, "FocalLoss", "SoftCrossEntropyLoss", "SoftBCEWithLogitsLoss")
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,7 @@ def test_signature(theirs: Any, name: str) -> None:
     ours, original = getattr(smp, name), getattr(theirs, name)
     assert signature(ours) == signature(original)
     assert signature(ours.forward) == signature(original.forward)
-    arguments = () if name == "SoftCrossEntropyLoss" else ("multiclass",)
+    arguments = () if name.startswith("Soft") else ("multiclass",)
     assert ours(*arguments).state_dict() == original(*arguments).state_dict() == {}
 
 
@@ -240,7 +241,75 @@ def test_cross_entropy_without_smoothing(theirs: Any) -> None:
     check(ours, original, logits((0, 5, 4, 3)), torch.zeros(0, 4, 3, dtype=torch.int64))
 
 
-# ---- all three ----
+# ---- jaccard and tversky ----
+
+
+@pytest.mark.parametrize("ignore_index", [None, IGNORED, 2])
+@pytest.mark.parametrize("from_logits", [True, False], ids=["logits", "probabilities"])
+@pytest.mark.parametrize("options", DICE_OPTIONS, ids=named)
+@pytest.mark.parametrize("name", ["JaccardLoss", "TverskyLoss"])
+def test_regions_multiclass(
+    theirs: Any, name: str, options: dict[str, Any], from_logits: bool, ignore_index: int | None
+) -> None:
+    input = inputs(from_logits)
+    target = labels_for(input, ignore_index=ignore_index)
+    if name == "TverskyLoss":
+        options = {"alpha": 0.3, "beta": 0.7, "gamma": 1.5, **options}
+    options = {**options, "from_logits": from_logits, "ignore_index": ignore_index}
+    check_both(theirs, name, input, target, mode="multiclass", **options)
+
+
+@pytest.mark.parametrize("ignore_index", [None, 0, 1, IGNORED])
+@pytest.mark.parametrize("kind", ["masks", "hard", "soft"])
+@pytest.mark.parametrize("from_logits", [True, False], ids=["logits", "probabilities"])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("mode", MAP_MODES)
+@pytest.mark.parametrize("name", REGIONS)
+def test_regions_of_maps(
+    theirs: Any, name: str, mode: str, dtype: torch.dtype, from_logits: bool, kind: str, ignore_index: int | None
+) -> None:
+    input = inputs(from_logits, SHAPES["image"], dtype)
+    masks = make_labels(input.shape, 2, ignore_index=ignore_index)
+    target = masks if kind == "masks" else maps_for(input, soft=kind == "soft")
+    check_both(theirs, name, input, target, mode=mode, from_logits=from_logits, ignore_index=ignore_index)
+
+
+# ---- focal losses and cross-entropies of masks ----
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "batchwise_mean"])
+@pytest.mark.parametrize(
+    "options", combinations(alpha=(None, 0.25), normalized=(False, True), reduced_threshold=(None, 0.5)), ids=named
+)
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
+@pytest.mark.parametrize("mode", MAP_MODES)
+def test_focal_of_masks(theirs: Any, mode: str, gamma: float, options: dict[str, Any], reduction: str) -> None:
+    if mode == "multilabel" and reduction == "batchwise_mean":
+        options = {**options, "class_weights": None}
+    input = logits()
+    ignore_index = IGNORED if mode == "binary" else None
+    masks = make_labels(input.shape, 2, ignore_index=ignore_index)
+    options = {**options, "gamma": gamma, "reduction": reduction, "ignore_index": ignore_index}
+    check_both(theirs, "FocalLoss", input, masks, mode=mode, **options)
+
+
+@pytest.mark.parametrize("ignore_index", [None, -100, 1])
+@pytest.mark.parametrize("smooth_factor", [None, 0.1])
+@pytest.mark.parametrize("weight", [None, (5, 1, 1), (1, 5, 1, 1), (1,), (2, 5, 9, 13)], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_soft_bce(
+    theirs: Any, reduction: str, weight: tuple[int, ...] | None, smooth_factor: float | None, ignore_index: int | None
+) -> None:
+    input = logits()
+    target = make_labels(input.shape, 2, torch.float32, ignore_index=ignore_index)
+    weights = {} if weight is None else {
+        "weight": make(weight, seed=1).abs(), "pos_weight": make(weight, seed=2).abs()
+    }  # fmt: skip
+    options = {"reduction": reduction, "smooth_factor": smooth_factor, "ignore_index": ignore_index, **weights}
+    check_both(theirs, "SoftBCEWithLogitsLoss", input, target, **options)
+
+
+# ---- all of labels ----
 
 EVERY: dict[str, tuple[str, dict[str, Any]]] = {
     "dice": ("DiceLoss", {"mode": "multiclass", "ignore_index": IGNORED}),
@@ -311,9 +380,9 @@ def test_fallback_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
         smp.DiceLoss("multiclass", from_logits=False)(input, labels_for(input))
         smp.DiceLoss("multiclass")(input, labels_for(input))
         smp.DiceLoss("multilabel")(input, maps_for(input, soft=False))
-    reason = "from_logits=False leaves no softmax to fuse"
+    reasons = ("from_logits=False leaves no softmax to fuse", "floating-point masks, or from_logits=False")
     assert [record.getMessage() for record in caplog.records] == [
-        f"fastseg.losses.smp.DiceLoss runs as plain PyTorch: {reason}"
+        f"fastseg.losses.smp.DiceLoss runs as plain PyTorch: {reason}" for reason in reasons
     ]
 
 
