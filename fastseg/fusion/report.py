@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from fastseg.fusion.calls import tensor_of
+from fastseg.ops.convolution.kept import kept_bytes
 
 # Where code is that traces models, and isn't theirs.
 _TRACERS = (os.path.dirname(torch.__file__), os.path.dirname(__file__))
@@ -129,6 +130,15 @@ class Report:
         """The sum over the replacements whose sizes are known."""
         return sum(replacement.saved_bytes or 0 for replacement in self.replaced)
 
+    @property
+    def kept_bytes(self) -> int:
+        """Memory of the transformed weights that predictions on a CPU keep by now, of the graphs' parameters.
+
+        They are freed with the parameters. ``fastseg.info()["kept_weights"]`` is the sum over the whole process.
+        """
+        parameters = {key: parameter for graph in self.graphs for key, parameter in graph.parameters.items()}
+        return kept_bytes(known for parameter in parameters.values() if (known := parameter()) is not None)
+
     def summary(self) -> str:
         """The report in one line."""
         replaced = self.replaced
@@ -137,7 +147,8 @@ class Report:
         if not replaced:
             return f"nothing replaced, {len(self.left)} left: the model runs as it was"
         saved = f", {_readable(self.saved_bytes)} not kept" if self.saved_bytes else ""
-        return f"{len(replaced)} replaced{saved}, {len(self.left)} left"
+        kept = f", {_readable(self.kept_bytes)} of transformed weights kept" if self.kept_bytes else ""
+        return f"{len(replaced)} replaced{saved}{kept}, {len(self.left)} left"
 
     def __str__(self) -> str:
         lines = [f"fastseg: {self.summary()}"]

@@ -149,4 +149,6 @@ def test_compiled_predictions_keep_the_weights_beside_batch_normalisation() -> N
             assert_parity(compiled(input), network(input), truth)
             network[3].weight.mul_(1.25)
     weights = sum(network[index].weight.numel() * 4 for index in (0, 3, 7))
-    assert fastseg.info()["kept_weights"] > 16 / 9 * weights
+    report = fastseg.report(network)
+    assert fastseg.info()["kept_weights"] == report.kept_bytes > 16 / 9 * weights
+    assert f"{report.kept_bytes / 2**10:.1f} KiB of transformed weights kept" in report.summary()

@@ -6,6 +6,7 @@ in place, state_dicts that are loaded and what goes past version counters (``wei
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ def memory_for(kernels: Any, weight: Tensor) -> Tensor | None:
     return memory
 
 
-def kept_bytes() -> int:
-    """How much memory the weights that are kept take."""
-    return sum(memory.numel() for memory in _kept.values())
+def kept_bytes(weights: Iterable[Tensor] | None = None) -> int:
+    """How much memory the transformed weights take that are kept of these weights; of None: of all."""
+    memories = _kept.values() if weights is None else map(_kept.get, weights)
+    return sum(memory.numel() for memory in memories if memory is not None)
