@@ -118,7 +118,7 @@ FAULTS = (
     # ---- convolutions ----
     Fault("of equal values the window's last is taken", "csrc/convolution/pool_tile-inl.h",
           "better = <<<(candidate > best)|||(candidate >= best)>>> |", ("test_relu_pool2d", *CONVOLUTIONS)),
-    Fault("ReLU makes zero of a skip's NaN", "csrc/convolution/relu_pool2d.cpp",
+    Fault("ReLU makes zero of a skip's NaN", "csrc/convolution/conv_tile-inl.h",
           "<<<load(passed + i) <= Vec<T>{}|||~(load(passed + i) > Vec<T>{})>>> ? Vec<T>{}",
           ("test_relu_pool2d", *CONVOLUTIONS)),
     Fault("ReLU leaves out what follows the last window", "csrc/convolution/relu_pool2d.cpp",

@@ -185,8 +185,8 @@ bool winograd_forward(const py::tuple& tensors, const py::sequence& geometry, bo
 bool winograd_backward(const py::tuple& tensors, const py::sequence& geometry, int threads) {
   bool done = false;
   Conv2dWinogradBackward call;
-  read_tensors(tensors,
-               {&call.grad_output, &call.input, &call.weight, &call.grad_input, &call.grad_weight, &call.grad_bias});
+  read_tensors(tensors, {&call.grad_output, &call.passed, &call.input, &call.weight, &call.grad_input,
+                         &call.grad_weight, &call.grad_bias});
   const ConvPoolGeometry g = read_geometry(geometry);
   std::copy_n(g.padding, 2, call.padding);
   call.threads = threads;
@@ -195,6 +195,8 @@ bool winograd_backward(const py::tuple& tensors, const py::sequence& geometry, i
   const Tensor &dense = call.grad_output, &x = call.input, &w = call.weight;
   require(x.ndim == 4 && w.ndim == 4 && dense.ndim == 4 && is_floating(x), "all tensors have four dimensions");
   require(w.dtype == x.dtype && dense.dtype == x.dtype, "input, weight and gradient have one dtype");
+  require(!call.passed || (same_shape(call.passed, dense) && call.passed.dtype == dense.dtype),
+          "what ReLU passed has the gradient's shape and dtype");
   require(w.size[1] == x.size[1] && w.size[0] == dense.size[1] && x.size[0] == dense.size[0],
           "input is [N, C, ...], weight [K, C, 3, 3], the gradient [N, K, ...]");
   require(w.size[0] > 0 && w.size[1] > 0, "the Winograd kernels are for at least one channel");

@@ -36,9 +36,10 @@ struct ConvReluPool2dForward {
 // The same by Winograd's algorithm, for 3x3 convolutions under a pool of 2x2 or of 1x1 (which is none), and for 7x7 of
 // stride 2 under a pool of 3x3.
 struct ConvReluPool2dWinogradForward : ConvReluPool2dForward {
-  Tensor skip;       // [N, K, convolved height, convolved width], optional under 2x2: relu(conv(input))
-  Tensor scale;      // [K], optional, for 3x3: by which the weight's output channels are multiplied
-  Tensor kept;       // uint8 [bytes], optional, for 3x3 and more than kFewChannels: transformed weights stay there
+  Tensor skip;    // [N, K, convolved height, convolved width], optional under 2x2: relu(conv(input))
+  Tensor scale;   // [K], optional, for 3x3: by which the weight's output channels are multiplied
+  Tensor kept;    // uint8 [bytes], optional, for 3x3 and more than kFewChannels: transformed weights stay there
+  Tensor passed;  // of input's shape, optional: of an input that is a gradient, the ReLU's output that it came through
   bool relu = true;  // false, without a pool: output = conv(input) + bias, which is conv2d
   bool* done;  // false where its sums might overflow or anything isn't finite: then the outputs hold nothing of use
 };
@@ -65,6 +66,7 @@ struct ConvReluPool2dBackward : ConvGradients {
 // conv2d's gradients, from the dense gradient of its output, for 3x3 of stride 1, by Winograd's algorithm.
 struct Conv2dWinogradBackward : ConvGradients {
   Tensor grad_output;  // [N, K, convolved height, convolved width]
+  Tensor passed;       // of the same shape, optional: where ReLU follows, its output, and grad_output is of that
   int64_t padding[2];  // at most 2
   bool* done;          // as of the forward
 };

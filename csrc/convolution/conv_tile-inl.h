@@ -79,6 +79,54 @@ void pack_input(const Tensor& input, int64_t left_padding, int64_t image, Span r
   }
 }
 
+template <class T>
+const T* row_of(const Tensor& tensor, int64_t image, int64_t row) {
+  return static_cast<const T*>(at(tensor, image * tensor.stride[0] + row * tensor.stride[2]));
+}
+
+// target = where passed > 0 (or NaN): value, else 0
+template <class T>
+void relu_mask(const T* passed, const T* value, int64_t elements, T* target) {
+  int64_t i = 0;
+  for (; i + kLanes<T> <= elements; i += kLanes<T>)
+    store<T>(target + i, load(passed + i) <= Vec<T>{} ? Vec<T>{} : load(value + i));
+  for (; i < elements; ++i) target[i] = passed[i] <= 0 ? 0 : value[i];
+}
+
+// Packs a gradient as pack_input() does, of which counts what a ReLU let pass: `passed`, optional, is the ReLU's
+// output. `buffer` holds a packed row.
+template <class T>
+void pack_passed(const Tensor& gradient, const Tensor& passed, int64_t left_padding, int64_t image, Span rows,
+                 int64_t width, T* buffer, T* target) {
+  if (!passed) return pack_input(gradient, left_padding, image, rows, width, target);
+  const int64_t channels = gradient.size[1], columns = gradient.size[3], pitch = width * channels;
+  const auto lies = [](const Tensor& tensor, int64_t of_channel, int64_t of_column) {
+    return tensor.dtype == kDType<T> && tensor.stride[1] == of_channel && tensor.stride[3] == of_column;
+  };
+  const auto lie = [&](int64_t of_channel, int64_t of_column) {
+    return lies(gradient, of_channel, of_column) && lies(passed, of_channel, of_column);
+  };
+  const bool pixels = lie(1, channels), planes = !pixels && lie(gradient.stride[1], 1);
+  Tensor masked = gradient;  // a row, which keeps the order of its elements: it is packed but once
+  masked.data = buffer, masked.size[2] = 1;
+  if (planes) masked.stride[1] = columns;
+  for (int64_t row = rows.begin; row < rows.end; ++row, target += pitch) {
+    const bool exists = row >= 0 && row < gradient.size[2];
+    if (exists && (pixels || planes)) {
+      const T *value = row_of<T>(gradient, image, row), *positive = row_of<T>(passed, image, row);
+      for (int64_t c = 0; c < (pixels ? 1 : channels); ++c)
+        relu_mask(positive + c * passed.stride[1], value + c * gradient.stride[1], columns * (pixels ? channels : 1),
+                  buffer + c * columns);
+      pack_input(masked, left_padding, 0, {0, 1}, width, target);
+      continue;
+    }
+    pack_input(gradient, left_padding, image, {row, row + 1}, width, target);
+    if (!exists) continue;
+    pack_input(passed, left_padding, image, {row, row + 1}, width, buffer);
+    relu_mask(buffer, target, pitch, target);
+  }
+}
+
 // Packs one output channel's kernel in the order of the taps, `step` elements apart.
 template <class T>
 void pack_kernel(const Tensor& weight, const ConvShape& shape, int64_t channel, T* target, int64_t step) {

@@ -30,15 +30,6 @@ void unpack_row(const T* source, int64_t block, const Tensor& tensor, int64_t im
          tensor.dtype, tensor.stride[3], tensor.stride[1]);
 }
 
-// target = where passed > 0 (or NaN): value, else 0
-template <class T>
-void relu_mask(const T* passed, const T* value, int64_t elements, T* target) {
-  int64_t i = 0;
-  for (; i + kLanes<T> <= elements; i += kLanes<T>)
-    store<T>(target + i, load(passed + i) <= Vec<T>{} ? Vec<T>{} : load(value + i));
-  for (; i < elements; ++i) target[i] = passed[i] <= 0 ? 0 : value[i];
-}
-
 // Rows of the convolution's output that pooled row `window` is responsible for: they divide all rows among them.
 Span own_rows(const ReluPool2dForward& call, int64_t window) {
   const ConvPoolGeometry& g = call.geometry;

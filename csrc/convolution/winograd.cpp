@@ -25,29 +25,47 @@ template <class Kernel>
 bool forward(const ConvReluPool2dWinogradForward& call) {
   Kernel kernel(call);
   if (kernel.tasks() == 0) return true;
-  const int64_t bytes = kernel.workspace_elements() * int64_t{sizeof(*kernel.weights)};
-  Workspace workspace(bytes);
-  advise_huge_pages(workspace.data(), bytes);  // 17 MB for 512 by 512 channels, fresh at every call
+  Workspace workspace(kernel.workspace_elements() * int64_t{sizeof(*kernel.weights)});
   kernel.prepare(workspace.data());
   return run(kernel);
 }
 
+// With transformed weights of some output channels at a time.
+template <class T>
+bool forward_in_passes(const ConvReluPool2dWinogradForward& call) {
+  WinogradChannels<T> kernel(call);
+  if (kernel.empty()) return true;
+  const int64_t step = kernel.pass_blocks(),
+                bytes = kernel.workspace_elements(kernel.shape.c, step) * int64_t{sizeof(T)};
+  Workspace workspace(bytes);
+  advise_huge_pages(workspace.data(), bytes);  // fresh at every call
+  bool safe = true;
+  for (int64_t begin = 0; safe && begin < kernel.blocks; begin += step) {
+    kernel.prepare(workspace.data(), {begin, min_of(begin + step, kernel.blocks)});
+    safe = run(kernel);
+  }
+  return safe;
+}
+
 template <class T>
 int64_t kept_bytes(const Tensor& weight) {
-  return int64_t{sizeof(KeptHeader)} + WinogradChannels<T>::workspace_elements(weight) * int64_t{sizeof(T)};
+  const int64_t blocks = ceil_div(weight.size[0], kBlock<T>);
+  return int64_t{sizeof(KeptHeader)} +
+         WinogradChannels<T>::workspace_elements(weight.size[1], blocks) * int64_t{sizeof(T)};
 }
 
 // With transformed weights that stay. Calls at the same time write the same numbers there.
 template <class T>
 bool forward_keeping(const ConvReluPool2dWinogradForward& call) {
   WinogradChannels<T> kernel(call);
-  if (kernel.tasks() == 0) return true;
-  if (call.kept.size[0] < kept_bytes<T>(call.weight)) return forward<WinogradChannels<T>>(call);  // for other vectors
+  if (kernel.empty()) return true;
+  if (call.kept.size[0] < kept_bytes<T>(call.weight)) return forward_in_passes<T>(call);  // for other vectors
   KeptHeader* header = static_cast<KeptHeader*>(call.kept.data);
-  const KeptHeader wanted = {kernel.fingerprint(), kernel.workspace_elements(), kLanes<T>};
+  const int64_t elements = kernel.workspace_elements(kernel.shape.c, kernel.blocks);
+  const KeptHeader wanted = {kernel.fingerprint(), elements, kLanes<T>};
   const bool transformed =
       header->fingerprint == wanted.fingerprint && header->elements == wanted.elements && header->lanes == wanted.lanes;
-  kernel.prepare(header + 1, transformed);
+  kernel.prepare(header + 1, {0, kernel.blocks}, transformed);
   if (!transformed) *header = wanted;
   return run(kernel);
 }
@@ -57,7 +75,7 @@ bool forward_of(const ConvReluPool2dWinogradForward& call) {
   if (call.weight.size[2] == kStemKernel) return forward<WinogradStem<T>>(call);
   const bool all_channels = call.skip || call.geometry.pool_size[0] != kPoolSide || call.input.size[1] > kFewChannels;
   if (!all_channels) return forward<WinogradWindows<T>>(call);
-  return call.kept ? forward_keeping<T>(call) : forward<WinogradChannels<T>>(call);
+  return call.kept ? forward_keeping<T>(call) : forward_in_passes<T>(call);
 }
 
 // The gradient of the input is a convolution too: of grad_output, by the kernels turned by 180 degrees, with output
@@ -65,6 +83,7 @@ bool forward_of(const ConvReluPool2dWinogradForward& call) {
 ConvReluPool2dWinogradForward input_gradient(const Conv2dWinogradBackward& call) {
   ConvReluPool2dWinogradForward result = {};
   result.input = call.grad_output;
+  result.passed = call.passed;
   result.weight = call.weight;
   result.weight.size[0] = call.weight.size[1], result.weight.size[1] = call.weight.size[0];
   result.weight.stride[0] = call.weight.stride[1], result.weight.stride[1] = call.weight.stride[0];
@@ -84,7 +103,7 @@ ConvReluPool2dWinogradForward input_gradient(const Conv2dWinogradBackward& call)
 
 template <class T>
 bool backward_of(const Conv2dWinogradBackward& call) {
-  if (call.grad_input && !forward<WinogradChannels<T>>(input_gradient(call))) return false;
+  if (call.grad_input && !forward_in_passes<T>(input_gradient(call))) return false;
   return !(call.grad_weight || call.grad_bias) || WinogradWeight<T>(call).run_all();
 }
 

@@ -14,6 +14,12 @@ namespace fastseg {
 namespace FASTSEG_ISA {
 namespace {
 
+// Transformed weights that don't stay are made for as many output channels at a time as take so many bytes (those of a
+// deep layer take four times a second-level cache, and more memory than its input and output), but for so many channels
+// at least: each pass transforms the input anew.
+constexpr int64_t kPassBytes = 16 * 1024 * 1024;
+constexpr int64_t kLeastPassChannels = 128;
+
 template <class T>
 struct WinogradChannels {
   const ConvReluPool2dWinogradForward& call;
@@ -26,9 +32,10 @@ struct WinogradChannels {
   const int64_t packed_w;  // columns of a packed input row
   const int64_t band;      // rows of windows to a task
   const int64_t bands;     // of an image
-  const int64_t groups;    // tasks among which a band's blocks are divided
-  T* weights = nullptr;    // [blocks][products][c][block], a plane to a product
-  T* bias = nullptr;       // [blocks][block]
+  Span at_once = {};       // blocks whose weights are transformed: all of them, or a pass's
+  int64_t groups = 0;      // tasks among which a band's blocks are divided
+  T* weights = nullptr;    // [blocks at once][products][c][block], a plane to a product
+  T* bias = nullptr;       // [blocks at once][block]
   T largest_input = 0;     // up to which nothing overflows
   bool* safe = nullptr;    // shared by all tasks
 
@@ -43,8 +50,7 @@ struct WinogradChannels {
         channels(round_up(shape.c, kLanes<T>)),
         packed_w(patches_width(windows_w)),
         band(choose_band()),
-        bands(ceil_div(windows_h, band)),
-        groups(min_of(blocks, ceil_div(kTasksWanted, max_of(shape.n * bands, 1)))) {}
+        bands(ceil_div(windows_h, band)) {}
 
   int64_t choose_band() const {
     const int64_t row_bytes = packed_w * shape.c * int64_t{sizeof(T)};
@@ -59,31 +65,40 @@ struct WinogradChannels {
 
   int64_t block_elements() const { return kProducts * weight_plane(); }
 
-  int64_t workspace_elements() const { return workspace_elements(call.weight); }
-
-  // For a weight [K, C, 3, 3].
-  static int64_t workspace_elements(const Tensor& weight) {
-    const int64_t plane = weight.size[1] * kBlock<T> + kRowPadding;
-    return ceil_div(weight.size[0], kBlock<T>) * (kProducts * plane + kBlock<T> + 2);
+  // Of some blocks, for an input of `c` channels.
+  static int64_t workspace_elements(int64_t c, int64_t count) {
+    return count * (kProducts * (c * kBlock<T> + kRowPadding) + kBlock<T> + 2);
   }
 
-  // The largest magnitudes of each block's weights, then of its bias.
-  T* maxima() const { return bias + blocks * kBlock<T>; }
+  // Blocks to a pass, evenly divided, where what is made of the weights doesn't stay.
+  int64_t pass_blocks() const {
+    const int64_t least = min_of(ceil_div(kLeastPassChannels, kBlock<T>), blocks);
+    const int64_t most = max_of(kPassBytes / (block_elements() * int64_t{sizeof(T)}), least);
+    return ceil_div(blocks, ceil_div(blocks, most));
+  }
 
-  bool transform_weights(int64_t block) const {
+  const T* weights_of(int64_t block) const { return weights + (block - at_once.begin) * block_elements(); }
+  const T* bias_of(int64_t block) const { return bias + (block - at_once.begin) * kBlock<T>; }
+
+  // The largest magnitudes of each block's weights, then of its bias.
+  T* maxima() const { return bias + at_once.size() * kBlock<T>; }
+
+  // Of the block at `place` of those at once.
+  bool transform_weights(int64_t place) const {
+    const int64_t block = at_once.begin + place;
     const int64_t lanes = vectors(block) * kLanes<T>, first = block * kBlock<T>, count = min_of(shape.k - first, lanes);
     const int64_t elements = kKernelTaps * shape.c * lanes;
     T* taps = static_cast<T*>(scratch(elements * int64_t{sizeof(T)}));  // [a kernel's elements][lanes]
     if (taps == nullptr) return false;
     memset(taps, 0, static_cast<size_t>(elements) * sizeof(T));
-    T* shift = bias + first;
+    T* shift = bias + place * kBlock<T>;
     memset(shift, 0, kBlock<T> * sizeof(T));
     if (call.bias)
       pack(at(call.bias, first * call.bias.stride[0]), call.bias.dtype, 1, count, 0, call.bias.stride[0], shift, 0);
     const KernelStrides step = pack_kernels(first, count, lanes, taps);
     if (call.scale) scale_kernels(first, count, lanes, elements, taps);
-    maxima()[block] = largest_magnitude(taps, elements);
-    maxima()[blocks + block] = largest_magnitude(shift, kBlock<T>);
+    maxima()[place] = largest_magnitude(taps, elements);
+    maxima()[at_once.size() + place] = largest_magnitude(shift, kBlock<T>);
     for (int64_t i = 0; i < shape.c * lanes; i += kLanes<T>) {
       Vec<T> g[kKernelTaps], u[kSide][kSide];
       for (int64_t tap = 0; tap < kKernelTaps; ++tap) {
@@ -91,7 +106,7 @@ struct WinogradChannels {
         g[tap] = load(taps + (i / lanes * step.c + row * step.row + column * step.column) * lanes + i % lanes);
       }
       transform_kernel(g, u);
-      T* target = weights + block * block_elements() + i;
+      T* target = weights + place * block_elements() + i;
       for (int product = 0; product < kProducts; ++product)
         store<T>(target + product * weight_plane(), u[product / kSide][product % kSide]);
     }
@@ -138,7 +153,7 @@ struct WinogradChannels {
     const int64_t begin = 0;
     const Terms terms = {&begin, 1, shape.c};
     for (int64_t product = 0; product < kProducts; ++product) {
-      const T* columns = weights + block * block_elements() + product * weight_plane();
+      const T* columns = weights_of(block) + product * weight_plane();
       for (int64_t window = 0; window < windows; window += kPixels<Vectors>)
         multiply_tile<T, Vectors>(patches + product * patch_plane + window * channels, channels, terms, columns, zero,
                                   products + product * product_plane + window * Vectors * kLanes<T>);
@@ -173,7 +188,7 @@ struct WinogradChannels {
         column_of(1, m), sums.template add<1>(m);
         column_of(2, m), sums.template add<2>(m);
         column_of(3, m), sums.template add<3>(m);
-        const Vec<T> shift = load(bias + block * kBlock<T> + lane);
+        const Vec<T> shift = load(bias_of(block) + lane);
         if (pools)
           pool_window(sums, shift, clip, results.pooled + window * lanes + lane,
                       results.positions + window * lanes + lane);
@@ -199,7 +214,8 @@ struct WinogradChannels {
 
   bool run(int64_t task) const {
     const int64_t group = task % groups, image = task / groups / bands, top = task / groups % bands * band;
-    const Span group_blocks = {group * blocks / groups, (group + 1) * blocks / groups};
+    const Span group_blocks = {at_once.begin + group * at_once.size() / groups,
+                               at_once.begin + (group + 1) * at_once.size() / groups};
     const int64_t window_rows = min_of(band, windows_h - top), windows = window_rows * windows_w;
     const Span rows = {kPoolSide * top - call.geometry.padding[0],
                        kPoolSide * (top + window_rows - 1) - call.geometry.padding[0] + kSide};
@@ -212,7 +228,9 @@ struct WinogradChannels {
     const int64_t patch_plane = chunk * channels + kRowPadding, product_plane = chunk * kBlock<T> + kRowPadding;
 
     const int64_t pooled = chunk * kBlock<T>, whole = full ? kPoolSide * kPoolSide * pooled : 0;
-    const int64_t elements = input_elements + kProducts * (patch_plane + product_plane) + 2 * (pooled + whole);
+    const int64_t passed_row = call.passed ? packed_w * shape.c : 0;
+    const int64_t elements =
+        input_elements + kProducts * (patch_plane + product_plane) + 2 * (pooled + whole) + passed_row;
     T* input = static_cast<T*>(scratch(elements * int64_t{sizeof(T)}));
     if (input == nullptr) return false;
     T* patches = input + input_elements;
@@ -222,7 +240,8 @@ struct WinogradChannels {
     const Results results = {kPoolSide * chunk, values, values + pooled, positions, positions + pooled};
 
     memset(input + input_elements - 2 * kLanes<T>, 0, 2 * kLanes<T> * sizeof(T));
-    pack_input(call.input, call.geometry.padding[1], image, rows, packed_w, input);
+    pack_passed(call.input, call.passed, call.geometry.padding[1], image, rows, packed_w, input + elements - passed_row,
+                input);
     if (!may_go_on(largest_magnitude(input, input_elements) <= largest_input, safe)) return true;
     for (int64_t first = 0; first < windows; first += chunk) {
       const int64_t count = min_of(chunk, windows - first);
@@ -269,11 +288,18 @@ struct WinogradChannels {
     return result;
   }
 
-  void prepare(void* workspace, bool transformed = false) {
+  bool empty() const { return shape.n * bands * blocks == 0; }
+
+  // Of `some` blocks; tasks() are those of these blocks then.
+  void prepare(void* workspace, Span some, bool transformed = false) {
+    at_once = some;
     weights = static_cast<T*>(workspace);
-    bias = weights + blocks * block_elements();
-    if (!transformed) for_each_task(blocks, call.threads, [&](int64_t block) { return transform_weights(block); });
-    largest_input = largest_safe_input(maxima(), 2 * blocks, kGrowth * shape.c);
+    bias = weights + some.size() * block_elements();
+    // No sum depends on it: each block is computed by itself.
+    const int64_t wanted = max_of(kTasksWanted * some.size() / blocks, int64_t{call.threads});
+    groups = min_of(some.size(), ceil_div(wanted, shape.n * bands));
+    if (!transformed) for_each_task(some.size(), call.threads, [&](int64_t place) { return transform_weights(place); });
+    largest_input = largest_safe_input(maxima(), 2 * some.size(), kGrowth * shape.c);
   }
 
   int64_t tasks() const { return shape.n * bands * groups; }

@@ -23,6 +23,8 @@ constexpr int64_t kWeightGroup = 64;
 constexpr int64_t kWeightParts = 32;
 constexpr int64_t kWeightPartBytes = 16 * 1024 * 1024;  // of all parts' sums, as long as there are kTasksWanted
 constexpr int64_t kWeightPartTiles = 512;               // in a part: enough to pay for writing its sums
+// Of sums that are in memory at a time, as long as there are tasks enough for all threads.
+constexpr int64_t kWeightSumsBytes = 4 * 1024 * 1024;
 // How much larger than |input| * |gradient| a tile's part of a sum may become: 4 and 4 by the transforms of patch and
 // tile, and again 4 by that of the sum.
 constexpr int kWeightGrowth = 64;
@@ -135,19 +137,20 @@ struct WinogradWeight {
   }
 
   int64_t choose_parts() const {
-    const int64_t by_bytes = kWeightPartBytes / (part_elements() * int64_t{sizeof(T)});
+    const int64_t by_bytes = kWeightPartBytes / (k_groups * c_groups * pair_elements() * int64_t{sizeof(T)});
     const int64_t by_work = n * tiles_h * tiles_w / kWeightPartTiles;
     const int64_t wanted = min_of(min_of(by_bytes, by_work), kWeightParts);
     return max_of(min_of(max_of(wanted, ceil_div(kTasksWanted, c_groups * k_groups)), n * ceil_div(tiles_h, band)), 1);
   }
 
-  // The sums of a pair of groups: [products][k_group][c_group]. A part: [k groups][c groups] of them.
+  // The sums of a pair of groups: [products][k_group][c_group].
   int64_t plane() const { return k_group * c_group; }
-  int64_t part_elements() const { return k_groups * c_groups * kProducts * plane(); }
+  int64_t pair_elements() const { return kProducts * plane(); }
 
   // The share of a part in the sums of a pair of groups, and in the totals of the gradients of the k group.
   bool run(int64_t part, Span k_span, Span c_span, T* sums, T* totals, bool* safe) const {
     const Tensor gradient = part_of(call.grad_output, 1, k_span), input = part_of(call.input, 1, c_span);
+    const Tensor passed = part_of(call.passed, 1, k_span);
     const int64_t k_step = round_up(k_span.size(), kLanes<T>), c_step = round_up(c_span.size(), kLanes<T>);
 
     // As many windows at a time as fit the cache, evenly divided.
@@ -160,13 +163,15 @@ struct WinogradWeight {
                   gradient_pitch = kPoolSide * tiles_w * k_span.size();
     const int64_t input_elements = round_up((kPoolSide * (band - 1) + kSide) * input_pitch, kLanes<T>) + kLanes<T>;
     const int64_t gradient_elements = round_up(kPoolSide * band * gradient_pitch, kLanes<T>) + kLanes<T>;
-    const int64_t elements = input_elements + gradient_elements + kProducts * (k_plane + c_plane);
+    const int64_t passed_row = passed ? gradient_pitch : 0;
+    const int64_t elements = input_elements + gradient_elements + kProducts * (k_plane + c_plane) + passed_row;
     T* packed_input = static_cast<T*>(scratch(elements * int64_t{sizeof(T)}));
     if (packed_input == nullptr) return false;
     T* packed_gradient = packed_input + input_elements;
     T* patches = packed_gradient + gradient_elements;
     T* tiles = patches + kProducts * c_plane;
-    memset(sums, 0, static_cast<size_t>(kProducts * plane()) * sizeof(T));
+    T* buffer = packed_input + elements - passed_row;
+    memset(sums, 0, static_cast<size_t>(pair_elements()) * sizeof(T));
     memset(totals, 0, static_cast<size_t>(k_group) * sizeof(T));
 
     const int64_t bands = ceil_div(tiles_h, band), all = n * bands, begin = part * all / parts;
@@ -177,10 +182,11 @@ struct WinogradWeight {
       const int64_t kept = continues ? kSide - kPoolSide : 0;
       memmove(packed_input, packed_input + kPoolSide * band * input_pitch,
               static_cast<size_t>(kept * input_pitch) * sizeof(T));
-      const T largest = pack_band(input, call.padding[1], image, {first, first + kPoolSide * (rows - 1) + kSide}, kept,
-                                  input_pitch, packed_input) *
-                        pack_band(gradient, 0, image, {kPoolSide * top, kPoolSide * (top + rows)}, 0, gradient_pitch,
-                                  packed_gradient);
+      const Span input_rows = {first, first + kPoolSide * (rows - 1) + kSide};
+      const Span gradient_rows = {kPoolSide * top, kPoolSide * (top + rows)};
+      const T largest =
+          pack_band(input, Tensor{}, call.padding[1], image, input_rows, kept, input_pitch, buffer, packed_input) *
+          pack_band(gradient, passed, 0, image, gradient_rows, 0, gradient_pitch, buffer, packed_gradient);
       if (!may_go_on(largest <= largest_safe_product(), safe)) return true;
       for (int64_t window = 0; window < rows * tiles_w; window += chunk) {
         const Span windows = {window, min_of(window + chunk, rows * tiles_w)};
@@ -197,12 +203,13 @@ struct WinogradWeight {
 
   // Packs rows but for the first ones that are `kept`, and the zeros that are read past their end, and returns the
   // largest magnitude of all.
-  static T pack_band(const Tensor& tensor, int64_t left_padding, int64_t image, Span rows, int64_t kept, int64_t pitch,
-                     T* target) {
+  static T pack_band(const Tensor& tensor, const Tensor& passed, int64_t left_padding, int64_t image, Span rows,
+                     int64_t kept, int64_t pitch, T* buffer, T* target) {
     const int64_t elements = rows.size() * pitch, width = pitch / tensor.size[1];
     const int64_t whole = elements / kLanes<T> * kLanes<T>, end = round_up(elements, kLanes<T>) + kLanes<T>;
     memset(target + whole, 0, static_cast<size_t>(end - whole) * sizeof(T));
-    pack_input(tensor, left_padding, image, {rows.begin + kept, rows.end}, width, target + kept * pitch);
+    pack_passed(tensor, passed, left_padding, image, {rows.begin + kept, rows.end}, width, buffer,
+                target + kept * pitch);
     return largest_magnitude(target, round_up(elements, kLanes<T>));
   }
 
@@ -226,20 +233,26 @@ struct WinogradWeight {
     }
   }
 
-  // Adds the parts in their order, and writes the gradients of the weights of an output channel.
-  bool write_weight(int64_t channel, const T* sums) const {
+  Span k_span(int64_t pair) const { return span_of(pair / pair_columns() * k_group, k_group, k); }
+  Span c_span(int64_t pair) const { return span_of(pair % pair_columns() * c_group, c_group, c); }
+  static Span span_of(int64_t begin, int64_t group, int64_t end) { return {begin, min_of(begin + group, end)}; }
+
+  // Groups of input channels: the bias alone needs the input's range, and no more.
+  int64_t pair_columns() const { return call.grad_weight ? c_groups : 1; }
+
+  // Adds a pair's parts in their order, and writes the gradients of an output channel's weights.
+  bool write_weight(int64_t pair, int64_t channel, const T* sums) const {
     const Tensor& weight = call.grad_weight;
+    const Span outputs = k_span(pair), inputs = c_span(pair);
+    if (channel >= outputs.size()) return true;
     T* taps = static_cast<T*>(scratch(kKernelTaps * c_group * int64_t{sizeof(T)}));
     if (taps == nullptr) return false;
-    const T* source = sums + channel / k_group * c_groups * kProducts * plane() + channel % k_group * c_group;
-    for (int64_t begin = 0; begin < c; begin += c_group, source += kProducts * plane()) {
-      const int64_t count = min_of(c_group, c - begin);
-      for (int64_t column = 0; column < count; column += kLanes<T>) transform_sums(source + column, taps + column);
-      for (int64_t row = 0; row < kKernelSide; ++row)
-        unpack(taps + row * kKernelSide * c_group, c_group, kKernelSide, count,
-               at_mutable(weight, channel * weight.stride[0] + begin * weight.stride[1] + row * weight.stride[2]),
-               weight.dtype, weight.stride[3], weight.stride[1]);
-    }
+    for (int64_t column = 0; column < inputs.size(); column += kLanes<T>)
+      transform_sums(sums + channel * c_group + column, taps + column);
+    const int64_t first = (outputs.begin + channel) * weight.stride[0] + inputs.begin * weight.stride[1];
+    for (int64_t row = 0; row < kKernelSide; ++row)
+      unpack(taps + row * kKernelSide * c_group, c_group, kKernelSide, inputs.size(),
+             at_mutable(weight, first + row * weight.stride[2]), weight.dtype, weight.stride[3], weight.stride[1]);
     return true;
   }
 
@@ -248,7 +261,7 @@ struct WinogradWeight {
     Vec<T> m[kSide][kSide], columns[kSide][kKernelSide];
     for (int product = 0; product < kProducts; ++product) {
       Vec<T> sum = {};
-      for (int64_t part = 0; part < parts; ++part) sum += load(sums + product * plane() + part * part_elements());
+      for (int64_t part = 0; part < parts; ++part) sum += load(sums + product * plane() + part * pair_elements());
       m[product % kSide][product / kSide] = sum;
     }
     for (int x = 0; x < kSide; ++x) transform_sum_line(m[x], columns[x]);
@@ -269,24 +282,35 @@ struct WinogradWeight {
     }
   }
 
+  // Pairs whose sums are in memory at a time, evenly divided. No sum depends on it.
+  int64_t choose_pairs_at_once(int64_t pairs) const {
+    const int64_t fitting = kWeightSumsBytes / (parts * pair_elements() * int64_t{sizeof(T)});
+    const int64_t busy = ceil_div(max_of(kTasksWanted, call.threads), parts);
+    return ceil_div(pairs, ceil_div(pairs, max_of(fitting, busy)));
+  }
+
   // Whether it did.
   bool run_all() const {
-    const int64_t groups = call.grad_weight ? c_groups : 1;  // the bias alone needs the input's range, and no more
-    const int64_t sums_bytes = parts * part_elements() * int64_t{sizeof(T)};
-    Workspace workspace(sums_bytes + parts * k_groups * groups * k_group * int64_t{sizeof(T)});
-    advise_huge_pages(workspace.data(), sums_bytes);
+    const int64_t pairs = k_groups * pair_columns(), pairs_at_once = choose_pairs_at_once(pairs);
+    const int64_t step = parts * pair_elements(), sums_elements = pairs_at_once * step;
+    Workspace workspace((sums_elements + pairs * parts * k_group) * int64_t{sizeof(T)});
+    advise_huge_pages(workspace.data(), sums_elements * int64_t{sizeof(T)});
     T* sums = static_cast<T*>(workspace.data());
-    T* totals = sums + parts * part_elements();
+    T* totals = sums + sums_elements;
     bool safe = true;
-    for_each_task(parts * k_groups * groups, call.threads, [&](int64_t task) {
-      const int64_t pair = task / parts, part = task % parts, k_begin = pair / groups * k_group,
-                    c_begin = pair % groups * c_group;
-      T* totals_of = totals + (pair % groups * parts + part) * k_groups * k_group + k_begin;
-      return run(part, {k_begin, min_of(k_begin + k_group, k)}, {c_begin, min_of(c_begin + c_group, c)},
-                 sums + part * part_elements() + pair * kProducts * plane(), totals_of, &safe);
-    });
-    if (!safe) return false;
-    if (call.grad_weight) for_each_task(k, call.threads, [&](int64_t channel) { return write_weight(channel, sums); });
+    for (int64_t first = 0; first < pairs; first += pairs_at_once) {
+      const int64_t count = min_of(pairs_at_once, pairs - first);
+      for_each_task(count * parts, call.threads, [&](int64_t task) {
+        const int64_t pair = first + task / parts, part = task % parts;
+        T* totals_of = totals + (pair % pair_columns() * parts + part) * k_groups * k_group + k_span(pair).begin;
+        return run(part, k_span(pair), c_span(pair), sums + task * pair_elements(), totals_of, &safe);
+      });
+      if (!safe) return false;
+      if (!call.grad_weight) continue;
+      for_each_task(count * k_group, call.threads, [&](int64_t task) {
+        return write_weight(first + task / k_group, task % k_group, sums + task / k_group * step);
+      });
+    }
     if (call.grad_bias) write_bias(totals);
     return true;
   }

@@ -94,6 +94,12 @@ def _backward_cpu(
         tensors = (*described, *convolve.describe_needed(gradients, needs))
         kernels.conv_relu_pool2d_backward(tensors, numbers, torch.get_num_threads())
         return gradients
+    full = grad_skip if grad_output is None else None  # where it is the whole gradient
+    if full is not None and algorithm == "winograd" and algorithms.masks_as_it_reads(full):
+        found = convolve.winograd_backward(kernels, (full, skip, input, weight), numbers, needs)
+        if found is not None:
+            return found
+        algorithm = "library"
     dense = _allocate_dense(input, weight, numbers)
     pooling.unpool_cpu(kernels, (grad_output, grad_skip, positions, skip), dense, numbers)
     return convolve.dense_backward(kernels, algorithm, (dense, input, weight), numbers, needs)
@@ -234,14 +240,16 @@ class _ConvReLUPool2d(torch.autograd.Function):
         numbers: list[int], with_positions: bool, with_skip: bool, keep: bool,
     ) -> pooling.Results:  # fmt: skip
         ctx.numbers = numbers
-        results = call(input, weight, bias, scale, numbers, True, with_skip, keep)
-        return pooling.save(ctx, (input, weight, bias, scale), results, with_positions, with_skip)
+        by_output = algorithms.differentiates_by_output(input, weight, unflatten(tuple(numbers))) and not with_skip
+        ctx.by_output = by_output
+        results = call(input, weight, bias, scale, numbers, with_positions or not by_output, with_skip, keep)
+        return pooling.save(ctx, (input, weight, bias, scale), results, with_positions, with_skip, by_output)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, _: Any, grad_skip: Tensor | None) -> tuple[Tensor | None, ...]:
         input, weight, bias, scale, positions, skip = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[1:4])
-        if skip is None:  # compilers make up a gradient for the output that stands for no skip
+        if skip is None or ctx.by_output:  # compilers make up a gradient for the output that stands for no skip
             grad_skip = None
         if grad_output is None and grad_skip is None:
             return (None,) * 9
@@ -250,6 +258,8 @@ class _ConvReLUPool2d(torch.autograd.Function):
             # create_graph=True: this gradient will be differentiated itself, which plain PyTorch can.
             grads: Any = _differentiable_backward(grad_output, grad_skip, input, weight, bias, ctx.numbers, needs)
         else:
+            if ctx.by_output:
+                grad_output, grad_skip = None, grad_output
             grads = torch.ops.fastseg.conv_relu_pool2d_backward.default(
                 grad_output, grad_skip, input, weight, positions, skip, ctx.numbers, needs
             )

@@ -25,6 +25,9 @@ SHAPES = {
     "parts": (3, 10, 40, 70, 12),  # several parts of the sums, bands of images, and pieces of bands
 }
 
+# So many channels that the transformed weights are made in passes, and the sums of the weight's gradient, too.
+DEEP = (1, 600, 9, 10, 450)
+
 # Every kind of gradient that isn't sparse, and every padding.
 OPTIONS = {
     "no-pool": {"pool_size": 1},
@@ -41,6 +44,7 @@ NO_POOL = OPTIONS["no-pool-padded"]
 @pytest.fixture(autouse=True)
 def winograd(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(algorithms, "choose_cpu_backward", lambda *arguments: "winograd")
+    monkeypatch.setattr(algorithms, "MASKED_MIN_BYTES", 0)
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
@@ -49,6 +53,24 @@ def winograd(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_parity(isa: str, options: dict, dtype: torch.dtype, layout: str, shape: tuple[int, ...]) -> None:
     check(arguments(shape, dtype, layout), **options)
+
+
+@pytest.mark.parametrize("options", [OPTIONS["no-pool"], OPTIONS["skip"]], ids=["no-pool", "skip"])
+def test_parity_of_deep_layers(isa: str, options: dict) -> None:
+    check(arguments(DEEP), **options)
+
+
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_masking_as_it_reads_changes_no_bit(
+    isa: str, dtype: torch.dtype, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called = arguments((2, 12, 20, 19, 20), dtype, layout)
+    incoming = make((2, 20, 20, 21), dtype, layout=layout, seed=5)
+    results = [gradients(functional.conv_relu_pool2d, called, incoming, **NO_POOL)]
+    monkeypatch.setattr(algorithms, "MASKED_MIN_BYTES", incoming.nbytes + 1)
+    results.append(gradients(functional.conv_relu_pool2d, called, incoming, **NO_POOL))
+    torch.testing.assert_close(*results, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("needed", [0, 1, 2], ids=["input", "weight", "bias"])
@@ -116,7 +138,7 @@ def test_other_numbers_take_winograd(isa: str, monkeypatch: pytest.MonkeyPatch) 
         assert not torch.equal(winograd, library)  # rounded in other places
 
 
-@pytest.mark.parametrize("shape", [SHAPES["parts"], SHAPES["groups"]], ids=str)
+@pytest.mark.parametrize("shape", [SHAPES["parts"], SHAPES["groups"], DEEP], ids=str)
 @pytest.mark.parametrize("options", [NO_POOL, OPTIONS["skip"]], ids=["no-pool", "skip"])
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_bitwise_equal_for_any_number_of_threads_and_in_poisoned_memory(

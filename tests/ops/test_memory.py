@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastseg import functional
+from fastseg import _native, functional
 from fastseg.testing import make, make_labels
 from tests.ops.operators import CALLS, kernels_for_small_calls
 from tests.ops.upsample_cases import MODES, peak_growth, slow_under_the_interpreter
@@ -99,15 +99,51 @@ def test_peak_memory_of_upsampling(
     assert grown < input.nbytes + bytes_of_a_pixel * target.numel() + full / 20  # and the threads' tiles
 
 
-@pytest.mark.parametrize(("name", "bytes_of_a_value"), [("conv2d", 0), ("conv_relu_pool2d", 1), ("relu_pool2d", 1)])
-def test_what_is_kept_for_backward(name: str, bytes_of_a_value: int) -> None:
-    """Arguments, and the position of each window's maximum."""
-    tensors = CALLS[name].tensors()
+@pytest.mark.skipif(_native.INTERPRETED, reason="an algorithm of the C++ kernels alone")
+@pytest.mark.parametrize(
+    ("channels", "side", "allowed"), [(16, 512, {"maps": 2, "weights": 0}), (512, 16, {"maps": 0, "weights": 3})]
+)
+def test_peak_memory_of_a_layer_in_training(channels: int, side: int, allowed: dict[str, int]) -> None:
+    """The gradient before ReLU is in memory nowhere, transformed weights and their gradient's sums in parts."""
+    input = make((1, channels, side, side), requires_grad=True)
+    weight = make((channels, channels, 3, 3), seed=1, scale=0.01, requires_grad=True)
+
+    def train() -> object:
+        output = functional.conv_relu_pool2d(input, weight, padding=1, pool_size=1)
+        return torch.autograd.grad(output.sum(), (input, weight))
+
+    train()
+    tiles = 2**23  # the threads'
+    assert peak_growth(train) < allowed["maps"] * input.nbytes + allowed["weights"] * weight.nbytes + tiles
+
+
+def kept_for_backward(call: Callable[[], object]) -> dict[int, int]:
+    """Bytes by address."""
     kept: dict[int, int] = {}
     with torch.autograd.graph.saved_tensors_hooks(
         lambda tensor: kept.update({tensor.data_ptr(): tensor.nbytes}) or tensor, lambda tensor: tensor
     ):
-        (output,) = CALLS[name].outputs(*tensors)
+        call()
+    return kept
+
+
+@pytest.mark.skipif(_native.INTERPRETED, reason="an algorithm of the C++ kernels alone")
+def test_a_layer_without_a_pool_keeps_its_output_for_backward() -> None:
+    """As plain PyTorch does: the next layer keeps it anyway."""
+    input, weight = make((1, 8, 15, 15), requires_grad=True), make((4, 8, 3, 3), seed=1, requires_grad=True)
+    outputs: list[Tensor] = []
+    kept = kept_for_backward(lambda: outputs.append(functional.conv_relu_pool2d(input, weight, pool_size=1)))
+    for tensor in (input, weight, *outputs):
+        kept.pop(tensor.data_ptr())
+    assert sum(kept.values()) == 0
+
+
+@pytest.mark.parametrize(("name", "bytes_of_a_value"), [("conv2d", 0), ("conv_relu_pool2d", 1), ("relu_pool2d", 1)])
+def test_what_is_kept_for_backward(name: str, bytes_of_a_value: int) -> None:
+    """Arguments, and the position of each window's maximum."""
+    tensors = CALLS[name].tensors()
+    outputs: list[Tensor] = []
+    kept = kept_for_backward(lambda: outputs.extend(CALLS[name].outputs(*tensors)))
     for tensor in tensors:
         kept.pop(tensor.data_ptr(), None)
-    assert sum(kept.values()) == bytes_of_a_value * output.numel()
+    assert sum(kept.values()) == bytes_of_a_value * outputs[0].numel()

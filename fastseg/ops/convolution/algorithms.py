@@ -47,6 +47,11 @@ WINOGRAD_POOLED = ((3, 3), (1, 1), (1, 1), ((2, 2), (2, 2), (0, 0)))
 WINOGRAD_UNPOOLED = ((3, 3), (1, 1), (1, 1), ((1, 1), (1, 1), (0, 0)))
 WINOGRAD_STEM = ((7, 7), (2, 2), (1, 1), ((3, 3), (2, 2), (1, 1)))
 
+# Bytes of a gradient from which Winograd's backward kernel reads what ReLU passed beside it, instead of one that was
+# written out before. Measured with AVX-512 (AMD Zen 4, 2026-11-27): it takes 0.98 to 1.08 times as long (median 1.03),
+# and up to 1.2 times on small deep maps, where the memory doesn't count.
+MASKED_MIN_BYTES = 2**22
+
 # Products (output pixels x taps) from which conv2d comes to these kernels: fewer are done before Python's overhead is.
 # Measured with AVX2 (AMD Zen 3, 2026-11-23), forward and backward, against torch's own: 0.7 to 1.3 times as fast at
 # 0.5 M to 2.4 M, 0.9 to 1.2 times at 5 M to 8 M, 1.1 to 2.3 times at 20 M to 900 M.
@@ -93,6 +98,23 @@ def choose_cpu_backward(
         return "library"
     most_taps = DIRECT_BACKWARD_MAX_TAPS if sparse else DIRECT_DENSE_BACKWARD_MAX_TAPS
     return _direct_or_library(input, weight, geometry, most_taps)
+
+
+def masks_as_it_reads(gradient: Tensor) -> bool:
+    """Whether Winograd's backward kernel is to apply ReLU to a gradient by itself, so that it isn't written out."""
+    return gradient.nbytes >= MASKED_MIN_BYTES
+
+
+def differentiates_by_output(input: Tensor, weight: Tensor, geometry: Geometry) -> bool:
+    """Whether the gradient behind a ReLU that nothing is pooled after comes from its output in place of positions.
+
+    What follows mostly keeps the output for a gradient of its own, so that positions would be a quarter more. On a CPU,
+    where Winograd's algorithm serves the gradient; in a graph for any size that it may have.
+    """
+    if geometry.pool != WINOGRAD_UNPOOLED[3] or not _has_winograd_gradients(weight, geometry):
+        return False
+    pays = isinstance(input.numel(), torch.SymInt) or _pays_for_winograd(input)
+    return pays and input.is_cpu and not INTERPRETED
 
 
 def serves_conv2d(input: Tensor, weight: Tensor, geometry: Geometry, keep: bool = False) -> bool:

@@ -90,19 +90,32 @@ def fill_outputs(
     return False
 
 
+def winograd_backward(
+    kernels: Any, tensors: tuple[Tensor, Tensor | None, Tensor, Tensor], numbers: list[int], needs: list[bool]
+) -> Gradients | None:
+    """A convolution's gradients by Winograd's kernel on a CPU; None where that refuses the call, see `fill_outputs`.
+
+    Args:
+        kernels: The extension.
+        tensors: Gradient of the output, what ReLU passed of the output or None, input, weight. With the second, the
+            gradient is that of ReLU's output: it counts where that is above zero.
+        numbers: The geometry, `flatten`ed.
+        needs: Which gradients are needed.
+    """
+    gradients = allocate_gradients(*tensors[2:], needs)
+    described = (*map(describe, tensors), *describe_needed(gradients, needs))
+    return gradients if kernels.winograd_backward(described, numbers, torch.get_num_threads()) else None
+
+
 def dense_backward(
     kernels: Any, algorithm: str, tensors: tuple[Tensor, Tensor, Tensor], numbers: list[int], needs: list[bool]
 ) -> Gradients:
-    """A convolution's gradients on a CPU, from those of its output, input and weight: by "winograd", else a library.
-
-    Winograd's kernel may refuse a call here, too; see `fill_outputs`.
-    """
-    if algorithm == "winograd":
-        gradients = allocate_gradients(*tensors[1:], needs)
-        described = (*map(describe, tensors), *describe_needed(gradients, needs))
-        if kernels.winograd_backward(described, numbers, torch.get_num_threads()):
-            return gradients
-    return library_backward(*tensors, unflatten(tuple(numbers)), needs)
+    """A convolution's gradients on a CPU, from those of its output, input and weight: by "winograd", else a library."""
+    dense, input, weight = tensors
+    found = (
+        winograd_backward(kernels, (dense, None, input, weight), numbers, needs) if algorithm == "winograd" else None
+    )
+    return found or library_backward(dense, input, weight, unflatten(tuple(numbers)), needs)
 
 
 def library_backward(

@@ -71,11 +71,16 @@ def unpool_cpu(kernels: Any, kept: Kept, gradient: Tensor, numbers: list[int]) -
 
 
 def save(
-    ctx: Any, tensors: tuple[Tensor | None, ...], results: Results, with_positions: bool, with_skip: bool
-) -> Results:
-    """What forward returns: the results, of which the context keeps for backward what it needs, beside the tensors."""
+    ctx: Any, tensors: tuple[Tensor | None, ...], results: Results, with_positions: bool, with_skip: bool,
+    by_output: bool = False,
+) -> Results:  # fmt: skip
+    """What forward returns: the results, of which the context keeps for backward what it needs, beside the tensors.
+
+    With ``by_output`` nothing is pooled, and the output is kept where a skip would be: it says what ReLU passed.
+    """
     output, positions, skip = results
-    ctx.save_for_backward(*tensors, positions, skip if with_skip else None)
+    passed = output if by_output else skip if with_skip else None
+    ctx.save_for_backward(*tensors, positions, passed)
     ctx.set_materialize_grads(False)
     if not with_positions:
         positions = positions.new_empty((0,))
