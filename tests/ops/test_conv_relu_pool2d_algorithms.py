@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from fastseg import functional
 from fastseg._tf32 import convolutions_take_tf32
+from fastseg.ops.convolution import convolve
 from fastseg.ops.convolution.algorithms import (
     DIRECT_BACKWARD_MAX_TAPS,
     DIRECT_FORWARD_MAX_TAPS,
@@ -116,6 +117,16 @@ def test_overlapping_windows_go_to_the_library_on_a_gpu() -> None:
     assert choose_gpu_backward(stem, geometry(stride=2, padding=3), False) == "direct"
     assert choose_gpu_backward(stem, geometry(stride=2, padding=3, pool=(3, 2, 1)), False) == "library"
     assert choose_gpu_backward(stem, geometry(pool=((1, 2), (1, 1), 0)), False) == "library"
+
+
+def test_a_small_input_in_half_types_is_copied_for_the_library_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(convolve, "INTERPRETED", True)
+    for channels, dtype, copied in ((3, torch.bfloat16, True), (3, torch.float32, False), (17, torch.float16, False)):
+        input = torch.rand(2, channels, 5, 6).to(dtype)
+        source = convolve.for_library(input, torch.empty(64, channels, 7, 7))
+        assert (source is input) is not copied
+        assert source.is_contiguous(memory_format=torch.channels_last) is copied
+        torch.testing.assert_close(source, input, rtol=0, atol=0)
 
 
 # Numbers that C++ multiplies, and torch takes: those of a pool up to 2^31 - 1 alone.

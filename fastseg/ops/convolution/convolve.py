@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastseg._native import describe
+from fastseg._native import INTERPRETED, describe
 from fastseg.ops.convolution import algorithms
 from fastseg.ops.convolution.geometry import Geometry, unflatten
 from fastseg.ops.convolution.kept import memory_for
@@ -116,6 +116,23 @@ def dense_backward(
         winograd_backward(kernels, (dense, None, input, weight), numbers, needs) if algorithm == "winograd" else None
     )
     return found or library_backward(dense, input, weight, unflatten(tuple(numbers)), needs)
+
+
+# Output channels for each of the input's from which a copy of the input is little beside one of the output.
+CHANNELS_FOR_A_COPY = 4
+
+
+def for_library(input: Tensor, weight: Tensor) -> Tensor:
+    """The input of a library's convolution on a GPU, in the memory format that the library is faster in.
+
+    cuDNN convolves half types in channels_last: for NCHW it copies input and output. Where the input is small, as a
+    stem's is, one copy of it spares that of the output: 32 x 3 x 512^2 by 7x7/2 to 64 channels took 2.2 ms forward and
+    1.7 ms backward in NCHW, 1.3 ms and 1.1 ms in channels_last (H200, bfloat16, 2026-11-27).
+    """
+    on_nvidia = (input.is_cuda and torch.version.hip is None) or INTERPRETED
+    if on_nvidia and input.dtype.itemsize == 2 and CHANNELS_FOR_A_COPY * input.shape[1] <= weight.shape[0]:
+        return input.contiguous(memory_format=torch.channels_last)
+    return input
 
 
 def library_backward(
