@@ -61,6 +61,51 @@ def confusion_matrix(prediction: Tensor, target: Tensor, num_classes: int, ignor
     return torch.bincount(rows * num_classes + columns, minlength=num_classes**2).view(num_classes, num_classes)
 
 
+def mask_confusion_matrix(masks: Tensor, target: Tensor, ignore_index: int | None = None) -> Tensor:
+    """Count the pixels of each class's mask: ``matrix[c, t, p] = |{target_c = t and masks_c = p}|`` for 0 and 1.
+
+    What `confusion_matrix` is for classes of which each pixel has one, this is for binary and for multilabel
+    segmentation. Matrices of batches, or of processes, add up to that of the whole set.
+
+    Args:
+        masks: 0 and 1 in an integer dtype or bool, ``[N, C, ...]``, as `fastseg.functional.upsample_threshold` gives.
+        target: The true masks, of the shape of ``masks``: 0, 1, and where it isn't known ``ignore_index``.
+        ignore_index: What isn't counted; None where all is.
+
+    Returns:
+        int64, ``[C, 2, 2]``, on the device of ``target``: rows are the truth, columns the prediction.
+
+    Raises:
+        TypeError: ``masks`` or ``target`` is floating-point.
+        ValueError: The shapes differ, or there is another number than those above.
+    """
+    if masks.shape != target.shape or masks.ndim < 2:
+        raise ValueError(
+            f"masks and target must be [N, C, ...] of one shape, but they are {tuple(masks.shape)} and "
+            f"{tuple(target.shape)}"
+        )
+    target = widen_labels(target, ignore_index)
+    counted = torch.ones_like(target, dtype=torch.bool)
+    if ignore_index is not None:
+        counted = ~reference.is_ignored(target, ignore_index)
+    predicted, true = (_inside(name, part, counted) for name, part in (("masks", masks), ("target", target)))
+    dims = [dim for dim in range(target.ndim) if dim != 1]
+    both, found, there, all_ = ((part.sum(dims)) for part in (predicted & true, predicted, true, counted))
+    cells = [all_ - found - there + both, found - both, there - both, both]
+    return torch.stack(cells, 1).view(-1, 2, 2)
+
+
+def _inside(name: str, part: Tensor, counted: Tensor) -> Tensor:
+    """Where a mask is 1 and counted; checked to hold nothing but 0 and 1 there."""
+    if part.is_floating_point():
+        raise TypeError(f"{name} must be integer or bool, but it is {part.dtype}")
+    inside = (part == 1) & counted
+    other = (part != 0) & counted & ~inside
+    if other.any():
+        raise ValueError(f"{name} holds {part[other][0].item()}, which is neither 0 nor 1")
+    return inside
+
+
 def scores(matrix: Tensor) -> Scores:
     """Pixel accuracy, IoU and Dice of each class, mean IoU and mean Dice.
 
@@ -74,8 +119,12 @@ def scores(matrix: Tensor) -> Scores:
     * ``precision[c] = M[c, c] / sum_t M[t, c]``, ``recall[c] = M[c, c] / sum_p M[c, p]``, whose F1 is Dice, and
       ``specificity[c]``: the share of the pixels of other classes that aren't taken for c
 
+    The matrices of `mask_confusion_matrix`, one for each class, give the scores of their second row and column; the
+    pixel accuracy is the share of all decisions that are right.
+
     Args:
-        matrix: int64, shape (C, C), from `confusion_matrix` or `fastseg.functional.upsample_confusion_matrix`.
+        matrix: int64, shape (C, C), from `confusion_matrix` or `fastseg.functional.upsample_confusion_matrix`; or
+            (C, 2, 2), from `mask_confusion_matrix`.
 
     Returns:
         The scores, in 0..1; nan for the three totals of a matrix without any pixel.
@@ -83,7 +132,8 @@ def scores(matrix: Tensor) -> Scores:
     Raises:
         ValueError: ``matrix`` is not square, or has a negative count.
     """
-    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
+    of_masks = matrix.ndim == 3 and matrix.shape[1:] == (2, 2)
+    if not of_masks and (matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]):
         raise ValueError(f"matrix must be square, but its shape is {tuple(matrix.shape)}")
     counts = matrix.to("cpu", torch.float64)
     if (counts < 0).any():
@@ -91,11 +141,14 @@ def scores(matrix: Tensor) -> Scores:
             "matrix has negative counts: fastseg.functional.upsample_confusion_matrix gives them on a GPU where target "
             "holds labels outside the classes that are not ignore_index"
         )
-    hits, true, predicted, total = counts.diagonal(), counts.sum(dim=1), counts.sum(dim=0), counts.sum()
+    hits, true, predicted = counts.diagonal(dim1=-2, dim2=-1), counts.sum(dim=-1), counts.sum(dim=-2)
+    right, total = hits.sum(), counts.sum((-2, -1))
+    if of_masks:
+        hits, true, predicted = hits[:, 1], true[:, 1], predicted[:, 1]
     sizes = true + predicted
     iou, dice = hits / (sizes - hits), 2 * hits / sizes  # 0 / 0 is nan
     return Scores(
-        pixel_accuracy=(hits.sum() / total).item(),
+        pixel_accuracy=(right / counts.sum()).item(),
         iou=tuple(iou.tolist()), mean_iou=iou.nanmean().item(),
         dice=tuple(dice.tolist()), mean_dice=dice.nanmean().item(),
         precision=tuple((hits / predicted).tolist()), recall=tuple((hits / true).tolist()),
@@ -103,7 +156,37 @@ def scores(matrix: Tensor) -> Scores:
     )  # fmt: skip
 
 
-class ConfusionMatrix:
+class _Counts:
+    """Counts that batches add up to, and processes; each adds its own batches."""
+
+    def __init__(self, shape: tuple[int, ...], device: torch.device | str | None) -> None:
+        self.counts = torch.zeros(shape, dtype=torch.int64, device=device)
+
+    def _add(self, counts: Tensor) -> None:
+        if counts.device != self.counts.device:
+            raise ValueError(
+                f"target: expected the matrix's device {self.counts.device}, got {counts.device}; "
+                f"{type(self).__name__} takes a device"
+            )
+        self.counts += counts
+
+    def total(self) -> Tensor:
+        """The counts of all batches of all ranks: int64, rows are the truth, columns the prediction."""
+        total = self.counts.clone()
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(total)
+        return total
+
+    def scores(self) -> Scores:
+        """The scores over all batches of all ranks; see `scores` for the formulas and the errors."""
+        return scores(self.total())
+
+    def reset(self) -> None:
+        """Forget all batches."""
+        self.counts.zero_()
+
+
+class ConfusionMatrix(_Counts):
     """The confusion matrix of a whole set, from its batches and from the processes that share it.
 
     Each process adds its own batches. Where torch.distributed is initialised, `total` and `scores` sum over its ranks,
@@ -119,9 +202,9 @@ class ConfusionMatrix:
     def __init__(
         self, num_classes: int, ignore_index: int | None = None, *, device: torch.device | str | None = None
     ) -> None:
+        super().__init__((num_classes, num_classes), device)
         self.num_classes = num_classes
         self.ignore_index = ignore_index
-        self.counts = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
 
     def update(self, prediction: Tensor, target: Tensor) -> None:
         """Add a batch's predicted and true labels; see `confusion_matrix` for their shapes, dtypes and errors."""
@@ -143,28 +226,43 @@ class ConfusionMatrix:
             )
         )
 
-    def _add(self, counts: Tensor) -> None:
-        if counts.device != self.counts.device:
-            raise ValueError(
-                f"target: expected the matrix's device {self.counts.device}, got {counts.device}; "
-                "ConfusionMatrix takes a device"
-            )
-        self.counts += counts
 
-    def total(self) -> Tensor:
-        """The counts of all batches of all ranks: int64, ``[C, C]``, rows are the truth, columns the prediction."""
-        total = self.counts.clone()
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(total)
-        return total
+class MaskConfusionMatrix(_Counts):
+    """The confusion matrices of a whole set's masks, as `ConfusionMatrix` for binary and multilabel segmentation.
 
-    def scores(self) -> Scores:
-        """The scores over all batches of all ranks; see `scores` for the formulas and the errors."""
-        return scores(self.total())
+    Args:
+        num_classes: Number of classes C; 1 for binary segmentation.
+        threshold: The probability above which logits are inside.
+        ignore_index: What isn't counted of the true masks; None where all is.
+        device: As of `ConfusionMatrix`.
+    """
 
-    def reset(self) -> None:
-        """Forget all batches."""
-        self.counts.zero_()
+    def __init__(
+        self, num_classes: int, threshold: float = 0.5, ignore_index: int | None = None, *,
+        device: torch.device | str | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__((num_classes, 2, 2), device)
+        self.threshold = threshold
+        self.ignore_index = ignore_index
+
+    def update(self, masks: Tensor, target: Tensor) -> None:
+        """Add a batch's predicted and true masks; see `mask_confusion_matrix` for their shapes, dtypes and errors."""
+        counts = mask_confusion_matrix(masks, target, self.ignore_index)
+        if counts.shape != self.counts.shape:
+            raise ValueError(f"masks: expected {len(self.counts)} classes, got {len(counts)}")
+        self._add(counts)
+
+    def update_from_logits(
+        self, input: Tensor, target: Tensor, *, mode: str = "bilinear", align_corners: bool = False
+    ) -> None:
+        """Add a batch's logits ``[N, C, h, w]``, upsampled to the size of its true masks ``[N, C, H, W]``.
+
+        The upsampled logits are never in memory; see `fastseg.functional.upsample_threshold`.
+        """
+        masks = functional.upsample_threshold(
+            input, tuple(target.shape[2:]), self.threshold, mode=mode, align_corners=align_corners
+        )
+        self.update(masks, target)  # type: ignore[arg-type]  # no tuple
 
 
 def boundary_f1(

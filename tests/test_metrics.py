@@ -7,10 +7,12 @@ import torch
 from fastseg import functional
 from fastseg.metrics import (
     ConfusionMatrix,
+    MaskConfusionMatrix,
     boundary_f1,
     calibration,
     calibration_error,
     confusion_matrix,
+    mask_confusion_matrix,
     scores,
 )
 from fastseg.ops.upsample_confusion_matrix import POISON
@@ -306,3 +308,67 @@ def test_calibration_error_as_torchmetrics() -> None:
     assert torch.equal(calibration(confidence, prediction, target, 255), halves[1])
     with pytest.raises(ValueError, match="confidence must be in"):
         calibration(2 * confidence, prediction, target)
+
+
+# ---- masks ----
+
+
+def masks_of(seed: int, ignored: float = 0.0) -> torch.Tensor:
+    return make_labels((3, 4, 7, 9), 2, torch.uint8, seed=seed, ignore_index=255, ignored=ignored)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, *INTEGER_DTYPES], ids=str)
+def test_masks_are_counted_as_by_torchmetrics(dtype: torch.dtype) -> None:
+    masks, target = masks_of(0), masks_of(1, 0.2).to(torch.int64)
+    matrix = mask_confusion_matrix(masks.to(dtype), target, 255)
+    assert matrix.dtype == torch.int64
+    expected = torchmetrics.multilabel_confusion_matrix(masks.long(), target, 4, ignore_index=255)
+    assert torch.equal(matrix, expected)
+    assert torch.equal(mask_confusion_matrix(masks, (target == 1).to(dtype)).sum((1, 2)), torch.full((4,), 3 * 7 * 9))
+
+
+def test_scores_of_masks_agree_with_torchmetrics() -> None:
+    masks, target = masks_of(0), masks_of(1)
+    target[:, 3] = masks[:, 3] = 0  # a class that is nowhere
+    result = scores(mask_confusion_matrix(masks, target))
+    eps = torch.finfo(torch.float32).eps
+    for name, values in (
+        ("jaccard_index", result.iou), ("f1_score", result.dice), ("precision", result.precision),
+        ("recall", result.recall), ("specificity", result.specificity),
+    ):  # fmt: skip
+        expected = getattr(torchmetrics, f"multilabel_{name}")(masks, target, 4, average="none")
+        torch.testing.assert_close(torch.tensor(values[:3]), expected[:3], rtol=2 * eps, atol=0)
+    assert math.isnan(result.iou[3])
+    assert result.specificity[3] == 1
+    assert result.pixel_accuracy == pytest.approx((masks == target).float().mean().item())
+
+
+def test_batches_of_masks_add_up_from_logits_and_from_masks() -> None:
+    from_logits, from_masks = MaskConfusionMatrix(4, 0.3, 255), MaskConfusionMatrix(4, ignore_index=255)
+    for seed in range(3):
+        logits, target = make((3, 4, 3, 4), seed=seed), masks_of(seed, 0.2)
+        from_logits.update_from_logits(logits, target, align_corners=True)
+        from_masks.update(functional.upsample_threshold(logits, (7, 9), 0.3, align_corners=True), target)
+    assert torch.equal(from_logits.total(), from_masks.total())
+    assert from_logits.scores() == scores(from_masks.total())
+    from_logits.reset()
+    assert from_logits.total().count_nonzero() == 0
+
+
+@pytest.mark.parametrize(
+    ("masks", "target", "error", "message"),
+    [
+        pytest.param(torch.ones(1, 2), torch.ones(1, 2).int(), TypeError, "masks must be integer or bool", id="float"),
+        pytest.param(torch.ones(1, 2).int(), torch.ones(2, 2).int(), ValueError, "of one shape", id="shape"),
+        pytest.param(torch.tensor([[2]]), torch.tensor([[1]]), ValueError, "masks holds 2, which", id="masks"),
+        pytest.param(torch.tensor([[1]]), torch.tensor([[-1]]), ValueError, "target holds -1, which", id="target"),
+    ],
+)
+def test_bad_masks_are_refused(masks: torch.Tensor, target: torch.Tensor, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        mask_confusion_matrix(masks, target, 255)
+
+
+def test_masks_of_another_number_of_classes_are_refused() -> None:
+    with pytest.raises(ValueError, match="masks: expected 2 classes, got 4"):
+        MaskConfusionMatrix(2).update(masks_of(0), masks_of(1))
