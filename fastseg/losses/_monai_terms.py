@@ -1,18 +1,51 @@
-"""The terms of MONAI's compound losses: soft Dice and the focal loss of sigmoids."""
+"""What MONAI's losses share: checks, and the terms of the compound ones, soft Dice and the focal loss of sigmoids."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastseg.losses._sums import log_plain
+from fastseg.losses._sums import check_scores, log_plain
 from fastseg.ops.losses.options import accumulation_dtype
 
 Weight = Sequence[float] | float | Tensor
+
+
+def read_reduction(reduction: str, known: tuple[str, ...]) -> str:
+    """The reduction's name; MONAI's enumerations are strings."""
+    for name in known:
+        if reduction == name:
+            return name
+    raise ValueError(f"reduction: expected one of {', '.join(known)}, got {reduction!r}")
+
+
+def check_target(input: Tensor, target: Tensor, to_onehot_y: bool) -> None:
+    """Refuses a target that is neither labels to be converted nor of input's shape."""
+    check_scores("input", input, 3)
+    channels = target.shape[1] if target.ndim > 1 else None
+    pixels = target.ndim == input.ndim and target.shape[2:] == input.shape[2:] and target.shape[0] == input.shape[0]
+    labels = to_onehot_y and input.shape[1] > 1
+    if not pixels or channels != (1 if labels else input.shape[1]):
+        wanted = (input.shape[0], 1 if labels else input.shape[1], *input.shape[2:])
+        hint = "" if labels or channels != 1 else "; labels need to_onehot_y=True"
+        raise ValueError(f"target: expected shape {wanted}, got {tuple(target.shape)}{hint}")
+    if target.device != input.device:
+        raise ValueError(f"target: expected input's device {input.device}, got {target.device}")
+
+
+def warn_of_one_channel(loss: Any, channels: int) -> None:
+    """Says which of a loss's arguments have no meaning for one channel, as MONAI does."""
+    if channels == 1:
+        for name, ignored in (("softmax", loss.softmax), ("to_onehot_y", loss.to_onehot_y)):
+            if ignored:
+                warnings.warn(f"{name}=True: ignored for an input of one channel", stacklevel=3)
+        if not loss.include_background:
+            warnings.warn("include_background=False: ignored for an input of one channel", stacklevel=3)
 
 
 class ClassWeight(nn.Module):
@@ -64,15 +97,6 @@ class DiceTerm(ClassWeight):
         self.smooth_nr = float(smooth_nr)
         self.smooth_dr = float(smooth_dr)
         self.batch = batch
-
-    def warn_of_one_channel(self, channels: int) -> None:
-        """Says what has no meaning for one channel, as MONAI does."""
-        if channels == 1:
-            for name, ignored in (("softmax", self.softmax), ("to_onehot_y", self.to_onehot_y)):
-                if ignored:
-                    warnings.warn(f"{name}=True: ignored for an input of one channel", stacklevel=3)
-            if not self.include_background:
-                warnings.warn("include_background=False: ignored for an input of one channel", stacklevel=3)
 
     def first_class(self, channels: int) -> int:
         """The first class that counts."""

@@ -1,7 +1,8 @@
-"""MONAI's compound losses (1.6.1): the same arguments, values and gradients, on fastseg's operators.
+"""MONAI's losses (1.6.1): the same arguments, values and gradients, on fastseg's operators.
 
 With ``softmax=True`` and labels that ``to_onehot_y`` asks to convert, they read the logits in fused passes and hold
-nothing of their size but the gradient; everything else runs as plain PyTorch. Labels may have any dtype.
+nothing of their size but the gradient, the region losses with ``sigmoid=True`` too; everything else runs as plain
+PyTorch. Labels may have any dtype.
 """
 
 from __future__ import annotations
@@ -14,38 +15,20 @@ from torch import Tensor, nn
 
 from fastseg.functional._losses import make_options
 from fastseg.losses._focal import focal_sums
-from fastseg.losses._monai_terms import DiceTerm, FocalTerm, Weight
-from fastseg.losses._sums import as_integers, check_scores, one_hot, softmax_sums
+from fastseg.losses._monai_region import DiceLoss, GeneralizedDiceLoss, TverskyLoss
+from fastseg.losses._monai_terms import DiceTerm, FocalTerm, Weight, check_target, read_reduction, warn_of_one_channel
+from fastseg.losses._sums import as_integers, one_hot, softmax_sums
 from fastseg.modules import CrossEntropyLoss
 from fastseg.ops.focal_sums import Focal
 from fastseg.ops.losses.options import IGNORE_NONE
 
-
-def _read_reduction(reduction: str, known: tuple[str, ...]) -> str:
-    """The reduction's name; MONAI's enumerations are strings."""
-    for name in known:
-        if reduction == name:
-            return name
-    raise ValueError(f"reduction: expected one of {', '.join(known)}, got {reduction!r}")
+__all__ = ["DiceCELoss", "DiceFocalLoss", "DiceLoss", "GeneralizedDiceLoss", "TverskyLoss"]
 
 
 def _check_factor(name: str, factor: float) -> float:
     if not factor >= 0:
         raise ValueError(f"{name}: expected a number of at least 0, got {factor}")
     return factor
-
-
-def _check(input: Tensor, target: Tensor, to_onehot_y: bool) -> None:
-    check_scores("input", input, 3)
-    channels = target.shape[1] if target.ndim > 1 else None
-    pixels = target.ndim == input.ndim and target.shape[2:] == input.shape[2:] and target.shape[0] == input.shape[0]
-    labels = to_onehot_y and input.shape[1] > 1
-    if not pixels or channels != (1 if labels else input.shape[1]):
-        wanted = (input.shape[0], 1 if labels else input.shape[1], *input.shape[2:])
-        hint = "" if labels or channels != 1 else "; labels need to_onehot_y=True"
-        raise ValueError(f"target: expected shape {wanted}, got {tuple(target.shape)}{hint}")
-    if target.device != input.device:
-        raise ValueError(f"target: expected input's device {input.device}, got {target.device}")
 
 
 class DiceCELoss(nn.Module):
@@ -102,7 +85,7 @@ class DiceCELoss(nn.Module):
         label_smoothing: float = 0.0,
     ) -> None:
         super().__init__()
-        reduction = _read_reduction(reduction, ("mean", "sum"))
+        reduction = read_reduction(reduction, ("mean", "sum"))
         self.dice = DiceTerm(
             include_background, to_onehot_y, sigmoid, softmax, other_act, squared_pred, jaccard, reduction, smooth_nr,
             smooth_dr, batch, weight if weight is None or include_background else weight[1:],
@@ -126,9 +109,9 @@ class DiceCELoss(nn.Module):
             IndexError: On a CPU, a label isn't in [0, C).
             ValueError: Shapes don't fit; the message names the argument.
         """
-        _check(input, target, self.dice.to_onehot_y)
+        check_target(input, target, self.dice.to_onehot_y)
         channels = input.shape[1]
-        self.dice.warn_of_one_channel(channels)
+        warn_of_one_channel(self.dice, channels)
         labels = as_integers(target[:, 0]) if self.dice.to_onehot_y and channels > 1 else None
         if self.dice.fuses(input, labels, "monai.DiceCELoss"):
             assert labels is not None
@@ -209,7 +192,7 @@ class DiceFocalLoss(nn.Module):
         alpha: float | None = None,
     ) -> None:
         super().__init__()
-        reduction = _read_reduction(reduction, ("mean", "sum", "none"))
+        reduction = read_reduction(reduction, ("mean", "sum", "none"))
         self.dice = DiceTerm(
             include_background, to_onehot_y, sigmoid, softmax, other_act, squared_pred, jaccard, reduction, smooth_nr,
             smooth_dr, batch, weight,
@@ -230,9 +213,9 @@ class DiceFocalLoss(nn.Module):
             IndexError: On a CPU, a label isn't in [0, C).
             ValueError: Shapes don't fit; the message names the argument.
         """
-        _check(input, target, self.to_onehot_y)
+        check_target(input, target, self.to_onehot_y)
         channels = input.shape[1]
-        self.dice.warn_of_one_channel(channels)
+        warn_of_one_channel(self.dice, channels)
         first = self.dice.first_class(channels)
         labels = as_integers(target[:, 0]) if self.to_onehot_y and channels > 1 else None
         if self.dice.fuses(input, labels, "monai.DiceFocalLoss"):
