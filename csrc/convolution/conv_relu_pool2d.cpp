@@ -5,14 +5,13 @@
 
 #include "convolution/conv_tile-inl.h"
 #include "convolution/pool_tile-inl.h"
+#include "core/cache.h"
 #include "core/parallel.h"
 
 namespace fastseg {
 namespace FASTSEG_ISA {
 namespace {
 
-// A band's packed input stays in the second-level cache beside the weights.
-constexpr int64_t kBandBytes = 192 * 1024;
 constexpr int64_t kLargestBand = 16;  // pooled rows
 static_assert(kWidestTile <= kDirectColumns, "Python counts with the widest tile of any instruction set");
 
@@ -49,7 +48,7 @@ struct Forward {
   int64_t choose_band() const {
     const int64_t row_bytes = packed_w * shape.c * static_cast<int64_t>(sizeof(T));
     int64_t rows = 1;
-    while (rows < min_of(kLargestBand, shape.pooled_h) && band_rows(rows + 1) * row_bytes <= kBandBytes) ++rows;
+    while (rows < min_of(kLargestBand, shape.pooled_h) && band_rows(rows + 1) * row_bytes <= kDirectBandBytes) ++rows;
     return rows;
   }
 

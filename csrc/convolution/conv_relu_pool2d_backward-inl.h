@@ -22,9 +22,6 @@ constexpr int kMostVectors = 12;
 // A convolution whose patch rows are shorter than this many vectors folds its kernel rows into the channels: its chunks
 // would be too short to pay for a list's entry.
 constexpr int64_t kFoldedVectors = 4;
-// The input of a tile of windows, one chunk wide: half of a first-level cache, beside the lists and the sums.
-constexpr int64_t kTileBytes = 16 * 1024;
-constexpr int64_t kListBytes = 128 * 1024;  // the lists of a tile: a quarter of a second-level cache
 // Output channels that are worked on together: their kernels, one chunk wide, take 24 KB (AVX2). Half as many make the
 // lists of grad_input too short: up to 13% slower (AMD Zen 3, 2026-11-22).
 constexpr int64_t kGroup = 64;

@@ -2,12 +2,11 @@
 #pragma once
 
 #include "convolution/conv_relu_pool2d_backward-inl.h"
+#include "core/cache.h"
 
 namespace fastseg {
 namespace FASTSEG_ISA {
 namespace {
-
-constexpr int64_t kGradientBytes = 256 * 1024;  // a band of the packed gradient: half of a second-level cache
 
 template <class T>
 struct BackwardInput {
@@ -29,14 +28,14 @@ struct BackwardInput {
   int64_t choose_band() const {
     const int64_t step = g.pool_stride[0] * g.stride[0];
     const int64_t row_bytes = layout.slots * shape.c * int64_t{sizeof(T)};
-    const int64_t fitting = (kGradientBytes / max_of(row_bytes, 1) - shared) / step;
+    const int64_t fitting = (kDirectGradientBytes / max_of(row_bytes, 1) - shared) / step;
     const int64_t rows = min_of(max_of(max_of(fitting, ceil_div(shared, step)), 1), max_of(shape.pooled_h, 1));
     return max_of(ceil_div(shape.pooled_h, max_of(shape.pooled_h / rows, 1)), 1);
   }
 
   int64_t choose_tile() const {
     const int64_t window_bytes = layout.positions * layout.group * int64_t{sizeof(T) + sizeof(int32_t)};
-    const int64_t tiles = ceil_div(shape.pooled_w, max_of(kListBytes / window_bytes, 1));
+    const int64_t tiles = ceil_div(shape.pooled_w, max_of(kWindowListBytes / window_bytes, 1));
     return ceil_div(shape.pooled_w, max_of(tiles, 1));
   }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "convolution/conv_relu_pool2d_backward-inl.h"
+#include "core/cache.h"
 
 namespace fastseg {
 namespace FASTSEG_ISA {
@@ -33,7 +34,7 @@ struct BackwardWeight {
 
   bool fits(int64_t rows, int64_t windows) const {
     const int64_t list_bytes = rows * windows * layout.group * int64_t{sizeof(T) + sizeof(int32_t)};
-    return tile_bytes(rows, windows) <= kTileBytes && list_bytes <= kListBytes;
+    return tile_bytes(rows, windows) <= kWindowTileBytes && list_bytes <= kWindowListBytes;
   }
 
   // A row of windows, or several, or an even share of one.

@@ -2,14 +2,12 @@
 // pooling and positions in one pass; backward writes the dense gradient of the convolution's output in one pass.
 #include "convolution/conv_relu_pool2d.h"
 #include "convolution/pool_tile-inl.h"
+#include "core/cache.h"
 #include "core/parallel.h"
 
 namespace fastseg {
 namespace FASTSEG_ISA {
 namespace {
-
-// Rows in work by one task, of one block of channels: half of a second-level cache.
-constexpr int64_t kRowsBytes = 128 * 1024;
 
 inline int64_t row_offset(const Tensor& tensor, int64_t image, int64_t channel, int64_t row) {
   return image * tensor.stride[0] + channel * tensor.stride[1] + row * tensor.stride[2];
@@ -170,7 +168,7 @@ bool backward_plane(const ReluPool2dBackward& call, const PlaneOffsets<T>& offse
   const int64_t pooled_h = call.grad_output ? call.grad_output.size[2] : 0,
                 pooled_w = call.grad_output ? call.grad_output.size[3] : 0;
   const bool in_place = output.dtype == kDType<T> && output.stride[2] == width;
-  const int64_t fitting = kRowsBytes / (width * int64_t{sizeof(T)}) + 1;
+  const int64_t fitting = kPooledRowsBytes / (width * int64_t{sizeof(T)}) + 1;
   const int64_t held = in_place ? height : min_of(fitting + call.geometry.pool_size[0], height);
   T* skip = static_cast<T*>(scratch((2 * width + pooled_w + (in_place ? 0 : held * width)) * int64_t{sizeof(T)}));
   if (skip == nullptr) return false;
@@ -281,7 +279,7 @@ void backward(const ReluPool2dBackward& call) {
   if (!output.data) return;
   if (is_elementwise<T>(call)) {
     const int64_t all = output.size[0] * output.size[1] * output.size[2] * output.size[3];
-    const int64_t chunk = kRowsBytes / int64_t{sizeof(T)};
+    const int64_t chunk = kPooledRowsBytes / int64_t{sizeof(T)};
     return for_each_task(ceil_div(all, chunk), call.threads, [&](int64_t task) {
       backward_elements<T>(call, {task * chunk, min_of((task + 1) * chunk, all)});
       return true;
@@ -295,7 +293,7 @@ void backward(const ReluPool2dBackward& call) {
   }
   const int64_t widest = rows_are_dense<T>(output) ? output.size[1] : kBlock<T>;
   const int64_t row_bytes = output.size[3] * widest * int64_t{sizeof(T)};
-  const int64_t fitting = max_of(kRowsBytes / row_bytes, 1);
+  const int64_t fitting = max_of(kPooledRowsBytes / row_bytes, 1);
   // Whole windows to a band, where they don't overlap, and few rows between them.
   const int64_t band =
       round_up(fitting, min_of(call.geometry.pool_stride[0], max_of(fitting, call.geometry.pool_size[0])));

@@ -18,9 +18,6 @@ constexpr int kProducts = kSide * kSide;  // per window and channel
 constexpr int kKernelSide = 3, kKernelTaps = kKernelSide * kKernelSide;
 constexpr int kPoolSide = 2;
 
-// For matrix products, of the second-level cache: windows in work with their transformed patches, and what is packed.
-constexpr int64_t kPatchBytes = 256 * 1024;
-constexpr int64_t kBandBytes = 288 * 1024;
 // Windows in work together: as often is a block of weights, or of sums, used that was read from memory.
 constexpr int64_t kLeastWindows = 24, kMostWindows = 96;
 

@@ -8,6 +8,7 @@
 #include "convolution/pool_tile-inl.h"
 #include "convolution/register_tile-inl.h"
 #include "convolution/winograd-inl.h"
+#include "core/cache.h"
 #include "core/parallel.h"
 
 namespace fastseg {
@@ -54,7 +55,7 @@ struct WinogradChannels {
 
   int64_t choose_band() const {
     const int64_t row_bytes = packed_w * shape.c * int64_t{sizeof(T)};
-    const int64_t rows = (kBandBytes / row_bytes - (kSide - kPoolSide)) / kPoolSide;
+    const int64_t rows = (kWinogradBandBytes / row_bytes - (kSide - kPoolSide)) / kPoolSide;
     return min_of(max_of(rows, ceil_div(kLeastWindows, windows_w)), windows_h);
   }
 
@@ -222,7 +223,7 @@ struct WinogradChannels {
     const int64_t input_elements = round_up(rows.size() * packed_w * shape.c, kLanes<T>) + kLanes<T>;
 
     // As many windows at a time as fit the cache, evenly divided, in whole tiles of registers.
-    const int64_t fitting = kPatchBytes / (kProducts * channels * int64_t{sizeof(T)});
+    const int64_t fitting = kWinogradPatchBytes / (kProducts * channels * int64_t{sizeof(T)});
     const int64_t chunks = ceil_div(windows, min_of(max_of(fitting, kLeastWindows), kMostWindows));
     const int64_t chunk = round_up(ceil_div(windows, chunks), kWidestTile);
     const int64_t patch_plane = chunk * channels + kRowPadding, product_plane = chunk * kBlock<T> + kRowPadding;

@@ -10,6 +10,7 @@
 #include "convolution/conv_relu_pool2d.h"
 #include "convolution/register_tile-inl.h"
 #include "convolution/winograd-inl.h"
+#include "core/cache.h"
 #include "core/parallel.h"
 
 namespace fastseg {
@@ -133,7 +134,7 @@ struct WinogradWeight {
 
   int64_t choose_band() const {
     const int64_t row_bytes = patches_width(tiles_w) * (c_group + k_group) * int64_t{sizeof(T)};
-    return min_of(max_of((kBandBytes / row_bytes - 1) / kPoolSide, ceil_div(kLeastWindows, tiles_w)), tiles_h);
+    return min_of(max_of((kWinogradBandBytes / row_bytes - 1) / kPoolSide, ceil_div(kLeastWindows, tiles_w)), tiles_h);
   }
 
   int64_t choose_parts() const {
@@ -154,7 +155,7 @@ struct WinogradWeight {
     const int64_t k_step = round_up(k_span.size(), kLanes<T>), c_step = round_up(c_span.size(), kLanes<T>);
 
     // As many windows at a time as fit the cache, evenly divided.
-    const int64_t fitting = kPatchBytes / (kProducts * (k_step + c_step) * int64_t{sizeof(T)});
+    const int64_t fitting = kWinogradPatchBytes / (kProducts * (k_step + c_step) * int64_t{sizeof(T)});
     const int64_t chunks = ceil_div(band * tiles_w, min_of(max_of(fitting, kLeastWindows), kMostWindows));
     const int64_t chunk = ceil_div(band * tiles_w, chunks);
     const int64_t k_plane = chunk * k_step + kRowPadding, c_plane = chunk * c_step + kRowPadding;

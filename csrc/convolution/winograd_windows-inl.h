@@ -6,6 +6,7 @@
 #include "convolution/conv_relu_pool2d.h"
 #include "convolution/conv_tile-inl.h"
 #include "convolution/winograd-inl.h"
+#include "core/cache.h"
 #include "core/parallel.h"
 
 namespace fastseg {
@@ -16,8 +17,7 @@ template <class T>
 struct WinogradWindows {
   static constexpr int kVectors = 2;  // of windows at a time: each weight that is broadcast serves both
   static constexpr int kStep = kVectors * kLanes<T>;
-  static constexpr int64_t kBandBytes = 64 * 1024;  // packed input of a task
-  static constexpr int64_t kLargestBand = 16;       // pooled rows
+  static constexpr int64_t kLargestBand = 16;  // pooled rows
 
   const ConvReluPool2dForward& call;
   const ConvShape shape;
@@ -39,7 +39,7 @@ struct WinogradWindows {
         bands(ceil_div(shape.pooled_h, band)) {}
 
   int64_t choose_band() const {
-    const int64_t fitting = kBandBytes / (2 * plane * shape.c * int64_t{sizeof(T)});
+    const int64_t fitting = kWinogradWindowsBandBytes / (2 * plane * shape.c * int64_t{sizeof(T)});
     return min_of(max_of((fitting - (kSide - kPoolSide)) / kPoolSide, 1), min_of(kLargestBand, shape.pooled_h));
   }
 

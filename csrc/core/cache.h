@@ -6,6 +6,8 @@
 
 namespace fastseg {
 
+// ---- losses and predictions ----
+
 // L1: the logits of a block of upsampled pixels, which three loops go over.
 constexpr int64_t kPixelBlockBytes = 16 * 1024;
 
@@ -14,5 +16,25 @@ constexpr int64_t kPixelTileBytes = 192 * 1024;
 
 // L2: the input rows, expanded to a tile's columns, that output rows are blended of, and their gradients.
 constexpr int64_t kUpsampledRowsBytes = 256 * 1024;
+
+// ---- convolutions ----
+
+// L2: the rows that relu_pool2d pools, of one block of channels.
+constexpr int64_t kPooledRowsBytes = 128 * 1024;
+
+// L2: the packed input of a band of the direct convolution, beside the weights; of its backward pass, the packed
+// gradient.
+constexpr int64_t kDirectBandBytes = 192 * 1024;
+constexpr int64_t kDirectGradientBytes = 256 * 1024;
+
+// L1: of the direct backward pass, the input of a tile of windows, one chunk wide, beside the sums; L2: its lists.
+constexpr int64_t kWindowTileBytes = 16 * 1024;
+constexpr int64_t kWindowListBytes = 128 * 1024;
+
+// L2, Winograd's algorithm: where vectors run along windows, the packed input of a band; where they run along channels,
+// that of a larger band, and the transformed patches that are multiplied together.
+constexpr int64_t kWinogradWindowsBandBytes = 64 * 1024;
+constexpr int64_t kWinogradBandBytes = 288 * 1024;
+constexpr int64_t kWinogradPatchBytes = 256 * 1024;
 
 }  // namespace fastseg
