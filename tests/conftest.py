@@ -1,6 +1,7 @@
 """Which tests run, and fixtures that several test files share."""
 
 import contextlib
+import gc
 import importlib
 import itertools
 import os
@@ -92,6 +93,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = kept
     if config.getoption("--shuffled"):
         Random(0).shuffle(items)
+
+
+def pytest_collection_finish() -> None:
+    """All there is now stays: garbage collections, which tests of memory ask for, would look at it half a second."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """At the end, extension modules that count their objects (nanobind) miss none."""
+    gc.unfreeze()
 
 
 @pytest.hookimpl(wrapper=True)

@@ -26,7 +26,6 @@ CALLS: dict[str, Callable[..., Any]] = {
 
 @pytest.fixture(autouse=True)
 def none_kept() -> Iterator[None]:
-    gc.collect()
     kept._kept.clear()
     yield
     kept._kept.clear()
