@@ -90,7 +90,7 @@ def cross_entropy_forward(
     Probabilities and smoothed labels have a dense share q of the loss: what ``spread`` adds up to is sum(q * (x - m)),
     for labels q = weight * smoothing / classes.
     """
-    ACC: tl.constexpr = statistics.dtype.element_ty
+    ACC: tl.constexpr = tl.float64 if input.dtype.element_ty == tl.float64 else tl.float32
     DENSE: tl.constexpr = PROBABILITIES or SMOOTHED
     run = (tl.program_id(0) // blocks).to(tl.int64)
     first = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK_P
@@ -273,7 +273,7 @@ class ForwardTensors(NamedTuple):
     target: Tensor
     weight: Tensor | None
     loss: Tensor
-    statistics: Tensor
+    statistics: Tensor | None
     total_weight: Tensor
 
 

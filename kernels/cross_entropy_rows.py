@@ -34,7 +34,7 @@ def cross_entropy_forward_rows(
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """As `cross_entropy_forward`; CHUNK is a power of two, and at least BLOCK_P * CLASSES."""
-    ACC: tl.constexpr = statistics.dtype.element_ty
+    ACC: tl.constexpr = tl.float64 if input.dtype.element_ty == tl.float64 else tl.float32
     first = tl.program_id(0).to(tl.int64) * BLOCK_P
     local, chunk = tl.arange(0, BLOCK_P), tl.arange(0, CHUNK)
     count = tl.minimum(pixels - first, BLOCK_P).to(tl.int32)

@@ -80,7 +80,6 @@ void check_pixels(const CrossEntropy& call, const Tensor& loss) {
           "target is labels [N, d1, ...], or class probabilities of input's shape");
   require(!is_floating(target) || (target.dtype == DType::kFloat64) == (input.dtype == DType::kFloat64),
           "class probabilities are float64 where input is, and only there");
-  check_statistics(call, pixels);
   check_loss(loss, call, pixels);
 }
 
@@ -89,6 +88,7 @@ void cross_entropy_forward(const py::tuple& tensors, const py::object& options, 
   read_tensors(tensors, {&call.input, &call.target, &call.weight, &call.loss, &call.statistics, &call.total_weight});
   read_options(options, threads, &call);
   check_pixels(call, call.loss);
+  if (call.statistics) check_statistics(call, pixels_of(call.input));
   require(is_dense(call.loss), "the loss is dense");
   run_with_labels(call, fastseg::cross_entropy_forward);
 }
@@ -99,6 +99,7 @@ void cross_entropy_backward(const py::tuple& tensors, const py::object& options,
                          &call.total_weight, &call.grad_input});
   read_options(options, threads, &call);
   check_pixels(call, call.grad_output);
+  check_statistics(call, pixels_of(call.input));
   check_grad_input(call.grad_input, call.input);
   run_with_labels(call, fastseg::cross_entropy_backward);
 }

@@ -54,8 +54,10 @@ bool forward_task(const CrossEntropyForward& call, const Pixels& pixels, const P
       reduce_classes<T, kKind>(tile, terms, count, LogitsInPlace<T>{tile}, KeepNothing<T>{});
     }
     finish_pixels<T, kKind>(tile, terms, count);
-    memcpy(statistics + begin, tile.largest, count * sizeof(T));
-    memcpy(statistics + pixels.count + begin, tile.log_sum, count * sizeof(T));
+    if (call.statistics) {
+      memcpy(statistics + begin, tile.largest, count * sizeof(T));
+      memcpy(statistics + pixels.count + begin, tile.log_sum, count * sizeof(T));
+    }
     if (call.reduction == Reduction::kNone)
       memcpy(static_cast<T*>(call.loss.data) + begin, tile.loss, count * sizeof(T));
     partial->loss += sum_of(tile.loss, count);

@@ -23,7 +23,7 @@ struct CrossEntropy {
   Tensor target;  // [N, d1, ...] classes, integers; or [N, C, d1, ...] class probabilities
   Tensor weight;  // [C] of T, dense, optional
   // [2, N, d1, ...] of T, dense: per pixel the largest logit, and log(sum(exp(logit - largest))). Apart, since their
-  // sum, the log-sum-exp, has lost the second's digits where the first is large.
+  // sum, the log-sum-exp, has lost the second's digits where the first is large. Optional forward.
   Tensor statistics;
   Tensor total_weight;  // [] of T: what "mean" divides by
   int64_t ignore_index;

@@ -39,8 +39,8 @@ def cross_entropy(input: Tensor, target: Tensor, weight: Tensor | None, options:
     """The loss, of logits that may have no batch; arguments checked by `fastseg.functional`."""
     overload, numbers = torch.ops.fastseg.cross_entropy.default, options[:3]
     if input.ndim > 1:
-        return overload(input, target, weight, *numbers)[0]
-    loss = overload(input.unsqueeze(0), target.unsqueeze(0), weight, *numbers)[0]
+        return overload(input, target, weight, *numbers, False)[0]
+    loss = overload(input.unsqueeze(0), target.unsqueeze(0), weight, *numbers, False)[0]
     return loss.squeeze(0) if loss.ndim == 1 else loss
 
 
@@ -48,7 +48,7 @@ def cross_entropy(input: Tensor, target: Tensor, weight: Tensor | None, options:
 
 _library = torch.library.Library("fastseg", "FRAGMENT")
 _library.define(
-    f"cross_entropy(Tensor input, Tensor target, Tensor? weight, {SCHEMA})"
+    f"cross_entropy(Tensor input, Tensor target, Tensor? weight, {SCHEMA}, bool with_statistics)"
     " -> (Tensor loss, Tensor statistics, Tensor total_weight)"
 )
 _library.define(
@@ -57,19 +57,25 @@ _library.define(
 )
 
 
-def _allocate_outputs(input: Tensor, reduction: str) -> tuple[Tensor, Tensor, Tensor]:
+def _allocate_outputs(input: Tensor, reduction: str, with_statistics: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, statistics (each pixel's largest logit m, and log(sum(exp(x - m)))), and what "mean" divides by."""
     images, _, *pixels = input.shape
-    statistics = input.new_empty((2, images, *pixels), dtype=accumulation_dtype(input))
+    statistics = input.new_empty((2, images if with_statistics else 0, *pixels), dtype=accumulation_dtype(input))
     total_weight = statistics.new_empty(())
-    return torch.empty_like(statistics[0] if reduction == "none" else total_weight), statistics, total_weight
+    return statistics.new_empty((images, *pixels) if reduction == "none" else ()), statistics, total_weight
+
+
+def _no_statistics(input: Tensor, loss: Tensor) -> Tensor:
+    """Statistics that weren't asked for."""
+    return loss.new_empty((2, 0, *input.shape[2:]))
 
 
 @torch.library.register_fake("fastseg::cross_entropy", lib=_library)
 def _forward_fake(
-    input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, label_smoothing: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _allocate_outputs(input, reduction)
+    input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, label_smoothing: float,
+    with_statistics: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return _allocate_outputs(input, reduction, with_statistics)
 
 
 @torch.library.register_fake("fastseg::cross_entropy_backward", lib=_library)
@@ -90,12 +96,15 @@ def _native_kernels(input: Tensor) -> Any:
 
 
 def _forward_cpu(input: Tensor, target: Tensor, weight: Tensor | None, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
-    kernels, loss_options = _native_kernels(input), LossOptions(*options)
+    *numbers, with_statistics = options
+    kernels, loss_options = _native_kernels(input), LossOptions(*numbers)
     if kernels is None:
         return forward_plain(input, target, weight, *options)
-    outputs = _allocate_outputs(input, loss_options.reduction)
-    tensors = tuple(map(describe, (input, target, weight, *outputs)))
-    kernels.cross_entropy_forward(tensors, loss_options, torch.get_num_threads())
+    outputs = loss, statistics, total_weight = _allocate_outputs(input, loss_options.reduction, with_statistics)
+    filled = (loss, statistics if with_statistics else None, total_weight)
+    kernels.cross_entropy_forward(
+        tuple(map(describe, (input, target, weight, *filled))), loss_options, torch.get_num_threads()
+    )
     return outputs
 
 
@@ -116,11 +125,13 @@ def _backward_cpu(
 def _forward_triton(
     input: Tensor, target: Tensor, weight: Tensor | None, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    kernels, loss_options = _triton.kernels("cross_entropy"), LossOptions(*options)
+    *numbers, with_statistics = options
+    kernels, loss_options = _triton.kernels("cross_entropy"), LossOptions(*numbers)
     if kernels is None:
         return forward_plain(input, target, weight, *options)
-    outputs = _allocate_outputs(input, loss_options.reduction)
-    kernels.forward(kernels.ForwardTensors(input, target, weight, *outputs), loss_options)
+    outputs = loss, statistics, total_weight = _allocate_outputs(input, loss_options.reduction, with_statistics)
+    kept = statistics if with_statistics else None
+    kernels.forward(kernels.ForwardTensors(input, target, weight, loss, kept, total_weight), loss_options)
     return outputs
 
 
@@ -139,7 +150,10 @@ def _backward_triton(
 
 def forward_plain(input: Tensor, target: Tensor, weight: Tensor | None, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The operator from torch's own, for devices without a kernel."""
-    return plain.cross_entropy(input.to(accumulation_dtype(input)), target, weight, LossOptions(*options))
+    *numbers, with_statistics = options
+    wide = input.to(accumulation_dtype(input))
+    loss, statistics, total_weight = plain.cross_entropy(wide, target, weight, LossOptions(*numbers))
+    return loss, statistics if with_statistics else _no_statistics(input, loss), total_weight
 
 
 def backward_plain(
@@ -168,17 +182,19 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, call: Any, input: Tensor, target: Tensor, weight: Tensor | None, *options: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
-        loss, statistics, total_weight = call(input, target, weight, *options)
+        *numbers, with_statistics = options
+        loss, statistics, total_weight = call(input, target, weight, *numbers, True)
         ctx.save_for_backward(input, target, weight, statistics, total_weight)
-        ctx.options = options
+        ctx.options = numbers
         ctx.set_materialize_grads(False)
+        statistics = statistics if with_statistics else _no_statistics(input, loss)
         ctx.mark_non_differentiable(statistics, total_weight)
         return loss, statistics, total_weight
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if grad_loss is None:
-            return (None,) * 7
+            return (None,) * 8
         input, target, weight, statistics, total_weight = ctx.saved_tensors
         if torch.is_grad_enabled():
             # create_graph=True: this gradient will be differentiated itself, which plain PyTorch can.
@@ -188,7 +204,7 @@ class _CrossEntropy(torch.autograd.Function):
             grad_input = torch.ops.fastseg.cross_entropy_backward.default(
                 grad_loss, input, target, weight, statistics, total_weight, *ctx.options
             )
-        return None, grad_input, None, None, None, None, None
+        return None, grad_input, None, None, None, None, None, None
 
 
 register_gradient(_library, "cross_entropy", _KERNELS, _CrossEntropy.apply, forward_plain, tensors=3, differentiable=1)

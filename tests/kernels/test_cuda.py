@@ -209,8 +209,8 @@ def test_opcheck_cross_entropy() -> None:
     _, (logits, labels) = loss()
     logits = logits.detach()
     forward = torch.ops.fastseg.cross_entropy.default
-    torch.library.opcheck(forward, (logits, labels, None, -100, "mean", 0.1))
-    value, statistics, total_weight = forward(logits, labels, None, -100, "mean", 0.1)
+    torch.library.opcheck(forward, (logits, labels, None, -100, "mean", 0.1, False))
+    value, statistics, total_weight = forward(logits, labels, None, -100, "mean", 0.1, True)
     torch.library.opcheck(
         torch.ops.fastseg.cross_entropy_backward.default,
         (torch.ones_like(value), logits, labels, None, statistics, total_weight, -100, "mean", 0.1),

@@ -70,6 +70,17 @@ def test_class_counts(implementation: str, dtype: torch.dtype, layout: str, clas
     check(input, probabilities_for(input))
 
 
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_statistics_are_made_where_they_are_asked_for(implementation: str, reduction: str, layout: str) -> None:
+    arguments = (make((2, 5, 7, 9), layout=layout), make_labels((2, 7, 9), 5), None, -100, reduction, 0.1)
+    loss, statistics, total_weight = torch.ops.fastseg.cross_entropy(*arguments, True)
+    results = torch.ops.fastseg.cross_entropy(*arguments, False)
+    assert (statistics.shape, results[1].shape) == ((2, 2, 7, 9), (2, 0, 7, 9))
+    assert torch.equal(results[0], loss)
+    assert torch.equal(results[2], total_weight)
+
+
 def test_more_classes_than_a_tile_holds(implementation: str) -> None:
     input = logits((3, 6000, 2))
     check(input, labels_for(input))
