@@ -313,6 +313,20 @@ def test_the_range_test_takes_where_the_loss_falls_fastest(tmp_path: Path) -> No
         tuning.steepest_descent(rates, rising, tmp_path / "picture.png")
 
 
+@pytest.mark.filterwarnings("ignore")  # the loggers' own
+@pytest.mark.parametrize(
+    ("logger", "file"),
+    [("csv", "logs/*/metrics.csv"), ("tensorboard", "logs/*/events.*"), ("wandb", "wandb/offline-*/*.wandb")],
+)
+def test_a_logger_writes_its_file(
+    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, logger: str, file: str
+) -> None:  # fmt: skip
+    pytest.importorskip(logger, reason=f"{logger} isn't installed")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    train(config(shapes, tmp_path, logger=logger, widths=(4, 8)))
+    assert len(list(tmp_path.glob(file))) == 1
+
+
 def test_a_run_without_progress_ends_early(shapes: Path, tmp_path: Path) -> None:
     history = train(config(shapes, tmp_path, epochs=50, lr=1e-12, early_stopping=2))
     assert len(history.epochs) == 3
