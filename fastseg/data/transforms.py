@@ -183,27 +183,9 @@ class Normalize(nn.Module):
         """
         if images.dtype != torch.uint8 and not images.is_floating_point():
             raise TypeError(f"images must be uint8 or floating point, but they are {images.dtype}")
-        self._check_channels(images)
+        if images.ndim < 3 or images.shape[-3] != len(self.mean):
+            raise ValueError(f"images must be (..., {len(self.mean)}, H, W), but their shape is {tuple(images.shape)}")
         scaled = images.to(torch.float32)
         if images.dtype == torch.uint8:
             scaled = scaled / 255
         return (scaled - self.mean) / self.std
-
-    def inverse(self, images: Tensor) -> Tensor:
-        """Undo the normalisation, for pictures: ``images * std + mean``, clamped to 0..1.
-
-        Args:
-            images: Normalised, floating point, shape (..., C, H, W).
-
-        Returns:
-            float32 in 0..1, the shape of ``images``.
-
-        Raises:
-            ValueError: ``images`` doesn't have a channel for each mean.
-        """
-        self._check_channels(images)
-        return (images.to(torch.float32) * self.std + self.mean).clamp(0, 1)
-
-    def _check_channels(self, images: Tensor) -> None:
-        if images.ndim < 3 or images.shape[-3] != len(self.mean):
-            raise ValueError(f"images must be (..., {len(self.mean)}, H, W), but their shape is {tuple(images.shape)}")

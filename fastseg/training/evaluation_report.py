@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from torch import Tensor
 
 from fastseg.metrics import scores
+from fastseg.training.plots import save_panels
 
 WIDTH = 480  # of the examples' pictures, in pixels
 
@@ -84,7 +83,7 @@ def write_report(
         _confusion(class_names, matrix),
     ]
     if curves:
-        parts += ["<h2>Training</h2>", *(_chart(name, values) for name, values in curves.items())]
+        parts += ["<h2>Training</h2>", _charts(curves)]
     if worst:
         parts += ["<h2>Worst images</h2>", _legend(class_names, palette), *map(_example, worst)]
     page = (
@@ -131,16 +130,11 @@ def _confusion(class_names: Sequence[str], matrix: Tensor) -> str:
     return f'<div class="scroll"><table class="matrix"><tr><th></th>{head}</tr>{"".join(rows)}</table></div>'
 
 
-def _chart(name: str, values: Sequence[float]) -> str:
-    figure = Figure(figsize=(4.5, 2.8), layout="constrained")
-    axes = figure.subplots()
-    axes.plot(range(1, len(values) + 1), values, marker="." if len(values) < 30 else "")
-    axes.set(xlabel="epoch", title=name)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(alpha=0.3)
+def _charts(curves: Mapping[str, Sequence[float]]) -> str:
     picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=110)
-    return _image(picture.getvalue(), name)
+    panels = {name: (range(1, len(values) + 1), {name: values}) for name, values in curves.items()}
+    save_panels(panels, "epoch", picture)
+    return _image(picture.getvalue(), ", ".join(curves))
 
 
 def _legend(class_names: Sequence[str], palette: np.ndarray) -> str:

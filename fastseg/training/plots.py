@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypeAlias
+from typing import BinaryIO, TypeAlias
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -35,18 +35,22 @@ def save_history(history: Sequence[EpochRecord], path: Path) -> None:
     save_panels({"loss": (epochs, losses), "validation score": (epochs, scores)}, "epoch", path, str(path.parent))
 
 
-def save_panels(panels: Mapping[str, tuple[Sequence[int], Lines]], xlabel: str, path: Path, title: str = "") -> None:
+def save_panels(
+    panels: Mapping[str, tuple[Sequence[int], Lines]], xlabel: str, path: Path | BinaryIO, title: str = ""
+) -> None:
     """Draw panels side by side into a PNG file.
 
     Args:
         panels: For the label of each y axis: the points on the x axis, and the named lines over them.
         xlabel: Label of the x axes, which count something.
-        path: File to write.
+        path: File to write, or one that is open.
         title: What stands above them all.
     """
     figure = Figure(figsize=(_PANEL[0] * len(panels), _PANEL[1]), layout="constrained")
     figure.suptitle(title)
-    for axes, (ylabel, (points, lines)) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+    for axes, (ylabel, (points, lines)) in zip(
+        figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
+    ):
         marker = "o" if len(points) == 1 else None
         for (name, values), style in zip(lines.items(), itertools.cycle(_LINE_STYLES)):
             axes.plot(points, values, style, label=name, marker=marker)
