@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from typer import Argument, Option
 
 from fastseg.training import ConfigError
@@ -24,7 +24,9 @@ def compare(
     histories = {str(run): read_history(run) for run in runs}
     if len(histories) < len(runs):
         raise ConfigError("compare: a run is given twice")
-    table = Table("run", "epochs", "best mean IoU", "at epoch", "validation loss then", "images/s")
+    table = Table(
+        Column("run", overflow="fold"), "epochs", "best mean IoU", "at epoch", "validation loss then", "images/s"
+    )
     for column in table.columns[1:]:
         column.justify = "right"
     for name, records in histories.items():

@@ -148,7 +148,9 @@ def test_compare(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     (other / "history.jsonl").write_text(line + json.dumps(second) + "\n")
     picture = tmp_path / "curves.png"
     assert run(["compare", str(trained), str(other), "--out", str(picture)]) == 0
-    assert "0.8750" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "0.8750" in printed
+    assert "…" not in printed.replace("\n", "")  # two runs' names may differ at their ends alone
     assert read(picture).shape[1] > 1000
 
 
