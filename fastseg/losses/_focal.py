@@ -9,7 +9,7 @@ from fastseg.functional._checks import check_shares
 from fastseg.functional._losses import as_map
 from fastseg.losses._sums import softmax_sums
 from fastseg.ops.focal_sums import Focal, plain_sums
-from fastseg.ops.losses.options import LossOptions
+from fastseg.ops.losses.options import IGNORE_NONE, LossOptions
 from fastseg.ops.upsample_sigmoid_sums import SigmoidOptions, upsample_sigmoid_sums
 
 
@@ -30,6 +30,13 @@ def focal_sums(input: Tensor, labels: Tensor, focal: Focal, with_overlap: bool =
 
 def mask_sums(input: Tensor, masks: Tensor, focal: Focal) -> Tensor:
     """The sums ``[3, C]`` of `fastseg.ops.focal_sums`, of a mask for each class, of input's shape."""
-    masks = check_shares(masks, tuple(input.shape), input)
-    options = SigmoidOptions(focal.ignore_index, focal.gamma, focal.threshold)
-    return upsample_sigmoid_sums(as_map(input, 2), as_map(masks, 2), options)[3:].sum(1)
+    return all_sums(input, masks, focal.gamma, focal.threshold, focal.ignore_index)[3:].sum(1)
+
+
+def all_sums(
+    input: Tensor, target: Tensor, gamma: float, threshold: float | None = None, ignore_index: int = IGNORE_NONE
+) -> Tensor:
+    """The sums ``[6, N, C]`` of `fastseg.ops.upsample_sigmoid_sums`; labels are of a dtype that the operators read."""
+    of_labels = target.ndim < input.ndim
+    target = as_map(target if of_labels else check_shares(target, tuple(input.shape), input), 1 if of_labels else 2)
+    return upsample_sigmoid_sums(as_map(input, 2), target, SigmoidOptions(ignore_index, gamma, threshold))

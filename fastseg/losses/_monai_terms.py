@@ -103,12 +103,12 @@ class DiceTerm(ClassWeight):
         return 0 if self.include_background or channels == 1 else 1
 
     def fuses(self, input: Tensor, labels: Tensor | None, name: str) -> bool:
-        """Whether the sums may come from the fused softmax of the input; if not, the log says why."""
-        if not self.softmax or input.shape[1] == 1:
+        """Whether the sums may come from one pass over the logits; if not, the log says why."""
+        if not self.sigmoid and (not self.softmax or input.shape[1] == 1):
             return False
         if self.squared_pred:
             log_plain(name, "squared_pred=True needs sums of squared probabilities")
-        elif labels is None:
+        elif labels is None and not self.sigmoid:
             log_plain(name, "the target has a channel for each class; give labels with to_onehot_y=True")
         elif self.reduction == "none":
             log_plain(name, 'reduction="none" gives a result of the logits\' size')
@@ -184,6 +184,13 @@ class FocalTerm(ClassWeight):
         if self.reduction == "none":
             return losses
         return losses.mean() if self.reduction == "mean" else losses.flatten(2).mean(2).sum()
+
+    def sums_serve(self, target: Tensor) -> bool:
+        """Whether the term follows from sums, of labels or of a target with a channel for each class.
+
+        A factor of shares between 0 and 1 mixes the two sums' terms.
+        """
+        return self.gamma >= 0 and (self.alpha is None or not target.is_floating_point())
 
     def of_sums(self, sums: Tensor, images: int, pixels: int) -> Tensor:
         """The term from what `fastseg.losses._focal.focal_sums` gives of so many images of so many pixels."""

@@ -1,8 +1,8 @@
 """MONAI's losses (1.6.1): the same arguments, values and gradients, on fastseg's operators.
 
 With ``softmax=True`` and labels that ``to_onehot_y`` asks to convert, they read the logits in fused passes and hold
-nothing of their size but the gradient, the region losses with ``sigmoid=True`` too; everything else runs as plain
-PyTorch. Labels may have any dtype.
+nothing of their size but the gradient. So does the Dice with ``sigmoid=True``, and the focal loss beside it but for
+``alpha`` with a floating-point target. Everything else runs as plain PyTorch. Labels may have any dtype.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from fastseg.functional import class_sums
 from fastseg.functional._losses import make_options
-from fastseg.losses._focal import focal_sums
+from fastseg.losses._focal import all_sums, focal_sums
 from fastseg.losses._monai_region import DiceLoss, GeneralizedDiceLoss, TverskyLoss
 from fastseg.losses._monai_terms import DiceTerm, FocalTerm, Weight, check_target, read_reduction, warn_of_one_channel
 from fastseg.losses._sums import as_integers, one_hot, softmax_sums
@@ -113,7 +114,15 @@ class DiceCELoss(nn.Module):
         channels = input.shape[1]
         warn_of_one_channel(self.dice, channels)
         labels = as_integers(target[:, 0]) if self.dice.to_onehot_y and channels > 1 else None
-        if self.dice.fuses(input, labels, "monai.DiceCELoss"):
+        fuses = self.dice.fuses(input, labels, "monai.DiceCELoss")
+        if fuses and self.dice.sigmoid:
+            sums = class_sums(input, target if labels is None else labels, activation="sigmoid").movedim(-1, 0)
+            dice = self.dice.combine(sums[..., self.dice.first_class(channels) :], input.ndim)
+            ce = self._cross_entropy(input, target if labels is None else labels)
+            if labels is None:
+                soft = target.is_floating_point()
+                dice = dice.to(torch.promote_types(input.dtype, target.dtype) if soft else input.dtype)
+        elif fuses:
             assert labels is not None
             loss = self.cross_entropy
             options = make_options(IGNORE_NONE, loss.reduction, loss.label_smoothing)
@@ -218,7 +227,13 @@ class DiceFocalLoss(nn.Module):
         warn_of_one_channel(self.dice, channels)
         first = self.dice.first_class(channels)
         labels = as_integers(target[:, 0]) if self.to_onehot_y and channels > 1 else None
-        if self.dice.fuses(input, labels, "monai.DiceFocalLoss"):
+        given = target if labels is None else labels
+        fuses = self.dice.fuses(input, labels, "monai.DiceFocalLoss")
+        if fuses and self.dice.sigmoid and self.focal.sums_serve(given):
+            sums = all_sums(input, given, self.focal.gamma)[..., first:]
+            dice = self.dice.combine(sums[:3], input.ndim)
+            focal = self.focal.of_sums(sums[3:].sum(1), images=len(input), pixels=math.prod(input.shape[2:]))
+        elif fuses and not self.dice.sigmoid:
             assert labels is not None
             options = Focal(self.focal.gamma, threshold=None, first_class=first, ignore_index=IGNORE_NONE)
             sums, overlap = focal_sums(input, labels, options, with_overlap=True)

@@ -366,3 +366,15 @@ def test_refused_alpha() -> None:
 def test_refused_learned_weight() -> None:
     with pytest.raises(ValueError, match="weight: it has no gradient"):
         monai.DiceCELoss(**FUSED, weight=nn.Parameter(WEIGHT))(X, Y)
+
+
+@pytest.mark.parametrize("target_dtype", [torch.float32, torch.bfloat16, torch.uint8], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", LOSSES)
+def test_sigmoids_give_the_originals_dtype(
+    theirs: Any, name: str, dtype: torch.dtype, target_dtype: torch.dtype
+) -> None:
+    input = logits(dtype=dtype)
+    target = maps_for(input, soft=False).to(target_dtype)
+    ours, original = (build(module, name, {"sigmoid": True})(input, target) for module in (monai, theirs))
+    assert ours.dtype == original.dtype
