@@ -83,7 +83,8 @@ def explain(
 
 def _logits(model: nn.Module, images: Tensor) -> Tensor:
     """At the network's own resolution, and as it is, not compiled: hooks and gradients need its modules."""
-    return logits_of(getattr(model, "logits", model.forward)(images))
+    with torch.compiler.set_stance("force_eager"):
+        return logits_of(getattr(model, "logits", model.forward)(images))
 
 
 def _last_convolution(model: nn.Module, images: Tensor) -> nn.Module:

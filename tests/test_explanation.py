@@ -66,6 +66,15 @@ def test_of_a_compiled_network_of_ours(method: Method) -> None:
     assert found.shape == (SIDE, SIDE)
 
 
+def test_of_a_compiled_network_that_has_run() -> None:
+    network = pytest.importorskip("fastseg.training.networks").Network(Detector(), 3).eval()
+    image, region = image_of(4, 6), torch.ones(1, 1, dtype=torch.bool)
+    expected = explain(network, image, 1, region=region)
+    network.compile(backend="eager")
+    network.logits(image[None])
+    torch.testing.assert_close(explain(network, image, 1, region=region), expected)
+
+
 def test_integrated_gradients_add_up_to_what_they_explain() -> None:
     model, image = Detector(), image_of(4, 6)
     region = torch.ones(SIDE, SIDE, dtype=torch.bool)

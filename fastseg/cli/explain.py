@@ -32,7 +32,7 @@ def explain(
     model: options.Function = None,
 ) -> None:
     """Show where a network looks for a class: attribution maps over the images, and how much lies in the class."""
-    network, metadata = load_checkpoint(checkpoint, model=model)
+    network, metadata = load_checkpoint(checkpoint, backend="eager", model=model)  # compiling takes longer than this
     label = _label(target, metadata.class_names)
     place = choose_device(device)
     network.to(place).eval()
