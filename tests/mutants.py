@@ -109,7 +109,7 @@ FAULTS = (
           "matrix[i] += <<<counts[task * cells + i]|||task > 0 && task + 1 == tasks ? 0 : counts[task * cells + i]>>>;",
           ("test_upsample_confusion_matrix", *PREDICTIONS)),
     Fault("a logit at the threshold is inside", "csrc/upsampling/upsample_threshold.cpp",
-          "const IntVec<T> inside = (logit <<<>|||>=>>> bound) & counted;", ("test_upsample_threshold", *PREDICTIONS)),
+          "const IntVec<T> inside = (<<<logit > bound|||logit >= bound>>>) & counted;", ("test_upsample_threshold", *PREDICTIONS)),
     Fault("a box ends at the first band's last row", "csrc/upsampling/upsample_threshold.cpp",
           "max_of(all.bottom, <<<part.bottom|||all.bottom < 0 ? part.bottom : -1>>>)",
           ("test_upsample_threshold", *PREDICTIONS)),
