@@ -42,6 +42,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )  # fmt: skip
     parser.addoption("--part", metavar="K/N", help="run the Kth of N parts of the tests, K = 1, ..., N")
     parser.addoption("--every", type=int, default=1, metavar="N", help="run every Nth case of each test alone")
+    parser.addoption("--most", type=int, metavar="N", help="of a test's cases, run at most N, evenly spaced")
     parser.addoption("--shuffled", action="store_true", help="run tests in a random order, the same in every run")
 
 
@@ -85,6 +86,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if (every := config.getoption("--every")) > 1:
         numbers = defaultdict[str, Iterator[int]](itertools.count)
         kept = [item for item in kept if next(numbers[item.nodeid.partition("[")[0]]) % every == 0]
+    if most := config.getoption("--most"):
+        cases = defaultdict[str, list[pytest.Item]](list)
+        for item in kept:
+            cases[item.nodeid.partition("[")[0]].append(item)
+        chosen = {item for items in cases.values() for item in items[:: -(-len(items) // most)]}
+        kept = [item for item in kept if item in chosen]
     if part := config.getoption("--part"):
         number, parts = map(int, part.split("/"))
         kept = kept[number - 1 :: parts]
@@ -125,6 +132,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> Iterator[None]:
         metafunc.parametrize("isa", [*kernels, *(others if with_others else [])], indirect=True)
     yield
     strength = metafunc.config.option.strength
+    if strength and (mark := metafunc.definition.get_closest_marker("strength")):
+        strength = min(strength, *mark.args)
     calls = [call for call in metafunc._calls if not strength or all(mark.name != "full" for mark in call.marks)]
     if strength == 1 or (strength and len(calls) >= SMALL_GRID):
         calls = [calls[row] for row in covering([call.indices for call in calls], strength, metafunc.function.__name__)]

@@ -1,11 +1,14 @@
-"""Where fastseg is imported from: a checkout that isn't built says so."""
+"""What `import fastseg` does in a fresh process; a checkout that isn't built says so."""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
+
+import fastseg
 
 ROOT = Path(__file__).parents[1]
 MODEL = """
@@ -35,12 +38,26 @@ def test_an_unbuilt_checkout_warns_once_and_its_report_counts_nothing() -> None:
     assert "the operator would run as plain PyTorch (ModuleNotFoundError: No module named 'fastseg._C')" in report[2]
 
 
-def test_a_built_one_is_silent(tmp_path: Path) -> None:
-    command = [sys.executable, "-W", "error", "-c", "import fastseg"]
-    process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert (process.returncode, process.stderr) == (0, "")
+def built(code: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs code in a process that finds the installed fastseg."""
+    command = [sys.executable, "-W", "error", "-c", code]
+    return subprocess.run(command, cwd=folder, env=os.environ | environment, capture_output=True, text=True)
 
 
-def test_import_needs_no_gpu_and_no_triton() -> None:
-    code = "import fastseg, sys, torch; assert 'triton' not in sys.modules; torch.ops.fastseg.upsample_argmax.default"
-    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+def test_a_built_one_is_silent_and_needs_no_gpu_and_nothing_that_is_slow_to_import(tmp_path: Path) -> None:
+    slow = ("triton", "torch._dynamo", "torch._inductor")
+    code = f"import fastseg, sys, torch; print(torch.ops.fastseg.cross_entropy.default, {{*{slow}}} & {{*sys.modules}})"
+    process = built(code, tmp_path, CUDA_VISIBLE_DEVICES="")
+    assert (process.returncode, process.stderr, process.stdout) == (0, "", "fastseg.cross_entropy.default set()\n")
+
+
+@pytest.mark.parametrize("name", ["portable", pytest.param("avx2", marks=pytest.mark.full)])
+def test_the_environment_chooses_the_instruction_set(name: str, tmp_path: Path) -> None:
+    process = built("import fastseg; print(fastseg.info())", tmp_path, FASTSEG_CPU_ISA=name)
+    assert f"'cpu_isa': '{name}'" in process.stdout or name not in fastseg.info()["cpu_isas"]
+
+
+def test_an_instruction_set_that_there_is_not_is_an_error(tmp_path: Path) -> None:
+    process = built("import fastseg; print(fastseg.info())", tmp_path, FASTSEG_CPU_ISA="sse9")
+    assert "sse9" in process.stderr
+    assert "portable" in process.stderr

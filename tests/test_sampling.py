@@ -42,6 +42,11 @@ def test_grid(a, b, c): pass
 @pytest.mark.parametrize("b", range(2))
 def test_small(a, b): pass
 
+@pytest.mark.strength(1)
+@pytest.mark.parametrize("a", range(6))
+@pytest.mark.parametrize("b", range(5))
+def test_slow(a, b): pass
+
 @pytest.mark.full
 def test_long(): pass
 """
@@ -50,13 +55,14 @@ def test_long(): pass
 @pytest.mark.parametrize(
     ("arguments", "cases"),
     [
-        ([""], 20 + 4),
-        (["", "--strength=1"], 5 + 2),
-        (["", "--full"], 60 + 4 + 1),
-        (["", "--full", "--part=2/3"], 22),
+        ([""], 20 + 4 + 6),
+        (["", "--strength=1"], 5 + 2 + 6),
+        (["", "--full"], 60 + 4 + 30 + 1),
+        (["", "--full", "--part=2/3"], 32),
+        (["", "--full", "--most=3"], 3 + 2 + 3 + 1),
         (["::test_grid"], 60),
     ],
-    ids=["plain", "values", "full", "part", "named"],
+    ids=["plain", "values", "full", "part", "most", "named"],
 )
 def test_options(arguments: list[str], cases: int, tmp_path: Path) -> None:
     (file := tmp_path / "test_grids.py").write_text(GRIDS)

@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.gpu.stages import MARK, REPOSITORY
 
-FEW = 8  # specimens of a rehearsal
+FEW = 2  # specimens of a rehearsal
 
 
 def link_package() -> None:

@@ -74,9 +74,9 @@ PARITY = [
 CONVOLUTIONS = ["tests/ops/test_conv_relu_pool2d_fields.py", "tests/ops/test_conv_relu_pool2d.py"]
 BEHAVIOUR = ["tests/kernels/test_cuda.py", "tests/kernels/test_cuda_memory.py"]
 SMOKE = "tests/ops/test_smoke.py"
-LARGE = (
-    "2_to_the_31"  # what the tests of more elements than 32 bits count have in their names: each takes the GPU alone
-)
+# What the tests of more elements than 32 bits count have in their names: each takes the GPU alone.
+LARGE = "2_to_the_31"
+A_FEW_CASES = ("--strength=1", "--most=3")  # of a rehearsal
 
 
 def gpu_stages(out: Path, seconds_for_timing: float) -> list[Stage]:
@@ -114,13 +114,16 @@ def rehearsal_stages(out: Path) -> list[Stage]:
     return [
         Stage("versions", 60, _module("benchmarks.gpu.versions")),
         Stage("compile", 120, _module("benchmarks.gpu.compiling", "--few", "--json", str(out / "compile.json"))),
-        Stage("smoke", 120, _pytest(1, "-x", "--full", "--every=4", SMOKE), interpreted, decisive=True),
-        Stage("parity", 120, _pytest(1, "--full", "--every=37", *PARITY[1:2]), interpreted),
+        Stage("smoke", 120, _pytest(1, "-x", *A_FEW_CASES, SMOKE), interpreted, decisive=True),
+        Stage("parity", 120, _pytest(1, *A_FEW_CASES, *PARITY[1:2]), interpreted),
         Stage("behaviour", 60, _pytest(1, "-m", "gpu", *BEHAVIOUR)),
         Stage("peers", 120, _module("benchmarks.gpu.timing", "--device=cpu", "--compile")),
-        Stage("timing", 120, _module("benchmarks.gpu.timing", "--device=cpu", "--json", timing, "--seconds", "60")),
+        Stage(
+            "timing", 120,
+            _module("benchmarks.gpu.timing", "--device=cpu", "--json", timing, "--seconds=60", "--kinds=fastseg,eager"),
+        ),
         Stage("profile", 60, _module("benchmarks.gpu.profiling", "--timing", timing)),
-    ]
+    ]  # fmt: skip
 
 
 class Process:

@@ -253,8 +253,11 @@ def listen_to_interrupts() -> None:
 
 @pytest.mark.parametrize(
     ("number", "code"),
-    [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)],
-    ids=["Ctrl-C", "kill", "kill -9"],
+    [
+        pytest.param(signal.SIGINT, 130, id="Ctrl-C"),
+        pytest.param(signal.SIGTERM, 143, id="kill", marks=pytest.mark.full),
+        pytest.param(signal.SIGKILL, -9, id="kill -9", marks=pytest.mark.full),
+    ],
 )
 def test_an_ended_run_leaves_a_checkpoint_that_loads(
     shapes: Path, tmp_path: Path, number: signal.Signals, code: int
@@ -318,7 +321,7 @@ def test_version_and_info(capsys: pytest.CaptureFixture[str]) -> None:
     assert "Usage: fastseg" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", ["info", "train"])
+@pytest.mark.parametrize("command", ["info", pytest.param("train", marks=pytest.mark.full)])
 def test_an_instruction_set_that_there_is_not(command: str) -> None:
     arguments = [sys.executable, "-m", "fastseg", command, *(["--data", "nowhere"] if command == "train" else [])]
     result = subprocess.run(

@@ -231,15 +231,9 @@ def test_what_dynamo_cannot_capture_gets_its_own_error() -> None:
         compiled(function, fullgraph=True)(torch.randn(3))
 
 
-def run_python(code: str) -> str:
-    process = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
-    return process.stdout
-
-
 def test_the_backend_needs_no_import() -> None:
     """PyTorch finds it by its entry point."""
-    printed = run_python(
-        """
+    code = """
         import torch
         print("fastseg" in torch._dynamo.list_backends())
         layers = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.ReLU(), torch.nn.MaxPool2d(2))
@@ -248,12 +242,5 @@ def test_the_backend_needs_no_import() -> None:
         import fastseg
         print(len(fastseg.report(compiled).replaced))
         """
-    )
-    assert printed.split() == ["True", "1"]
-
-
-def test_import_stays_cheap() -> None:
-    printed = run_python(
-        "import sys, fastseg; print([m for m in ('torch._dynamo', 'torch._inductor') if m in sys.modules])"
-    )
-    assert printed.strip() == "[]"
+    process = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
+    assert process.stdout.split() == ["True", "1"]

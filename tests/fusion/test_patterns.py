@@ -13,6 +13,7 @@ OF_UNROUNDED = ("indices", "prediction", "masks")
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.strength(1)
 def test_the_same_values_and_gradients(name: str, layout: str) -> None:
     case = CASES[name]
     check(case, torch.float32, layout)
@@ -36,6 +37,7 @@ def check(case: Case, dtype: torch.dtype, layout: str) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.strength(1)
 def test_the_same_without_gradients(name: str, layout: str) -> None:
     case = CASES[name]
     tensors = [None if tensor is None else tensor.detach() for tensor in case.tensors(torch.float32, layout)]

@@ -112,6 +112,7 @@ CAPTURES: dict[str, Callable[..., nn.Module]] = {
 
 @each_call
 @pytest.mark.parametrize("capture", CAPTURES)
+@pytest.mark.strength(1)
 @pytest.mark.filterwarnings("ignore")
 def test_gradients_of_what_was_captured(capture: str, call: Call) -> None:
     torch.compiler.reset()
@@ -149,20 +150,6 @@ def test_opcheck_of_the_focal_sums(with_overlap: bool) -> None:
     sums, statistics, total_weight, overlap = torch.ops.fastseg.focal_sums.default(input, labels, *options)
     saved = (torch.ones_like(sums), torch.ones_like(overlap), input, labels, statistics, total_weight)
     torch.library.opcheck(torch.ops.fastseg.focal_sums_backward.default, (*saved, *options))
-
-
-@each_call
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_fakes_and_not_decompositions_serve_symbolic_sizes(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*arguments: object) -> None:
-        raise AssertionError("a decomposition was called")
-
-    for overload in fastseg.decompositions():
-        monkeypatch.setitem(torch._decomp.decomposition_table, overload, refuse)
-    torch.compiler.reset()
-    torch.compile(Captured(call), backend="aot_eager", dynamic=True, fullgraph=True)(
-        input_of(call, requires_grad=True)
-    ).backward()
 
 
 # ---- transforms ----
@@ -261,7 +248,12 @@ ONNX: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }
 
 
-@pytest.mark.parametrize("module", ONNX)
+FIRST = {"FCN", "prediction", *(call.operator for call in GRADIENTS.values())}  # of each operator a call
+
+
+@pytest.mark.parametrize(
+    "module", [pytest.param(name, marks=[] if name in FIRST else pytest.mark.full) for name in ONNX]
+)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # torch's exporter and onnxscript
 def test_onnx(module: str) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")

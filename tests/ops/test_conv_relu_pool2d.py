@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import fastseg
 from fastseg import _native, functional, reference
 from fastseg._tf32 import convolutions_take_tf32
 from fastseg.ops import conv_relu_pool2d as operator
@@ -251,23 +250,6 @@ def test_largest_window_of_the_kernels(algorithm: str) -> None:
 
 
 # ---- determinism, memory, graphs ----
-
-
-def test_instruction_set_override_in_a_fresh_process() -> None:
-    import os
-    import subprocess
-    import sys
-
-    script = "import fastseg; print(fastseg.info()['cpu_isa'])"
-    for name in fastseg.info()["cpu_isas"]:
-        environment = {**os.environ, "FASTSEG_CPU_ISA": name}
-        run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
-        assert run.stdout.strip() == name
-    run = subprocess.run(
-        [sys.executable, "-c", script], env={**os.environ, "FASTSEG_CPU_ISA": "sse9"}, capture_output=True, text=True
-    )
-    assert "sse9" in run.stderr
-    assert "portable" in run.stderr
 
 
 # ---- torch's machinery ----

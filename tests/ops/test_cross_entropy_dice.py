@@ -219,6 +219,7 @@ def test_agrees_with_torchmetrics_on_certain_predictions() -> None:
 @slow_under_the_interpreter
 @pytest.mark.parametrize("combination", COMBINATIONS.values(), ids=COMBINATIONS)
 @pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+@pytest.mark.strength(1)
 def test_gradcheck_to_second_order(mode: dict[str, Any], combination: dict[str, Any]) -> None:
     input = logits((2, 3, 2, 3), torch.float64)
     target = labels_for(input, (4, 5), ignore_index=1)

@@ -179,6 +179,7 @@ def test_gamma_zero_is_cross_entropy(dtype: torch.dtype, reduction: str) -> None
 @slow_under_the_interpreter
 @pytest.mark.parametrize("gamma", GAMMAS)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.strength(1)
 def test_gradcheck_to_second_order(reduction: str, gamma: float) -> None:
     input = logits((2, 3, 2, 3), torch.float64)
     weight = torch.tensor([0.5, 2.0, 1.0], dtype=torch.float64, requires_grad=True)

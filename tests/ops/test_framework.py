@@ -77,6 +77,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @each_call
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.strength(1)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
 def test_opcheck(layout: Callable[[Tensor], Tensor], call: Call) -> None:
     input, *others = call.tensors()
@@ -144,7 +145,15 @@ def test_inductor(call: Call) -> None:
 
 
 @parametrize(CAPTURED)
-def test_compiled_for_dynamic_sizes_without_recompiling(call: Call) -> None:
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_compiled_for_dynamic_sizes_without_recompiling(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the fakes, and not by the decompositions, which are ONNX's."""
+
+    def refuse(*arguments: object) -> None:
+        raise AssertionError("a decomposition was called")
+
+    for overload in fastseg.decompositions():
+        monkeypatch.setitem(torch._decomp.decomposition_table, overload, refuse)
     torch.compiler.reset()
     compiled = torch.compile(call.fused, fullgraph=True, backend="aot_eager", dynamic=True)
     with torch._dynamo.config.patch(error_on_recompile=True):
@@ -164,6 +173,7 @@ def test_compiled_under_autocast(call: Call) -> None:
 
 @parametrize(CAPTURED)
 @pytest.mark.parametrize("strict", [True, False], ids=["strict", "non-strict"])
+@pytest.mark.strength(1)
 def test_export_of_a_dynamic_batch(strict: bool, call: Call) -> None:
     step, example = Step(call).eval(), images_and_labels(call)
     batch = torch.export.Dim("batch", min=1, max=64)
