@@ -68,11 +68,19 @@ class UNet(SegmentationModel):
             features, skip = pool(expand(features))
             skips.append(skip)
         features = self.bottom(features)
-        for reduce, merge, skip in zip(self.reduce, self.merge, reversed(skips), strict=True):
-            raised = F.interpolate(reduce(features), size=skip.shape[-2:], mode="bilinear", align_corners=False)
-            features = merge(torch.cat((skip, raised), dim=1))
+        for reduce, merge in zip(self.reduce, self.merge, strict=True):
+            first, second = merge.children()
+            # Nothing holds a level's largest tensors for longer than a prediction needs them.
+            features = first(_joined(skips.pop(), reduce(features)))
+            features = second(features)
         return self.classifier(features)
 
     def forward(self, input: Tensor) -> Tensor:
         """Logits ``[N, num_classes, H, W]`` of images ``[N, in_channels, H, W]``; there is nothing to upsample."""
         return self.logits(input)
+
+
+def _joined(skip: Tensor, features: Tensor) -> Tensor:
+    """A skip and, upsampled to its size, the features from below."""
+    raised = F.interpolate(features, size=skip.shape[-2:], mode="bilinear", align_corners=False)
+    return torch.cat((skip, raised), dim=1)
