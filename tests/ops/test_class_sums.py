@@ -111,7 +111,7 @@ def test_factors(implementation: str, size: Size, factor: dict[str, float], dtyp
     assert sums.shape == (6 if factor else 3, 2, 5)
 
 
-@pytest.mark.parametrize("classes", [1, 2, 19, 150, 257])
+@pytest.mark.parametrize("classes", [1, 2, 5] if _native.INTERPRETED else [1, 2, 19, 150, 257])
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
 @pytest.mark.parametrize("kind", TARGETS)
 def test_class_counts(kind: str, layout: str, classes: int) -> None:
