@@ -193,16 +193,17 @@ def upsample_cross_entropy_backward(
                     pixel_grad = tl.reshape(pixel_grad, inside.shape)
                     label_grad = tl.reshape(label_grad, inside.shape)
                     at = out_rows.to(INDEX) * out_width + out_columns
-                    counts = labels >= 0 if OVERLAP else inside
                     logits = interpolate(taps, row_weights, column_weights, GRID)
-                    probability = probabilities(logits, statistics, at, pixels, counts)
+                    probability = probabilities(logits, statistics, at, pixels, inside)
                     hit = classes[:, None, None, None] == labels
                     gradient = probability * label_grad - tl.where(hit, label_grad, 0.0)
                     if SMOOTHED:
                         gradient += (probability * share - q) * pixel_grad
                     if OVERLAP:
+                        counts = labels >= 0
                         mean_grad = load(mean_grads + at, counts, other=0)
-                        gradient += probability * ((of_predicted - mean_grad) + tl.where(hit, of_intersection, 0.0))
+                        factor = (of_predicted - mean_grad) + tl.where(hit, of_intersection, 0.0)
+                        gradient += probability * tl.where(counts, factor, 0.0)
                 near, far = _to_taps(gradient, column_weights, 2, GRID.taps[1])  # [BLOCK_C, GROUP_H, BLOCK_G]
                 upper, lower = _to_taps(near, group_row_weights, 1, GRID.taps[0])
                 near_near += upper
