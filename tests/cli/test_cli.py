@@ -279,7 +279,7 @@ def test_an_ended_run_leaves_a_checkpoint_that_loads(
     assert load_checkpoint(tmp_path / "last.ckpt")[1].epoch >= 2
     assert "Traceback" not in err
     if number == signal.SIGINT:
-        assert err == "error: interrupted\n"
+        assert err.splitlines()[-1] == "error: interrupted"  # a torchvision that does not fit is warned of before
         assert "resume continues from there" in out
 
 
