@@ -1,6 +1,6 @@
-"""What the Triton kernels of sigmoids' losses do with some classes of some pixels, however they got their logits.
+"""What the Triton kernels of sigmoids do with some classes of some pixels, however they got their logits.
 
-`fastseg.ops.upsample_sigmoid_sums` defines the terms.
+`fastseg.ops.upsample_sigmoid_sums` defines the terms of losses.
 """
 
 from __future__ import annotations
@@ -32,6 +32,13 @@ def load_shares(
         exist = inside & (classes < CLASSES)
         shares = load(target + classes.to(tl.int64) * strides[1] + offsets, exist, other=0).to(ACC)
         return shares, exist & (shares != tl.cast(ignore_index, tl.float64).to(ACC)), inside | (inside == 0)
+
+
+@triton.jit
+def sigmoid(x):
+    """1 / (1 + exp(-x)), without an exponential that overflows."""
+    power = exp(-tl.abs(x))
+    return tl.where(x < 0, power, 1.0) / (1 + power)
 
 
 @triton.jit

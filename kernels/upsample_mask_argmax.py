@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastseg.kernels.launch import Plan, launch, next_power_of_2, replayed
-from fastseg.kernels.upsample_threshold import sigmoid
+from fastseg.kernels.sigmoid_pixels import sigmoid
 from fastseg.kernels.upsampling import (
     GRID_ARGUMENTS,
     axes_of,

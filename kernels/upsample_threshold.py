@@ -9,8 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastseg.kernels.cross_entropy_pixels import exp, from_bits
+from fastseg.kernels.cross_entropy_pixels import from_bits
 from fastseg.kernels.launch import Plan, bits_of, cdiv, choose, launch, replayed, scratch
+from fastseg.kernels.sigmoid_pixels import sigmoid
 from fastseg.kernels.upsampling import (
     GRID_ARGUMENTS,
     axes_of,
@@ -33,13 +34,6 @@ if TYPE_CHECKING:
 
 NOWHERE = tl.constexpr(2**31 - 1)  # farther than any position
 PLACES = tl.constexpr(5)  # what is kept of where a mask is: pixels, left, top, right, bottom
-
-
-@triton.jit
-def sigmoid(x):
-    """1 / (1 + exp(-x)), without an exponential that overflows."""
-    power = exp(-tl.abs(x))
-    return tl.where(x < 0, power, 1.0) / (1 + power)
 
 
 @triton.jit(do_not_specialize=[*GRID_ARGUMENTS, "bound_bits", "class_blocks"])

@@ -17,7 +17,7 @@ from fastseg import _triton, reference
 from fastseg._native import _C, INTERPRETED, describe, log_fallback, native
 from fastseg.ops.layouts import lie_alike
 from fastseg.ops.losses import plain
-from fastseg.ops.losses.options import SCHEMA, LossOptions, accumulation_dtype
+from fastseg.ops.losses.options import SCHEMA, LossOptions, accumulation_dtype, no_statistics
 from fastseg.ops.registration import register_gradient, register_plain
 
 MAX_DIMS: int = getattr(_C, "MAX_DIMS", 0)  # of the C++ kernels
@@ -63,11 +63,6 @@ def _allocate_outputs(input: Tensor, reduction: str, with_statistics: bool) -> t
     statistics = input.new_empty((2, images if with_statistics else 0, *pixels), dtype=accumulation_dtype(input))
     total_weight = statistics.new_empty(())
     return statistics.new_empty((images, *pixels) if reduction == "none" else ()), statistics, total_weight
-
-
-def _no_statistics(input: Tensor, loss: Tensor) -> Tensor:
-    """Statistics that weren't asked for."""
-    return loss.new_empty((2, 0, *input.shape[2:]))
 
 
 @torch.library.register_fake("fastseg::cross_entropy", lib=_library)
@@ -153,7 +148,7 @@ def forward_plain(input: Tensor, target: Tensor, weight: Tensor | None, *options
     *numbers, with_statistics = options
     wide = input.to(accumulation_dtype(input))
     loss, statistics, total_weight = plain.cross_entropy(wide, target, weight, LossOptions(*numbers))
-    return loss, statistics if with_statistics else _no_statistics(input, loss), total_weight
+    return loss, statistics if with_statistics else no_statistics(loss, input.shape[2:]), total_weight
 
 
 def backward_plain(
@@ -187,7 +182,7 @@ class _CrossEntropy(torch.autograd.Function):
         ctx.save_for_backward(input, target, weight, statistics, total_weight)
         ctx.options = numbers
         ctx.set_materialize_grads(False)
-        statistics = statistics if with_statistics else _no_statistics(input, loss)
+        statistics = statistics if with_statistics else no_statistics(loss, input.shape[2:])
         ctx.mark_non_differentiable(statistics, total_weight)
         return loss, statistics, total_weight
 

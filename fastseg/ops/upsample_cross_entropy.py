@@ -28,7 +28,7 @@ from fastseg import _triton, reference
 from fastseg._native import INTERPRETED, describe, native
 from fastseg.ops.layouts import lie_alike
 from fastseg.ops.losses import plain
-from fastseg.ops.losses.options import UPSAMPLE_SCHEMA, LossOptions, accumulation_dtype
+from fastseg.ops.losses.options import UPSAMPLE_SCHEMA, LossOptions, accumulation_dtype, no_statistics
 from fastseg.ops.registration import register_gradient, register_plain
 from fastseg.ops.upsampling import Upsampling, upsampling_between
 
@@ -211,16 +211,11 @@ def forward_plain(input: Tensor, target: Tensor, weight: Tensor | None, *options
     overlap = loss.new_empty((0, *input.shape[:2]))
     if with_overlap:
         overlap = reference.overlap(logits, target, loss_options.ignore_index)
-    return loss, statistics if with_statistics else _no_statistics(loss, target), total_weight, overlap
+    return loss, statistics if with_statistics else no_statistics(loss, target.shape[1:]), total_weight, overlap
 
 
 def _upsample_plain(input: Tensor, target: Tensor, options: LossOptions) -> Tensor:
     return reference.upsample(input, target.shape[1:], None, options.mode, options.align_corners)
-
-
-def _no_statistics(loss: Tensor, target: Tensor) -> Tensor:
-    """Statistics that weren't asked for."""
-    return loss.new_empty((2, 0, *target.shape[1:]))
 
 
 def backward_plain(
@@ -297,7 +292,7 @@ class _TwoPass(torch.autograd.Function):
         ctx.save_for_backward(input, target, weight, statistics, total_weight)
         ctx.options = LossOptions(*numbers)
         ctx.set_materialize_grads(False)
-        statistics = statistics if with_statistics else _no_statistics(loss, target)
+        statistics = statistics if with_statistics else no_statistics(loss, target.shape[1:])
         ctx.mark_non_differentiable(statistics, total_weight, *(() if with_overlap else (overlap,)))
         return loss, statistics, total_weight, overlap
 
@@ -377,7 +372,7 @@ def _record_gradient(call: Any, input: Tensor, target: Tensor, weight: Tensor | 
     else:
         overload = torch.ops.fastseg.upsample_cross_entropy_with_gradient.default
         loss, total_weight, _ = overload(*tensors, *numbers)
-    return loss, _no_statistics(loss, target), total_weight, loss.new_empty((0, *input.shape[:2]))
+    return loss, no_statistics(loss, target.shape[1:]), total_weight, loss.new_empty((0, *input.shape[:2]))
 
 
 register_gradient(

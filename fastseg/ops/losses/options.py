@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -43,3 +44,8 @@ class LossOptions(NamedTuple):
 def accumulation_dtype(input: Tensor) -> torch.dtype:
     """The dtype of the arithmetic."""
     return torch.float64 if input.dtype == torch.float64 else torch.float32
+
+
+def no_statistics(loss: Tensor, pixels: Sequence[int]) -> Tensor:
+    """An operator's statistics where they weren't asked for: those of no image."""
+    return loss.new_empty((2, 0, *pixels))
