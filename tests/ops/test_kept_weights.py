@@ -151,3 +151,11 @@ def test_compiled_predictions_keep_the_weights_beside_batch_normalisation() -> N
     report = fastseg.report(network)
     assert fastseg.info()["kept_weights"] == report.kept_bytes > 16 / 9 * weights
     assert f"{report.kept_bytes / 2**10:.1f} KiB of transformed weights kept" in report.summary()
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")  # sizes are fixed in it
+def test_a_trace_is_the_same_with_and_without_gradients() -> None:
+    layer = fastseg.ConvReLUPool2d(3, 8, 3, padding=1)
+    images = torch.rand(2, 3, 16, 16)
+    traced = torch.jit.trace(layer, (images,))  # which compares both graphs
+    torch.testing.assert_close(traced(images), layer(images), rtol=0, atol=0)

@@ -42,7 +42,8 @@ def scaled(weight: Tensor, scale: Tensor | None) -> Tensor:
 
 def for_prediction(weight: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor | None, bool]:
     """Weight and scale, and whether what is made of them is to be kept; where gradients are recorded, one weight."""
-    recorded = torch.is_grad_enabled()
+    # torch.jit.trace checks itself without gradients, and wants the same graph: what it traces may be trained.
+    recorded = torch.is_grad_enabled() or torch.jit.is_tracing()
     if scale is not None and recorded and (weight.requires_grad or scale.requires_grad):
         weight, scale = scaled(weight, scale), None
     return weight, scale, not (recorded and weight.requires_grad)
