@@ -146,16 +146,16 @@ def upsample(
     """`torch.nn.functional.interpolate`, which refuses ``align_corners`` where it has no meaning."""
     if _upsampled_size(input, size, scale_factor) == tuple(input.shape[2:]):
         return input  # torch would copy, or count neighbours 0 times, which makes NaN of infinity
-    corners = align_corners if mode == "bilinear" else None
+    corners = None if mode == "nearest" else align_corners
     return F.interpolate(input, size, scale_factor, mode, corners)
 
 
 def _upsampled_size(input: Tensor, size: IntOrPair | None, scale_factor: FloatOrPair | None) -> tuple[int, ...]:
-    """Height and width that `torch.nn.functional.interpolate` gives."""
+    """The output's size that `torch.nn.functional.interpolate` gives."""
     if size is not None:
-        return tuple(size) if isinstance(size, (tuple, list)) else (size, size)
+        return tuple(size) if isinstance(size, (tuple, list)) else (size,) * (input.ndim - 2)
     assert scale_factor is not None
-    factors = scale_factor if isinstance(scale_factor, (tuple, list)) else (scale_factor, scale_factor)
+    factors = scale_factor if isinstance(scale_factor, (tuple, list)) else (scale_factor,) * (input.ndim - 2)
     return tuple(math.floor(extent * factor) for extent, factor in zip(input.shape[2:], factors, strict=True))
 
 

@@ -38,7 +38,7 @@ def make(
         shape: The tensor's shape.
         dtype: Its dtype.
         seed: Seed of the numbers; the same in every dtype and layout.
-        layout: "nchw" or "channels_last" (four dimensions).
+        layout: "nchw" or "channels_last" (four or five dimensions).
         scale: Standard deviation.
         requires_grad: Whether the tensor is a leaf that collects gradients.
 
@@ -47,7 +47,10 @@ def make(
     """
     generator = torch.Generator("cpu").manual_seed(seed)
     values = (torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu") * scale).to(dtype)
-    values = values.contiguous(memory_format=MEMORY_FORMATS[layout])
+    memory_format = MEMORY_FORMATS[layout]
+    if memory_format == torch.channels_last and len(shape) == 5:
+        memory_format = torch.channels_last_3d
+    values = values.contiguous(memory_format=memory_format)
     return values.to(torch.get_default_device()).requires_grad_(requires_grad)
 
 

@@ -256,7 +256,7 @@ def positions_in_interval(size: int, out_size: int, step: float, mode: str, alig
     whole = ratio == round(ratio)
     # Then no coordinate is rounded across a whole number: all are multiples of a power of two, or halves between them.
     exact = math.log2(ratio).is_integer() if whole else False
-    halves = whole and round(ratio) % 2 == 0 and mode == "bilinear" and not align_corners
+    halves = whole and round(ratio) % 2 == 0 and mode != "nearest" and not align_corners
     if exact or halves:
         return min(round(ratio), out_size)
     return min(math.floor(ratio * (1 + size * COORDINATE_ERROR)) + 1, out_size)

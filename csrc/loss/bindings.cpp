@@ -119,7 +119,7 @@ void upsample_cross_entropy_forward(const py::tuple& tensors, const py::object& 
   read_tensors(tensors, {&call.input, &call.target, &call.weight, &call.loss, &call.statistics, &call.total_weight,
                          &call.overlap, &call.gradient});
   read_options(options, threads, &call);
-  call.grid = read_upsampling(upsampling);
+  call.grid = read_upsampling(upsampling, call.input);
   check_map(call.input, call.target);
   check_loss(call.loss, call, call.target);
   require(is_dense(call.loss) && is_dense(call.overlap), "loss and overlap are dense");
@@ -140,7 +140,7 @@ void upsample_cross_entropy_backward(const py::tuple& tensors, const py::object&
   read_tensors(tensors, {&call.grad_output, &call.grad_overlap, &call.input, &call.target, &call.weight,
                          &call.statistics, &call.total_weight, &call.grad_input});
   read_options(options, threads, &call);
-  call.grid = read_upsampling(upsampling);
+  call.grid = read_upsampling(upsampling, call.input);
   check_map(call.input, call.target);
   check_statistics(call, call.target);
   check_loss(call.grad_output, call, call.target);
@@ -161,7 +161,7 @@ void read_sigmoid_options(const py::object& options, const py::object& upsamplin
   call.ignore_index = options.attr("ignore_index").cast<int64_t>();
   call.gamma = number("gamma");
   call.threshold = number("threshold");
-  call.grid = read_upsampling(upsampling);
+  call.grid = read_upsampling(upsampling, call.input);
   call.threads = threads;
   const Tensor &input = call.input, &target = call.target, &sums = call.sums;
   const bool of_labels = target.ndim == 3;

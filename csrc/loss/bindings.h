@@ -2,7 +2,6 @@
 #pragma once
 
 #include <string>
-#include <utility>
 
 #include "core/bindings.h"
 #include "loss/cross_entropy.h"
@@ -11,29 +10,43 @@
 namespace fastseg {
 namespace python {
 
+// Whether there is anything along a tensor's dimensions from `first` on.
+inline bool has_extent(const Tensor& tensor, int first) {
+  for (int i = first; i < tensor.ndim; ++i)
+    if (tensor.size[i] <= 0) return false;
+  return true;
+}
+
 // Logits [N, C, h, w].
 inline void check_logits(const Tensor& input) {
-  require(input.ndim == 4 && is_floating(input) && input.size[1] > 0 && input.size[2] > 0 && input.size[3] > 0,
+  require(input.ndim == 4 && is_floating(input) && has_extent(input, 1),
           "input is a floating-point [N, C, h, w] with classes, rows and columns");
 }
 
-// Logits [N, C, h, w] and, of the output's size, labels [N, H, W].
+// Logits [N, C, h, w] or [N, C, d, h, w] and, of the output's size, labels [N, H, W] or [N, D, H, W].
 inline void check_map(const Tensor& input, const Tensor& labels) {
-  check_logits(input);
-  require(labels.ndim == 3 && !is_floating(labels) && labels.size[0] == input.size[0] && labels.size[1] > 0 &&
-              labels.size[2] > 0,
-          "labels are integers [N, H, W] with rows and columns");
+  require((input.ndim == 4 || input.ndim == 5) && is_floating(input) && has_extent(input, 1),
+          "input is a floating-point [N, C, h, w] or [N, C, d, h, w] with classes and pixels");
+  require(
+      labels.ndim == input.ndim - 1 && !is_floating(labels) && labels.size[0] == input.size[0] && has_extent(labels, 1),
+      "labels are integers [N, H, W] or [N, D, H, W] with pixels");
 }
 
-// From fastseg.ops.upsampling.Upsampling.
-inline Upsampling read_upsampling(const py::object& upsampling) {
+// From fastseg.ops.upsampling.Upsampling, of a grid for input.
+inline Upsampling read_upsampling(const py::object& upsampling, const Tensor& input) {
   const auto mode = upsampling.attr("mode").cast<std::string>();
-  const auto steps = upsampling.attr("steps").cast<std::pair<double, double>>();
-  require((mode == "nearest" || mode == "bilinear") && steps.first >= 0 && steps.second >= 0,
-          "a mode is known, and a step is not negative");
-  return {mode == "nearest" ? Mode::kNearest : Mode::kBilinear,
-          upsampling.attr("align_corners").cast<bool>(),
-          {steps.first, steps.second}};
+  const py::tuple steps = upsampling.attr("steps");
+  require(mode == "nearest" || mode == "bilinear" || mode == "trilinear", "a mode is known");
+  require(static_cast<int>(steps.size()) == input.ndim - 2 && (input.ndim == 4 || input.ndim == 5),
+          "each axis has a step");
+  Upsampling grid = {
+      mode == "nearest" ? Mode::kNearest : Mode::kLinear, upsampling.attr("align_corners").cast<bool>(), {1, 1, 1}};
+  for (int axis = 0; axis < input.ndim - 2; ++axis) {
+    double& step = grid.step[axis + 5 - input.ndim];
+    step = steps[axis].cast<double>();
+    require(step >= 0, "a step is not negative");
+  }
+  return grid;
 }
 
 // Runs a kernel without the interpreter lock; raises an IndexError for a label that is neither a class nor ignored.

@@ -180,10 +180,8 @@ bool forward_band(const UpsampleCrossEntropyForward& call, const UpsampledMap<T>
 
 template <class T, Kind kKind>
 void forward(const UpsampleCrossEntropyForward& call) {
-  const int64_t output_height = call.target.size[1], output_width = call.target.size[2];
-  const Bands bands(call.input.size[0], output_height);
-  const Workspace tables(UpsampledMap<T>::table_bytes(output_height, output_width));
-  const UpsampledMap<T> map(call.grid, call.input, output_height, output_width, kRowsInCache, tables.data());
+  const UpsampledMap<T> map(call.grid, call.input, call.target, kRowsInCache);
+  const Bands bands(map);
   const bool with_overlap = static_cast<bool>(call.overlap);
   const BandSums sums(bands.count, with_overlap ? kOverlapSums * map.classes : 0);
   for_each_task(bands.count, call.threads, [&](int64_t band) {
@@ -233,10 +231,8 @@ class GradientRows {
 
 template <class T, Kind kKind>
 void forward_with_gradient(const UpsampleCrossEntropyForward& call) {
-  const int64_t output_height = call.target.size[1], output_width = call.target.size[2];
-  const InputBands bands(call.input.size[0], call.input.size[2], output_height, call.grid.mode);
-  const Workspace tables(UpsampledMap<T>::table_bytes(output_height, output_width));
-  const UpsampledMap<T> map(call.grid, call.input, output_height, output_width, kGradientRowsInCache, tables.data());
+  const UpsampledMap<T> map(call.grid, call.input, call.target, kGradientRowsInCache);
+  const InputBands bands(map);
   const BandSums sums(bands.count);
   sum_gradients<T, GradientRows<T, kKind>>(call, map, bands, call.gradient, sums.partials());
   store_totals<T>(call, sums.partials(), bands.count, kKind == Kind::kSmoothedLabels);

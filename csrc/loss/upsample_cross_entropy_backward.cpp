@@ -119,10 +119,8 @@ class BackwardRows {
 
 template <class T, Kind kKind>
 void backward(const UpsampleCrossEntropyBackward& call) {
-  const int64_t output_height = call.target.size[1], output_width = call.target.size[2];
-  const InputBands bands(call.input.size[0], call.input.size[2], output_height, call.grid.mode);
-  const Workspace tables(UpsampledMap<T>::table_bytes(output_height, output_width));
-  const UpsampledMap<T> map(call.grid, call.input, output_height, output_width, kGradientRowsInCache, tables.data());
+  const UpsampledMap<T> map(call.grid, call.input, call.target, kGradientRowsInCache);
+  const InputBands bands(map);
   const BandSums sums(bands.count);
   sum_gradients<T, BackwardRows<T, kKind>>(call, map, bands, call.grad_input, sums.partials());
   *call.invalid = {};

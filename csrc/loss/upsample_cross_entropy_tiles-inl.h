@@ -33,11 +33,11 @@ class BandSums {
 template <class T>
 void store_class_sums(const Tensor& target, const UpsampledMap<T>& map, const Bands& bands, const double* of_bands) {
   const int64_t images = map.images, classes = map.classes, sums = target.size[0] * classes;
+  const int64_t per_image = bands.per_plane * map.output_depth;
   for (int64_t image = 0; image < images; ++image)
     for (int64_t i = 0; i < sums; ++i) {
       double sum = 0;
-      for (int64_t band = image * bands.per_image; band < (image + 1) * bands.per_image; ++band)
-        sum += of_bands[band * sums + i];
+      for (int64_t band = image * per_image; band < (image + 1) * per_image; ++band) sum += of_bands[band * sums + i];
       static_cast<T*>(target.data)[(i / classes * images + image) * classes + i % classes] = static_cast<T>(sum);
     }
 }

@@ -210,11 +210,8 @@ bool forward_band(const UpsampleSigmoidSums& call, const UpsampledMap<T>& map, c
 
 template <class T, Terms kTerms>
 void forward(const UpsampleSigmoidSums& call) {
-  const Tensor& target = call.target;
-  const int64_t output_height = target.size[target.ndim - 2], output_width = target.size[target.ndim - 1];
-  const Bands bands(call.input.size[0], output_height);
-  const Workspace tables(UpsampledMap<T>::table_bytes(output_height, output_width));
-  const UpsampledMap<T> map(call.grid, call.input, output_height, output_width, kRowsInCache, tables.data());
+  const UpsampledMap<T> map(call.grid, call.input, call.target, kRowsInCache);
+  const Bands bands(map);
   const int64_t sums_of_band = kSums<kTerms> * map.classes;
   const BandSums sums(bands.count, sums_of_band);
   for_each_task(bands.count, call.threads, [&](int64_t band) {
@@ -293,11 +290,8 @@ class BackwardRows {
 
 template <class T, Terms kTerms>
 void backward(const UpsampleSigmoidSumsBackward& call) {
-  const Tensor &target = call.target, &input = call.input;
-  const int64_t output_height = target.size[target.ndim - 2], output_width = target.size[target.ndim - 1];
-  const InputBands bands(input.size[0], input.size[2], output_height, call.grid.mode);
-  const Workspace tables(UpsampledMap<T>::table_bytes(output_height, output_width));
-  const UpsampledMap<T> map(call.grid, input, output_height, output_width, kGradientRowsInCache, tables.data());
+  const UpsampledMap<T> map(call.grid, call.input, call.target, kGradientRowsInCache);
+  const InputBands bands(map);
   const BandSums sums(bands.count);
   sum_gradients<T, BackwardRows<T, kTerms>>(call, map, bands, call.grad_input, sums.partials());
   *call.invalid = {};

@@ -14,7 +14,7 @@ namespace {
 void upsample_argmax(const py::tuple& tensors, const py::object& upsampling, int threads) {
   UpsampleArgmax call;
   read_tensors(tensors, {&call.input, &call.labels, &call.confidence});
-  call.grid = read_upsampling(upsampling);
+  call.grid = read_upsampling(upsampling, call.input);
   call.threads = threads;
   const Tensor &labels = call.labels, &confidence = call.confidence;
   check_map(call.input, labels);
@@ -30,7 +30,7 @@ void upsample_confusion_matrix(const py::tuple& tensors, int64_t ignore_index, c
   UpsampleConfusionMatrix call;
   read_tensors(tensors, {&call.input, &call.target, &call.matrix});
   call.ignore_index = ignore_index;
-  call.grid = read_upsampling(upsampling);
+  call.grid = read_upsampling(upsampling, call.input);
   call.threads = threads;
   const Tensor& matrix = call.matrix;
   check_map(call.input, call.target);
@@ -43,9 +43,10 @@ void upsample_confusion_matrix(const py::tuple& tensors, int64_t ignore_index, c
 void upsample_mask_argmax(const py::tuple& tensors, const py::object& upsampling, int threads) {
   UpsampleMaskArgmax call;
   read_tensors(tensors, {&call.input, &call.class_probabilities, &call.labels});
-  call.grid = read_upsampling(upsampling);
+  call.grid = read_upsampling(upsampling, call.input);
   call.threads = threads;
   const Tensor &input = call.input, &probabilities = call.class_probabilities;
+  check_logits(input);
   check_map(input, call.labels);
   const DType accumulation = input.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
   require(probabilities.ndim == 3 && probabilities.size[0] == input.size[0] && probabilities.size[1] == input.size[1] &&
@@ -60,7 +61,7 @@ void upsample_threshold(const py::tuple& tensors, double bound, const py::object
   UpsampleThreshold call;
   read_tensors(tensors, {&call.input, &call.masks, &call.scores, &call.boxes});
   call.bound = bound;
-  call.grid = read_upsampling(upsampling);
+  call.grid = read_upsampling(upsampling, call.input);
   call.threads = threads;
   const Tensor &input = call.input, &masks = call.masks, &scores = call.scores, &boxes = call.boxes;
   check_logits(input);

@@ -31,8 +31,8 @@ bool argmax_band(const UpsampleArgmax& call, const UpsampledMap<T>& map, const B
   T* const confidence = pieces.take(map.tile_columns);
   Int<T>* const labels = reinterpret_cast<Int<T>*>(pieces.take(map.tile_columns));
   for_each_tile_row(
-      map, bands, band, &source, [&](int64_t image, int64_t y, const RowPair<T>& pair, int64_t begin, int64_t count) {
-        const int64_t first = (image * map.output_height + y) * map.output_width + begin;
+      map, bands, band, &source, [&](int64_t plane, int64_t y, const RowPair<T>& pair, int64_t begin, int64_t count) {
+        const int64_t first = (plane * map.output_height + y) * map.output_width + begin;
         const bool with_confidence = static_cast<bool>(call.confidence);
         with_upsampled_row(map, pair, 0, [&](const auto row) {
           argmax_row(map, pair, row, count, labels);
@@ -48,10 +48,8 @@ bool argmax_band(const UpsampleArgmax& call, const UpsampledMap<T>& map, const B
 
 template <class T>
 void argmax(const UpsampleArgmax& call) {
-  const int64_t output_height = call.labels.size[1], output_width = call.labels.size[2];
-  const Bands bands(call.input.size[0], output_height);
-  const Workspace tables(UpsampledMap<T>::table_bytes(output_height, output_width));
-  const UpsampledMap<T> map(call.grid, call.input, output_height, output_width, kArgmaxRowsInCache, tables.data());
+  const UpsampledMap<T> map(call.grid, call.input, call.labels, kArgmaxRowsInCache);
+  const Bands bands(map);
   for_each_task(bands.count, call.threads, [&](int64_t band) { return argmax_band(call, map, bands, band); });
 }
 

@@ -8,9 +8,9 @@
 namespace fastseg {
 
 struct UpsampleArgmax {
-  Tensor input;       // [N, C, h, w]: logits of any strides, C > 0
-  Tensor labels;      // [N, H, W], dense: uint8, int16, int32 or int64
-  Tensor confidence;  // [N, H, W] of input's dtype, dense, optional: the label's softmax value
+  Tensor input;       // [N, C, h, w] or [N, C, d, h, w]: logits of any strides, C > 0
+  Tensor labels;      // [N, H, W] or [N, D, H, W], dense: uint8, int16, int32 or int64
+  Tensor confidence;  // the same of input's dtype, dense, optional: the label's softmax value
   Upsampling grid;
   int threads;
 };

@@ -25,10 +25,10 @@ bool count_band(const UpsampleConfusionMatrix& call, const UpsampledMap<T>& map,
   Int<T>* const labels = reinterpret_cast<Int<T>*>(pieces.take(map.tile_columns));
   Int<T>* const predictions = reinterpret_cast<Int<T>*>(pieces.take(map.tile_columns));
   for_each_tile_row(
-      map, bands, band, &source, [&](int64_t image, int64_t y, const RowPair<T>& pair, int64_t begin, int64_t count) {
+      map, bands, band, &source, [&](int64_t plane, int64_t y, const RowPair<T>& pair, int64_t begin, int64_t count) {
         const Tensor& target = call.target;
-        const int64_t offset = image * target.stride[0] + y * target.stride[1] + begin * target.stride[2];
-        if (!read_label_run(call, offset, count, target.stride[2], labels, invalid)) return false;
+        const int64_t offset = map.offset_of(target, plane, y, begin), stride = target.stride[target.ndim - 1];
+        if (!read_label_run(call, offset, count, stride, labels, invalid)) return false;
         with_upsampled_row(map, pair, 0, [&](const auto row) { argmax_row(map, pair, row, count, predictions); });
         for (int64_t x = 0; x < count; ++x)
           if (labels[x] != kIgnored) ++counts[labels[x] * map.classes + predictions[x]];
@@ -39,13 +39,11 @@ bool count_band(const UpsampleConfusionMatrix& call, const UpsampledMap<T>& map,
 
 template <class T>
 void confusion_matrix(const UpsampleConfusionMatrix& call) {
-  const int64_t output_height = call.target.size[1], output_width = call.target.size[2];
-  const int64_t cells = call.input.size[1] * call.input.size[1];
-  const Bands bands(call.input.size[0], output_height);
+  const UpsampledMap<T> map(call.grid, call.input, call.target, kArgmaxRowsInCache);
+  const Bands bands(map);
+  const int64_t cells = map.classes * map.classes;
   const int64_t matrices = kMatricesBytes / (cells * static_cast<int64_t>(sizeof(int64_t)));
   const int64_t tasks = min_of(bands.count, max_of(1, min_of(kTasksPerThread * call.threads, matrices)));
-  const Workspace tables(UpsampledMap<T>::table_bytes(output_height, output_width));
-  const UpsampledMap<T> map(call.grid, call.input, output_height, output_width, kArgmaxRowsInCache, tables.data());
   const int64_t invalid_bytes = tasks * static_cast<int64_t>(sizeof(InvalidLabel));
   const int64_t count_bytes = tasks * cells * static_cast<int64_t>(sizeof(int64_t));
   const Workspace workspace(invalid_bytes + count_bytes);

@@ -78,7 +78,7 @@ bool argmax_band(const UpsampleMaskArgmax& call, const UpsampledMap<T>& map, con
   ExpandedRows<T> source(map, call.input, false, pieces.take(ExpandedRows<T>::elements(map)));
   T* const masks = pieces.take(queries * kColumns<T>);
   Int<T>* const labels = reinterpret_cast<Int<T>*>(pieces.take(map.tile_columns));
-  weights += band / bands.per_image * round_up(classes, kClasses) * queries;
+  weights += band / bands.per_plane * round_up(classes, kClasses) * queries;
   for_each_tile_row(
       map, bands, band, &source, [&](int64_t image, int64_t y, const RowPair<T>& pair, int64_t begin, int64_t count) {
         with_upsampled_row(map, pair, 0, [&](const auto row) {
@@ -95,11 +95,9 @@ bool argmax_band(const UpsampleMaskArgmax& call, const UpsampledMap<T>& map, con
 
 template <class T>
 void argmax(const UpsampleMaskArgmax& call) {
-  const int64_t output_height = call.labels.size[1], output_width = call.labels.size[2];
   const Tensor& probabilities = call.class_probabilities;
-  const Bands bands(call.input.size[0], output_height);
-  const Workspace tables(UpsampledMap<T>::table_bytes(output_height, output_width));
-  const UpsampledMap<T> map(call.grid, call.input, output_height, output_width, kArgmaxRowsInCache, tables.data());
+  const UpsampledMap<T> map(call.grid, call.input, call.labels, kArgmaxRowsInCache);
+  const Bands bands(map);
   const Workspace weights(map.images * round_up(probabilities.size[2], kClasses) * map.classes *
                           static_cast<int64_t>(sizeof(T)));
   pack_weights(probabilities, static_cast<T*>(weights.data()));

@@ -114,8 +114,8 @@ void store_scores(const UpsampleThreshold& call, const Bands& bands, const MaskS
   int64_t* box = static_cast<int64_t*>(call.boxes.data);
   for (int64_t mask = 0; mask < images * classes; ++mask, box += 4) {
     MaskSums all = {0, 0, kNowhere, kNowhere, -1, -1};
-    for (int64_t band = 0; band < bands.per_image; ++band) {
-      const MaskSums& part = sums[(mask / classes * bands.per_image + band) * classes + mask % classes];
+    for (int64_t band = 0; band < bands.per_plane; ++band) {
+      const MaskSums& part = sums[(mask / classes * bands.per_plane + band) * classes + mask % classes];
       all = {all.probability + part.probability, all.count + part.count,        min_of(all.left, part.left),
              min_of(all.top, part.top),          max_of(all.right, part.right), max_of(all.bottom, part.bottom)};
     }
@@ -129,10 +129,8 @@ void store_scores(const UpsampleThreshold& call, const Bands& bands, const MaskS
 
 template <class T>
 void threshold(const UpsampleThreshold& call) {
-  const int64_t output_height = call.masks.size[2], output_width = call.masks.size[3];
-  const Bands bands(call.input.size[0], output_height);
-  const Workspace tables(UpsampledMap<T>::table_bytes(output_height, output_width));
-  const UpsampledMap<T> map(call.grid, call.input, output_height, output_width, kThresholdRowsInCache, tables.data());
+  const UpsampledMap<T> map(call.grid, call.input, call.masks, kThresholdRowsInCache);
+  const Bands bands(map);
   const bool with_scores = static_cast<bool>(call.scores);
   const Workspace of_bands(with_scores ? bands.count * map.classes * static_cast<int64_t>(sizeof(MaskSums)) : 1);
   MaskSums* const sums = with_scores ? static_cast<MaskSums*>(of_bands.data()) : nullptr;

@@ -28,12 +28,13 @@ struct InputBands {
   int64_t rows, per_image, count;
   bool share_rows;  // whether output rows lie between input rows
 
-  InputBands(int64_t images, int64_t height, int64_t output_height, Mode mode)
-      : rows(min_of(height,
-                    max_of(ceil_div(images * height, kBands), ceil_div(kLeastBandRows * height, output_height)))),
-        per_image(ceil_div(height, rows)),
-        count(images * per_image),
-        share_rows(mode == Mode::kBilinear && height != output_height) {}
+  template <class T>
+  explicit InputBands(const UpsampledMap<T>& map)
+      : rows(min_of(map.height, max_of(ceil_div(map.images * map.height, kBands),
+                                       ceil_div(kLeastBandRows * map.height, map.output_height)))),
+        per_image(ceil_div(map.height, rows)),
+        count(map.images * per_image),
+        share_rows(map.grid.mode == Mode::kLinear && map.height != map.output_height) {}
 };
 
 // The gradient that a call makes, and what its tasks share.

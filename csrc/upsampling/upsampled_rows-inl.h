@@ -2,6 +2,10 @@
 // columns, so that two input rows, expanded to the tile's columns, stay in cache: [classes][columns] each. An output
 // row is then a weighted sum of two expanded rows, vector by vector along the columns, whatever the ratio of the sizes;
 // and the expansion itself is shared by all output rows between the same two input rows.
+//
+// A volume is planes of rows: an output plane is the upsampling of a weighted sum of two input planes, of which a row
+// is made when it is expanded. So it is interpolated along its depth, then its width, then its height; an image is a
+// volume of one plane, which nothing is added to.
 #pragma once
 
 #include "core/cache.h"
@@ -15,6 +19,8 @@ namespace fastseg {
 namespace FASTSEG_ISA {
 namespace {
 
+enum class Axis : int { kPlanes, kRows, kColumns };  // of Upsampling.step
+
 // Two input positions along an axis, and how much each counts.
 template <class T>
 struct Position {
@@ -23,8 +29,8 @@ struct Position {
 };
 
 template <class T>
-Position<T> locate(const Upsampling& grid, int axis, int64_t output, int64_t input_size, int64_t output_size) {
-  const double step = grid.step[axis];
+Position<T> locate(const Upsampling& grid, Axis axis, int64_t output, int64_t input_size, int64_t output_size) {
+  const double step = grid.step[static_cast<int>(axis)];
   if (grid.mode == Mode::kNearest) {
     // In single precision, as torch does for every dtype: the floor jumps where the product's rounding does.
     const int64_t source = static_cast<int64_t>(static_cast<float>(output) * static_cast<float>(step));
@@ -59,10 +65,10 @@ struct Columns {
         lane(left + round_up(count, kPixelMultiple)),
         left_weight(reinterpret_cast<T*>(lane + round_up(count, kPixelMultiple))),
         right_weight(left_weight + round_up(count, kPixelMultiple)),
-        blends(grid.mode == Mode::kBilinear),
+        blends(grid.mode == Mode::kLinear),
         permutes(true) {
     for (int64_t x = 0; x < round_up(count, kPixelMultiple); ++x) {
-      const Position<T> position = locate<T>(grid, 1, min_of(x, count - 1), input_size, output_size);
+      const Position<T> position = locate<T>(grid, Axis::kColumns, min_of(x, count - 1), input_size, output_size);
       left[x] = static_cast<Int<T>>(position.first);
       lane[x] = left[x] - left[x / kLanes<T> * kLanes<T>];
       left_weight[x] = position.first_weight;
@@ -76,29 +82,36 @@ struct Columns {
 template <class T>
 struct UpsampledMap {
   Upsampling grid;
-  int64_t images, classes, height, width, output_height, output_width;  // height, width: of the input
-  int64_t tile_columns;                                                 // of the output
-  int64_t row_stride;                                                   // from one class to the next in a tile's rows
+  bool is_volume;
+  int64_t images, classes, depth, height, width;  // of the input
+  int64_t output_depth, output_height, output_width;
+  bool blends_planes;
+  int64_t tile_columns;   // of the output
+  int64_t row_stride;     // from one class to the next in a tile's rows
   int64_t source_stride;  // the same in the input's rows that a tile is made of
+  Workspace tables;
   Columns<T> columns;
-  Position<T>* rows;  // [output_height]
+  Position<T>*rows, *planes;  // [output_height], [output_depth]
 
-  static int64_t table_bytes(int64_t output_height, int64_t output_width) {
-    return Columns<T>::bytes(output_width) + output_height * static_cast<int64_t>(sizeof(Position<T>));
-  }
-
-  // `rows_in_cache`: how many rows [classes][columns] a tile's work goes over.
-  UpsampledMap(const Upsampling& upsampling, const Tensor& input, int64_t to_height, int64_t to_width,
-               int64_t rows_in_cache, void* tables)
+  // output: a tensor whose last dimensions are those that input's become. rows_in_cache: how many rows [classes]
+  // [columns] a tile's work goes over.
+  UpsampledMap(const Upsampling& upsampling, const Tensor& input, const Tensor& output, int64_t rows_in_cache)
       : grid(upsampling),
+        is_volume(input.ndim == 5),
         images(input.size[0]),
         classes(input.size[1]),
-        height(input.size[2]),
-        width(input.size[3]),
-        output_height(to_height),
-        output_width(to_width),
-        columns(upsampling, width, to_width, tables),
-        rows(reinterpret_cast<Position<T>*>(static_cast<char*>(tables) + Columns<T>::bytes(to_width))) {
+        depth(is_volume ? input.size[2] : 1),
+        height(input.size[input.ndim - 2]),
+        width(input.size[input.ndim - 1]),
+        output_depth(is_volume ? output.size[output.ndim - 3] : 1),
+        output_height(output.size[output.ndim - 2]),
+        output_width(output.size[output.ndim - 1]),
+        blends_planes(is_volume && upsampling.mode == Mode::kLinear),
+        tables(Columns<T>::bytes(output_width) +
+               (output_height + output_depth) * static_cast<int64_t>(sizeof(Position<T>))),
+        columns(upsampling, width, output_width, tables.data()),
+        rows(reinterpret_cast<Position<T>*>(static_cast<char*>(tables.data()) + Columns<T>::bytes(output_width))),
+        planes(rows + output_height) {
     const int64_t fitting = kUpsampledRowsBytes / (rows_in_cache * classes * static_cast<int64_t>(sizeof(T)));
     tile_columns = max_of(fitting / kPixelMultiple, 1) * kPixelMultiple;
     tile_columns = min_of(tile_columns, round_up(output_width, kPixelMultiple));
@@ -107,11 +120,23 @@ struct UpsampledMap {
     for (int64_t x = 0; x < output_width; x += tile_columns)
       span = max_of(span, columns.left[min_of(x + tile_columns, output_width) - 1] - columns.left[x] + 1);
     source_stride = span + 1 + kLanes<T>;  // the next column, and what a vector may read beyond it
-    for (int64_t y = 0; y < output_height; ++y) rows[y] = locate<T>(grid, 0, y, height, output_height);
+    for (int64_t y = 0; y < output_height; ++y) rows[y] = locate<T>(grid, Axis::kRows, y, height, output_height);
+    for (int64_t z = 0; z < output_depth; ++z) planes[z] = locate<T>(grid, Axis::kPlanes, z, depth, output_depth);
+  }
+
+  // Of all images.
+  int64_t output_planes() const { return images * output_depth; }
+
+  // Of an output pixel, in a tensor of any strides: [N, H, W], or of a volume [N, D, H, W].
+  int64_t offset_of(const Tensor& pixels, int64_t plane, int64_t y, int64_t x) const {
+    const int64_t* const stride = pixels.stride;
+    const int64_t image = plane / output_depth, z = plane % output_depth;
+    return image * stride[0] + (is_volume ? z * stride[1] : 0) + y * stride[pixels.ndim - 2] +
+           x * stride[pixels.ndim - 1];
   }
 
   int64_t row_elements() const { return classes * row_stride; }
-  int64_t source_elements() const { return classes * source_stride; }
+  int64_t source_elements() const { return classes * source_stride * (1 + blends_planes); }
 };
 
 template <class T>
@@ -141,9 +166,10 @@ class ExpandedRows {
     memset(source_, 0, map.source_elements() * sizeof(T));
   }
 
-  // The tile that the next calls of row() are about: columns [begin, begin + count).
-  void select(int64_t image, int64_t begin, int64_t count) {
-    image_ = image;
+  // The tile that the next calls of row() are about: columns [begin, begin + count) of an output plane.
+  void select(int64_t plane, int64_t begin, int64_t count) {
+    image_ = plane / map_.output_depth;
+    planes_ = map_.planes[plane % map_.output_depth];
     begin_ = begin;
     padded_ = round_up(count, kPixelMultiple);
     first_ = map_.columns.left[begin];
@@ -158,9 +184,8 @@ class ExpandedRows {
     T* const expanded = rows_[y % 2];
     if (held_[y % 2] == y) return expanded;
     held_[y % 2] = y;
-    const int64_t offset = image_ * input_.stride[0] + y * input_.stride[2] + first_ * input_.stride[3];
-    pack(at(input_, offset), input_.dtype, map_.classes, span_, input_.stride[1], input_.stride[3], source_,
-         map_.source_stride);
+    pack_row(planes_.first, y, source_);
+    if (map_.blends_planes) blend_planes(y);
     if (repeats_last_)
       for (int64_t c = 0; c < map_.classes; ++c) {
         T* const source = source_ + c * map_.source_stride;
@@ -183,10 +208,28 @@ class ExpandedRows {
   const bool relative_;
   T* source_;
   T* rows_[2];
+  Position<T> planes_ = {};
   int64_t image_ = 0, begin_ = 0, padded_ = 0, first_ = 0, span_ = 0;
   bool repeats_last_ = false;
   int64_t held_[2] = {-1, -1};
   bool may_be_nan_[2] = {true, true};
+
+  void pack_row(int64_t z, int64_t y, T* target) const {
+    const int64_t* const stride = input_.stride + input_.ndim - 2;  // of rows and columns
+    const int64_t offset =
+        image_ * input_.stride[0] + (map_.is_volume ? z * input_.stride[2] : 0) + y * stride[0] + first_ * stride[1];
+    pack(at(input_, offset), input_.dtype, map_.classes, span_, input_.stride[1], stride[1], target,
+         map_.source_stride);
+  }
+
+  // Makes of a row of the first plane that of both.
+  void blend_planes(int64_t y) {
+    T* const second = source_ + map_.classes * map_.source_stride;
+    pack_row(planes_.second, y, second);
+    for (int64_t c = 0; c < map_.classes; ++c)
+      for (int64_t x = c * map_.source_stride; x < c * map_.source_stride + span_; x += kLanes<T>)
+        store(source_ + x, load(source_ + x) * planes_.first_weight + load(second + x) * planes_.second_weight);
+  }
 
   // Whether any logit is NaN, infinite, or so large that a weighted sum might be.
   bool holds_extremes() const {
@@ -301,31 +344,32 @@ void with_upsampled_row(const UpsampledMap<T>& map, const RowPair<T>& pair, int6
 
 // ---- work ----
 
-// Bands of output rows, none across two images, by the shape alone: sums over a band don't depend on who computes it.
+// Bands of output rows, none across two planes, by the shape alone: sums over a band don't depend on who computes it.
 constexpr int64_t kBands = 64;          // enough for the threads of a large machine
 constexpr int64_t kLeastBandRows = 32;  // of the output: few input rows are to be expanded for two bands
 
 struct Bands {
-  int64_t rows, per_image, count;
+  int64_t rows, per_plane, count;
 
-  Bands(int64_t images, int64_t output_height)
-      : rows(max_of(ceil_div(images * output_height, kBands), kLeastBandRows)),
-        per_image(ceil_div(output_height, rows)),
-        count(images * per_image) {}
+  template <class T>
+  explicit Bands(const UpsampledMap<T>& map)
+      : rows(max_of(ceil_div(map.output_planes() * map.output_height, kBands), kLeastBandRows)),
+        per_plane(ceil_div(map.output_height, rows)),
+        count(map.output_planes() * per_plane) {}
 };
 
-// Calls body(image, y, pair, begin, count) for every output row of a band and every tile of it, until one returns
+// Calls body(plane, y, pair, begin, count) for every output row of a band and every tile of it, until one returns
 // false.
 template <class T, class Body>
 void for_each_tile_row(const UpsampledMap<T>& map, const Bands& bands, int64_t band, ExpandedRows<T>* source,
                        Body body) {
-  const int64_t image = band / bands.per_image, first = band % bands.per_image * bands.rows;
+  const int64_t plane = band / bands.per_plane, first = band % bands.per_plane * bands.rows;
   const int64_t last = min_of(first + bands.rows, map.output_height);
   for (int64_t begin = 0; begin < map.output_width; begin += map.tile_columns) {
     const int64_t count = min_of(map.tile_columns, map.output_width - begin);
-    source->select(image, begin, count);
+    source->select(plane, begin, count);
     for (int64_t y = first; y < last; ++y)
-      if (!body(image, y, RowPair<T>(map, source, map.rows[y]), begin, count)) return;
+      if (!body(plane, y, RowPair<T>(map, source, map.rows[y]), begin, count)) return;
   }
 }
 

@@ -5,12 +5,12 @@
 
 namespace fastseg {
 
-enum class Mode { kNearest, kBilinear };
+enum class Mode { kNearest, kLinear };  // kLinear: along every axis
 
 struct Upsampling {
   Mode mode;
   bool align_corners;
-  double step[2];  // of the rows and of the columns: how far apart neighbouring output positions are in the input
+  double step[3];  // of planes, rows and columns: how far apart neighbouring output positions are in the input
 };
 
 }  // namespace fastseg

@@ -53,10 +53,11 @@ def pixels_of(input: Tensor) -> tuple[int, ...]:
     return (*input.shape[:1], *input.shape[2:]) if input.ndim > 1 else ()
 
 
-def check_map(input: Tensor) -> int:
-    """The number of classes of logits that are to be upsampled, ``[N, C, h, w]``."""
-    if input.ndim != 4:
-        raise ValueError(f"input: expected [N, C, h, w], got shape {tuple(input.shape)}")
+def check_map(input: Tensor, volumes: bool = False) -> int:
+    """The number of classes of logits that are to be upsampled, ``[N, C, h, w]`` or maybe ``[N, C, d, h, w]``."""
+    if input.ndim != 4 and not (volumes and input.ndim == 5):
+        expected = "[N, C, h, w] or [N, C, d, h, w]" if volumes else "[N, C, h, w]"
+        raise ValueError(f"input: expected {expected}, got shape {tuple(input.shape)}")
     if 0 in input.shape[2:]:
         raise ValueError(f"input: expected at least one row and one column, got shape {tuple(input.shape)}")
     return check_logits(input)
@@ -64,21 +65,23 @@ def check_map(input: Tensor) -> int:
 
 def resolve_size(
     input: Tensor, size: IntOrPair | None, scale_factor: FloatOrPair | None
-) -> tuple[tuple[int, int], tuple[float, float] | None]:
-    """The output's size, and the factors for rows and columns where they gave it."""
+) -> tuple[tuple[int, ...], tuple[float, ...] | None]:
+    """The output's size, and the factors for its axes where they gave it."""
     if (size is None) == (scale_factor is None):
         raise ValueError(f"size: expected either it or scale_factor, got {size} and {scale_factor}")
+    before = input.shape[2:]
     if size is not None:
-        height, width = (integer("size", extent, 0) for extent in _pair("size", size))
+        output = tuple(integer("size", extent, 0) for extent in _each_axis("size", size, len(before)))
     else:
-        factors = _pair("scale_factor", scale_factor)
+        factors = _each_axis("scale_factor", scale_factor, len(before))
         if not all(map(_is_factor, factors)):
             raise ValueError(f"scale_factor: expected finite numbers above 0, got {scale_factor}")
-        height, width = (math.floor(extent * factor) for extent, factor in zip(input.shape[2:], factors, strict=True))
-    if height < 1 or width < 1:
+        output = tuple(math.floor(extent * factor) for extent, factor in zip(before, factors, strict=True))
+    if any(extent < 1 for extent in output):
         what = f"size {size}" if size is not None else f"scale_factor {scale_factor}"
-        raise ValueError(f"size: expected at least one row and one column, got {height} x {width} of {what}")
-    return (height, width), None if size is not None else factors
+        got = " x ".join(map(str, output))
+        raise ValueError(f"size: expected at least one row and one column, got {got} of {what}")
+    return output, None if size is not None else factors
 
 
 def _is_factor(value: Any) -> bool:
@@ -87,11 +90,12 @@ def _is_factor(value: Any) -> bool:
     return is_number and bool(0 < value < math.inf)
 
 
-def _pair(name: str, value: Any) -> tuple[Any, Any]:
-    pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
-    if len(pair) != 2:
-        raise ValueError(f"{name}: expected one number or (height, width), got {value}")
-    return pair[0], pair[1]
+def _each_axis(name: str, value: Any, axes: int) -> tuple[Any, ...]:
+    values = tuple(value) if isinstance(value, (tuple, list)) else (value,) * axes
+    if len(values) != axes:
+        expected = "(height, width)" if axes == 2 else "(depth, height, width)"
+        raise ValueError(f"{name}: expected one number or {expected}, got {value}")
+    return values
 
 
 def resolve_label_dtype(dtype: torch.dtype | None, classes: int) -> torch.dtype:
@@ -104,12 +108,14 @@ def resolve_label_dtype(dtype: torch.dtype | None, classes: int) -> torch.dtype:
     return dtype
 
 
-def check_grid(mode: str, align_corners: bool) -> None:
-    """Refuses what `torch.nn.functional.interpolate` has no grid for."""
-    if mode not in MODES:
-        raise ValueError(f'mode: expected "bilinear" or "nearest", got {mode!r}')
-    if align_corners and mode == "nearest":
-        raise ValueError('align_corners: only mode "bilinear" has corners to align')
+def check_grid(mode: str, align_corners: bool, axes: int = 2) -> None:
+    """Refuses what `torch.nn.functional.interpolate` has no grid for, of images or of volumes."""
+    nearest, linear = MODES[axes]
+    if mode not in (nearest, linear):
+        of_volumes = " for [N, C, d, h, w]" if axes == 3 else ""
+        raise ValueError(f'mode: expected "{linear}" or "{nearest}"{of_volumes}, got {mode!r}')
+    if align_corners and mode == nearest:
+        raise ValueError(f'align_corners: only mode "{linear}" has corners to align')
 
 
 def check_device(name: str, tensor: Tensor, input: Tensor) -> None:

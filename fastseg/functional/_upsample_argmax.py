@@ -35,23 +35,25 @@ def upsample_argmax(
     interpolated in float32, and not rounded before they are compared. Not differentiable.
 
     Args:
-        input: Logits ``[N, C, h, w]``; float32, float64, bfloat16 or float16, in any memory format.
-        size: The output's (height, width), or one number for both. Either it or ``scale_factor``.
-        scale_factor: The output's size in input's, for (height, width) or for both; sizes are rounded down.
-        mode: "bilinear" or "nearest".
+        input: Logits ``[N, C, h, w]``, or of volumes ``[N, C, d, h, w]``; float32, float64, bfloat16 or float16, in any
+            memory format.
+        size: The output's (height, width) or (depth, height, width), or one number for all. Either it or
+            ``scale_factor``.
+        scale_factor: The output's size in input's, for each axis or for all; sizes are rounded down.
+        mode: "bilinear", of volumes "trilinear", or "nearest".
         align_corners: As in `fastseg.functional.upsample_cross_entropy`.
         dtype: The labels' dtype: uint8, int16, int32 or int64. None for uint8 for up to 256 classes, else int64.
         return_confidence: Also return the largest class's softmax value.
 
     Returns:
-        Labels ``[N, H, W]``; where asked also the confidence ``[N, H, W]`` in input's dtype.
+        Labels ``[N, H, W]`` or ``[N, D, H, W]``; where asked also the confidence, of that shape, in input's dtype.
 
     Raises:
         ValueError: Shapes or numbers don't fit; the message names the argument.
         TypeError: A dtype that isn't supported.
     """
-    classes = check_map(input)
-    check_grid(mode, align_corners)
+    classes = check_map(input, volumes=True)
+    check_grid(mode, align_corners, input.ndim - 2)
     output, factors = resolve_size(input, size, scale_factor)
     dtype = resolve_label_dtype(dtype, classes)
     grid = grid_between(input.shape[2:], output, mode, align_corners)

@@ -16,9 +16,9 @@ class _UpsamplePrediction(nn.Module):
     """What the layers share: the output's size, and the grid.
 
     Args:
-        size: The output's (height, width), or one number for both.
+        size: The output's (height, width), or (depth, height, width), or one number for all.
         scale_factor: The output's size in input's, instead of ``size``. Without either, each call says its size.
-        mode: "bilinear" or "nearest".
+        mode: "bilinear", of volumes "trilinear", or "nearest".
         align_corners: As in `fastseg.functional.upsample_cross_entropy`.
 
     Raises:
@@ -28,7 +28,7 @@ class _UpsamplePrediction(nn.Module):
     def __init__(
         self,
         size: IntOrPair | None = None,
-        scale_factor: float | tuple[float, float] | None = None,
+        scale_factor: float | tuple[float, ...] | None = None,
         mode: str = "bilinear",
         align_corners: bool = False,
     ) -> None:
@@ -57,9 +57,9 @@ class UpsampleArgmax(_UpsamplePrediction):
     See `fastseg.functional.upsample_argmax` for the shapes and dtypes.
 
     Args:
-        size: The output's (height, width), or one number for both.
+        size: The output's (height, width), or (depth, height, width), or one number for all.
         scale_factor: The output's size in input's, instead of ``size``. Without either, each call says its size.
-        mode: "bilinear" or "nearest".
+        mode: "bilinear", of volumes "trilinear", or "nearest".
         align_corners: As in `fastseg.functional.upsample_cross_entropy`.
         dtype: The labels' dtype; None for uint8 for up to 256 classes, else int64.
         return_confidence: Also return the largest class's softmax value.
@@ -71,7 +71,7 @@ class UpsampleArgmax(_UpsamplePrediction):
     def __init__(
         self,
         size: IntOrPair | None = None,
-        scale_factor: float | tuple[float, float] | None = None,
+        scale_factor: float | tuple[float, ...] | None = None,
         mode: str = "bilinear",
         align_corners: bool = False,
         *,
@@ -96,7 +96,7 @@ class UpsampleThreshold(_UpsamplePrediction):
     See `fastseg.functional.upsample_threshold` for the shapes and dtypes.
 
     Args:
-        size: The output's (height, width), or one number for both.
+        size: The output's (height, width), or (depth, height, width), or one number for all.
         threshold: A probability, above which a pixel is inside.
         return_scores: Also return each mask's mean probability and box.
         grid: ``scale_factor``, ``mode`` and ``align_corners``, as `UpsampleArgmax` has them.
@@ -130,7 +130,7 @@ class UpsampleMaskArgmax(_UpsamplePrediction):
     See `fastseg.functional.upsample_mask_argmax` for the shapes and dtypes.
 
     Args:
-        size: The output's (height, width), or one number for both.
+        size: The output's (height, width), or (depth, height, width), or one number for all.
         dtype: The labels' dtype; None for uint8 for up to 256 classes, else int64.
         grid: ``scale_factor``, ``mode`` and ``align_corners``, as `UpsampleArgmax` has them.
 

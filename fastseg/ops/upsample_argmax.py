@@ -1,8 +1,8 @@
 """upsample_argmax's registration: schema, fake, and CPU, GPU and fallback implementations. It has no gradient.
 
-The operator takes what `fastseg.functional.upsample_argmax` has resolved: input ``[N, C, h, w]``, the output's size,
-and for each axis the scale factor where it was asked for by one. Confidence is ``[N, H, W]`` in input's dtype, or
-``[0, H, W]`` where it isn't asked for.
+The operator takes what `fastseg.functional.upsample_argmax` has resolved: input ``[N, C, h, w]``, or of volumes
+``[N, C, d, h, w]``, the output's size, and for each axis the scale factor where it was asked for by one. Confidence is
+of the labels' shape in input's dtype, or of no images where it isn't asked for.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from fastseg._native import describe, native
 from fastseg.ops.losses.options import accumulation_dtype
 from fastseg.ops.registration import register_no_gradient, register_plain
 from fastseg.ops.upsampling import upsampling_between
+from fastseg.ops.volumes import slabs
 
 # ---- schema ----
 
 _library = torch.library.Library("fastseg", "FRAGMENT")
 _library.define(
-    "upsample_argmax(Tensor input, SymInt[2] size, float[]? scale_factor, str mode, bool align_corners, "
+    "upsample_argmax(Tensor input, SymInt[] size, float[]? scale_factor, str mode, bool align_corners, "
     "ScalarType dtype, bool with_confidence) -> (Tensor labels, Tensor confidence)"
 )
 
@@ -67,7 +68,9 @@ def _forward_triton(
         return forward_plain(input, size, scale_factor, mode, align_corners, dtype, with_confidence)
     outputs = _allocate_outputs(input, size, dtype, with_confidence)
     upsampling = upsampling_between(input.shape[2:], size, mode, align_corners, scale_factor)
-    kernels.forward((input, *outputs), upsampling)
+    for logits, at, grid in slabs(input, size, upsampling):
+        labels, confidence = (output[at] if len(output) > 0 else output for output in outputs)
+        kernels.forward((logits, labels, confidence), grid)
     return outputs
 
 

@@ -323,6 +323,15 @@ def prediction(x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     return torch.argmax(F.interpolate(x, scale_factor=2.5, mode="bilinear"), 1)
 
 
+def prediction_of_volumes(x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    return F.interpolate(x[:, :, None], scale_factor=(3, 1.5, 2), mode="trilinear").softmax(1).argmax(1)
+
+
+def confidence_of_volumes(x: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    up = F.interpolate(x.detach()[:, :, None], (3, 9, 16), mode="trilinear", align_corners=True)
+    return torch.max(up.double().softmax(-4), -4, keepdim=True)
+
+
 def prediction_kept_dim(x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     return F.log_softmax(F.interpolate(x, size=13, mode="nearest"), dim=-3).argmax(-3, keepdim=True)
 
@@ -404,6 +413,8 @@ CASES = {
     "upsampled losses": Case(two_upsampled_losses, logits, ("upsample_cross_entropy",) * 2, PIXELS),
     "loss and prediction": Case(loss_and_prediction, logits, ("upsample_argmax", "upsample_cross_entropy"), PIXELS),
     "prediction": Case(prediction, logits, ("upsample_argmax",)),
+    "prediction, volumes": Case(prediction_of_volumes, logits, ("upsample_argmax",)),
+    "prediction and confidence, volumes": Case(confidence_of_volumes, logits, ("upsample_argmax",), CLASSES),
     "prediction, kept dim": Case(prediction_kept_dim, logits, ("upsample_argmax",)),
     "prediction, max": Case(prediction_by_max, logits, ("upsample_argmax",)),
     "prediction, max, kept dim": Case(prediction_by_max_indices, logits, ("upsample_argmax",)),

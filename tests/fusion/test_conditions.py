@@ -162,9 +162,14 @@ def antialiased(x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     return F.interpolate(x, (3, 4), mode="bilinear", antialias=True).argmax(1)
 
 
+@left(logits, "3 dimensions")
+def sequences(x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    return F.interpolate(x.flatten(2), scale_factor=2).argmax(1)
+
+
 @left(logits, "5 dimensions")
-def volumes(x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-    return F.interpolate(x[..., None], scale_factor=2).argmax(1)
+def masks_of_volumes(x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    return F.interpolate(x[..., None], scale_factor=2) > 0
 
 
 @left(logits, "torch.uint8")

@@ -21,11 +21,12 @@ from fastseg import functional, losses, reference
 from fastseg.testing import assert_parity, make, make_labels, values_and_gradients
 from tests.ops import cross_entropy_cases, upsample_cases
 
-Size = tuple[int, int]
+Size = tuple[int, ...]
 
 CLASSES = 5
 PREDICTIONS = ("upsample_argmax", "upsample_confusion_matrix", "upsample_mask_argmax", "upsample_threshold")
 IMAGES, SIZE = 2, (12, 14)  # where a test names no other
+DEPTH = 3  # of a volume's logits, where a test names no other than height and width
 WEIGHT = torch.tensor([0.5, 2.0, 1.0, 0.25, 3.0])
 
 
@@ -180,6 +181,10 @@ def logits_and_masks(upsampled: bool = False, soft: bool = False) -> Maker:
     return tensors
 
 
+def of_volumes(make: Maker) -> Maker:
+    return lambda images, size, dtype, layout: make(images, (DEPTH, *size)[-3:], dtype, layout)
+
+
 def loss(operator: str, layer: type[nn.Module], **options: Any) -> Call:
     """A loss, whose labels are a multiple of the logits' size where it upsamples."""
     made = logits_and_labels(options.get("ignore_index", -100), "upsample" in operator)
@@ -280,6 +285,10 @@ CALLS = {
     "upsample_argmax-nearest": Call(
         "upsample_argmax", feature_map(requires_grad=False), {"size": (29, 31), "mode": "nearest"},
         layer=fastseg.UpsampleArgmax,
+    ),
+    "upsample_argmax-volume": Call(
+        "upsample_argmax", of_volumes(feature_map(requires_grad=False)),
+        {"scale_factor": 1.5, "mode": "trilinear", "return_confidence": True}, layer=fastseg.UpsampleArgmax,
     ),
     "upsample_confusion_matrix": Call(
         "upsample_confusion_matrix", logits_and_labels(255, upsampled=True, requires_grad=False),

@@ -75,8 +75,8 @@ VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
     "sliced-columns": lambda t: t[..., 1:-2],
     "strided": lambda t: t[:, :, ::2, ::2],
     "flipped-axes": lambda t: t.transpose(2, 3),
-    "expanded": lambda t: t[:1].expand(3, -1, -1, -1),
-    "permuted": lambda t: t.permute(2, 1, 3, 0),
+    "expanded": lambda t: t[:1].expand(3, *t.shape[1:]),
+    "permuted": lambda t: t.transpose(0, 2).transpose(2, -1),
 }
 
 

@@ -67,7 +67,7 @@ SHARED: dict[str, tuple[list[str], Refusal]] = {
         ["cross_entropy_dice", "class_sums"],
         ({"input": LOGITS[:, :, :0], "target": LABELS[:, :0, :5]}, ValueError, "at least one pixel, got shape"),
     ),
-    "rank": (UPSAMPLING, ({"input": LOGITS[0]}, ValueError, r"input: expected \[N, C, h, w\], got shape \(4, 3, 5\)")),
+    "rank": (UPSAMPLING, ({"input": LOGITS[0]}, ValueError, r"input: expected \[N, C, h, w\].* shape \(4, 3, 5\)")),
     "no-rows": (UPSAMPLING, ({"input": LOGITS[:, :, :0]}, ValueError, "input: expected at least one row")),
     "scalar": (
         ["cross_entropy", "cross_entropy_dice", "focal_loss", "class_sums"],
@@ -220,6 +220,15 @@ OWN: dict[str, dict[str, Refusal]] = {
         for name in ("cross_entropy_dice", "focal_loss", "class_sums")
     },
     "upsample_argmax": {
+        "mode-of-images": (
+            {"input": LOGITS[:, :, None]}, ValueError,
+            r"mode: expected \"trilinear\" or \"nearest\" for \[N, C, d, h, w\], got 'bilinear'",
+        ),
+        "no-depth": ({"input": LOGITS[:, :, None][:, :, :0]}, ValueError, "input: expected at least one row"),
+        "pair-for-volumes": (
+            {"input": LOGITS[:, :, None], "size": (1, 2), "mode": "trilinear"}, ValueError,
+            r"size: expected one number or \(depth, height, width\), got \(1, 2\)",
+        ),
         "no-columns": ({"input": LOGITS[..., :0]}, ValueError, "input: expected at least one row and one column"),
         "triple": ({"size": (1, 2, 3)}, ValueError, r"size: expected one number or \(height, width\), got \(1, 2, 3\)"),
         "no-output": ({"size": (0, 4)}, ValueError, r"size: expected at least one row .* got 0 x 4 of size \(0, 4\)"),

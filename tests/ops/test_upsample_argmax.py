@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fastseg import functional, reference
+from fastseg.ops import volumes
 from fastseg.testing import assert_parity, make
 from tests.ops.cross_entropy_cases import DTYPES, INFINITY, LABEL_DTYPES, NAN
 from tests.ops.upsample_cases import (
@@ -14,6 +15,8 @@ from tests.ops.upsample_cases import (
     LARGE_GRIDS,
     MODES,
     TILES,
+    VOLUME_GRIDS,
+    VOLUME_MODES,
     Size,
     grid_of,
     roundings,
@@ -126,6 +129,39 @@ def test_label_dtypes(implementation: str, dtype: torch.dtype) -> None:
         assert check(make((1, classes, 3, 4)), (7, 9), dtype=dtype).dtype == dtype
 
 
+# ---- volumes ----
+
+
+@pytest.mark.parametrize(("before", "after"), VOLUME_GRIDS.values(), ids=VOLUME_GRIDS)
+@pytest.mark.parametrize("mode", VOLUME_MODES.values(), ids=VOLUME_MODES)
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_volumes(
+    implementation: str, dtype: torch.dtype, layout: str, mode: dict[str, Any], before: Size, after: Size
+) -> None:
+    check(make((2, 5, *before), dtype, scale=3.0, layout=layout), after, **mode)
+
+
+@pytest.mark.parametrize("factor", [1.5, 0.4, 2, (1, 2.3, 1.5), (2.3, 1, 1)], ids=str)
+@pytest.mark.parametrize("mode", VOLUME_MODES.values(), ids=VOLUME_MODES)
+def test_scale_factors_of_volumes(implementation: str, mode: dict[str, Any], factor: Any) -> None:
+    check(make((1, 5, 5, 7, 6), scale=3.0), scale_factor=factor, **mode)
+
+
+@slow_under_the_interpreter
+@pytest.mark.parametrize("mode", VOLUME_MODES.values(), ids=VOLUME_MODES)
+def test_volumes_of_several_bands_and_tiles(isa: str, mode: dict[str, Any]) -> None:
+    check(make((2, 3, 5, 40, 9), scale=3.0), (9, 75, 14), **mode)
+    check(make((1, 1000, 2, 2, 21), scale=3.0), (3, 3, 80), **mode)
+
+
+def test_volumes_of_several_slabs(implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    input, options = make((2, 5, 4, 5, 6)), {"mode": "trilinear", "return_confidence": True}
+    whole = functional.upsample_argmax(input, (9, 10, 12), **options)
+    monkeypatch.setattr(volumes, "SLAB_BYTES", 2 * input[0, :, 0].nbytes)
+    torch.testing.assert_close(functional.upsample_argmax(input, (9, 10, 12), **options), whole, rtol=0, atol=0)
+
+
 # ---- ties, NaN, infinities ----
 
 
@@ -153,6 +189,8 @@ def test_constant_logits_take_class_zero(isa: str, classes: int, value: float) -
     input = torch.full((2, classes, 4, 5), value)  # which torch itself rounds differently from class to class
     for mode in MODES.values():
         assert functional.upsample_argmax(input, (8, 10), **mode).count_nonzero() == 0
+    for mode in VOLUME_MODES.values():
+        assert functional.upsample_argmax(input[:, :, None], (3, 8, 10), **mode).count_nonzero() == 0
 
 
 SPECIAL = {"nan": NAN, "infinity": INFINITY, "negative-infinity": -INFINITY}
@@ -181,6 +219,16 @@ def test_special_values_as_torch(
     _, truth = reference.upsample_argmax(input.double(), size, return_confidence=True, **mode)
     assert torch.equal(labels, expected)
     assert_parity(confidence, plain, truth, terms=classes)
+
+
+@pytest.mark.parametrize("size", [(6, 8, 10), (3, 8, 10), (6, 4, 5)], ids=["x2", "all-but-depth", "depth-alone"])
+@pytest.mark.parametrize("mode", ["trilinear", "nearest"])
+@pytest.mark.parametrize("value", SPECIAL.values(), ids=SPECIAL)
+def test_special_values_of_volumes_as_torch(implementation: str, value: float, mode: str, size: Size) -> None:
+    input = torch.randint(-8, 9, (2, 4, 3, 4, 5)).float()
+    input[torch.rand(input.shape) < 0.1] = value
+    labels = functional.upsample_argmax(input, size, mode=mode)
+    assert torch.equal(labels, reference.upsample_argmax(input, size, mode=mode))
 
 
 @pytest.mark.parametrize("extent", [{"size": (4, 5)}, {"scale_factor": 1.1}], ids=["size", "scale_factor"])

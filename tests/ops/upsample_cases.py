@@ -13,12 +13,19 @@ from fastseg import _native
 from fastseg.testing import make_labels
 from tests.ops import cross_entropy_cases
 
-Size = tuple[int, int]
+Size = tuple[int, ...]
 
 # Options that choose a grid.
 MODES: dict[str, dict[str, Any]] = {
     "bilinear": {},
     "align_corners": {"align_corners": True},
+    "nearest": {"mode": "nearest"},
+}
+
+
+VOLUME_MODES: dict[str, dict[str, Any]] = {
+    "trilinear": {"mode": "trilinear"},
+    "align_corners": {"mode": "trilinear", "align_corners": True},
     "nearest": {"mode": "nearest"},
 }
 
@@ -47,6 +54,18 @@ GRIDS: dict[str, tuple[Size, Size]] = {
     "to-one-pixel": ((7, 5), (1, 1)),  # align_corners has no distance between corners
     "to-one-row": ((7, 5), (1, 12)),
     "same": ((6, 7), (6, 7)),  # nothing to interpolate
+}
+
+# The same of volumes, along whose depth two planes are blended before all else.
+VOLUME_GRIDS: dict[str, tuple[Size, Size]] = {
+    "x2": ((4, 5, 6), (8, 10, 12)),
+    "non-integer": ((5, 4, 7), (8, 7, 11)),
+    "up-and-down": ((6, 7, 4), (4, 11, 3)),
+    "depth-alone": ((4, 6, 7), (9, 6, 7)),
+    "all-but-depth": ((5, 4, 6), (5, 9, 11)),
+    "from-one-plane": ((1, 4, 5), (4, 7, 9)),
+    "to-one-plane": ((5, 4, 6), (1, 7, 9)),
+    "same": ((3, 4, 5), (3, 4, 5)),
 }
 
 # Too slow for Triton's interpreter: several vectors, tiles and bands.
@@ -79,7 +98,7 @@ def check(input: Tensor, target: Tensor, weight: Tensor | None = None, **options
 
 def terms_of(input: Tensor, size: Size, mode: str = "bilinear") -> int:
     """The terms of the sums over classes, and over the pixels that read a pixel of the input, for `assert_parity`."""
-    reach = 2 if mode == "bilinear" else 1
+    reach = 1 if mode == "nearest" else 2
     pixels = math.prod(math.ceil(reach * max(after / before, 1)) for before, after in _axes(input, size))
     if input.dtype != torch.float64:
         return input.shape[1] + pixels

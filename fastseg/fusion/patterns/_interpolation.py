@@ -18,10 +18,8 @@ from fastseg.ops.upsampling import MODES
 ARGUMENTS = ("size", "scale_factor", "mode", "align_corners", "recompute_scale_factor")
 _AFTER = ("cast", "contiguous", "permute", "transpose", "flatten", "reshape")
 
-# The dimensions of [N, C, H, W] in each of a value's.
+# The dimensions of [N, C, H, W], or [N, C, D, H, W], in each of a value's.
 Dims = list[tuple[int, ...]]
-_MAP: Dims = [(0,), (1,), (2,), (3,)]
-_ROWS: Dims = [(0, 2, 3), (1,)]
 
 
 @dataclass(frozen=True)
@@ -33,7 +31,7 @@ class Upsampled:
         nodes: It, and the calls after it that change their dtype or lay them out as rows.
         logits: What is known of the logits before.
         dtype: The wider dtype that they are converted to, or None.
-        rows: Whether they are rows [N * H * W, C].
+        rows: Whether they are rows [N * H * W, C], or [N * D * H * W, C].
     """
 
     interpolate: Call
@@ -65,7 +63,7 @@ def before(
     return input, grid
 
 
-def upsampled(call: Call | None) -> Upsampled:
+def upsampled(call: Call | None, volumes: bool = False) -> Upsampled:
     """The upsampled logits that a call gives; `Unfit` where it gives none, or the operators have no such grid.
 
     A conversion is done to the small logits instead, and what they are converted to isn't rounded in between.
@@ -76,18 +74,22 @@ def upsampled(call: Call | None) -> Upsampled:
         call = call.source()
     if call is None or call.operation != "interpolate":
         raise Unfit
-    dims = _MAP
-    for layout in after:
-        dims = _laid_out(layout, dims) if dims else dims
-    demand(dims in (_MAP, _ROWS), "interpolate: what it gives is laid out neither as a map nor as rows [N * H * W, C]")
-    _demand_grid(call)
     logits, last = tensor_of(call["input"]), tensor_of(after[-1].node if after else call.node)
     if logits is None or last is None:
         raise Unfit
-    demand(logits.ndim == 4, f"interpolate: logits of {logits.ndim} dimensions, not [N, C, h, w]")
+    known = logits.ndim == 4 or (volumes and logits.ndim == 5)
+    demand(known, f"interpolate: logits of {logits.ndim} dimensions, not [N, C, h, w]")
+    as_map: Dims = [(dim,) for dim in range(logits.ndim)]
+    as_rows: Dims = [(0, *range(2, logits.ndim)), (1,)]
+    dims = as_map
+    for layout in after:
+        dims = _laid_out(layout, dims) if dims else dims
+    known = dims in (as_map, as_rows)
+    demand(known, "interpolate: what it gives is laid out neither as a map nor as rows [N * H * W, C]")
+    _demand_grid(call, logits.ndim - 2)
     demand(logits.dtype in FLOATING_DTYPES, f"interpolate: logits in {logits.dtype}")
     dtype = None if last.dtype == logits.dtype else last.dtype
-    return Upsampled(call, [call.node, *(c.node for c in after)], logits, dtype, dims == _ROWS)
+    return Upsampled(call, [call.node, *(c.node for c in after)], logits, dtype, dims == as_rows)
 
 
 def _laid_out(call: Call, dims: Dims) -> Dims:
@@ -119,32 +121,33 @@ def _laid_out(call: Call, dims: Dims) -> Dims:
     return []
 
 
-def _demand_grid(call: Call) -> None:
-    demand(call["mode"] in MODES, f"interpolate: mode {call['mode']!r}")
+def _demand_grid(call: Call, axes: int) -> None:
+    demand(call["mode"] in MODES[axes], f"interpolate: mode {call['mode']!r}")
     demand(not call["antialias"], "interpolate: antialias")
-    computed = any(isinstance(factor, fx.Node) for factor in factors(number_of(call["scale_factor"])))
+    computed = any(isinstance(factor, fx.Node) for factor in factors(number_of(call["scale_factor"]), axes))
     demand(not computed, "interpolate: scale_factor is computed while the model runs")
 
 
-def factors(scale_factor: Any) -> tuple[float, float]:
-    """A scale factor for (height, width)."""
-    pair = tuple(scale_factor) if isinstance(scale_factor, (tuple, list)) else (scale_factor, scale_factor)
-    return pair[0], pair[-1]
+def factors(scale_factor: Any, axes: int) -> tuple[float, ...]:
+    """A scale factor for each axis of an image."""
+    return tuple(scale_factor) if isinstance(scale_factor, (tuple, list)) else (scale_factor,) * axes
 
 
 def output_size(input: Tensor, size: Any, scale_factor: Any) -> tuple[int, ...]:
     """The size that interpolate gives."""
     if size is not None:
-        return tuple(size) if isinstance(size, (tuple, list)) else (size, size)
-    return tuple(math.floor(n * f) for n, f in zip(input.shape[2:], factors(scale_factor), strict=True))
+        return tuple(size) if isinstance(size, (tuple, list)) else (size,) * (input.ndim - 2)
+    by_axis = factors(scale_factor, input.ndim - 2)
+    return tuple(math.floor(n * f) for n, f in zip(input.shape[2:], by_axis, strict=True))
 
 
 def is_grid_of_size(input: Tensor, scale_factor: Any, align_corners: Any, recompute_scale_factor: Any) -> bool:
     """Whether the grid of a scale factor is that of the size which it gives, so that the size alone says it."""
     if scale_factor is None or align_corners or recompute_scale_factor:
         return True
-    if all(float(factor).is_integer() for factor in factors(scale_factor)):
+    by_axis = factors(scale_factor, input.ndim - 2)
+    if all(float(factor).is_integer() for factor in by_axis):
         return True
     extents = input.shape[2:]
     known = all(isinstance(extent, int) for extent in extents)
-    return known and all((n * f).is_integer() for n, f in zip(extents, factors(scale_factor), strict=True))
+    return known and all((n * f).is_integer() for n, f in zip(extents, by_axis, strict=True))

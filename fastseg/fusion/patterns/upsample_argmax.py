@@ -21,6 +21,7 @@ from fastseg.fusion.pattern import Match, Pattern, demand
 from fastseg.fusion.patterns import _interpolation
 
 CLASSES = (1, -3)  # the classes' dimension of [N, C, H, W]
+CLASSES_OF_VOLUMES = (1, -4)
 _VALUES, _INDICES = 0, 1  # of torch.max's parts
 
 
@@ -59,9 +60,10 @@ def _make(last: Call, outputs: dict[fx.Node, int | None], with_confidence: bool)
     if before is not None and before.operation in ("softmax", "log_softmax"):
         calls.insert(0, before)
         before = before.source()
-    up = _interpolation.upsampled(before)
+    up = _interpolation.upsampled(before, volumes=True)
     demand(not up.rows)
-    demand(all(c["dim"] in CLASSES for c in calls), "softmax or argmax over another dimension than the classes'")
+    classes = CLASSES if up.logits.ndim == 4 else CLASSES_OF_VOLUMES
+    demand(all(c["dim"] in classes for c in calls), "softmax or argmax over another dimension than the classes'")
     demand(all(c["dtype"] is None for c in calls[:-1]), "softmax in another dtype")
     nodes = [*up.nodes, *(call.node for call in calls)]
     parts = [node for node in last.node.graph.nodes if node in outputs and node is not last.node]
