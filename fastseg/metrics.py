@@ -215,10 +215,11 @@ class ConfusionMatrix(_Counts):
     ) -> None:
         """Add a batch's logits ``[N, C, h, w]``, upsampled to the size of its true labels ``[N, H, W]``.
 
+        Or of volumes, with ``mode="trilinear"`` or "nearest", ``[N, C, d, h, w]`` and ``[N, D, H, W]``.
         Neither the upsampled logits nor the prediction are ever in memory; see
         `fastseg.functional.upsample_confusion_matrix`, also for the errors. A GPU does not wait for the result.
         """
-        if input.ndim != 4 or input.shape[1] != self.num_classes:
+        if input.ndim not in (4, 5) or input.shape[1] != self.num_classes:
             raise ValueError(f"input: expected [N, {self.num_classes}, h, w], got shape {tuple(input.shape)}")
         self._add(
             functional.upsample_confusion_matrix(

@@ -190,7 +190,7 @@ def upsample_confusion_matrix(
 ) -> Tensor:
     """Pixels of each pair of true and predicted class; see `fastseg.functional`."""
     classes = input.shape[1]
-    prediction = upsample(input, target.shape[-2:], None, mode, align_corners).argmax(1)
+    prediction = upsample(input, target.shape[1:], None, mode, align_corners).argmax(1)
     pairs = target.long() * classes + prediction
     counted = pairs if ignore_index is None else pairs[~is_ignored(target, ignore_index)]
     return torch.bincount(counted.flatten(), minlength=classes**2).view(classes, classes)

@@ -209,6 +209,13 @@ def test_the_grid_is_passed_on(options: dict) -> None:
     assert torch.equal(matrix.total(), functional.upsample_confusion_matrix(logits, target, 255, **options))
 
 
+def test_volumes_are_upsampled() -> None:
+    matrix, logits, target = ConfusionMatrix(5), make((1, 5, 3, 4, 5)), make_labels((1, 5, 9, 11), 5)
+    matrix.update_from_logits(logits, target, mode="trilinear")
+    labels = functional.upsample_argmax(logits, (5, 9, 11), mode="trilinear")
+    assert torch.equal(matrix.total(), confusion_matrix(labels, target, 5, 255))
+
+
 def test_a_total_is_not_the_counts_themselves() -> None:
     matrix = ConfusionMatrix(5, 255)
     before = matrix.total()

@@ -149,10 +149,15 @@ def check_labels(target: Tensor, shape: tuple[int, ...], input: Tensor, ignore_i
 
 
 def check_label_map(target: Tensor, input: Tensor, ignore_index: int | None) -> Tensor:
-    """The labels in a dtype that the kernels read; refuses a target that isn't labels ``[N, H, W]`` of input's N."""
-    if target.ndim != 3 or 0 in target.shape[1:]:
-        got = f"{tuple(target.shape)}{_remedy(target, 3)}"
-        raise ValueError(f"target: expected labels [N, H, W] with rows and columns, got shape {got}")
+    """The labels in a dtype that the kernels read; refuses a target that isn't labels ``[N, H, W]`` of input's N.
+
+    Of volumes they are ``[N, D, H, W]``.
+    """
+    ndim = input.ndim - 1
+    if target.ndim != ndim or 0 in target.shape[1:]:
+        expected = "[N, H, W] with rows and columns" if ndim == 3 else "[N, D, H, W] with planes, rows and columns"
+        got = f"{tuple(target.shape)}{_remedy(target, ndim)}"
+        raise ValueError(f"target: expected labels {expected}, got shape {got}")
     return check_labels(target, (input.shape[0], *target.shape[1:]), input, ignore_index)
 
 

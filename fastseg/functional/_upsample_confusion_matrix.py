@@ -19,15 +19,16 @@ def upsample_confusion_matrix(
 ) -> Tensor:
     """The confusion matrix of the upsampled prediction, without the upsampled logits and without the prediction.
 
-    With the prediction ``p = upsample_argmax(input, target.shape[-2:], mode=mode, align_corners=align_corners)``:
+    With the prediction ``p = upsample_argmax(input, target.shape[1:], mode=mode, align_corners=align_corners)``:
     ``matrix[t, c] = |{target = t and p = c}|``. Matrices of batches, or of processes, add up to that of the whole set;
     `fastseg.metrics` turns them into scores. Not differentiable.
 
     Args:
-        input: Logits ``[N, C, h, w]``; float32, float64, bfloat16 or float16, in any memory format.
-        target: Labels ``[N, H, W]`` in [0, C), of any integer dtype.
+        input: Logits ``[N, C, h, w]``, or of volumes ``[N, C, d, h, w]``; float32, float64, bfloat16 or float16, in any
+            memory format.
+        target: Labels ``[N, H, W]`` or ``[N, D, H, W]`` in [0, C), of any integer dtype.
         ignore_index: A label that isn't counted, be it one of the classes or not; None for no such label.
-        mode: "bilinear" or "nearest".
+        mode: "bilinear", of volumes "trilinear", or "nearest".
         align_corners: As in `fastseg.functional.upsample_cross_entropy`.
 
     Returns:
@@ -39,8 +40,8 @@ def upsample_confusion_matrix(
         ValueError: Shapes or devices don't fit; the message names the argument.
         TypeError: A dtype that isn't supported.
     """
-    check_map(input)
-    check_grid(mode, align_corners)
+    check_map(input, volumes=True)
+    check_grid(mode, align_corners, input.ndim - 2)
     target = check_label_map(target, input, ignore_index)
     grid = grid_between(input.shape[2:], target.shape[1:], mode, align_corners)
     return operator.upsample_confusion_matrix(input, target, ignore_index, *grid)

@@ -1,7 +1,7 @@
 """upsample_confusion_matrix's registration: schema, fake, and CPU, GPU and fallback implementations.
 
 The operator takes what `fastseg.functional.upsample_confusion_matrix` has resolved: input ``[N, C, h, w]``, and labels
-``[N, H, W]`` of an integer dtype.
+``[N, H, W]`` of an integer dtype; of volumes ``[N, C, d, h, w]`` and ``[N, D, H, W]``.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from fastseg._native import describe, native
 from fastseg.ops.losses.options import IGNORE_NONE, accumulation_dtype
 from fastseg.ops.registration import register_no_gradient, register_plain
 from fastseg.ops.upsampling import upsampling_between
+from fastseg.ops.volumes import slabs
 
 # What a GPU, which can't raise an error without waiting, adds to every count for labels outside the classes: more than
 # there are pixels, so that a sum over many batches shows it.
@@ -63,7 +64,8 @@ def _forward_triton(
     classes = input.shape[1]
     counts = input.new_zeros(classes**2 + 1, dtype=torch.int64)  # the last: labels outside the classes
     upsampling = upsampling_between(input.shape[2:], target.shape[1:], mode, align_corners)
-    kernels.forward((input, target, counts), ignore_index, upsampling)
+    for logits, at, grid in slabs(input, target.shape[1:], upsampling):
+        kernels.forward((logits, target[at], counts), ignore_index, grid)
     return _poisoned(counts[:-1].view(classes, classes), counts[-1] > 0)
 
 

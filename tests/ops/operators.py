@@ -146,7 +146,7 @@ def feature_map(channels: int = 5, requires_grad: bool = True) -> Maker:
 
 def logits_and_labels(ignore_index: int | None = -100, upsampled: bool = False, requires_grad: bool = True) -> Maker:
     def tensors(images: int, size: Size, dtype: torch.dtype, layout: str) -> list[Tensor]:
-        of_labels = (2 * size[0] + 1, 3 * size[1] - 1) if upsampled else size
+        of_labels = (*(2 * depth for depth in size[:-2]), 2 * size[-2] + 1, 3 * size[-1] - 1) if upsampled else size
         return [
             make((images, CLASSES, *size), dtype, layout=layout, scale=3.0, requires_grad=requires_grad),
             make_labels((images, *of_labels), CLASSES, ignore_index=ignore_index),
@@ -293,6 +293,10 @@ CALLS = {
     "upsample_confusion_matrix": Call(
         "upsample_confusion_matrix", logits_and_labels(255, upsampled=True, requires_grad=False),
         {"ignore_index": 255}, data=2,
+    ),
+    "upsample_confusion_matrix-volume": Call(
+        "upsample_confusion_matrix", of_volumes(logits_and_labels(None, upsampled=True, requires_grad=False)),
+        {"mode": "trilinear", "align_corners": True}, data=2,
     ),
     "upsample_threshold": Call(
         "upsample_threshold", feature_map(requires_grad=False), {"scale_factor": 1.5, "return_scores": True},

@@ -15,6 +15,8 @@ from tests.ops.upsample_cases import (
     LARGE_GRIDS,
     MODES,
     TILES,
+    VOLUME_GRIDS,
+    VOLUME_MODES,
     Size,
     labels_for,
     slow_under_the_interpreter,
@@ -43,6 +45,14 @@ def check(input: Tensor, target: Tensor, ignore_index: int | None = None, **mode
 def test_grids(implementation: str, dtype: torch.dtype, mode: dict[str, Any], before: Size, after: Size) -> None:
     input = make((2, 5, *before), dtype)
     check(input, labels_for(input, after), **mode)
+
+
+@pytest.mark.parametrize(("before", "after"), VOLUME_GRIDS.values(), ids=VOLUME_GRIDS)
+@pytest.mark.parametrize("mode", VOLUME_MODES.values(), ids=VOLUME_MODES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_volumes(implementation: str, dtype: torch.dtype, mode: dict[str, Any], before: Size, after: Size) -> None:
+    input = make((2, 5, *before), dtype)
+    check(input, labels_for(input, after, ignore_index=255), 255, **mode)
 
 
 @slow_under_the_interpreter
