@@ -15,9 +15,19 @@ namespace {
 
 constexpr int64_t kAlignment = 64;  // a cache line, and the widest vector
 
+// Aligned memory, for release(). Not aligned_alloc: glibc asks for more than it keeps, so that a block freed is too
+// small for the next request of its size (glibc 2.36), and each call's memory lies beside that of the one before.
 void* allocate(int64_t bytes) {
-  const int64_t rounded = (bytes + kAlignment - 1) / kAlignment * kAlignment;
-  return std::aligned_alloc(kAlignment, static_cast<size_t>(rounded));
+  void* const block = std::malloc(static_cast<size_t>(bytes + kAlignment));
+  if (block == nullptr) return nullptr;
+  const uintptr_t aligned = (reinterpret_cast<uintptr_t>(block) / kAlignment + 1) * kAlignment;
+  void** const data = reinterpret_cast<void**>(aligned);
+  data[-1] = block;  // malloc's own alignment leaves room for it
+  return data;
+}
+
+void release(void* data) {
+  if (data != nullptr) std::free(static_cast<void**>(data)[-1]);
 }
 
 // What a thread keeps from call to call: more than the tiles of any ordinary shape take, which are made for its caches.
@@ -27,10 +37,10 @@ struct Buffer {
   void* data = nullptr;
   int64_t bytes = 0;
 
-  ~Buffer() { std::free(data); }
+  ~Buffer() { release(data); }
 
   void resize(int64_t size) {
-    std::free(data);
+    release(data);
     data = size == 0 ? nullptr : allocate(size);
     bytes = data == nullptr ? 0 : size;
   }
@@ -50,7 +60,7 @@ Workspace::Workspace(int64_t bytes) : data_(allocate(bytes > 0 ? bytes : 1)) {
 }
 
 Workspace::~Workspace() {
-  std::free(data_);
+  release(data_);
 }
 
 void advise_huge_pages(void* data, int64_t bytes) {

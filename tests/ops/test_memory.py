@@ -117,6 +117,16 @@ def test_peak_memory_of_a_layer_in_training(channels: int, side: int, allowed: d
     assert peak_growth(train) < allowed["maps"] * input.nbytes + allowed["weights"] * weight.nbytes + tiles
 
 
+@pytest.mark.skipif(_native.INTERPRETED, reason="an algorithm of the C++ kernels alone")
+def test_peak_memory_of_a_deep_layer_on_two_threads(threads: Callable[[int], None]) -> None:
+    """What a pass frees serves the next one, although each thread's scratch memory lies in between."""
+    threads(2)
+    input = make((1, 2048, 16, 16), requires_grad=True)
+    weight = make((512, 2048, 3, 3), seed=1, scale=0.01, requires_grad=True)
+    functional.conv2d(input, weight, padding=1)
+    assert peak_growth(lambda: functional.conv2d(input, weight, padding=1)) < weight.nbytes
+
+
 def kept_for_backward(call: Callable[[], object]) -> dict[int, int]:
     """Bytes by address."""
     kept: dict[int, int] = {}
