@@ -136,7 +136,7 @@ def upsample_cross_entropy(
     pixel_weight: Tensor | None = None,
 ) -> Tensor:
     """`cross_entropy` of the logits upsampled to target's size; see `fastseg.functional`."""
-    logits = upsample(input, target.shape[-2:], None, mode, align_corners)
+    logits = upsample(input, target.shape[2 - input.ndim :], None, mode, align_corners)
     return cross_entropy(logits, target, weight, ignore_index, reduction, label_smoothing, pixel_weight=pixel_weight)
 
 

@@ -122,18 +122,18 @@ class Blocks {
 
   // Columns [x, x + count) of a tile that begins at the output's column `begin`. False where a label is no class.
   template <class Keep>
-  bool reduce(int64_t image, int64_t y, int64_t begin, int64_t x, int64_t count, const RowPair<T>& pair,
+  bool reduce(int64_t plane, int64_t y, int64_t begin, int64_t x, int64_t count, const RowPair<T>& pair,
               const Keep keep) {
-    if (!read_labels<T>(call_, image, y, begin + x, count, tile_.labels, &partial_->invalid)) return false;
+    if (!read_labels<T>(call_, map_, plane, y, begin + x, count, tile_.labels, &partial_->invalid)) return false;
     with_upsampled_row(map_, pair, x,
                        [&](const auto row) { reduce_relative<T, kKind>(tile_, terms_, count, row, keep); });
     finish_pixels<T, kKind>(tile_, terms_, count);
     if (overlap_ != nullptr) add_overlap(tile_, count, overlap_);
-    const int64_t first = (image * map_.output_height + y) * map_.output_width + begin + x;
+    const int64_t first = (plane * map_.output_height + y) * map_.output_width + begin + x;
     if (call_.statistics) {
       T* const statistics = static_cast<T*>(call_.statistics.data) + first;
       memcpy(statistics, tile_.largest, count * sizeof(T));
-      memcpy(statistics + map_.images * map_.output_height * map_.output_width, tile_.log_sum, count * sizeof(T));
+      memcpy(statistics + map_.output_pixels(), tile_.log_sum, count * sizeof(T));
     }
     if (call_.reduction == Reduction::kNone)
       memcpy(static_cast<T*>(call_.loss.data) + first, tile_.loss, count * sizeof(T));
@@ -165,9 +165,9 @@ bool forward_band(const UpsampleCrossEntropyForward& call, const UpsampledMap<T>
   const int64_t block = block_columns(map);
   const auto run = [&](const auto keep) {
     for_each_tile_row(map, bands, band, &source,
-                      [&](int64_t image, int64_t y, const RowPair<T>& pair, int64_t begin, int64_t columns) {
+                      [&](int64_t plane, int64_t y, const RowPair<T>& pair, int64_t begin, int64_t columns) {
                         for (int64_t x = 0; x < columns; x += block)
-                          if (!blocks.reduce(image, y, begin, x, min_of(block, columns - x), pair, keep)) return false;
+                          if (!blocks.reduce(plane, y, begin, x, min_of(block, columns - x), pair, keep)) return false;
                         return true;
                       });
   };
@@ -214,7 +214,7 @@ class GradientRows {
     };
     for (int64_t x = 0; x < place.columns; x += block_) {
       const int64_t count = min_of(block_, place.columns - x);
-      if (!blocks_.reduce(place.image, y, place.column, x, count, pair, kept)) return false;
+      if (!blocks_.reduce(place.plane, y, place.column, x, count, pair, kept)) return false;
       const int64_t filled = round_up(count, kPixelMultiple);  // pixels that fill the block up get gradients of zero
       for (int64_t p = 0; p < filled; ++p) tile.grad[p] = 1;
       weigh_pixels<T, kKind>(tile, blocks_.terms(), {nullptr, 0}, filled);

@@ -48,17 +48,17 @@ void weigh_overlap(const Tile<T>& tile, const OverlapGradient<T>& s, const Proba
 // The statistics and incoming gradients of an output row's columns [x, x + count). The statistics are filled up with
 // zeros: gradients of zero come of them.
 template <class T>
-void read_grad(const UpsampleCrossEntropyBackward& call, const UpsampledMap<T>& map, int64_t image, int64_t y,
+void read_grad(const UpsampleCrossEntropyBackward& call, const UpsampledMap<T>& map, int64_t plane, int64_t y,
                int64_t x, int64_t count, const Tile<T>& tile) {
-  const int64_t first = (image * map.output_height + y) * map.output_width + x;
+  const int64_t first = (plane * map.output_height + y) * map.output_width + x;
   const T* const statistics = static_cast<const T*>(call.statistics.data) + first;
   memcpy(tile.largest, statistics, count * sizeof(T));
-  memcpy(tile.log_sum, statistics + map.images * map.output_height * map.output_width, count * sizeof(T));
+  memcpy(tile.log_sum, statistics + map.output_pixels(), count * sizeof(T));
   for (int64_t p = count; p < round_up(count, kPixelMultiple); ++p) tile.largest[p] = tile.log_sum[p] = 0;
   const Tensor& grad = call.grad_output;
   if (call.reduction == Reduction::kNone) {
-    const int64_t offset = image * grad.stride[0] + y * grad.stride[1] + x * grad.stride[2];
-    pack(at(grad, offset), grad.dtype, 1, count, 0, grad.stride[2], tile.grad, 0);
+    const int64_t offset = map.offset_of(grad, plane, y, x);
+    pack(at(grad, offset), grad.dtype, 1, count, 0, grad.stride[grad.ndim - 1], tile.grad, 0);
   } else {
     const T reduced = grad_of_reduced<T>(call);
     for (int64_t p = 0; p < count; ++p) tile.grad[p] = reduced;
@@ -91,8 +91,8 @@ class BackwardRows {
   bool row(const Place& place, int64_t y, const RowPair<T>& pair, const GradientsToRows<T>& keep) {
     const int64_t count = place.columns;
     const Rows<const T> no_target = {nullptr, 0};
-    if (!read_labels<T>(call_, place.image, y, place.column, count, tile_.labels, invalid_)) return false;
-    read_grad(call_, map_, place.image, y, place.column, count, tile_);
+    if (!read_labels<T>(call_, map_, place.plane, y, place.column, count, tile_.labels, invalid_)) return false;
+    read_grad(call_, map_, place.plane, y, place.column, count, tile_);
     weigh_pixels<T, kKind>(tile_, terms_, no_target, round_up(count, kPixelMultiple));
     with_upsampled_row(map_, pair, 0, [&](const auto logits) {
       const auto probabilities = probabilities_of(tile_, logits);

@@ -44,12 +44,12 @@ void store_class_sums(const Tensor& target, const UpsampledMap<T>& map, const Ba
 
 // Reads the labels of an output row's columns [x, x + count), up to whole blocks filled with kIgnored.
 template <class T>
-bool read_labels(const CrossEntropy& call, int64_t image, int64_t y, int64_t x, int64_t count, Int<T>* labels,
-                 InvalidLabel* invalid) {
+bool read_labels(const CrossEntropy& call, const UpsampledMap<T>& map, int64_t plane, int64_t y, int64_t x,
+                 int64_t count, Int<T>* labels, InvalidLabel* invalid) {
   const Tensor& target = call.target;
-  const int64_t offset = image * target.stride[0] + y * target.stride[1] + x * target.stride[2];
+  const int64_t offset = map.offset_of(target, plane, y, x);
   for (int64_t p = count; p < round_up(count, kPixelMultiple); ++p) labels[p] = kIgnored;
-  return read_label_run(call, offset, count, target.stride[2], labels, invalid);
+  return read_label_run(call, offset, count, target.stride[target.ndim - 1], labels, invalid);
 }
 
 }  // namespace

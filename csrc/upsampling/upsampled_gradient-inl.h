@@ -3,7 +3,9 @@
 // all output rows have been added.
 //
 // A task owns a band of input rows, and the output rows that begin there. The row after its last one gets a gradient
-// too, so that bands keep their first row's and that row's gradient, and those are added in the end.
+// too, so that bands keep their first row's and that row's gradient, and those are added in the end. Of a volume it has
+// the band in every plane: the gradient of an output plane's band goes to those of the two input planes that are
+// blended to it.
 #pragma once
 
 #include "loss/cross_entropy_terms-inl.h"
@@ -31,10 +33,17 @@ struct InputBands {
   template <class T>
   explicit InputBands(const UpsampledMap<T>& map)
       : rows(min_of(map.height, max_of(ceil_div(map.images * map.height, kBands),
-                                       ceil_div(kLeastBandRows * map.height, map.output_height)))),
+                                       ceil_div(least_rows(map) * map.height, map.output_height)))),
         per_image(ceil_div(map.height, rows)),
         count(map.images * per_image),
         share_rows(map.grid.mode == Mode::kLinear && map.height != map.output_height) {}
+
+ private:
+  // A volume's bands may be narrower: there is more to do in each than to expand rows.
+  template <class T>
+  static int64_t least_rows(const UpsampledMap<T>& map) {
+    return map.is_volume ? kLeastBandRows / 2 : kLeastBandRows;
+  }
 };
 
 // The gradient that a call makes, and what its tasks share.
@@ -42,13 +51,16 @@ template <class T>
 struct GradientSum {
   const UpsampledMap<T>& map;
   const InputBands& bands;
-  const Tensor& gradient;  // [N, C, h, w], any strides
-  T* edges;                // [bands][2]: the gradients of each band's first row, and of the one after its last
+  const Tensor& gradient;  // of the input's shape, any strides
+  T* edges;                // [bands][depth][2]: the gradients of each band's first row, and of the one after its last
 
   // Of the gradient of an input row: [groups of classes][width][kGroup<T>].
   int64_t row_elements() const { return ceil_div(map.classes, kGroup<T>) * map.width * kGroup<T>; }
-  T* edge(int64_t band, int which) const { return edges + (2 * band + which) * row_elements(); }
-  int64_t edge_elements() const { return bands.share_rows ? bands.count * 2 * row_elements() : 0; }
+  T* edge(int64_t band, int64_t z, int which) const {
+    return edges + ((band * map.depth + z) * 2 + which) * row_elements();
+  }
+  int64_t edge_elements() const { return bands.share_rows ? bands.count * map.depth * 2 * row_elements() : 0; }
+  int64_t band_elements() const { return (bands.rows + 1) * row_elements(); }
 };
 
 // Where an output row's gradients go to: those of its two expanded input rows, which may be one.
@@ -128,13 +140,14 @@ FASTSEG_NOINLINE void contract(const UpsampledMap<T>& map, const T* expanded, in
 }
 
 template <class T>
-void store_row(const GradientSum<T>& sum, int64_t image, int64_t y, const T* row) {
+void store_row(const GradientSum<T>& sum, int64_t image, int64_t z, int64_t y, const T* row) {
   const Tensor& gradient = sum.gradient;
   const int64_t classes = sum.map.classes, width = sum.map.width;
+  const int64_t first = sum.map.input_offset(gradient, image, z, y);
   for (int64_t c = 0; c < classes; c += kGroup<T>)
     unpack(row + c * width, kGroup<T>, width, min_of(kGroup<T>, classes - c),
-           at_mutable(gradient, image * gradient.stride[0] + c * gradient.stride[1] + y * gradient.stride[2]),
-           gradient.dtype, gradient.stride[3], gradient.stride[1]);
+           at_mutable(gradient, first + c * gradient.stride[1]), gradient.dtype, gradient.stride[gradient.ndim - 1],
+           gradient.stride[1]);
 }
 
 // The first output row that is made of input row y and later ones.
@@ -154,7 +167,7 @@ int64_t first_output_row(const UpsampledMap<T>& map, int64_t y) {
 // A band, and one of its tiles.
 struct Place {
   int64_t band, image, begin, end;  // begin, end: of the band's input rows
-  int64_t column, columns;          // of the output
+  int64_t plane, column, columns;   // of the output; planes of all images
 };
 
 // Sums the gradients of a tile's columns over the band's output rows into rows, [input rows of the band + 1].
@@ -162,7 +175,7 @@ template <class T, class Work>
 bool sum_tile(const GradientSum<T>& sum, const Place& place, ExpandedRows<T>* source, Work* work, T* expanded,
               T* rows) {
   const UpsampledMap<T>& map = sum.map;
-  source->select(place.image, place.column, place.columns);
+  source->select(place.plane, place.column, place.columns);
   memset(expanded, 0, 2 * map.row_elements() * sizeof(T));
   int64_t row = place.begin;  // of the input: its gradient and the next row's are being summed
   const auto finish_row = [&] {
@@ -182,36 +195,66 @@ bool sum_tile(const GradientSum<T>& sum, const Place& place, ExpandedRows<T>* so
   return true;
 }
 
+// Stores the sums of a band's rows in an input plane, and clears them.
+template <class T>
+void store_plane(const GradientSum<T>& sum, const Place& place, int64_t z, T* rows) {
+  const bool shares_first = sum.bands.share_rows && place.begin > 0,
+             shares_last = sum.bands.share_rows && place.end < sum.map.height;
+  const int64_t row_bytes = sum.row_elements() * static_cast<int64_t>(sizeof(T));
+  if (shares_first) memcpy(sum.edge(place.band, z, 0), rows, row_bytes);
+  for (int64_t y = place.begin + shares_first; y < place.end; ++y)
+    store_row(sum, place.image, z, y, rows + (y - place.begin) * sum.row_elements());
+  if (shares_last) memcpy(sum.edge(place.band, z, 1), rows + (place.end - place.begin) * sum.row_elements(), row_bytes);
+  memset(rows, 0, sum.band_elements() * sizeof(T));
+}
+
+// Adds the sums of a band's rows in an output plane to those of the two input planes that are blended to it, and clears
+// them. of_planes: [2] of sums, of even and of odd planes.
+template <class T>
+void spread_plane(const GradientSum<T>& sum, const Position<T>& planes, T* rows, T* of_planes) {
+  const int64_t elements = sum.band_elements();
+  T* const first = of_planes + planes.first % 2 * elements;
+  T* const second = of_planes + planes.second % 2 * elements;
+  for (int64_t i = 0; i < elements; ++i) first[i] += rows[i] * planes.first_weight;
+  for (int64_t i = 0; i < elements; ++i) second[i] += rows[i] * planes.second_weight;
+  memset(rows, 0, elements * sizeof(T));
+}
+
 // Work: what is done to an output row. Its static elements(map) is the scratch memory that it takes from pieces, and
 // kRelative whether it takes logits relative to their pixels' largest.
 template <class T, class Work, class Call>
 bool sum_band(const GradientSum<T>& sum, const Call& call, Partial* partial, int64_t band) {
   const UpsampledMap<T>& map = sum.map;
   const auto padded = Pieces<T>::padded;
-  const int64_t rows_elements = (sum.bands.rows + 1) * sum.row_elements();
+  const int64_t band_elements = sum.band_elements(), sums = map.blends_planes ? 3 : 1;
   const int64_t elements = padded(ExpandedRows<T>::elements(map)) + padded(2 * map.row_elements()) +
-                           padded(rows_elements) + Work::elements(map);
+                           padded(sums * band_elements) + Work::elements(map);
   void* const memory = scratch(elements * static_cast<int64_t>(sizeof(T)));
   if (memory == nullptr) return false;
   Pieces<T> pieces(memory);
   ExpandedRows<T> source(map, call.input, Work::kRelative, pieces.take(ExpandedRows<T>::elements(map)));
   T* const expanded = pieces.take(2 * map.row_elements());
-  T* const rows = pieces.take(rows_elements);
-  memset(rows, 0, rows_elements * sizeof(T));
-  const int64_t begin = band % sum.bands.per_image * sum.bands.rows;
-  Place place = {band, band / sum.bands.per_image, begin, min_of(begin + sum.bands.rows, map.height), 0, 0};
+  T* const rows =
+      pieces.take(sums * band_elements);  // of an output plane, and where planes are blended of two input ones
+  T* const of_planes = map.blends_planes ? rows + band_elements : rows;
+  memset(rows, 0, sums * band_elements * sizeof(T));
+  const int64_t image = band / sum.bands.per_image, begin = band % sum.bands.per_image * sum.bands.rows;
+  Place place = {band, image, begin, min_of(begin + sum.bands.rows, map.height), 0, 0, 0};
   Work work(call, map, place, partial, &pieces);
-  for (; place.column < map.output_width; place.column += map.tile_columns) {
-    place.columns = min_of(map.tile_columns, map.output_width - place.column);
-    if (!sum_tile(sum, place, &source, &work, expanded, rows)) return true;
+  int64_t z = 0;  // of the input: its gradient, and where planes are blended the next one's, are being summed
+  const auto store_planes = [&](int64_t end) {
+    for (; z < end; ++z) store_plane(sum, place, z, of_planes + (map.blends_planes ? z % 2 * band_elements : 0));
+  };
+  for (int64_t output = 0; output < map.output_depth; ++output) {
+    store_planes(map.planes[output].first);
+    place.plane = image * map.output_depth + output;
+    for (place.column = 0; place.column < map.output_width; place.column += map.tile_columns) {
+      place.columns = min_of(map.tile_columns, map.output_width - place.column);
+      if (!sum_tile(sum, place, &source, &work, expanded, rows)) return true;
+    }
+    if (map.blends_planes) spread_plane(sum, map.planes[output], rows, of_planes);
   }
-  const bool shares_first = sum.bands.share_rows && begin > 0,
-             shares_last = sum.bands.share_rows && place.end < map.height;
-  const int64_t row_bytes = sum.row_elements() * static_cast<int64_t>(sizeof(T));
-  if (shares_first) memcpy(sum.edge(band, 0), rows, row_bytes);
-  for (int64_t y = begin + shares_first; y < place.end; ++y)
-    store_row(sum, place.image, y, rows + (y - begin) * sum.row_elements());
-  if (shares_last) memcpy(sum.edge(band, 1), rows + (place.end - begin) * sum.row_elements(), row_bytes);
+  store_planes(map.depth);
   return true;
 }
 
@@ -220,10 +263,12 @@ template <class T>
 void join_band(const GradientSum<T>& sum, int64_t band) {
   const int64_t image = band / sum.bands.per_image, begin = band % sum.bands.per_image * sum.bands.rows;
   if (begin == 0) return;
-  T* const own = sum.edge(band, 0);
-  const T* const other = sum.edge(band - 1, 1);
-  for (int64_t i = 0; i < sum.row_elements(); ++i) own[i] += other[i];
-  store_row(sum, image, begin, own);
+  for (int64_t z = 0; z < sum.map.depth; ++z) {
+    T* const own = sum.edge(band, z, 0);
+    const T* const other = sum.edge(band - 1, z, 1);
+    for (int64_t i = 0; i < sum.row_elements(); ++i) own[i] += other[i];
+    store_row(sum, image, z, begin, own);
+  }
 }
 
 // Calls work for every row of every tile and sums the gradients that it keeps. Nothing is stored of a band where it

@@ -126,6 +126,12 @@ struct UpsampledMap {
 
   // Of all images.
   int64_t output_planes() const { return images * output_depth; }
+  int64_t output_pixels() const { return output_planes() * output_height * output_width; }
+
+  // Of a row, in the input or a tensor of its shape.
+  int64_t input_offset(const Tensor& input, int64_t image, int64_t z, int64_t y) const {
+    return image * input.stride[0] + (is_volume ? z * input.stride[2] : 0) + y * input.stride[input.ndim - 2];
+  }
 
   // Of an output pixel, in a tensor of any strides: [N, H, W], or of a volume [N, D, H, W].
   int64_t offset_of(const Tensor& pixels, int64_t plane, int64_t y, int64_t x) const {
@@ -215,10 +221,9 @@ class ExpandedRows {
   bool may_be_nan_[2] = {true, true};
 
   void pack_row(int64_t z, int64_t y, T* target) const {
-    const int64_t* const stride = input_.stride + input_.ndim - 2;  // of rows and columns
-    const int64_t offset =
-        image_ * input_.stride[0] + (map_.is_volume ? z * input_.stride[2] : 0) + y * stride[0] + first_ * stride[1];
-    pack(at(input_, offset), input_.dtype, map_.classes, span_, input_.stride[1], stride[1], target,
+    const int64_t column_stride = input_.stride[input_.ndim - 1];
+    const int64_t offset = map_.input_offset(input_, image_, z, y) + first_ * column_stride;
+    pack(at(input_, offset), input_.dtype, map_.classes, span_, input_.stride[1], column_stride, target,
          map_.source_stride);
   }
 

@@ -15,14 +15,15 @@ ROW_LENGTHS = (256, 16, 1)
 
 
 def make_options(
-    ignore_index: int, reduction: str, label_smoothing: float = 0.0, mode: str = "nearest", align_corners: bool = False
-) -> LossOptions:
-    """The options of a loss; refuses what has no meaning."""
+    ignore_index: int, reduction: str, label_smoothing: float = 0.0, mode: str = "nearest",
+    align_corners: bool = False, axes: int = 2,
+) -> LossOptions:  # fmt: skip
+    """The options of a loss, of images of so many axes; refuses what has no meaning."""
     if reduction not in REDUCTIONS:
         raise ValueError(f'reduction: expected "none", "mean" or "sum", got {reduction!r}')
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing: expected a number in [0, 1], got {label_smoothing}")
-    check_grid(mode, align_corners)
+    check_grid(mode, align_corners, axes)
     return LossOptions(ignore_index, reduction, label_smoothing, mode, align_corners)
 
 

@@ -40,7 +40,7 @@ class UpsampleCrossEntropyLoss(nn.CrossEntropyLoss):
         ignore_index: A label that doesn't count.
         reduction: "none", "mean" or "sum".
         label_smoothing: Share of the target that is spread evenly over all classes.
-        mode: "bilinear" or "nearest".
+        mode: "bilinear", of volumes "trilinear", or "nearest".
         align_corners: As in `fastseg.functional.upsample_cross_entropy`.
     """
 

@@ -6,8 +6,9 @@ backward scales it: on a CPU that saves the statistics, and the probabilities' s
 half of both passes' work. Callers ask for the first; `_record_gradient` takes the second where it serves.
 
 The operators take what `fastseg.functional` has resolved: input ``[N, C, h, w]``; class labels ``[N, H, W]`` of an
-integer dtype; weight ``[C]``, contiguous, of the accumulation dtype (float64 for float64 input, else float32), which
-loss, statistics, total_weight, overlap and gradient have too.
+integer dtype; of volumes, here and below, ``[N, C, d, h, w]`` and ``[N, D, H, W]``; weight ``[C]``, contiguous, of the
+accumulation dtype (float64 for float64 input, else float32), which loss, statistics, total_weight, overlap and gradient
+have too.
 
 * Statistics ``[2, N, H, W]`` are each pixel's m and log(sum(exp(x - m))), for the backward of the same device alone: on
   GPUs m is the largest logit, on CPUs both are of logits relative to their input pixels' largest. ``[2, 0, H, W]``
@@ -27,7 +28,7 @@ from torch import Tensor
 from fastseg import _triton, reference
 from fastseg._native import INTERPRETED, describe, native
 from fastseg.ops.layouts import lie_alike
-from fastseg.ops.losses import plain
+from fastseg.ops.losses import plain, slabs
 from fastseg.ops.losses.options import UPSAMPLE_SCHEMA, LossOptions, accumulation_dtype, no_statistics
 from fastseg.ops.registration import register_gradient, register_plain
 from fastseg.ops.upsampling import Upsampling, upsampling_between
@@ -183,8 +184,11 @@ def _forward_triton(input: Tensor, target: Tensor, weight: Tensor | None, *optio
     *numbers, with_overlap, with_statistics = options
     loss_options = LossOptions(*numbers)
     outputs = _allocate_outputs(input, target, loss_options.reduction, with_overlap, with_statistics)
-    tensors = kernels.ForwardTensors(input, target, weight, *outputs)
-    kernels.forward(tensors, loss_options, _upsampling(input, target, loss_options))
+    tensors, upsampling = (input, target, weight, *outputs), _upsampling(input, target, loss_options)
+    if input.ndim == 5:
+        slabs.forward(kernels, tensors, loss_options, upsampling)
+    else:
+        kernels.forward(kernels.ForwardTensors(*tensors), loss_options, upsampling)
     return outputs
 
 
@@ -196,8 +200,11 @@ def _backward_triton(
     kernels = _triton.kernels("upsample_cross_entropy")
     if kernels is None:
         return backward_plain(*tensors, *options)
-    loss_options, grad_input = LossOptions(*options), torch.empty_like(input)
+    loss_options = LossOptions(*options)
     upsampling = _upsampling(input, target, loss_options)
+    if input.ndim == 5:
+        return slabs.backward(kernels, tensors, loss_options, upsampling)
+    grad_input = torch.empty_like(input)
     kernels.backward(kernels.BackwardTensors(*tensors, grad_input), loss_options, upsampling)
     return grad_input
 
@@ -230,11 +237,9 @@ def backward_plain(
     if len(grad_overlap) > 0:
         of_overlap = plain.overlap_backward(grad_overlap, logits, target, statistics, loss_options.ignore_index)
         grad_logits = grad_logits + of_overlap
-    sizes = (list(target.shape[1:]), list(input.shape))
-    if loss_options.mode == "bilinear":
-        grad_input = torch.ops.aten.upsample_bilinear2d_backward(grad_logits, *sizes, loss_options.align_corners)
-    else:
-        grad_input = torch.ops.aten.upsample_nearest2d_backward(grad_logits, *sizes)
+    corners = () if loss_options.mode == "nearest" else (loss_options.align_corners,)
+    gradient = getattr(torch.ops.aten, f"upsample_{loss_options.mode}{input.ndim - 2}d_backward")
+    grad_input = gradient(grad_logits, list(target.shape[1:]), list(input.shape), *corners)
     return lie_alike(grad_input, input, input.dtype)
 
 

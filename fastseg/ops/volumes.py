@@ -7,7 +7,7 @@ the input's height and width, are made by torch's own operators; so what is held
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -26,11 +26,13 @@ class Slab(NamedTuple):
         logits: What is upsampled to them, ``[planes, C, h, w]``.
         at: Where they are in a tensor of the output's pixels, ``[N, D, H, W]``; ``[N, H, W]`` of images.
         grid: From the logits to them.
+        blends: What each of the planes is made of; none of images.
     """
 
     logits: Tensor
     at: Any
     grid: Upsampling
+    blends: Sequence[Blend] = ()
 
 
 class Blend(NamedTuple):
@@ -53,7 +55,7 @@ def slabs(input: Tensor, size: Sequence[int], upsampling: Upsampling) -> Iterato
     for image, volume in enumerate(input):
         for start in range(0, size[0], thickness):
             planes = slice(start, min(start + thickness, size[0]))
-            yield Slab(_blend(volume, blends[planes], upsampling.mode), (image, planes), grid)
+            yield Slab(_blend(volume, blends[planes], upsampling.mode), (image, planes), grid, blends[planes])
 
 
 def blends_of(depth: int, out_depth: int, upsampling: Upsampling) -> list[Blend]:
@@ -85,3 +87,24 @@ def _blend(volume: Tensor, blends: Sequence[Blend], mode: str) -> Tensor:
     weights = torch.tensor([blend.weights for blend in blends], dtype=dtype, device=volume.device)
     of_first, of_second = weights.T.view(2, -1, 1, 1, 1)
     return (first.to(dtype) * of_first).addcmul_(second, of_second)
+
+
+def sum_gradients(
+    input: Tensor, size: Sequence[int], upsampling: Upsampling, gradient_of: Callable[[Slab], Tensor]
+) -> Tensor:
+    """The gradient of volumes' logits, of those of their slabs' logits: plane by plane, always in the same order."""
+    gradient = torch.empty_like(input)
+    sums = torch.zeros_like(input[:1], dtype=accumulation_dtype(input), memory_format=torch.contiguous_format)
+    image = 0
+    for slab in slabs(input, size, upsampling):
+        if slab.at[0] != image:
+            gradient[image] = sums[0]
+            sums.zero_()
+            image = slab.at[0]
+        for of_plane, (first, second, weights) in zip(gradient_of(slab), slab.blends, strict=True):
+            sums[0, :, first].add_(of_plane, alpha=weights[0])
+            if upsampling.mode != "nearest":
+                sums[0, :, second].add_(of_plane, alpha=weights[1])
+    if len(input) > 0:
+        gradient[image] = sums[0]
+    return gradient

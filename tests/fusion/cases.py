@@ -256,6 +256,17 @@ def upsampled_loss_exact(x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     return F.cross_entropy(up, target[:, :9, :12], ignore_index=255)
 
 
+def upsampled_loss_of_volumes(x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    up = F.interpolate(x[:, :, None], (3, *target.shape[1:]), mode="trilinear")
+    return F.cross_entropy(up, target[:, None].expand(-1, 3, -1, -1), weight, ignore_index=255)
+
+
+def upsampled_loss_of_voxels(x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """As rows [N * D * H * W, C]."""
+    rows = F.interpolate(x[:, :, None], scale_factor=(1, 4, 4)).permute(0, 2, 3, 4, 1).reshape(-1, CLASSES)
+    return F.cross_entropy(rows, target.flatten(), ignore_index=255)
+
+
 def two_upsampled_losses(x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     up = F.interpolate(x, size=(24, 32), mode="bilinear")
     return F.cross_entropy(up, target, ignore_index=255) + F.cross_entropy(up, target, weight, ignore_index=255)
@@ -410,6 +421,8 @@ CASES = {
     "upsampled loss, nearest": Case(upsampled_loss_nearest, logits, ("upsample_cross_entropy",), PIXELS),
     "upsampled loss, recomputed": Case(upsampled_loss_recomputed, logits, ("upsample_cross_entropy",), PIXELS),
     "upsampled loss, 1.5": Case(upsampled_loss_exact, logits, ("upsample_cross_entropy",), PIXELS),
+    "upsampled loss, volumes": Case(upsampled_loss_of_volumes, logits, ("upsample_cross_entropy",), PIXELS),
+    "upsampled loss, voxels": Case(upsampled_loss_of_voxels, logits, ("upsample_cross_entropy",), PIXELS),
     "upsampled losses": Case(two_upsampled_losses, logits, ("upsample_cross_entropy",) * 2, PIXELS),
     "loss and prediction": Case(loss_and_prediction, logits, ("upsample_argmax", "upsample_cross_entropy"), PIXELS),
     "prediction": Case(prediction, logits, ("upsample_argmax",)),

@@ -97,7 +97,7 @@ class Call:
             return 1
         if "upsample" in self.operator:
             mode = self.options.get("mode", "bilinear")
-            return upsample_cases.terms_of(input, tuple(tensors[1].shape[-2:]), mode)
+            return upsample_cases.terms_of(input, tuple(tensors[1].shape[2 - input.ndim :]), mode)
         return cross_entropy_cases.terms_of(input)
 
 
@@ -185,9 +185,10 @@ def of_volumes(make: Maker) -> Maker:
     return lambda images, size, dtype, layout: make(images, (DEPTH, *size)[-3:], dtype, layout)
 
 
-def loss(operator: str, layer: type[nn.Module], **options: Any) -> Call:
+def loss(operator: str, layer: type[nn.Module], volumes: bool = False, **options: Any) -> Call:
     """A loss, whose labels are a multiple of the logits' size where it upsamples."""
     made = logits_and_labels(options.get("ignore_index", -100), "upsample" in operator)
+    made = of_volumes(made) if volumes else made
     return Call(operator, made, options, data=2, layer=layer)
 
 
@@ -240,6 +241,10 @@ CALLS = {
     "upsample_cross_entropy-sum": loss(
         "upsample_cross_entropy", fastseg.UpsampleCrossEntropyLoss, reduction="sum", label_smoothing=0.1,
         weight=WEIGHT, mode="nearest",
+    ),
+    "upsample_cross_entropy-volume": loss(
+        "upsample_cross_entropy", fastseg.UpsampleCrossEntropyLoss, volumes=True, mode="trilinear", weight=WEIGHT,
+        ignore_index=1,
     ),
     "cross_entropy_dice": loss("cross_entropy_dice", fastseg.CrossEntropyDiceLoss, weight=WEIGHT),
     "upsample_cross_entropy_dice": loss("upsample_cross_entropy_dice", fastseg.UpsampleCrossEntropyDiceLoss),

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastseg import _native, functional, reference
+from fastseg.ops import volumes
 from fastseg.testing import assert_parity, make, make_labels, values_and_gradients
 from tests.ops.cross_entropy_cases import DTYPES, EXAMPLES, LABELS, REDUCTIONS, ROWS, VIEWS, WEIGHTS, logits
 from tests.ops.upsample_cases import (
@@ -18,6 +19,8 @@ from tests.ops.upsample_cases import (
     LARGE_GRIDS,
     MODES,
     TILES,
+    VOLUME_GRIDS,
+    VOLUME_MODES,
     Size,
     check,
     labels_for,
@@ -38,6 +41,44 @@ def test_grids(implementation: str, dtype: torch.dtype, mode: dict[str, Any], be
     input = logits((2, 5, *before), dtype)
     for reduction in ("none", "mean"):
         check(input, labels_for(input, after, ignore_index=255), ignore_index=255, reduction=reduction, **mode)
+
+
+@pytest.mark.usefixtures("plain_upsampling_of_cpus")
+@pytest.mark.parametrize(("before", "after"), VOLUME_GRIDS.values(), ids=VOLUME_GRIDS)
+@pytest.mark.parametrize("mode", VOLUME_MODES.values(), ids=VOLUME_MODES)
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_volumes(
+    implementation: str, dtype: torch.dtype, layout: str, mode: dict[str, Any], before: Size, after: Size
+) -> None:
+    input = logits((2, 5, *before), dtype, layout=layout)
+    target, weight = labels_for(input, after, ignore_index=255), make((5,)).abs()
+    check(input, target, ignore_index=255, **mode)
+    check(input, target, weight, ignore_index=255, reduction="none", label_smoothing=0.1, **mode)
+
+
+@pytest.mark.usefixtures("plain_upsampling_of_cpus")
+@slow_under_the_interpreter
+@pytest.mark.parametrize("mode", VOLUME_MODES.values(), ids=VOLUME_MODES)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_volumes_of_several_bands_and_tiles(isa: str, reduction: str, mode: dict[str, Any]) -> None:
+    for shape, size in (((2, 3, 5, 40, 9), (9, 75, 14)), ((1, 1000, 2, 2, 21), (3, 3, 80))):
+        input = logits(shape)
+        check(input, labels_for(input, size), reduction=reduction, **mode)
+
+
+def test_volumes_of_several_slabs(implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    input = logits((2, 5, 4, 5, 6))
+    monkeypatch.setattr(volumes, "SLAB_BYTES", 2 * input[0, :, 0].nbytes)
+    for reduction in REDUCTIONS:
+        check(input, labels_for(input, (9, 10, 12)), reduction=reduction, mode="trilinear")
+
+
+def test_volumes_without_labels_that_count(implementation: str) -> None:
+    input = logits((1, 3, 2, 3, 4))
+    target = torch.full((1, 4, 6, 8), -100)
+    for smoothing in (0.0, 0.1):
+        check(input, target, label_smoothing=smoothing, mode="trilinear")
 
 
 # torch's gradient of "nearest" on a GPU isn't that of its own values where many positions read one (torch 2.11).

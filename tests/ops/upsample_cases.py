@@ -90,7 +90,7 @@ slow_under_the_interpreter = pytest.mark.skipif(_native.INTERPRETED, reason="too
 
 def check(input: Tensor, target: Tensor, weight: Tensor | None = None, **options: Any) -> list[Tensor]:
     """`cross_entropy_cases.check` of upsample_cross_entropy."""
-    size, mode = tuple(target.shape[-2:]), options.get("mode", "bilinear")
+    size, mode = tuple(target.shape[2 - input.ndim :]), options.get("mode", "bilinear")
     return cross_entropy_cases.check(
         input, target, weight, operator="upsample_cross_entropy", terms=terms_of(input, size, mode), **options
     )

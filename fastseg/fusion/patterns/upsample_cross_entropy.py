@@ -1,7 +1,7 @@
 """interpolate + cross_entropy becomes upsample_cross_entropy: the upsampled logits and their softmax are never made.
 
 As `fastseg.fusion.patterns.cross_entropy`, also of log_softmax + nll_loss. The upsampled logits may be converted to a
-wider dtype, and laid out as rows [N * H * W, C] with labels [N * H * W].
+wider dtype, and laid out as rows [N * H * W, C] with labels [N * H * W]. So may those of volumes be.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def interpolate_cross_entropy(
 
 def _match(loss: Call) -> Match:
     calls = calls_of(loss)
-    up = _interpolation.upsampled(calls[0].source())
+    up = _interpolation.upsampled(calls[0].source(), volumes=True)
     _, target = tensors_of(calls)
     floating = target.is_floating_point()
     demand(not floating, "class probabilities hold the output's size for every class themselves")

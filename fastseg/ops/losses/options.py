@@ -29,8 +29,8 @@ class LossOptions(NamedTuple):
         ignore_index: The label that doesn't count.
         reduction: "none", "mean" or "sum".
         label_smoothing: Share of the target that is spread evenly over all classes.
-        mode: How logits are upsampled to the labels' size: "nearest", which copies where the sizes are equal, or
-            "bilinear".
+        mode: How logits are upsampled to the labels' size: "nearest", which copies where the sizes are equal,
+            "bilinear" or of volumes "trilinear".
         align_corners: As in `torch.nn.functional.interpolate`.
     """
 

@@ -82,7 +82,7 @@ def overlap_backward(
     ignored = reference.is_ignored(target, ignore_index).unsqueeze(1)
     probabilities = (logits - largest - log_sum).exp().masked_fill(ignored, 0)
     labels = target.unsqueeze(1).long().masked_fill(ignored, 0)
-    of_intersection, of_predicted, _ = grad_overlap[..., None, None]
+    of_intersection, of_predicted, _ = grad_overlap.view(*grad_overlap.shape, *[1] * (logits.ndim - 2))
     one_hot = torch.zeros_like(probabilities).scatter(1, labels, 1)
     grad = of_predicted + one_hot * of_intersection
     return probabilities * (grad - (probabilities * grad).sum(1, keepdim=True))
