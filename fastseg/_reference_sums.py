@@ -24,7 +24,12 @@ def overlap(input: Tensor, target: Tensor, ignore_index: int) -> Tensor:
 
 
 def sigmoid_sums(
-    input: Tensor, target: Tensor, ignore_index: int, gamma: float | None = None, threshold: float | None = None
+    input: Tensor,
+    target: Tensor,
+    ignore_index: int,
+    gamma: float | None = None,
+    threshold: float | None = None,
+    smaller: bool = False,
 ) -> Tensor:
     """``[3, N, C]``, with gamma ``[6, N, C]``: sums over each image's pixels; see `fastseg.ops.upsample_sigmoid_sums`.
 
@@ -34,7 +39,8 @@ def sigmoid_sums(
     shares, counted = shares_of(target, logits, ignore_index)
     logits = logits.masked_fill(~counted, 0)
     probabilities = logits.sigmoid()
-    terms = [probabilities * shares, probabilities, shares]
+    overlap = torch.minimum(probabilities, shares) if smaller else probabilities * shares
+    terms = [overlap, probabilities, shares]
     if gamma is not None:
         signed = logits * (2 * shares - 1)
         # 1 - q; bounded, since the derivative of a root of zero is infinite.

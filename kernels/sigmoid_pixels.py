@@ -35,19 +35,19 @@ def load_shares(
 
 
 @triton.jit
-def sigmoid(x):
-    """1 / (1 + exp(-x)), without an exponential that overflows."""
-    power = exp(-tl.abs(x))
-    return tl.where(x < 0, power, 1.0) / (1 + power)
-
-
-@triton.jit
 def _sigmoids(logits):
-    """exp(-|z|), sigmoid(z) and sigmoid(-z)."""
+    """exp(-|z|), sigmoid(z) and sigmoid(-z), without an exponential that overflows."""
     exponential = exp(-tl.abs(logits))
     larger = 1 / (exponential + 1)
     smaller = exponential * larger
     return exponential, tl.where(logits > 0, larger, smaller), tl.where(logits > 0, smaller, larger)
+
+
+@triton.jit
+def sigmoid(logits):
+    """Its value alone."""
+    _, value, _ = _sigmoids(logits)
+    return value
 
 
 @triton.jit
@@ -76,14 +76,18 @@ def _focal_factors(signed, gamma_bits, scale_bits, threshold_bits, ACC: tl.const
 
 
 @triton.jit
-def sigmoid_terms(logits, shares, gamma_bits, scale_bits, threshold_bits, FOCAL: tl.constexpr, ACC: tl.constexpr):
-    """p, and of the focal sums their terms."""
+def sigmoid_terms(
+    logits, shares, gamma_bits, scale_bits, threshold_bits,
+    SMALLER: tl.constexpr, FOCAL: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """The overlap of p and the shares, p, and of the focal sums their terms."""
     exponential, p, _ = _sigmoids(logits)
+    overlap = tl.where(shares < p, shares, p) if SMALLER else p * shares
     own, others = _losses(logits, exponential, shares)
     factors = tl.full(p.shape, 1.0, ACC)
     if FOCAL:
         factors, _ = _focal_factors(logits * (2 * shares - 1), gamma_bits, scale_bits, threshold_bits, ACC)
-    return p, own * factors, others * factors, factors
+    return overlap, p, own * factors, others * factors, factors
 
 
 @triton.jit
@@ -102,12 +106,16 @@ def load_sigmoid_grads(grad_sums, classes, strides, CLASSES: tl.constexpr, SUMS:
 @triton.jit
 def sigmoid_gradients(
     logits, shares, grads, gamma_bits, scale_bits, threshold_bits,
-    SUMS: tl.constexpr, FOCAL: tl.constexpr, ACC: tl.constexpr,
+    SUMS: tl.constexpr, SMALLER: tl.constexpr, FOCAL: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the logits."""
     of_overlap, of_p, of_own, of_others, of_factors = grads
     exponential, p, counter = _sigmoids(logits)
-    gradient = (shares * of_overlap + of_p) * (p * counter)
+    if SMALLER:  # where p and the share are equal, torch.minimum halves the gradient
+        halves = tl.where(p < shares, 0.5, 0.0) + tl.where(p <= shares, 0.5, 0.0)
+        gradient = (halves.to(ACC) * of_overlap + of_p) * (p * counter)
+    else:
+        gradient = (shares * of_overlap + of_p) * (p * counter)
     if SUMS == 6:
         of_losses = (1 - shares) * of_others * p - shares * of_own * counter
         if FOCAL:

@@ -172,6 +172,7 @@ class _SigmoidSums:
     channels_last: bool = False
     target: torch.dtype | None = torch.uint8  # of masks; None for labels
     gamma: float | None = None
+    smaller: bool = False
     mode: str = "bilinear"
     align_corners: bool = False
     tuned: bool = False
@@ -182,13 +183,14 @@ class _SigmoidSums:
             "x".join(map(str, self.sizes)), "to", "x".join(map(str, self.out)), self.dtype,
             self.channels_last and "channels_last", self.target or "labels", self.mode,
             self.align_corners and "align_corners", "" if self.gamma is None else f"gamma {self.gamma}",
+            self.smaller and "smaller",
         )  # fmt: skip
         yield Specimen(f"upsample_sigmoid_sums {name} forward", self.forward, self.tuned)
         yield Specimen(f"upsample_sigmoid_sums {name} backward", self.backward, self.tuned)
 
     @property
     def _options(self) -> tuple[SigmoidOptions, Upsampling]:
-        options = SigmoidOptions(255, self.gamma, None, self.mode, self.align_corners)
+        options = SigmoidOptions(255, self.gamma, None, self.smaller, self.mode, self.align_corners)
         return options, upsampling_between(self.sizes[2:], self.out, self.mode, self.align_corners)
 
     def tensors(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -265,6 +267,7 @@ _SIGMOIDS = [
     _SigmoidSums((16, 20, 128, 128), (512, 512), gamma=0.0, tuned=True),
     _SigmoidSums((16, 20, 128, 128), (512, 512), target=None, gamma=2.0),
     _SigmoidSums((16, 1, 256, 256), (512, 512)),
+    _SigmoidSums((16, 1, 256, 256), (512, 512), torch.float32, target=torch.float32, smaller=True),
     _SigmoidSums((16, 20, 256, 256), (512, 512), target=torch.float32, gamma=2.0, align_corners=True),
     _SigmoidSums((4, 19, 256, 256), (512, 256), torch.float32, target=None, gamma=0.0),
     _SigmoidSums((4, 21, 512, 512), (512, 512), channels_last=True, target=torch.int64, gamma=2.0, mode="nearest"),

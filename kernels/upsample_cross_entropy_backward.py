@@ -90,8 +90,9 @@ def upsample_cross_entropy_backward(
     pixels, grad_loss_strides, grad_overlap_strides, input_strides, target_strides, grad_input_strides,
     ignore_index, smoothing_bits, gamma_bits, scale_bits, threshold_bits,
     CLASSES: tl.constexpr, SMOOTHED: tl.constexpr, REDUCED: tl.constexpr, MEAN: tl.constexpr, SUMS: tl.constexpr,
-    FOCAL: tl.constexpr, OF_LABELS: tl.constexpr, CLASSES_INNER: tl.constexpr, GRID: tl.constexpr, INDEX: tl.constexpr,
-    ACC: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr, SEGMENT: tl.constexpr,
+    SMALLER: tl.constexpr, FOCAL: tl.constexpr, OF_LABELS: tl.constexpr, CLASSES_INNER: tl.constexpr,
+    GRID: tl.constexpr, INDEX: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr,
+    SEGMENT: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the low-resolution logits: BLOCK_C classes of SEGMENT rows under BLOCK_G intervals.
 
@@ -174,7 +175,7 @@ def upsample_cross_entropy_backward(
                         ignore_index, CLASSES, OF_LABELS, INDEX, ACC,
                     )  # fmt: skip
                     gradient = sigmoid_gradients(
-                        logits, share, grads, gamma_bits, scale_bits, threshold_bits, SUMS, FOCAL, ACC
+                        logits, share, grads, gamma_bits, scale_bits, threshold_bits, SUMS, SMALLER, FOCAL, ACC
                     )
                     gradient = tl.where(counts, tl.where(known, gradient, float("nan")), 0.0)
                 else:
@@ -329,7 +330,8 @@ class BackwardTensors(NamedTuple):
 
 # What the backward kernel takes of sigmoids' sums where there are none.
 _WITHOUT_SIGMOIDS = {
-    "gamma_bits": 0, "scale_bits": 0, "threshold_bits": 0, "SUMS": 0, "FOCAL": False, "OF_LABELS": True,
+    "gamma_bits": 0, "scale_bits": 0, "threshold_bits": 0, "SUMS": 0, "SMALLER": False, "FOCAL": False,
+    "OF_LABELS": True,
 }  # fmt: skip
 
 

@@ -52,8 +52,8 @@ def upsample_sigmoid_sums_forward(
     input, target, partials,
     height, width, out_height, out_width, row_step, column_step, row_passes, column_passes, column_groups, blocks,
     shares, class_blocks, input_strides, target_strides, ignore_index, gamma_bits, scale_bits, threshold_bits,
-    CLASSES: tl.constexpr, SUMS: tl.constexpr, FOCAL: tl.constexpr, OF_LABELS: tl.constexpr, GRID: tl.constexpr,
-    INDEX: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr,
+    CLASSES: tl.constexpr, SUMS: tl.constexpr, SMALLER: tl.constexpr, FOCAL: tl.constexpr, OF_LABELS: tl.constexpr,
+    GRID: tl.constexpr, INDEX: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
     """A program's part of the sums, in double [images, shares, SUMS, CLASSES].
 
@@ -83,10 +83,10 @@ def upsample_sigmoid_sums_forward(
         column_taps = tap_offsets(column_intervals, width, input_strides[3], GRID, INDEX)
         taps = load_taps(pointers, row_taps, column_taps, (classes < CLASSES) & some, GRID, ACC)
         logits = tl.where(known, interpolate(taps, row_weights, column_weights, GRID), float("nan"))
-        p, own_terms, other_terms, factor_terms = sigmoid_terms(
-            logits, share, gamma_bits, scale_bits, threshold_bits, FOCAL, ACC
+        both, p, own_terms, other_terms, factor_terms = sigmoid_terms(
+            logits, share, gamma_bits, scale_bits, threshold_bits, SMALLER, FOCAL, ACC
         )
-        overlap, predicted = _add(overlap, p * share, counts), _add(predicted, p, counts)
+        overlap, predicted = _add(overlap, both, counts), _add(predicted, p, counts)
         labelled = _add(labelled, share, counts)
         if SUMS == 6:
             own, others = _add(own, own_terms, counts), _add(others, other_terms, counts)
@@ -134,7 +134,7 @@ def _common(input: Tensor, target: Tensor, sums: Tensor, options: SigmoidOptions
         "input": input, "target": target, "input_strides": input.stride(), "target_strides": target.stride(),
         "ignore_index": options.ignore_index, "gamma_bits": bits_of(gamma), "threshold_bits": bits_of(threshold),
         "scale_bits": bits_of(threshold**-gamma if threshold > 0 else 1.0), "CLASSES": input.shape[1],
-        "SUMS": len(sums), "FOCAL": gamma > 0, "OF_LABELS": target.ndim == 3,
+        "SUMS": len(sums), "SMALLER": options.smaller, "FOCAL": gamma > 0, "OF_LABELS": target.ndim == 3,
         "ACC": tl.float64 if sums.dtype == torch.float64 else tl.float32,
     }  # fmt: skip
 

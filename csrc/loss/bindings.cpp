@@ -161,6 +161,7 @@ void read_sigmoid_options(const py::object& options, const py::object& upsamplin
   call.ignore_index = options.attr("ignore_index").cast<int64_t>();
   call.gamma = number("gamma");
   call.threshold = number("threshold");
+  call.smaller = options.attr("smaller").cast<bool>();
   call.grid = read_upsampling(upsampling, call.input);
   call.threads = threads;
   const Tensor &input = call.input, &target = call.target, &sums = call.sums;
@@ -174,6 +175,7 @@ void read_sigmoid_options(const py::object& options, const py::object& upsamplin
   require(sums.ndim == 3 && sums.size[0] == (options.attr("gamma").is_none() ? 3 : 6) &&
               sums.size[1] == input.size[0] && sums.size[2] == input.size[1] && sums.dtype == accumulation_dtype(input),
           "the sums are [3 or 6, N, C], float64 where input is, else float32");
+  require(!call.smaller || sums.size[0] == 3, "the smaller of p and t goes into class sums alone");
 }
 
 void upsample_sigmoid_sums_forward(const py::tuple& tensors, const py::object& options, const py::object& upsampling,

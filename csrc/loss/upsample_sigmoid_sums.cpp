@@ -16,11 +16,15 @@ namespace {
 constexpr int kRowsInCache = 2;          // a tile's two expanded input rows
 constexpr int64_t kColumnsAdded = 1024;  // in T: the sums over more are added up in double
 
-// What is summed: the class sums alone, or with them cross-entropies that are multiplied by focal factors or not.
-enum class Terms { kClassSums, kCrossEntropy, kFocal };
+// What is summed: the class sums alone, with p t or the smaller of p and t, or with them cross-entropies that are
+// multiplied by focal factors or not.
+enum class Terms { kClassSums, kSmallerSums, kCrossEntropy, kFocal };
 
 template <Terms kTerms>
-constexpr int kSums = kTerms == Terms::kClassSums ? 3 : 6;
+constexpr bool kClassesAlone = kTerms == Terms::kClassSums || kTerms == Terms::kSmallerSums;
+
+template <Terms kTerms>
+constexpr int kSums = kClassesAlone<kTerms> ? 3 : 6;
 
 // log(1 + x) for x in [0, 1], with what rounds off in the sum.
 template <class T>
@@ -33,20 +37,6 @@ template <class T>
 FASTSEG_INLINE Vec<T> positive_part(Vec<T> x) {
   return maximum<T>(Vec<T>{}, x);  // x where it is NaN
 }
-
-// Of a vector of logits.
-template <class T>
-struct Sigmoid {
-  Vec<T> exponential;     // exp(-|z|)
-  Vec<T> value, counter;  // sigmoid(z), sigmoid(-z)
-
-  FASTSEG_INLINE explicit Sigmoid(Vec<T> logit) {
-    exponential = exp_of_nonpositive<T>(logit > 0 ? -logit : logit);
-    const Vec<T> larger = T(1) / (exponential + T(1)), smaller = exponential * larger;
-    value = logit > 0 ? larger : smaller;
-    counter = logit > 0 ? smaller : larger;
-  }
-};
 
 template <class T>
 struct FocalFactor {
@@ -145,10 +135,11 @@ class Shares {
 template <class T, Terms kTerms>
 FASTSEG_INLINE void terms_of(Vec<T> logit, Vec<T> share, const FocalFactor<T>& focal, Vec<T> (&terms)[kSums<kTerms>]) {
   const Sigmoid<T> sigmoid(logit);
-  terms[0] = sigmoid.value * share;
+  // Where p is NaN, so is the smaller.
+  terms[0] = kTerms == Terms::kSmallerSums ? (share < sigmoid.value ? share : sigmoid.value) : sigmoid.value * share;
   terms[1] = sigmoid.value;
   terms[2] = share;
-  if constexpr (kTerms != Terms::kClassSums) {
+  if constexpr (!kClassesAlone<kTerms>) {
     const Vec<T> log_sum = log_of_one_plus<T>(sigmoid.exponential);
     terms[3] = (positive_part<T>(-logit) + log_sum) * share;
     terms[4] = (positive_part<T>(logit) + log_sum) * (T(1) - share);
@@ -229,8 +220,13 @@ void forward(const UpsampleSigmoidSums& call) {
 template <class T, Terms kTerms>
 FASTSEG_INLINE Vec<T> derivative(Vec<T> logit, Vec<T> share, const FocalFactor<T>& focal, const T (&grad)[6]) {
   const Sigmoid<T> sigmoid(logit);
-  Vec<T> result = (share * grad[0] + grad[1]) * (sigmoid.value * sigmoid.counter);
-  if constexpr (kTerms != Terms::kClassSums) {
+  // Where p and t are equal, torch.minimum halves the gradient.
+  const Vec<T> of_overlap = kTerms == Terms::kSmallerSums
+                                ? select_or_zero<T>(sigmoid.value < share, broadcast<T>(grad[0] / 2)) +
+                                      select_or_zero<T>(sigmoid.value <= share, broadcast<T>(grad[0] / 2))
+                                : share * grad[0];
+  Vec<T> result = (of_overlap + grad[1]) * (sigmoid.value * sigmoid.counter);
+  if constexpr (!kClassesAlone<kTerms>) {
     const Vec<T> of_own = share * grad[3], of_others = (T(1) - share) * grad[4];
     const Vec<T> of_losses = of_others * sigmoid.value - of_own * sigmoid.counter;
     if (kTerms == Terms::kCrossEntropy) return result + of_losses;
@@ -298,35 +294,33 @@ void backward(const UpsampleSigmoidSumsBackward& call) {
   for (int64_t band = 0; band < bands.count; ++band) keep_first(sums.partials()[band].invalid, call.invalid);
 }
 
-Terms terms_of(const UpsampleSigmoidSums& call) {
-  if (call.sums.size[0] == kSums<Terms::kClassSums>) return Terms::kClassSums;
-  return call.gamma == 0 ? Terms::kCrossEntropy : Terms::kFocal;
+template <class T_, Terms kTerms_>
+struct Instance {
+  using T = T_;
+  static constexpr Terms kTerms = kTerms_;
+};
+
+// Calls run with the call's Instance.
+template <class T, class Run>
+void with_terms(const UpsampleSigmoidSums& call, const Run& run) {
+  if (call.sums.size[0] == kSums<Terms::kClassSums>)
+    return call.smaller ? run(Instance<T, Terms::kSmallerSums>()) : run(Instance<T, Terms::kClassSums>());
+  return call.gamma == 0 ? run(Instance<T, Terms::kCrossEntropy>()) : run(Instance<T, Terms::kFocal>());
+}
+
+template <class Run>
+void with_instance(const UpsampleSigmoidSums& call, const Run& run) {
+  return call.input.dtype == DType::kFloat64 ? with_terms<double>(call, run) : with_terms<float>(call, run);
 }
 
 }  // namespace
 
 void upsample_sigmoid_sums_forward(const UpsampleSigmoidSums& call) {
-  const bool wide = call.input.dtype == DType::kFloat64;
-  switch (terms_of(call)) {
-    case Terms::kClassSums:
-      return wide ? forward<double, Terms::kClassSums>(call) : forward<float, Terms::kClassSums>(call);
-    case Terms::kCrossEntropy:
-      return wide ? forward<double, Terms::kCrossEntropy>(call) : forward<float, Terms::kCrossEntropy>(call);
-    case Terms::kFocal:
-      return wide ? forward<double, Terms::kFocal>(call) : forward<float, Terms::kFocal>(call);
-  }
+  with_instance(call, [&](auto of) { forward<typename decltype(of)::T, of.kTerms>(call); });
 }
 
 void upsample_sigmoid_sums_backward(const UpsampleSigmoidSumsBackward& call) {
-  const bool wide = call.input.dtype == DType::kFloat64;
-  switch (terms_of(call)) {
-    case Terms::kClassSums:
-      return wide ? backward<double, Terms::kClassSums>(call) : backward<float, Terms::kClassSums>(call);
-    case Terms::kCrossEntropy:
-      return wide ? backward<double, Terms::kCrossEntropy>(call) : backward<float, Terms::kCrossEntropy>(call);
-    case Terms::kFocal:
-      return wide ? backward<double, Terms::kFocal>(call) : backward<float, Terms::kFocal>(call);
-  }
+  with_instance(call, [&](auto of) { backward<typename decltype(of)::T, of.kTerms>(call); });
 }
 
 }  // namespace FASTSEG_ISA

@@ -14,6 +14,7 @@ struct UpsampleSigmoidSums {
       sums;  // [3, N, C] or, with focal factors, [6, N, C] of T; forward fills it, dense, backward reads its gradient
   int64_t ignore_index;
   double gamma, threshold;  // threshold 0: none
+  bool smaller;             // in place of p t the smaller of the two, for [3, N, C]
   Upsampling grid;
   InvalidLabel* invalid;  // as cross_entropy's
   int threads;

@@ -103,10 +103,17 @@ FASTSEG_INLINE Vec<T> exp_of_nonpositive(Vec<T> x) {
 
 // 1 / (1 + exp(-x)), as a quotient without differences, which would cancel; NaN where x is.
 template <class T>
-FASTSEG_INLINE Vec<T> sigmoid(Vec<T> x) {
-  const Vec<T> exp = exp_of_nonpositive<T>(x < 0 ? x : -x), one = broadcast<T>(1);
-  return (x < 0 ? exp : one) / (one + exp);
-}
+struct Sigmoid {
+  Vec<T> exponential;     // exp(-|x|)
+  Vec<T> value, counter;  // of x and of -x
+
+  FASTSEG_INLINE explicit Sigmoid(Vec<T> x) {
+    exponential = exp_of_nonpositive<T>(x > 0 ? -x : x);
+    const Vec<T> larger = T(1) / (exponential + T(1)), smaller = exponential * larger;
+    value = x > 0 ? larger : smaller;
+    counter = x > 0 ? smaller : larger;
+  }
+};
 
 // log(x) for normal x > 0 and NaN, by fdlibm's method (e_log.c): x = 2^k (1 + f), and with s = f / (2 + f),
 // log(1 + f) = f - f^2 / 2 + s (f^2 / 2 + R(s^2)).

@@ -59,7 +59,7 @@ FASTSEG_NOINLINE void threshold_row(const Row logits, int64_t c, int64_t count, 
     memcpy(words, &bytes, sizeof bytes);
     if ((words[0] | words[1]) == 0) return;
     met |= inside;
-    probability += select_or_zero<T>(inside, sigmoid<T>(logit));
+    probability += select_or_zero<T>(inside, Sigmoid<T>(logit).value);
     lanes->count -= inside;
     const IntVec<T> columns = places + static_cast<Int<T>>(column + x);
     lanes->left = inside & (columns < lanes->left) ? columns : lanes->left;

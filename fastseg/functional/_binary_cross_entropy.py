@@ -119,6 +119,6 @@ def _loss(
         losses = reference.binary_cross_entropy(logits, target, *weights, ignored, reduction)
         return in_dtype(losses.reshape(shape), input.dtype)
     mode, align_corners = grid
-    options = SigmoidOptions(ignored, 0.0, None, mode, align_corners)
+    options = SigmoidOptions(ignored, 0.0, mode=mode, align_corners=align_corners)
     sums = upsample_sigmoid_sums(input, target, options)
     return in_dtype(reference.combine_binary(sums, *weights, reduction), input.dtype)

@@ -9,8 +9,19 @@ import torch
 from torch import Tensor
 
 from fastseg.functional import class_sums
-from fastseg.losses._monai_terms import ClassWeight, Weight, check_target, read_reduction, warn_of_one_channel
-from fastseg.losses._sums import as_integers, log_plain, one_hot
+from fastseg.losses._focal import sigmoid_sums
+from fastseg.losses._monai_terms import (
+    ClassWeight,
+    Weight,
+    check_target,
+    counted_pixels,
+    ignores_a_channel,
+    labels_of,
+    one_hot_counted,
+    read_reduction,
+    warn_of_one_channel,
+)
+from fastseg.losses._sums import log_plain
 
 
 class RegionLoss(ClassWeight, ABC):
@@ -27,7 +38,7 @@ class RegionLoss(ClassWeight, ABC):
         smooth_dr: Added to the denominator.
         batch: Whether the sums are over the whole batch.
         weight: A number for each class that counts, or one for all.
-        soft_label: Whether P T is replaced by the smaller of P and T; in plain PyTorch.
+        soft_label: Whether P T is replaced by the smaller of P and T.
         ignore_index: A label whose pixels don't count. For a target with a channel for each class, which runs as plain
             PyTorch, the class whose pixels don't, or any other number for pixels without a class.
     """
@@ -72,22 +83,26 @@ class RegionLoss(ClassWeight, ABC):
             ValueError: Shapes don't fit; the message names the argument.
         """
         check_target(input, target, self.to_onehot_y)
-        channels = input.shape[1]
-        warn_of_one_channel(self, channels)
-        labels = as_integers(target[:, 0]) if self.to_onehot_y and channels > 1 else None
+        warn_of_one_channel(self, input.shape[1])
+        labels = labels_of(self, input, target)
         dtype = torch.promote_types(input.dtype, target.dtype) if target.is_floating_point() else input.dtype
-        if labels is not None or not (self.ignore_index is None or self._ignores_a_channel(target)):
+        if labels is not None or not (self.ignore_index is None or ignores_a_channel(target, self.ignore_index)):
             dtype = torch.promote_types(input.dtype, torch.float32)  # of one-hot targets, and of MONAI's masks
-        activation = "sigmoid" if self.sigmoid else "softmax"
-        if self._fuses(channels, labels):
-            given = target if labels is None else labels
-            sums = class_sums(input, given, self.ignore_index, activation).movedim(-1, 0)
-        else:
+        given = target if labels is None else labels
+        if not self.fuses(input, labels):
             sums = self._plain_sums(input, target, labels)
-        sums = sums if self.include_background or channels == 1 else sums[..., 1:]
+        elif self.sigmoid:
+            sums = sigmoid_sums(input, given, ignore_index=self.ignore_index, smaller=self.soft_label)
+        else:
+            sums = class_sums(input, given, self.ignore_index).movedim(-1, 0)
+        return self.combine(sums, input.ndim, dtype)
+
+    def combine(self, sums: Tensor, ndim: int, dtype: torch.dtype) -> Tensor:
+        """The loss from sums ``[3, N, C]``, of an input of so many dimensions; in dtype, or what is wider."""
+        sums = sums if self.include_background or sums.shape[-1] == 1 else sums[..., 1:]
         losses = self.losses_of(*(sums.sum(1) if self.batch else sums)).to(self.result_dtype(dtype))
         if self.reduction == "none":
-            return self.unreduced(losses, input.ndim)
+            return self.unreduced(losses, ndim)
         return losses.mean() if self.reduction == "mean" else losses.sum()
 
     @abstractmethod
@@ -102,13 +117,13 @@ class RegionLoss(ClassWeight, ABC):
         """The losses of reduction "none", for an input of so many dimensions."""
         return losses.reshape(*losses.shape, *[1] * (ndim - 2))
 
-    def _fuses(self, channels: int, labels: Tensor | None) -> bool:
-        """Whether the sums come from a fused pass; if not, the log says why."""
-        name = f"monai.{type(self).__name__}"
+    def fuses(self, input: Tensor, labels: Tensor | None) -> bool:
+        """Whether the sums come from a fused pass; if not, the log says why, where an activation could be fused."""
+        name, channels = f"monai.{type(self).__name__}", input.shape[1]
         if not self.sigmoid and (not self.softmax or channels == 1):
             return False
-        if self.soft_label:
-            log_plain(name, "soft_label=True needs sums of the smaller of prediction and target")
+        if self.squared_pred:
+            log_plain(name, "squared_pred=True needs sums of squared probabilities")
         elif labels is None and not self.sigmoid:
             log_plain(name, "the target has a channel for each class; give labels with to_onehot_y=True")
         elif labels is None and channels > 1 and self.ignore_index is not None:
@@ -119,7 +134,7 @@ class RegionLoss(ClassWeight, ABC):
 
     def _plain_sums(self, input: Tensor, target: Tensor, labels: Tensor | None) -> Tensor:
         """The sums ``[3, N, C]`` in plain PyTorch."""
-        counted = self._counted(target)
+        counted = counted_pixels(target, self.ignore_index)
         if self.sigmoid:
             input = input.sigmoid()
         elif self.softmax and input.shape[1] > 1:
@@ -127,8 +142,7 @@ class RegionLoss(ClassWeight, ABC):
         elif self.other_act is not None:
             input = self.other_act(input)
         if labels is not None:
-            inside = labels if counted is None else labels.masked_fill(counted[:, 0] == 0, 0)
-            target = one_hot("target", inside, input.shape[1], torch.float32)
+            target = one_hot_counted(labels, counted, input.shape[1])
         if input.shape != target.shape:
             expected, got = tuple(target.shape), tuple(input.shape)
             raise ValueError(f"other_act: expected a result of target's shape {expected}, got {got}")
@@ -142,20 +156,6 @@ class RegionLoss(ClassWeight, ABC):
         elif self.soft_label:
             terms[0] = torch.minimum(input, target)
         return torch.stack([term.flatten(2).sum(2) for term in terms])
-
-    def _ignores_a_channel(self, target: Tensor) -> bool:
-        return self.ignore_index is not None and target.shape[1] > 1 and 0 <= self.ignore_index < target.shape[1]
-
-    def _counted(self, target: Tensor) -> Tensor | None:
-        """One where a pixel counts, zero elsewhere: ``[N, 1, d1, ...]``."""
-        ignored = self.ignore_index
-        if ignored is None:
-            return None
-        if target.shape[1] == 1:
-            return (target != ignored).to(torch.float32)
-        if self._ignores_a_channel(target):
-            return 1 - target[:, ignored : ignored + 1]
-        return (target.sum(1, keepdim=True) > 0).to(torch.float32)
 
 
 class DiceLoss(RegionLoss):
@@ -193,11 +193,6 @@ class DiceLoss(RegionLoss):
         )  # fmt: skip
         self.squared_pred = squared_pred
         self.jaccard = jaccard
-
-    def _fuses(self, channels: int, labels: Tensor | None) -> bool:
-        if self.squared_pred:
-            log_plain("monai.DiceLoss", "squared_pred=True needs sums of squared probabilities")
-        return not self.squared_pred and super()._fuses(channels, labels)
 
     def losses_of(self, overlap: Tensor, predicted: Tensor, labelled: Tensor) -> Tensor:
         """See `RegionLoss.losses_of`."""

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastseg.functional import class_sums
 from fastseg.functional._losses import in_dtype
+from fastseg.losses._focal import sigmoid_sums
 from fastseg.losses._smp_terms import (
     BINARY,
     MULTICLASS,
@@ -38,9 +37,7 @@ class DiceLoss(nn.Module):
     original, a batch without images is served: its loss is 0.
 
     Args:
-        mode: "binary", "multiclass" or "multilabel". Of logits the sums come from one fused pass, in "binary" and
-            "multilabel" where the masks aren't floating-point numbers, of which the original takes the smaller of p and
-            t, whatever they are.
+        mode: "binary", "multiclass" or "multilabel". Of logits the sums come from one fused pass.
         classes: The classes whose losses count; None for all.
         log_loss: Whether the loss is -log(Dice) instead of 1 - Dice.
         from_logits: Whether the prediction is logits, not probabilities.
@@ -103,9 +100,12 @@ class DiceLoss(nn.Module):
             ignore_index = IGNORE_NONE if self.ignore_index is None else self.ignore_index
             sums = Sums(*softmax_sums(y_pred, labels, LossOptions(ignore_index, "sum"))[1].sum(1))
         else:
-            log_plain(f"smp.{type(self).__name__}", "from_logits=False leaves no softmax to fuse")
+            self._log_plain()
             sums = self._sum_labels(y_pred, as_labels("y_true", y_true, y_pred))
         return in_dtype(self._combine(sums), result_dtype(y_pred, self.class_weights))
+
+    def _log_plain(self) -> None:
+        log_plain(f"smp.{type(self).__name__}", "from_logits=False leaves no activation to fuse")
 
     def _denominator(self, sums: Sums) -> Tensor:
         return (sums.predicted + sums.labelled) / 2
@@ -127,17 +127,17 @@ class DiceLoss(nn.Module):
             raise ValueError(
                 f"y_true: expected as many targets as y_pred, {tuple(y_pred.shape)}, got {tuple(y_true.shape)}"
             )
-        if self.from_logits and not y_true.is_floating_point():
-            sums = class_sums(y_pred, y_true.reshape(y_pred.shape), self.ignore_index, "sigmoid").sum(0)
-            return Sums(*(sums.sum(0, keepdim=True) if self.mode == BINARY else sums).unbind(1))
-        log_plain(f"smp.{type(self).__name__}", "floating-point masks, or from_logits=False")
+        if self.from_logits:
+            target = y_true.reshape(y_pred.shape)
+            sums = sigmoid_sums(y_pred, target, ignore_index=self.ignore_index, smaller=True).sum(1)
+            return Sums(*(sums.sum(1, keepdim=True) if self.mode == BINARY else sums))
+        self._log_plain()
         pixels = y_pred[0, 0].numel() if images else 0
         if self.mode == BINARY:
             channels, pixels = 1, channels * pixels
         y_true = y_true.reshape(images, channels, pixels)
         counted = None if self.ignore_index is None else y_true != self.ignore_index
-        probabilities = F.logsigmoid(y_pred).exp() if self.from_logits else y_pred
-        return sum_pixels(probabilities.reshape(y_true.shape), y_true, counted)
+        return sum_pixels(y_pred.reshape(y_true.shape), y_true, counted)
 
     def _sum_labels(self, probabilities: Tensor, labels: Tensor) -> Sums:
         """The sums of class labels."""

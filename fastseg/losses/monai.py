@@ -1,29 +1,26 @@
 """MONAI's losses (1.6.1): the same arguments, values and gradients, on fastseg's operators.
 
-With ``softmax=True`` and labels that ``to_onehot_y`` asks to convert, they read the logits in fused passes and hold
-nothing of their size but the gradient. So does the Dice with ``sigmoid=True``, and the focal loss beside it but for
-``alpha`` with a floating-point target. Everything else runs as plain PyTorch. Labels may have any dtype.
+With ``softmax=True`` and labels that ``to_onehot_y`` asks to convert, and with ``sigmoid=True`` and any target, they
+read the logits in fused passes and hold nothing of their size but gradients. What runs as plain PyTorch although an
+activation could be fused says so, and why, once on the logger `fastseg`. Labels may have any dtype.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 
-from fastseg.functional import class_sums
 from fastseg.functional._losses import make_options
-from fastseg.losses._focal import all_sums, focal_sums
+from fastseg.losses._focal import sigmoid_sums
+from fastseg.losses._monai_focal import FocalLoss
 from fastseg.losses._monai_region import DiceLoss, GeneralizedDiceLoss, TverskyLoss
-from fastseg.losses._monai_terms import DiceTerm, FocalTerm, Weight, check_target, read_reduction, warn_of_one_channel
-from fastseg.losses._sums import as_integers, one_hot, softmax_sums
+from fastseg.losses._monai_terms import Weight, check_target, labels_of, read_reduction, warn_of_one_channel
+from fastseg.losses._sums import softmax_sums
 from fastseg.modules import CrossEntropyLoss
-from fastseg.ops.focal_sums import Focal
 from fastseg.ops.losses.options import IGNORE_NONE
 
-__all__ = ["DiceCELoss", "DiceFocalLoss", "DiceLoss", "GeneralizedDiceLoss", "TverskyLoss"]
+__all__ = ["DiceCELoss", "DiceFocalLoss", "DiceLoss", "FocalLoss", "GeneralizedDiceLoss", "TverskyLoss"]
 
 
 def _check_factor(name: str, factor: float) -> float:
@@ -87,7 +84,7 @@ class DiceCELoss(nn.Module):
     ) -> None:
         super().__init__()
         reduction = read_reduction(reduction, ("mean", "sum"))
-        self.dice = DiceTerm(
+        self.dice = DiceLoss(
             include_background, to_onehot_y, sigmoid, softmax, other_act, squared_pred, jaccard, reduction, smooth_nr,
             smooth_dr, batch, weight if weight is None or include_background else weight[1:],
         )  # fmt: skip
@@ -111,28 +108,14 @@ class DiceCELoss(nn.Module):
             ValueError: Shapes don't fit; the message names the argument.
         """
         check_target(input, target, self.dice.to_onehot_y)
-        channels = input.shape[1]
-        warn_of_one_channel(self.dice, channels)
-        labels = as_integers(target[:, 0]) if self.dice.to_onehot_y and channels > 1 else None
-        fuses = self.dice.fuses(input, labels, "monai.DiceCELoss")
-        if fuses and self.dice.sigmoid:
-            sums = class_sums(input, target if labels is None else labels, activation="sigmoid").movedim(-1, 0)
-            dice = self.dice.combine(sums[..., self.dice.first_class(channels) :], input.ndim)
+        labels = labels_of(self.dice, input, target)
+        if labels is None or self.dice.sigmoid or not self.dice.fuses(input, labels):
             ce = self._cross_entropy(input, target if labels is None else labels)
-            if labels is None:
-                soft = target.is_floating_point()
-                dice = dice.to(torch.promote_types(input.dtype, target.dtype) if soft else input.dtype)
-        elif fuses:
-            assert labels is not None
-            loss = self.cross_entropy
-            options = make_options(IGNORE_NONE, loss.reduction, loss.label_smoothing)
-            ce, overlap = softmax_sums(input, labels, options, loss.weight)
-            dice = self.dice.combine(overlap[..., self.dice.first_class(channels) :], input.ndim)
-        else:
-            ce = self._cross_entropy(input, target if labels is None else labels)
-            target = target if labels is None else one_hot("target", labels, channels, torch.float32)
-            dice = self.dice(input, target)
-        return self.lambda_dice * dice + self.lambda_ce * ce
+            return self.lambda_dice * self.dice(input, target) + self.lambda_ce * ce
+        loss = self.cross_entropy
+        options = make_options(IGNORE_NONE, loss.reduction, loss.label_smoothing)
+        ce, overlap = softmax_sums(input, labels, options, loss.weight)
+        return self.lambda_dice * self.dice.combine(overlap, input.ndim, ce.dtype) + self.lambda_ce * ce
 
     def _cross_entropy(self, input: Tensor, target: Tensor) -> Tensor:
         """The term of labels ``[N, d1, ...]``, or of probabilities of input's shape."""
@@ -144,9 +127,7 @@ class DiceCELoss(nn.Module):
 class DiceFocalLoss(nn.Module):
     """`monai.losses.DiceFocalLoss`: ``lambda_dice * Dice + lambda_focal * focal loss``.
 
-    The Dice is `DiceCELoss`'s. The focal loss of a value, with q the sigmoid of the logit where the target is 1 and of
-    minus the logit where it is 0: ``alpha_t * (1 - q)^gamma * -log(q)``, where alpha_t is alpha for a target of 1 and
-    1 - alpha for 0.
+    The Dice is `DiceCELoss`'s. The focal loss is `FocalLoss`'s, of sigmoids.
 
     What may surprise: the focal loss is one of sigmoids, each class against the rest, with ``softmax=True`` too
     (`fastseg.FocalLoss` is one of the softmax). ``weight`` has a number for each class that counts, so none for class 0
@@ -159,8 +140,8 @@ class DiceFocalLoss(nn.Module):
         include_background: Whether class 0 counts.
         to_onehot_y: As in `DiceCELoss`.
         sigmoid: As there.
-        softmax: Whether the Dice is of the input's softmax; with ``to_onehot_y``, its sums come from a fused pass, and
-            the focal loss reads the logits in blocks.
+        softmax: Whether the Dice is of the input's softmax; with ``to_onehot_y``, its sums come from a fused pass.
+            The focal loss's come from one of its own, so that two gradients of the logits are held for a moment.
         other_act: As there.
         squared_pred: As there.
         jaccard: As there.
@@ -202,11 +183,11 @@ class DiceFocalLoss(nn.Module):
     ) -> None:
         super().__init__()
         reduction = read_reduction(reduction, ("mean", "sum", "none"))
-        self.dice = DiceTerm(
+        self.dice = DiceLoss(
             include_background, to_onehot_y, sigmoid, softmax, other_act, squared_pred, jaccard, reduction, smooth_nr,
             smooth_dr, batch, weight,
         )  # fmt: skip
-        self.focal = FocalTerm(gamma, weight, alpha, reduction)
+        self.focal = FocalLoss(include_background, to_onehot_y, gamma, alpha, weight, reduction)
         self.lambda_dice = _check_factor("lambda_dice", lambda_dice)
         self.lambda_focal = _check_factor("lambda_focal", lambda_focal)
         self.to_onehot_y = to_onehot_y
@@ -223,24 +204,11 @@ class DiceFocalLoss(nn.Module):
             ValueError: Shapes don't fit; the message names the argument.
         """
         check_target(input, target, self.to_onehot_y)
-        channels = input.shape[1]
-        warn_of_one_channel(self.dice, channels)
-        first = self.dice.first_class(channels)
-        labels = as_integers(target[:, 0]) if self.to_onehot_y and channels > 1 else None
-        given = target if labels is None else labels
-        fuses = self.dice.fuses(input, labels, "monai.DiceFocalLoss")
-        if fuses and self.dice.sigmoid and self.focal.sums_serve(given):
-            sums = all_sums(input, given, self.focal.gamma)[..., first:]
-            dice = self.dice.combine(sums[:3], input.ndim)
-            focal = self.focal.of_sums(sums[3:].sum(1), images=len(input), pixels=math.prod(input.shape[2:]))
-        elif fuses and not self.dice.sigmoid:
-            assert labels is not None
-            options = Focal(self.focal.gamma, threshold=None, first_class=first, ignore_index=IGNORE_NONE)
-            sums, overlap = focal_sums(input, labels, options, with_overlap=True)
-            dice = self.dice.combine(overlap[..., first:], input.ndim)
-            focal = self.focal.of_sums(sums, images=len(labels), pixels=math.prod(input.shape[2:]))
-        else:
-            target = target if labels is None else one_hot("target", labels, channels, torch.float32)
-            dice = self.dice(input, target)
-            focal = self.focal(input[:, first:], target[:, first:])
-        return self.lambda_dice * dice + self.lambda_focal * focal
+        labels = labels_of(self, input, target)
+        fuses = self.dice.fuses(input, labels)
+        if not fuses or not self.dice.sigmoid or not self.focal.fuses(target, labels):
+            return self.lambda_dice * self.dice(input, target) + self.lambda_focal * self.focal(input, target)
+        warn_of_one_channel(self.dice, input.shape[1])
+        sums = sigmoid_sums(input, target if labels is None else labels, self.focal.gamma)
+        dice = self.dice.combine(sums[:3], input.ndim, sums.dtype)
+        return self.lambda_dice * dice + self.lambda_focal * self.focal.reduce(self.focal.of_sums(sums), input)

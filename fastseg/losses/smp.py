@@ -1,8 +1,8 @@
 """segmentation_models_pytorch's losses (0.6.0): the same arguments, values and gradients, on fastseg's operators.
 
-They read logits in fused passes and hold nothing of their size but the gradient: in "multiclass" with labels, in
-"binary" and "multilabel" with masks of zeros and ones in a boolean or an integer dtype, for `SoftBCEWithLogitsLoss` in
-any. What else they take runs as plain PyTorch.
+Logits are read in fused passes that hold nothing of their size but the gradient, in all three modes. What runs as plain
+PyTorch, and says so once on the logger `fastseg`: ``from_logits=False``, the focal loss of a target between 0 and 1,
+and binary cross-entropy with a loss or a weight for each value.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fastseg.functional import binary_cross_entropy
 from fastseg.functional._checks import pixels_of
 from fastseg.functional._losses import in_dtype
-from fastseg.losses._focal import Focal, focal_sums, mask_sums
+from fastseg.losses._focal import IGNORED_MASK, are_classes, is_hard, masks_of, sigmoid_sums
 from fastseg.losses._smp_region import DiceLoss, JaccardLoss, TverskyLoss
 from fastseg.losses._smp_terms import (
     BINARY,
@@ -53,11 +53,13 @@ class FocalLoss(nn.Module):
     finite for gamma < 1 where q is 1.
 
     Args:
-        mode: "binary", "multiclass" or "multilabel". Labels and masks that aren't floating-point numbers are served by
-            a fused pass over the logits.
+        mode: "binary", "multiclass" or "multilabel". Labels and masks of zeros and ones are served by a fused pass over
+            the logits; masks between 0 and 1 run as plain PyTorch, and so do floating-point ones that aren't on a CPU,
+            since only waiting for the device would tell.
         alpha: How much a target of 1 counts, in [0, 1]; None for all alike.
         gamma: How much less well classified values count.
-        ignore_index: A label that doesn't count; in "binary" a target value. "multilabel" has none: the original fails.
+        ignore_index: A label that doesn't count; in "binary" and "multilabel" a target value, where the original fails
+            for "multilabel".
         from_logits: Whether the prediction is logits, not probabilities.
         eps: Probabilities are clamped to [eps, 1 - eps].
         reduction: Of a class's values: "mean", "sum", "batchwise_mean" (the sum over the first dimension, which is the
@@ -87,8 +89,6 @@ class FocalLoss(nn.Module):
         check_mode(mode, class_weights)
         if gamma is None:
             raise ValueError("gamma: expected a number, got None, which the original can't compute with either")
-        if mode == MULTILABEL and ignore_index is not None:
-            raise ValueError('ignore_index: mode "multilabel" has none, in the original neither; mask the loss instead')
         reduces = reduction in ("mean", "sum") or (reduction == "batchwise_mean" and ignore_index is not None)
         if class_weights is not None and not reduces:
             raise ValueError(f"class_weights: reduction {reduction!r} leaves values, which they don't fit; reduce them")
@@ -121,90 +121,75 @@ class FocalLoss(nn.Module):
             ValueError: Shapes don't fit; the message names the argument.
         """
         check_scores("y_pred", y_pred, 1 if self.mode == BINARY else 2)
-        logits = y_pred if self.from_logits else self._logits(y_pred)
-        if self.mode == BINARY:
-            loss = self._binary(logits, y_true)
+        check_weights(self.class_weights, y_pred.shape[1] if self.mode != BINARY else 1)
+        logits, target, ignored = self._arranged(y_pred if self.from_logits else self._logits(y_pred), y_true)
+        if self.mode == BINARY and self.reduction not in REDUCTIONS:
+            losses, factors, counted = self._terms(logits, target, ignored)
+            loss = losses[counted] / (factors.sum().clamp_min(LEAST_FACTOR) if self.normalized else 1)
         else:
-            check_weights(self.class_weights, y_pred.shape[1])
-            by_class = self._multiclass if self.mode == MULTICLASS else self._multilabel
-            loss = weighted_mean(by_class(logits, y_true), self.class_weights)
+            loss = weighted_mean(self._of_classes(logits, target, ignored), self.class_weights)
         return in_dtype(loss, result_dtype(y_pred, self.class_weights))
-
-    @property
-    def _focal(self) -> Focal:
-        ignore_index = IGNORE_NONE if self.ignore_index is None else self.ignore_index
-        return Focal(self.gamma, self.reduced_threshold, first_class=0, ignore_index=ignore_index)
 
     def _logits(self, probabilities: Tensor) -> Tensor:
         probabilities = probabilities.to(accumulation_dtype(probabilities)).clamp(self.eps, 1 - self.eps)
         return probabilities.log() if self.mode == MULTICLASS else probabilities.logit()
 
-    def _multiclass(self, logits: Tensor, y_true: Tensor) -> Tensor:
-        """The classes' losses, from labels."""
-        labels = as_labels("y_true", y_true, logits)
-        losses, factors = self._weigh(focal_sums(logits, labels, self._focal)[0])
-        if self.ignore_index is None:
-            return self._reduce(losses, factors, labels.numel(), labels.shape[1:].numel())
-        return self._reduce(losses, factors, (~is_ignored(labels, self.ignore_index)).sum())
-
-    def _weigh(self, sums: Tensor) -> tuple[Tensor, Tensor]:
-        """The classes' losses and factors, from their sums."""
-        own, others, factors = sums
-        return own + others if self.alpha is None else self.alpha * own + (1 - self.alpha) * others, factors
-
-    def _multilabel(self, logits: Tensor, y_true: Tensor) -> Tensor:
-        """The classes' losses, from a target for each value."""
-        if y_true.shape != logits.shape:
-            raise ValueError(f"y_true: expected y_pred's shape {tuple(logits.shape)}, got {tuple(y_true.shape)}")
-        if y_true.is_floating_point() or self.gamma < 0:
-            dims = [dim for dim in range(logits.ndim) if dim != 1]
-            losses, factors = (terms.sum(dims) for terms in self._terms(logits, y_true))
-        else:
-            losses, factors = self._weigh(mask_sums(logits, y_true, self._focal))
-        return self._reduce(losses, factors, logits[:, 0].numel(), logits.shape[2:].numel())
-
-    def _binary(self, logits: Tensor, y_true: Tensor) -> Tensor:
-        """The loss of all values, or each one's."""
+    def _arranged(self, logits: Tensor, y_true: Tensor) -> tuple[Tensor, Tensor, int | None]:
+        """Logits ``[N, C, ...]``, labels or a mask for each class, and which of their values is ignored."""
+        ignored = self.ignore_index
+        if self.mode == MULTICLASS:
+            labels, classes = as_labels("y_true", y_true, logits), logits.shape[1]
+            if self.gamma >= 0 and are_classes(labels, classes, ignored):
+                return logits, labels, ignored
+            return logits, masks_of(labels, classes, ignored), None if ignored is None else IGNORED_MASK
+        if self.mode == MULTILABEL:
+            if y_true.shape != logits.shape:
+                raise ValueError(f"y_true: expected y_pred's shape {tuple(logits.shape)}, got {tuple(y_true.shape)}")
+            return logits, y_true, ignored
         if y_true.numel() != logits.numel():
             raise ValueError(f"y_true: expected as many targets as y_pred, {logits.numel()}, got {y_true.numel()}")
-        if self.reduction in REDUCTIONS and self.gamma >= 0 and not y_true.is_floating_point():
-            flat, targets = logits.reshape(1, 1, -1), y_true.reshape(1, 1, -1)
-            losses, factors = self._weigh(mask_sums(flat, targets, self._focal))
-            ignored = self.ignore_index
-            return self._reduce(
-                losses[0], factors[0], targets.numel() if ignored is None else (targets != ignored).sum()
-            )
-        y_true = y_true.reshape(-1)
-        losses, factors = self._terms(logits.reshape(-1), y_true)
-        counted = None if self.ignore_index is None else y_true != self.ignore_index
-        if counted is not None:
-            losses, factors = losses.masked_fill(~counted, 0), factors.masked_fill(~counted, 0)
-        if self.reduction in REDUCTIONS:
-            count = losses.numel() if counted is None else counted.sum()
-            return self._reduce(losses.sum(), factors.sum(), count)
-        losses = losses if counted is None else losses[counted]
-        return losses / factors.sum().clamp_min(LEAST_FACTOR) if self.normalized else losses
+        return logits.reshape(1, 1, -1), y_true.reshape(1, 1, -1), ignored
 
-    def _terms(self, logits: Tensor, y_true: Tensor) -> tuple[Tensor, Tensor]:
-        """Each value's loss and ``(1 - q)^gamma``; the target may lie between 0 and 1."""
-        logits = logits.to(accumulation_dtype(logits))
-        y_true = y_true.to(logits.dtype)
-        losses = F.binary_cross_entropy_with_logits(logits, y_true, reduction="none")
-        factors = self._focal.factor(losses, -torch.expm1(-losses))
-        losses = factors * losses
-        return losses if self.alpha is None else losses * (
-            self.alpha * y_true + (1 - self.alpha) * (1 - y_true)
-        ), factors
-
-    def _reduce(self, losses: Tensor, factors: Tensor, count: int | Tensor, positions: int = 1) -> Tensor:
-        """The reduction of so many values, of so many positions in an image, from their and their factors' sums."""
+    def _of_classes(self, logits: Tensor, target: Tensor, ignored: int | None) -> Tensor:
+        """The classes' losses."""
+        pixels = [dim for dim in range(logits.ndim) if dim != 1]
+        if self.gamma >= 0 and is_hard(target, ignored):
+            own, others, factors = sigmoid_sums(logits, target, self.gamma, self.reduced_threshold, ignored)[3:].sum(1)
+            losses = own + others if self.alpha is None else self.alpha * own + (1 - self.alpha) * others
+        else:
+            reason = "masks between 0 and 1, or floating-point ones elsewhere than on a CPU, or gamma < 0"
+            log_plain("smp.FocalLoss", reason)
+            losses, factors = (terms.sum(pixels) for terms in self._terms(logits, target, ignored)[:2])
         if self.normalized:
             losses = losses / factors.clamp_min(LEAST_FACTOR)
         if self.reduction == "sum":
             return losses
-        if self.reduction == "batchwise_mean":
-            return losses / positions
-        return losses / count
+        if self.reduction == "batchwise_mean":  # of an image, or where some don't count, or in "binary", of all values
+            alone = ignored is None and self.mode != BINARY
+            return losses / logits.shape[2:].numel() if alone else losses
+        if ignored is None:
+            return losses / logits[:, 0].numel()
+        if target.ndim < logits.ndim:
+            return losses / (~is_ignored(target, ignored)).sum()
+        return losses / (target != ignored).sum(pixels)
+
+    def _terms(self, logits: Tensor, target: Tensor, ignored: int | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Each value's loss and ``(1 - q)^gamma``, and whether it counts; the target may lie between 0 and 1."""
+        logits = logits.to(accumulation_dtype(logits))
+        counted = torch.ones_like(target, dtype=torch.bool) if ignored is None else target != ignored
+        target = target.to(logits.dtype)
+        losses = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+        # Bounded, since the derivative of a root of zero is infinite.
+        factors = (-torch.expm1(-losses)).clamp_min(torch.finfo(losses.dtype).tiny)
+        if self.reduced_threshold is None:
+            factors = factors.pow(self.gamma)
+        else:
+            reduced = (-losses).exp() < self.reduced_threshold
+            factors = (factors / self.reduced_threshold).pow(self.gamma).masked_fill(reduced, 1)
+        losses = factors * losses
+        if self.alpha is not None:
+            losses = losses * (self.alpha * target + (1 - self.alpha) * (1 - target))
+        return losses.masked_fill(~counted, 0), factors.masked_fill(~counted, 0), counted
 
 
 class SoftCrossEntropyLoss(nn.Module):

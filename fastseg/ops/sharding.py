@@ -24,8 +24,6 @@ BY_IMAGES: dict[str, tuple[tuple[Placed, ...], tuple[Placed, ...]]] = {
     "conv_relu_pool2d_backward": ((0, SUM, SUM), (0, 0, 0, WHOLE, 0, 0)),
     "relu_pool2d": ((0, 0, 0), (0,)),
     "relu_pool2d_backward": ((0,), (0, 0, 0, 0)),
-    "focal_sums": ((SUM, 1, SUM, 1), (0, 0)),
-    "focal_sums_backward": ((0,), (WHOLE, 1, 0, 0, 1, WHOLE)),
     "upsample_argmax": ((0, 0), (0,)),
     "upsample_confusion_matrix": ((SUM,), (0, 0)),
     "upsample_mask_argmax": ((0,), (0, 0)),

@@ -3,7 +3,8 @@
 What every loss of sigmoids, each class against the rest, is made of: sums over an image's pixels. With z the logit of
 a class, upsampled to the target's size, p its sigmoid and t the class's share of the pixel, they are of
 
-* ``p t``, ``p`` and ``t``: `fastseg.functional.class_sums`, for Dice and its relatives;
+* ``p t``, ``p`` and ``t``: `fastseg.functional.class_sums`, for Dice and its relatives; where ``smaller``, of the
+  smaller of p and t in place of ``p t``, which soft targets need for a perfect score;
 
 and where gamma is given, with q the sigmoid of ``z (2 t - 1)``, the probability of what the target says, of
 
@@ -38,6 +39,7 @@ class SigmoidOptions(NamedTuple):
         ignore_index: The label or share that doesn't count.
         gamma: The focal factor's exponent; None for the class sums alone.
         threshold: What 1 - q is divided by; None for nothing.
+        smaller: Whether the smaller of p and t is summed in place of ``p t``; for class sums alone.
         mode: As in `fastseg.ops.losses.options.LossOptions`.
         align_corners: As there.
     """
@@ -45,6 +47,7 @@ class SigmoidOptions(NamedTuple):
     ignore_index: int
     gamma: float | None = None
     threshold: float | None = None
+    smaller: bool = False
     mode: str = "nearest"
     align_corners: bool = False
 
@@ -56,7 +59,7 @@ def upsample_sigmoid_sums(input: Tensor, target: Tensor, options: SigmoidOptions
 
 # ---- schemas ----
 
-_OPTIONS = "SymInt ignore_index, float? gamma, float? threshold, str mode, bool align_corners"
+_OPTIONS = "SymInt ignore_index, float? gamma, float? threshold, bool smaller, str mode, bool align_corners"
 _library = torch.library.Library("fastseg", "FRAGMENT")
 _library.define(f"upsample_sigmoid_sums(Tensor input, Tensor target, {_OPTIONS}) -> Tensor")
 _library.define(f"upsample_sigmoid_sums_backward(Tensor grad_sums, Tensor input, Tensor target, {_OPTIONS}) -> Tensor")
@@ -121,10 +124,10 @@ def _backward_triton(grad_sums: Tensor, input: Tensor, target: Tensor, *options:
 
 def forward_plain(input: Tensor, target: Tensor, *options: Any) -> Tensor:
     """The operator from torch's own, for devices without a kernel."""
-    ignore_index, gamma, threshold, *grid = options
+    *summed, mode, align_corners = options
     wide = input.to(accumulation_dtype(input))
-    logits = reference.upsample(wide, target.shape[-2:], None, *grid)
-    return reference.sigmoid_sums(logits, target, ignore_index, gamma, threshold)
+    logits = reference.upsample(wide, target.shape[-2:], None, mode, align_corners)
+    return reference.sigmoid_sums(logits, target, *summed)
 
 
 def backward_plain(grad_sums: Tensor, input: Tensor, target: Tensor, *options: Any) -> Tensor:
@@ -164,7 +167,7 @@ class _SigmoidSums(torch.autograd.Function):
             grad_input = torch.ops.fastseg.upsample_sigmoid_sums_backward.default(
                 grad_sums, input, target, *ctx.options
             )
-        return None, grad_input, *(None,) * 6
+        return None, grad_input, *(None,) * 7
 
 
 register_gradient(

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from fastseg import _native
 from fastseg.losses import monai
-from fastseg.ops import focal_sums
 from fastseg.testing import make
 from tests.losses import cases as losses_cases
 from tests.losses.cases import DTYPES, SHAPES, labels_for, logits, maps_for, signature
@@ -265,16 +264,6 @@ def test_second_derivative(name: str, options: dict[str, Any]) -> None:
     assert torch.autograd.gradgradcheck(function, input)
 
 
-@pytest.mark.parametrize("block", [1, 7, 64, 1000])
-@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
-def test_focal_blocks(theirs: Any, monkeypatch: pytest.MonkeyPatch, layout: str, block: int) -> None:
-    monkeypatch.setattr(focal_sums, "CPU_BLOCK", block)
-    input = logits((3, 5, 6, 7), layout=layout)
-    options = {"include_background": False, "alpha": 0.25, "weight": WEIGHT}
-    _, gradient = check(theirs, "DiceFocalLoss", input, labels(input), **FUSED, **options)
-    assert gradient.stride() == input.stride()
-
-
 @pytest.mark.parametrize(("name", "options"), EVERY.values(), ids=EVERY)
 def test_compile(name: str, options: dict[str, Any]) -> None:
     torch.compiler.reset()
@@ -290,18 +279,21 @@ def test_memory_is_the_gradient(name: str) -> None:
     input, loss = make((1, 96, 400, 400), requires_grad=True), getattr(monai, name)(**FUSED)
     target = labels(input)
     grown = upsample_cases.peak_growth(lambda: torch.autograd.grad(loss(input, target), input))
-    assert grown < 1.5 * input.nbytes
+    gradients = 1 if name == "DiceCELoss" else 2  # the other one's activations differ, and so do its two passes
+    assert grown < (gradients + 0.5) * input.nbytes
 
 
 REASONS = {
-    "squared": ({**FUSED, "squared_pred": True}, "squared_pred=True needs"),
-    "channels": ({"softmax": True}, "the target has a channel for each class"),
-    "none": ({**FUSED, "reduction": "none"}, 'reduction="none" gives'),
+    "squared": ({**FUSED, "squared_pred": True}, "DiceLoss", "squared_pred=True needs"),
+    "channels": ({"softmax": True}, "DiceLoss", "the target has a channel for each class"),
+    "none": ({**FUSED, "reduction": "none"}, "FocalLoss", 'reduction="none" gives'),
 }
 
 
-@pytest.mark.parametrize(("options", "reason"), REASONS.values(), ids=REASONS)
-def test_fallback_is_said_once(caplog: pytest.LogCaptureFixture, options: dict[str, Any], reason: str) -> None:
+@pytest.mark.parametrize(("options", "term", "reason"), REASONS.values(), ids=REASONS)
+def test_fallback_is_said_once(
+    caplog: pytest.LogCaptureFixture, options: dict[str, Any], term: str, reason: str
+) -> None:
     _native.log_fallback.cache_clear()
     input, loss = logits(), monai.DiceFocalLoss(**options)
     for _ in range(2):
@@ -309,7 +301,7 @@ def test_fallback_is_said_once(caplog: pytest.LogCaptureFixture, options: dict[s
         monai.DiceFocalLoss(**FUSED)(input, labels(input))
         monai.DiceFocalLoss(sigmoid=True)(input, maps_for(input, soft=False))
     (record,) = caplog.records
-    assert record.getMessage().startswith(f"fastseg.losses.monai.DiceFocalLoss runs as plain PyTorch: {reason}")
+    assert record.getMessage().startswith(f"fastseg.losses.monai.{term} runs as plain PyTorch: {reason}")
 
 
 def test_import_without_the_originals() -> None:

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from fastseg import _native
 from fastseg.losses import smp
-from fastseg.ops import focal_sums
 from fastseg.testing import make, make_labels
 from tests.losses import cases as losses_cases
 from tests.losses.cases import DTYPES, IGNORED, SHAPES, check, labels_for, logits, maps_for, probabilities, signature
@@ -191,12 +190,8 @@ def test_focal_of_nothing(theirs: Any, images: int, reduction: str) -> None:
 
 
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
-@pytest.mark.parametrize("block", [1, 7, 64, 1000])
 @pytest.mark.parametrize("options", [{}, {"reduced_threshold": 0.4, "normalized": True, "ignore_index": 3}], ids=str)
-def test_focal_blocks(
-    theirs: Any, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], block: int, layout: str
-) -> None:
-    monkeypatch.setattr(focal_sums, "CPU_BLOCK", block)
+def test_focal_layouts(theirs: Any, options: dict[str, Any], layout: str) -> None:
     input = logits((3, 5, 6, 7), layout=layout)
     _, gradient = check_both(theirs, "FocalLoss", input, labels_for(input), mode="multiclass", **options)
     assert gradient.stride() == input.stride()
@@ -379,11 +374,15 @@ def test_fallback_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     for _ in range(2):
         smp.DiceLoss("multiclass", from_logits=False)(input, labels_for(input))
         smp.DiceLoss("multiclass")(input, labels_for(input))
-        smp.DiceLoss("multilabel")(input, maps_for(input, soft=False))
-    reasons = ("from_logits=False leaves no softmax to fuse", "floating-point masks, or from_logits=False")
-    assert [record.getMessage() for record in caplog.records] == [
-        f"fastseg.losses.smp.DiceLoss runs as plain PyTorch: {reason}" for reason in reasons
-    ]
+        smp.DiceLoss("multilabel")(input, maps_for(input, soft=True))
+        smp.FocalLoss("multilabel")(input, maps_for(input, soft=False))
+        smp.FocalLoss("multilabel")(input, maps_for(input, soft=True))
+    reasons = (
+        "DiceLoss runs as plain PyTorch: from_logits=False",
+        "FocalLoss runs as plain PyTorch: masks between 0 and 1",
+    )
+    for record, reason in zip(caplog.records, reasons, strict=True):
+        assert record.getMessage().startswith(f"fastseg.losses.smp.{reason}")
 
 
 # ---- errors ----
@@ -395,7 +394,6 @@ REFUSED_ARGUMENTS = {
     "dice-binary-weights": ("DiceLoss", {"mode": "binary", "class_weights": [1.0]}, "class_weights: mode .binary."),
     "focal-mode": ("FocalLoss", {"mode": "multi"}, "mode: expected .*got 'multi'"),
     "focal-gamma": ("FocalLoss", {"mode": "multiclass", "gamma": None}, "gamma: expected a number, got None"),
-    "focal-ignore": ("FocalLoss", {"mode": "multilabel", "ignore_index": 0}, "ignore_index: mode .*has none"),
     "focal-weights": (
         "FocalLoss", {"mode": "multiclass", "class_weights": [1.0], "reduction": "none"}, "class_weights: reduction",
     ),

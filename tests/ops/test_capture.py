@@ -130,7 +130,7 @@ def test_gradients_of_what_was_captured(capture: str, call: Call) -> None:
 @pytest.mark.parametrize("capture", ["export", "trace-no-grad", "make_fx-pre-dispatch"])
 @pytest.mark.parametrize("with_overlap", [False, True], ids=["focal", "dice-focal"])
 @pytest.mark.filterwarnings("ignore")
-def test_gradients_of_the_focal_sums_that_were_captured(with_overlap: bool, capture: str) -> None:
+def test_gradients_of_focal_losses_that_were_captured(with_overlap: bool, capture: str) -> None:
     labels, input = make_labels((2, 24, 20), CLASSES, seed=3), make(MAP)
     loss = monai.DiceFocalLoss(to_onehot_y=True, softmax=True) if with_overlap else smp.FocalLoss("multiclass")
 
@@ -140,16 +140,6 @@ def test_gradients_of_the_focal_sums_that_were_captured(with_overlap: bool, capt
 
     expected = gradients(Loss(), [], input)
     torch.testing.assert_close(gradients(CAPTURES[capture](Loss(), input), [], input), expected)
-
-
-@pytest.mark.parametrize("with_overlap", [False, True], ids=["sums", "overlap"])
-@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
-def test_opcheck_of_the_focal_sums(with_overlap: bool) -> None:
-    labels, input, options = make_labels((2, 24, 20), CLASSES), make(MAP), (2.0, None, 1, 3, with_overlap)
-    torch.library.opcheck(torch.ops.fastseg.focal_sums.default, (input, labels, *options))
-    sums, statistics, total_weight, overlap = torch.ops.fastseg.focal_sums.default(input, labels, *options)
-    saved = (torch.ones_like(sums), torch.ones_like(overlap), input, labels, statistics, total_weight)
-    torch.library.opcheck(torch.ops.fastseg.focal_sums_backward.default, (*saved, *options))
 
 
 # ---- transforms ----

@@ -20,8 +20,9 @@ ACTIVATIONS = ("softmax", "sigmoid")
 TARGETS = ("labels", "masks", "shares")
 
 # Of focal factors: none at all, cross-entropies alone, and the exponents and thresholds that people set.
-FACTORS: dict[str, dict[str, float]] = {
+FACTORS: dict[str, dict[str, Any]] = {
     "class-sums": {},
+    "smaller": {"smaller": True},
     "cross-entropy": {"gamma": 0.0},
     "focal": {"gamma": 2.0},
     "root": {"gamma": 0.5},
@@ -52,11 +53,11 @@ def check(input: Tensor, target: Tensor, operator: str = "upsample_class_sums", 
 
 def check_sums(input: Tensor, target: Tensor, options: SigmoidOptions) -> list[Tensor]:
     """The operator's sums and gradient, as near to the truth as plain PyTorch's."""
-    size, (ignored, gamma, threshold, mode, corners) = tuple(target.shape[-2:]), options
+    size, (*summed, mode, corners) = tuple(target.shape[-2:]), options
 
     def plain(input: Tensor, target: Tensor) -> Tensor:
         logits = reference.upsample(input, size, None, mode, corners)
-        return reference.sigmoid_sums(logits, target, ignored, gamma, threshold)
+        return reference.sigmoid_sums(logits, target, *summed)
 
     def fused(input: Tensor, target: Tensor) -> Tensor:
         return upsample_sigmoid_sums(input, target, options)
@@ -103,12 +104,12 @@ def test_grids_of_softmax(mode: dict[str, Any], before: Size, after: Size, dtype
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("factor", FACTORS.values(), ids=FACTORS)
 @pytest.mark.parametrize("size", [(9, 7), (21, 16)], ids=["copied", "upsampled"])
-def test_factors(implementation: str, size: Size, factor: dict[str, float], dtype: torch.dtype, kind: str) -> None:
+def test_factors(implementation: str, size: Size, factor: dict[str, Any], dtype: torch.dtype, kind: str) -> None:
     input = logits((2, 5, 9, 7), dtype)
-    grid = ("nearest", False) if size == (9, 7) else ("bilinear", False)
-    options = SigmoidOptions(3, factor.get("gamma"), factor.get("threshold"), *grid)
+    mode = "nearest" if size == (9, 7) else "bilinear"
+    options = SigmoidOptions(3, **factor, mode=mode)
     sums, _ = check_sums(input, target_for(kind, input, size, 3), options)
-    assert sums.shape == (6 if factor else 3, 2, 5)
+    assert sums.shape == (6 if "gamma" in factor else 3, 2, 5)
 
 
 @pytest.mark.parametrize("classes", [1, 2, 5] if _native.INTERPRETED else [1, 2, 19, 150, 257])
@@ -116,7 +117,7 @@ def test_factors(implementation: str, size: Size, factor: dict[str, float], dtyp
 @pytest.mark.parametrize("kind", TARGETS)
 def test_class_counts(kind: str, layout: str, classes: int) -> None:
     input = logits((2, classes, 3, 5), layout=layout)
-    options = SigmoidOptions(255, 2.0, None, "bilinear", False)
+    options = SigmoidOptions(255, 2.0, mode="bilinear")
     _, gradient = check_sums(input, target_for(kind, input, (7, 11), 255 if kind == "labels" else None), options)
     assert gradient.stride() == input.stride()
 
@@ -126,13 +127,13 @@ def test_class_counts(kind: str, layout: str, classes: int) -> None:
 @pytest.mark.parametrize("kind", TARGETS)
 def test_tiles(kind: str, shape: tuple[int, int, int], size: Size, isa: str) -> None:
     input = logits((1, *shape))
-    check_sums(input, target_for(kind, input, size), SigmoidOptions(255, 2.0, None, "bilinear", False))
+    check_sums(input, target_for(kind, input, size), SigmoidOptions(255, 2.0, mode="bilinear"))
 
 
 @slow_under_the_interpreter
 def test_rows_of_more_columns_than_are_added_in_single(isa: str) -> None:
     input = logits((1, 1, 2, 1300))
-    check_sums(input, target_for("masks", input, (3, 2600)), SigmoidOptions(255, 0.0, None, "bilinear", False))
+    check_sums(input, target_for("masks", input, (3, 2600)), SigmoidOptions(255, 0.0, mode="bilinear"))
 
 
 @slow_under_the_interpreter
@@ -194,11 +195,11 @@ def test_shapes(labelled: bool, activation: str, shape: tuple[int, ...]) -> None
 
 @pytest.mark.parametrize("factor", FACTORS.values(), ids=FACTORS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)  # of float64 plain PyTorch is its own truth
-def test_large_logits(implementation: str, dtype: torch.dtype, factor: dict[str, float]) -> None:
+def test_large_logits(implementation: str, dtype: torch.dtype, factor: dict[str, Any]) -> None:
     values = torch.tensor([0.0, 20.0, -20.0, 100.0, -100.0, 1e4, -1e4, 88.0, -88.0, 0.5], dtype=dtype)
     input = values.view(1, 1, 1, -1).requires_grad_()
     for mask in (torch.zeros, torch.ones):
-        options = SigmoidOptions(255, factor.get("gamma"), factor.get("threshold"))
+        options = SigmoidOptions(255, **factor)
         sums, gradient = check_sums(input, mask(1, 1, 1, 10, dtype=torch.uint8), options)
         assert sums.isfinite().all()
         assert gradient.isfinite().all()
