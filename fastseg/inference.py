@@ -12,6 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastseg import functional
+from fastseg.ops.upsampling import upsampling_between
+from fastseg.ops.volumes import blends_of
+
+LINEAR_MODES = {2: "bilinear", 3: "trilinear"}  # by an image's dimensions
 
 Blend = Literal["gaussian", "constant"]
 
@@ -26,6 +30,7 @@ def sliding_window(
     *,
     overlap: float = 0.25,
     blend: Blend = "gaussian",
+    size: Sequence[int] | None = None,
     batch_size: int = 1,
     preprocess: Callable[[Tensor], Tensor] | None = None,
     return_confidence: bool = False,
@@ -36,6 +41,9 @@ def sliding_window(
     its largest sum. Tiles go row by row, so that a row of them is all that is ever held, ``C x tile x W`` numbers: as
     soon as no later tile reaches an image row, its classes are known and its logits forgotten. A volume's rows are
     slabs of voxels.
+
+    Labels of another size, such as that of a scan before it was resampled for the network, are those of the weighted
+    means of the logits, resampled linearly to it row by row: no tensor of C numbers a pixel is made for them either.
 
     The network runs as it is: put it into evaluation mode, on the device where it is to run, first. No gradients are
     recorded.
@@ -49,14 +57,15 @@ def sliding_window(
         overlap: Share of a tile's side that it shares with its neighbour, in [0, 1).
         blend: "gaussian" weighs a tile's centre most (``g`` is a bell curve with a standard deviation of an eighth of
             the side); "constant" weighs all of it alike.
+        size: The labels' size, ``(H, W)`` or ``(D, H, W)``; None for the image's.
         batch_size: Tiles to a call of the network.
         preprocess: Makes the network's input of a batch of tiles, before they are padded: to float, normalised, on its
             device. An image of bytes so stays one.
         return_confidence: Also return the softmax value of each pixel's class, of the weighted mean of the logits.
 
     Returns:
-        Labels ``[H, W]`` or ``[D, H, W]`` on the image's device, uint8 for up to 256 classes, else int64; where asked
-        also the confidence, of that shape, float32.
+        Labels ``[H, W]`` or ``[D, H, W]``, or of ``size``, on the image's device, uint8 for up to 256 classes, else
+        int64; where asked also the confidence, of that shape, float32.
 
     Raises:
         ValueError: A number or shape doesn't fit; the message names the argument.
@@ -68,26 +77,31 @@ def sliding_window(
         raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
     if blend not in ("gaussian", "constant"):
         raise ValueError(f'blend: expected "gaussian" or "constant", got {blend!r}')
-    size = image.shape[1:]
-    starts = [_starts(extent, side, overlap) for extent, side in zip(size, sides, strict=True)]
-    weights = [_weights(side, blend)[:extent] for extent, side in zip(size, sides, strict=True)]
+    extents = tuple(image.shape[1:])
+    output = extents if size is None else _output_size(size, extents)
+    starts = [_starts(extent, side, overlap) for extent, side in zip(extents, sides, strict=True)]
+    weights = [_weights(side, blend)[:extent] for extent, side in zip(extents, sides, strict=True)]
     band: _Band | None = None
-    found: list[tuple[Tensor, ...]] = []
+    results: list[Tensor] = []
+    done = 0
     with torch.no_grad():
-        for row, following in itertools.pairwise([*starts[0], size[0]]):
+        for row, following in itertools.pairwise([*starts[0], extents[0]]):
             for corners in _batches(itertools.product(*starts[1:]), batch_size):
                 tiles = torch.stack([_crop(image, (row, *corner), sides) for corner in corners])
                 logits = _logits(
                     model, tiles if preprocess is None else preprocess(tiles), sides, tuple(tiles.shape[2:])
                 )
                 if band is None:
-                    band = _Band(logits, size, starts, weights)
+                    band = _Band(logits, extents, output, starts, weights)
                 for corner, of_tile in zip(corners, logits, strict=True):
                     band.add(corner, of_tile)
             assert band is not None
-            found.append(tuple(part.to(image.device) for part in band.finish(row, following, return_confidence)))
-    labels, *confidence = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return (labels, confidence[0]) if return_confidence else labels
+            for parts in band.finish(row, following, return_confidence):
+                results = results or [part.new_empty(output, device=image.device) for part in parts]
+                for result, part in zip(results, parts, strict=True):
+                    result[done : done + len(part)] = part
+                done += len(parts[0])
+    return (results[0], results[1]) if return_confidence else results[0]
 
 
 class TestTimeAugmentation(nn.Module):
@@ -149,8 +163,10 @@ class _Band:
     """The weighted sums of the logits of the image rows that one row of tiles covers, from the rows not yet done on."""
 
     def __init__(
-        self, logits: Tensor, size: Sequence[int], starts: list[list[int]], weights: list[Tensor]
+        self, logits: Tensor, size: tuple[int, ...], output: tuple[int, ...], starts: list[list[int]],
+        weights: list[Tensor],
     ) -> None:  # fmt: skip
+        self.resampling = None if output == size else _Resampling(size, output)
         self.weights = [weight.to(logits.device) for weight in weights]
         self.window = _outer(self.weights)
         self.sums = self.window.new_zeros((logits.shape[1], len(weights[0]), *size[1:]))
@@ -166,17 +182,21 @@ class _Band:
         at = (slice(None), slice(None), *columns)
         self.sums[at].addcmul_(logits.to(self.sums.dtype), self.window)
 
-    def finish(self, first: int, end: int, with_confidence: bool) -> tuple[Tensor, ...]:
-        """Labels, and confidence where asked, of image rows ``[first, end)``, which the sums begin with."""
+    def finish(self, first: int, end: int, with_confidence: bool) -> Iterator[tuple[Tensor, ...]]:
+        """Labels, and confidence where asked, of image rows ``[first, end)``, which the sums begin with.
+
+        They come in pieces. Of another size they are those of the rows that these, and the row before, resample to.
+        """
         done = self.sums[:, : end - first]
-        if with_confidence:
+        if with_confidence or self.resampling is not None:
             done /= _outer([self.totals[0][first:end], *self.totals[1:]])
-        flat = done.flatten(2)[None]  # [1, C, rows, pixels of a row]
-        result = functional.upsample_argmax(flat, size=tuple(flat.shape[2:]), return_confidence=with_confidence)
-        parts = result if isinstance(result, tuple) else (result,)
-        found = tuple(part[0].view(done.shape[1:]).clone() for part in parts)
+        if self.resampling is not None:
+            yield from self.resampling.predict(done, first, with_confidence)
+        else:
+            flat = done.flatten(2)[None]  # [1, C, rows, pixels of a row]
+            parts = _predict(flat, tuple(flat.shape[2:]), with_confidence)
+            yield tuple(part[0].view(done.shape[1:]) for part in parts)
         self._advance(end - first)
-        return found
 
     def _advance(self, rows: int) -> None:
         """Move the sums so many rows up, piece by piece: where they go mustn't overlap where they come from."""
@@ -185,6 +205,48 @@ class _Band:
             end = min(start + rows, kept)
             self.sums[:, start:end] = self.sums[:, start + rows : end + rows]
         self.sums[:, max(kept, 0) :] = 0
+
+
+class _Resampling:
+    """Predictions of another size than the logits', which come a few rows at a time."""
+
+    def __init__(self, size: tuple[int, ...], output: tuple[int, ...]) -> None:
+        mode = LINEAR_MODES[len(size)]
+        self.blends = iter(blends_of(size[0], output[0], upsampling_between(size, output, mode, False)))
+        self.blend = next(self.blends, None)  # of the next row to be made
+        self.output = output
+        self.before: Tensor | None = None  # the last row that came
+
+    def predict(self, rows: Tensor, first: int, with_confidence: bool) -> Iterator[tuple[Tensor, ...]]:
+        """Labels, and confidence where asked, of each row that rows ``[C, rows, ...]`` from ``first`` on complete."""
+
+        def row(number: int) -> Tensor:
+            if number >= first:
+                return rows[:, number - first]
+            assert self.before is not None
+            return self.before
+
+        while self.blend is not None and self.blend.second < first + rows.shape[1]:
+            near, far = self.blend.weights
+            blended = (row(self.blend.first) * near).add_(row(self.blend.second), alpha=far)
+            plane, size = blended[None], self.output[1:]
+            if len(size) == 1:  # a row of an image
+                plane, size = plane.unsqueeze(2), (1, *size)
+            yield tuple(part.view(1, *self.output[1:]) for part in _predict(plane, size, with_confidence))
+            self.blend = next(self.blends, None)
+        self.before = rows[:, -1].clone()
+
+
+def _predict(logits: Tensor, size: tuple[int, ...], with_confidence: bool) -> tuple[Tensor, ...]:
+    result = functional.upsample_argmax(logits, size, return_confidence=with_confidence)
+    return result if isinstance(result, tuple) else (result,)
+
+
+def _output_size(size: Sequence[int], extents: tuple[int, ...]) -> tuple[int, ...]:
+    output = tuple(size)
+    if len(output) != len(extents) or min(output) < 1:
+        raise ValueError(f"size: expected {len(extents)} numbers above 0, got {output}")
+    return output
 
 
 def _sides(image: Tensor, tile: int | Sequence[int]) -> list[int]:
@@ -244,7 +306,6 @@ def _logits(model: Callable[[Tensor], Any], tiles: Tensor, sides: Sequence[int],
     if logits.ndim != tiles.ndim:
         raise ValueError(f"model: expected logits of {tiles.ndim} dimensions, as its input, got {list(logits.shape)}")
     if tuple(logits.shape[2:]) != tuple(sides):
-        mode = "bilinear" if len(sides) == 2 else "trilinear"
-        logits = F.interpolate(logits, size=tuple(sides), mode=mode, align_corners=False)
+        logits = F.interpolate(logits, size=tuple(sides), mode=LINEAR_MODES[len(sides)], align_corners=False)
     inside = (slice(None), slice(None), *(slice(extent) for extent in size))
     return logits[inside]

@@ -21,6 +21,7 @@ ERROR_FACTOR = 4.0
 TF32_EPS = 2.0**-10
 
 MEMORY_FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
+MEMORY_FORMATS_OF_VOLUMES = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last_3d}
 
 
 def make(
@@ -47,11 +48,13 @@ def make(
     """
     generator = torch.Generator("cpu").manual_seed(seed)
     values = (torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu") * scale).to(dtype)
-    memory_format = MEMORY_FORMATS[layout]
-    if memory_format == torch.channels_last and len(shape) == 5:
-        memory_format = torch.channels_last_3d
-    values = values.contiguous(memory_format=memory_format)
-    return values.to(torch.get_default_device()).requires_grad_(requires_grad)
+    return lay_out(values, layout).to(torch.get_default_device()).requires_grad_(requires_grad)
+
+
+def lay_out(values: Tensor, layout: str) -> Tensor:
+    """The tensor in a layout, as `make` has it."""
+    formats = MEMORY_FORMATS_OF_VOLUMES if values.ndim == 5 else MEMORY_FORMATS
+    return values.contiguous(memory_format=formats[layout])
 
 
 def make_labels(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -92,6 +93,32 @@ def test_is_the_weighted_mean_of_the_tiles(
     assert torch.equal(labels, fastseg.sliding_window(model, image, tile, overlap=overlap, blend=blend))
 
 
+@pytest.mark.parametrize(
+    ("size", "tile", "output"),
+    [
+        ((40, 56), (16, 16), (60, 84)),
+        ((41, 30), (16, 16), (17, 61)),
+        ((40, 30), (16, 16), (3, 30)),  # rows that no label is made of
+        ((9, 30), (16, 16), (9, 45)),
+        ((12, 20, 17), (8, 8, 8), (18, 30, 25)),
+        ((20, 6, 17), (8, 8, 8), (7, 9, 17)),
+    ],
+    ids=str,
+)
+def test_labels_of_another_size(size: tuple[int, ...], tile: tuple[int, ...], output: tuple[int, ...]) -> None:
+    model, image = Net(len(size)), torch.randn(3, *size)
+    steps = [side - math.ceil(side * 0.25) for side in tile]
+    mean = weighted_mean(model.double(), image.double(), tile, steps, "gaussian")
+    mean = F.interpolate(mean[None], output, mode="bilinear" if len(size) == 2 else "trilinear")[0]
+    labels, confidence = fastseg.sliding_window(model.float(), image, tile, size=output, return_confidence=True)
+    best = mean.topk(2, dim=0)
+    clear = best.values[0] - best.values[1] > 1e-4
+    assert labels.shape == output
+    assert torch.equal(labels[clear].long(), best.indices[0][clear])
+    torch.testing.assert_close(confidence.double(), mean.softmax(0).amax(0), rtol=1e-4, atol=1e-5)
+    assert torch.equal(labels, fastseg.sliding_window(model, image, tile, size=output))
+
+
 @pytest.mark.parametrize("wrap", [lambda x: {"out": x}, lambda x: SimpleNamespace(logits=x)], ids=["out", "logits"])
 def test_of_what_libraries_return(wrap: Any) -> None:
     model, image = Net(), torch.randn(3, 40, 56)
@@ -113,6 +140,8 @@ def test_preprocess_makes_the_networks_input_of_bytes() -> None:
         ({"image": torch.zeros(3, 0, 56)}, r"image: expected"),
         ({"tile": (16, 16, 16)}, "tile: expected one number or 2"),
         ({"tile": 0}, "tile: expected"),
+        ({"size": (40, 56, 3)}, r"size: expected 2 numbers above 0, got \(40, 56, 3\)"),
+        ({"size": (0, 56)}, "size: expected 2 numbers above 0"),
         ({"overlap": 1.0}, r"overlap: expected a number in \[0, 1\), got 1.0"),
         ({"blend": "linear"}, "blend: expected"),
         ({"batch_size": 0}, "batch_size: expected at least 1, got 0"),

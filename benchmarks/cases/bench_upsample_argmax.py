@@ -55,6 +55,7 @@ CASES = [
     UpsampleArgmaxCase((4, 21, 64, 64), (256, 256), quick=True),
     UpsampleArgmaxCase((4, 21, 64, 64), (256, 256), mode="nearest"),
     UpsampleArgmaxCase((2, 21, 65, 65), (513, 513)),
+    UpsampleArgmaxCase((1, 14, 64, 64, 64), (128, 128, 128), mode="trilinear"),
     UpsampleArgmaxCase((16, 150, 128, 128), (512, 512), device=CUDA),
     UpsampleArgmaxCase((16, 19, 128, 256), (512, 1024), device=CUDA),
     UpsampleArgmaxCase((2, 21, 32, 32), (128, 128), device=CUDA, quick=True, launch_bound=True),

@@ -21,10 +21,10 @@ CLASSES, SIDE, RATIO = 19, 256, 4
 
 @dataclass(frozen=True)
 class UpsamplingCase(Case):
-    """Logits of a shape (N, C, h, w) that an operator upsamples to a size (H, W)."""
+    """Logits of a shape (N, C, h, w) or (N, C, d, h, w) that an operator upsamples to a size (H, W) or (D, H, W)."""
 
-    shape: tuple[int, int, int, int]
-    size: tuple[int, int]
+    shape: tuple[int, ...]
+    size: tuple[int, ...]
     mode: str = "bilinear"
 
     @property
@@ -34,7 +34,7 @@ class UpsamplingCase(Case):
         return f"{'x'.join(map(str, self.shape))}->{'x'.join(map(str, self.size))}{mode}"
 
     @property
-    def labels(self) -> tuple[int, int, int]:
+    def labels(self) -> tuple[int, ...]:
         """The labels' sizes."""
         return (self.shape[0], *self.size)
 
@@ -61,7 +61,7 @@ class UpsamplingCase(Case):
         return self.device.make(self.shape, dtype, layout=layout, requires_grad=requires_grad)
 
     def map_upsampled(self, function: Callable[[Tensor, int], Tensor]) -> Tensor:
-        """``function`` of the true upsampled logits [C, H, W] of every image, and of its number, stacked."""
+        """``function`` of each image's true upsampled logits, [C, H, W] or [C, D, H, W], and its number, stacked."""
         logits = self.make_logits(torch.float64)
         return torch.stack([
             function(reference.upsample(image.unsqueeze(0), self.size, None, self.mode, False)[0], number)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import fastseg
 from benchmarks.harness.memory import peak_growth
-from fastseg.testing import MEMORY_FORMATS
+from fastseg.testing import lay_out
 
 # What a GPU reads before each call that is timed. At 4 TB/s that takes a millisecond, more than a host needs to launch
 # a forward and a backward pass: what is timed is the device's work, and not the wait for the next launch. It also fills
@@ -86,7 +86,7 @@ class Device(ABC):
         """As `fastseg.testing.make`, drawn on the device and rounded to its dtype: another holds the same numbers."""
         values = torch.randn(shape, generator=self._generator(seed), dtype=self.drawn, device=self.name)
         values = (values * scale).to(self.dtype).to(dtype or self.dtype)
-        return values.contiguous(memory_format=MEMORY_FORMATS[layout]).requires_grad_(requires_grad)
+        return lay_out(values, layout).requires_grad_(requires_grad)
 
     def make_labels(self, shape: Sequence[int], num_classes: int, *, seed: int = 0) -> Tensor:
         """As `fastseg.testing.make_labels`, drawn on the device."""
