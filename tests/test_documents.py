@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+import fastseg
+import fastseg.metrics
+
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
 # What stands between backticks and has a slash or a known ending, without a placeholder (<machine>, *, FILE).
@@ -27,6 +30,17 @@ def test_paths_exist(document: Path) -> None:
     # A table's row may name folders inside of the one before: `fastseg/models/`, `data/`.
     missing = [name for name in missing if not (ROOT / "fastseg" / name).exists()]
     assert missing == []
+
+
+def test_every_head_is_served() -> None:
+    """The quick start's table of heads: no cell is empty, and what it names exists."""
+    _, _, table = (ROOT / "docs/quickstart.md").read_text().partition("## Heads\n")
+    rows = [line.strip("|").split("|") for line in table.partition("\n##")[0].splitlines() if line.startswith("|")]
+    assert len(rows) > 5
+    assert all(cell.strip() for row in rows for cell in row)
+    for name in re.findall(r"`(?:losses\.|metrics\.)?([A-Za-z]\w*)(?:\([^`]*\))?`", "|".join(map("|".join, rows[2:]))):
+        homes = (fastseg, fastseg.losses, fastseg.metrics, fastseg.functional)
+        assert name == "return_scores" or any(hasattr(home, name) for home in homes), name
 
 
 def test_an_operators_name_lists_the_whole_of_it() -> None:

@@ -98,6 +98,22 @@ def upsample_binary_cross_entropy(
     return _loss(input, target, (weight, pos_weight), ignore_index, reduction, grid, target.shape)
 
 
+def is_of_classes(weight: Tensor, logits: Tensor) -> bool:
+    """Whether a weight that broadcasts to logits ``[N, C, ...]`` is one number a class, or one for all."""
+    shape = (1,) * (logits.ndim - weight.ndim) + tuple(weight.shape)
+    return len(shape) == logits.ndim and all(size == 1 for dim, size in enumerate(shape) if dim != 1)
+
+
+def mean_over_all(weight: Tensor | None, target: Tensor) -> Tensor:
+    """The weight ``[C]`` with which the sum is the mean over all values, those that are ignored among them.
+
+    A sum that is divided afterwards would overflow in half types.
+    """
+    if weight is None:
+        weight = torch.ones(target.shape[1], device=target.device)
+    return weight.to(torch.promote_types(weight.dtype, torch.float32)) / target.numel()
+
+
 def _with_classes(target: Tensor, input: Tensor) -> Tensor:
     """The target with a dimension of classes, of which there may be one alone."""
     return target.unsqueeze(1) if input.shape[1] == 1 and target.ndim == input.ndim - 1 else target

@@ -24,6 +24,8 @@ _SIGNATURES: dict[str, Callable[..., None]] = {
     recompute_scale_factor=None, antialias=False: None,
     "cross_entropy": lambda input, target, weight=None, size_average=None, ignore_index=-100, reduce=None,
     reduction="mean", label_smoothing=0.0: None,
+    "binary_cross_entropy_with_logits": lambda input, target, weight=None, size_average=None, reduce=None,
+    reduction="mean", pos_weight=None: None,
     "nll_loss": lambda input, target, weight=None, size_average=None, ignore_index=-100, reduce=None,
     reduction="mean": None,
     "softmax": lambda input, dim=None, _stacklevel=3, dtype=None: None,
@@ -49,6 +51,7 @@ _BOUND = {operation: inspect.signature(arguments) for operation, arguments in _S
 _FUNCTIONS: dict[Any, tuple[str, dict[str, Any]]] = {
     **{getattr(F, name): (name, {}) for name in ("conv2d", "batch_norm", "relu", "max_pool2d", "interpolate")},
     **{getattr(F, name): (name, {}) for name in ("cross_entropy", "nll_loss", "softmax", "log_softmax")},
+    F.binary_cross_entropy_with_logits: ("binary_cross_entropy_with_logits", {}),
     F.relu_: ("relu", {"inplace": True}),
     F.max_pool2d_with_indices: ("max_pool2d", {"return_indices": True}),
     torch.relu: ("relu", {}),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,15 +43,6 @@ def check_weights(class_weights: Tensor | None, classes: int) -> None:
 def result_dtype(y_pred: Tensor, class_weights: Tensor | None) -> torch.dtype:
     """The loss's dtype; class weights are float32, which half types are promoted to."""
     return y_pred.dtype if class_weights is None else torch.promote_types(y_pred.dtype, class_weights.dtype)
-
-
-def of_classes(weight: Tensor | None, logits: Tensor) -> Any:
-    """A weight that broadcasts to logits ``[N, C, ...]`` as one number a class; NotImplemented where it is more."""
-    if weight is None:
-        return None
-    shape = (1,) * (logits.ndim - weight.ndim) + tuple(weight.shape)
-    alone = len(shape) == logits.ndim and all(size == 1 for dim, size in enumerate(shape) if dim != 1)
-    return weight.reshape(-1).expand(logits.shape[1]) if alone else NotImplemented
 
 
 class Sums(NamedTuple):

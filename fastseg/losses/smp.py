@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastseg.functional import binary_cross_entropy
+from fastseg.functional._binary_cross_entropy import is_of_classes, mean_over_all
 from fastseg.functional._checks import pixels_of
 from fastseg.functional._losses import in_dtype
 from fastseg.losses._focal import IGNORED_MASK, are_classes, is_hard, masks_of, sigmoid_sums
@@ -23,7 +24,6 @@ from fastseg.losses._smp_terms import (
     as_weights,
     check_mode,
     check_weights,
-    of_classes,
     result_dtype,
     weighted_mean,
 )
@@ -310,12 +310,17 @@ class SoftBCEWithLogitsLoss(nn.Module):
             values = y_true.to(accumulation_dtype(y_pred))
             smoothed = (1 - values) * self.smooth_factor + values * (1 - self.smooth_factor)
             target = smoothed if ignored is None else torch.where(y_true == ignored, values, smoothed)
-        weight, pos_weight = (of_classes(each, y_pred) for each in (self.weight, self.pos_weight))
-        reduces = self.reduction in ("mean", "sum") and y_pred.ndim > 1 and 0 not in y_pred.shape[1:]
-        if not reduces or weight is NotImplemented or pos_weight is NotImplemented:
+        given = [each for each in (self.weight, self.pos_weight) if each is not None]
+        fits = self.reduction in ("mean", "sum") and y_pred.ndim > 1 and 0 not in y_pred.shape[1:]
+        if not fits or not all(is_of_classes(each, y_pred) for each in given):
             return self._plain(y_pred, target, y_true)
-        loss = binary_cross_entropy(y_pred, target, weight, pos_weight, ignored, "sum")
-        return loss / y_pred.numel() if self.reduction == "mean" else loss
+        weight, pos_weight = (
+            None if each is None else each.reshape(-1).expand(y_pred.shape[1])
+            for each in (self.weight, self.pos_weight)
+        )
+        if self.reduction == "mean":
+            weight = mean_over_all(weight, y_pred)
+        return binary_cross_entropy(y_pred, target, weight, pos_weight, ignored, "sum")
 
     def _plain(self, y_pred: Tensor, target: Tensor, y_true: Tensor) -> Tensor:
         log_plain("smp.SoftBCEWithLogitsLoss", "a loss for each value, or a weight that isn't one of classes")

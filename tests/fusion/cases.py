@@ -363,6 +363,39 @@ def masks_of_logits(x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     return F.interpolate(x, scale_factor=2.3, mode="bilinear", recompute_scale_factor=True) > 0
 
 
+def mask_logits(dtype: torch.dtype, layout: str) -> list[Tensor | None]:
+    """Small logits, a target of 24 x 32 values for each class, and where these count."""
+    return [
+        logits(dtype, layout)[0],
+        make((2, CLASSES, 24, 32), dtype, seed=2, layout=layout).sigmoid(),
+        make_labels((2, 1, 24, 32), 2, seed=3),
+        make((CLASSES, 1, 1), dtype, seed=4).abs(),
+    ]
+
+
+def full_mask_logits(dtype: torch.dtype, layout: str) -> list[Tensor | None]:
+    return [full_logits(dtype, layout)[0], *mask_logits(dtype, layout)[1:]]
+
+
+def upsampled_binary_loss(x: Tensor, target: Tensor, counted: Tensor, weight: Tensor) -> Tensor:
+    return F.binary_cross_entropy_with_logits(F.interpolate(x, target.shape[-2:], mode="bilinear"), target)
+
+
+def upsampled_binary_loss_weighted(x: Tensor, target: Tensor, counted: Tensor, weight: Tensor) -> Tensor:
+    up = F.interpolate(x, scale_factor=4)
+    return F.binary_cross_entropy_with_logits(up, target, weight, reduction="sum", pos_weight=weight + 1)
+
+
+def upsampled_binary_loss_masked(x: Tensor, target: Tensor, counted: Tensor, weight: Tensor) -> Tensor:
+    up = F.interpolate(x, target.shape[-2:], mode="bilinear", align_corners=True)
+    return F.binary_cross_entropy_with_logits(up, target, (counted > 0).to(x.dtype), pos_weight=weight)
+
+
+def binary_loss(x: Tensor, target: Tensor, counted: Tensor, weight: Tensor) -> Tensor:
+    masked = F.binary_cross_entropy_with_logits(x, target, counted.bool().to(x.dtype))
+    return masked + torch.nn.BCEWithLogitsLoss(weight, pos_weight=weight)(x, target)
+
+
 def classes_of_masks(x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     classes = x[:, :, 0, :4].softmax(2)[..., :-1]
     masks = F.interpolate(x, (13, 17), mode="bilinear").sigmoid()
@@ -384,6 +417,7 @@ def loss_of_probabilities(x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
 
 
 PIXELS = 2 * 24 * 32
+VALUES = CLASSES * PIXELS
 
 CASES = {
     "conv, in place": Case(conv_in_place, images, ("conv_relu_pool2d",), PIXELS),
@@ -444,6 +478,14 @@ CASES = {
     "masks": Case(masks_of_sigmoids, logits, ("upsample_threshold",)),
     "masks, methods, cast": Case(masks_by_method, logits, ("upsample_threshold",)),
     "masks, logits, recomputed": Case(masks_of_logits, logits, ("upsample_threshold",)),
+    "upsampled binary loss": Case(upsampled_binary_loss, mask_logits, ("upsample_binary_cross_entropy",), VALUES),
+    "upsampled binary loss, weighted": Case(
+        upsampled_binary_loss_weighted, mask_logits, ("upsample_binary_cross_entropy",), VALUES
+    ),
+    "upsampled binary loss, masked": Case(
+        upsampled_binary_loss_masked, mask_logits, ("upsample_binary_cross_entropy",), VALUES
+    ),
+    "binary loss": Case(binary_loss, full_mask_logits, ("binary_cross_entropy",) * 2, VALUES),
     "classes of masks": Case(classes_of_masks, logits, ("upsample_mask_argmax",)),
     "classes of masks, swapped, kept dim": Case(classes_of_masks_kept_dim, logits, ("upsample_mask_argmax",)),
     "loss": Case(loss, full_logits, ("cross_entropy",), PIXELS),

@@ -9,7 +9,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastseg
-from tests.fusion.cases import compiled, conv_in_place, full_logits, images, logits, normalised, operators
+from tests.fusion.cases import (
+    compiled,
+    conv_in_place,
+    full_logits,
+    full_mask_logits,
+    images,
+    logits,
+    mask_logits,
+    normalised,
+    operators,
+)
 
 # A function whose calls stay, its tensors, the reason, and the operators that take a part of them all the same.
 LEFT: dict[str, tuple[Callable[..., Any], Callable[..., Any], str, list[str]]] = {}
@@ -301,6 +311,33 @@ def rows_used_elsewhere(x: Tensor, target: Tensor, weight: Tensor) -> tuple[Tens
     return F.cross_entropy(rows.reshape(-1, 5), target.flatten(), ignore_index=255), rows.sin()
 
 
+@left(mask_logits, "weight is more than a number for each class")
+def weight_of_pixels(x: Tensor, target: Tensor, counted: Tensor, weight: Tensor) -> Tensor:
+    up = F.interpolate(x, (24, 32))
+    return F.binary_cross_entropy_with_logits(up, target, counted.to(x.dtype))
+
+
+@left(mask_logits, "a loss for each value")
+def losses_of_values(x: Tensor, target: Tensor, counted: Tensor, weight: Tensor) -> Tensor:
+    up = F.interpolate(x, (24, 32))
+    return F.binary_cross_entropy_with_logits(up, target, reduction="none").mean()
+
+
+@left(full_mask_logits, "target needs a gradient")
+def learnt_target(x: Tensor, target: Tensor, counted: Tensor, weight: Tensor) -> Tensor:
+    return F.binary_cross_entropy_with_logits(x, x.sigmoid())
+
+
+@left(full_mask_logits, "size_average")
+def old_arguments_of_masks(x: Tensor, target: Tensor, counted: Tensor, weight: Tensor) -> Tensor:
+    return F.binary_cross_entropy_with_logits(x, target, None, False)
+
+
+@left(full_mask_logits, "no map of pixels")
+def masks_of_no_map(x: Tensor, target: Tensor, counted: Tensor, weight: Tensor) -> Tensor:
+    return F.binary_cross_entropy_with_logits(x.flatten(0, 2), target.flatten(0, 2))
+
+
 @left(logits, "another dimension")
 def max_of_rows(x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     return F.interpolate(x, (24, 32)).max(2)[1]
@@ -331,7 +368,7 @@ def test_left_as_it_is(name: str) -> None:
     report = fastseg.report(fused)
     assert operators(report) == replaced
     (pattern, *_) = (leftover.pattern for leftover in report.left if reason in leftover.reason)
-    assert ("interpolate" in pattern) == (tensors is logits), report
+    assert ("interpolate" in pattern) == (tensors in (logits, mask_logits)), report
     assert replaced or "the model runs as it was" in report.summary()
     for a, p in zip(actual, plain, strict=True):
         torch.testing.assert_close(a, p, rtol=0, atol=0)

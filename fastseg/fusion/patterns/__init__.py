@@ -1,6 +1,7 @@
 """The patterns that the pass looks for, the more valuable before the less where they share a call."""
 
 from fastseg.fusion.pattern import Pattern
+from fastseg.fusion.patterns.binary_cross_entropy import BINARY_CROSS_ENTROPY, UPSAMPLE_BINARY_CROSS_ENTROPY
 from fastseg.fusion.patterns.conv2d import CONV, CONV_NORM
 from fastseg.fusion.patterns.conv_relu import CONV_RELU
 from fastseg.fusion.patterns.conv_relu_pool2d import CONV_POOL_RELU, CONV_RELU_POOL
@@ -19,12 +20,14 @@ PATTERNS: tuple[Pattern, ...] = (
     POOL_RELU,
     UPSAMPLE_CROSS_ENTROPY,
     UPSAMPLE_NLL_LOSS,
+    UPSAMPLE_BINARY_CROSS_ENTROPY,
     UPSAMPLE_ARGMAX,
     UPSAMPLE_MAX,
     UPSAMPLE_MASK_ARGMAX,
     UPSAMPLE_THRESHOLD,
     CROSS_ENTROPY,
     NLL_LOSS,
+    BINARY_CROSS_ENTROPY,
     CONV_NORM,
     CONV,
 )

@@ -141,7 +141,18 @@ def output_size(input: Tensor, size: Any, scale_factor: Any) -> tuple[int, ...]:
     return tuple(math.floor(n * f) for n, f in zip(input.shape[2:], by_axis, strict=True))
 
 
-def is_grid_of_size(input: Tensor, scale_factor: Any, align_corners: Any, recompute_scale_factor: Any) -> bool:
+def grid_of_size(up: Upsampled) -> dict[str, Any]:
+    """The grid, of an operator that takes the size from its target; `Unfit` where the size doesn't say it."""
+    call = up.interpolate
+    factor, corners = number_of(call["scale_factor"]), call["align_corners"]
+    demand(
+        _is_grid_of_size(up.logits, factor, corners, call["recompute_scale_factor"]),
+        f"interpolate: the grid of scale_factor {factor} isn't that of the size which it gives",
+    )
+    return {"mode": call["mode"], "align_corners": bool(corners)}
+
+
+def _is_grid_of_size(input: Tensor, scale_factor: Any, align_corners: Any, recompute_scale_factor: Any) -> bool:
     """Whether the grid of a scale factor is that of the size which it gives, so that the size alone says it."""
     if scale_factor is None or align_corners or recompute_scale_factor:
         return True
