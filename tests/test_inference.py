@@ -178,20 +178,44 @@ def test_augmentation_keeps_sizes_that_the_network_takes() -> None:
         TestTimeAugmentation(Net(), scales=(0.5, 0))
 
 
+def test_is_monais_inferer_and_nnunets_export() -> None:
+    """With constant weights: MONAI's bell curve is bounded from below, which is a lot in a tile's corners."""
+    inferers = pytest.importorskip("monai.inferers", reason="MONAI is one of the extra models")
+    model, image, size = Net(3), torch.randn(3, 20, 29, 17), (30, 43, 26)
+    with torch.no_grad():
+        inferer = inferers.SlidingWindowInferer((8, 8, 8), sw_batch_size=4, overlap=0.25)
+        logits = F.interpolate(inferer(image[None], model), size, mode="trilinear")[0]
+    labels = fastseg.sliding_window(model, image, (8, 8, 8), overlap=0.25, blend="constant", size=size)
+    best = logits.topk(2, dim=0)
+    clear = best.values[0] - best.values[1] > 1e-4
+    assert clear.float().mean() > 0.99
+    assert torch.equal(labels[clear].long(), best.indices[0][clear])
+
+
+MEMORY = {
+    "image": (19, 128, (512, 8192), None),
+    "volume": (14, 32, (256, 64, 64), (384, 96, 96)),
+}
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from Linux' /proc")
-def test_memory_is_a_bands() -> None:
-    code = """
+@pytest.mark.parametrize(("classes", "tile", "size", "output"), MEMORY.values(), ids=MEMORY)
+def test_memory_is_a_bands(classes: int, tile: int, size: tuple[int, ...], output: tuple[int, ...] | None) -> None:
+    code = f"""
+import math
 import torch, fastseg
 peak = lambda: int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) * 1024
-classes, tile, size = 19, 128, (512, 8192)
+classes, tile, size, output = {classes}, {tile}, {size}, {output}
 image = torch.zeros(3, *size, dtype=torch.uint8)
-model = lambda tiles: tiles[:, :1].expand(-1, classes, -1, -1)
-run = lambda image: fastseg.sliding_window(model, image, tile, preprocess=lambda tiles: tiles / 255)
-run(image[:, :tile, :tile])
+model = lambda tiles: tiles[:, :1].expand(-1, classes, *[-1] * len(size))
+run = lambda image, output: fastseg.sliding_window(
+    model, image, tile, size=output, preprocess=lambda tiles: tiles / 255
+)
+run(image[:, :tile, :tile], output and (tile + 1,) * 2 + output[2:])
 before = peak()
-run(image)
-band = classes * tile * size[1] * 4  # of the image: four times that
+run(image, output)
+band = classes * tile * math.prod(size[1:]) * 4  # of the image: four times that, or eight times
 grown = peak() - before
-assert grown < 1.3 * band + 2 * size[0] * size[1], (grown, band)
+assert grown < 1.3 * band + 2 * math.prod(output or size), (grown, band)
 """
     subprocess.run([sys.executable, "-c", code], check=True)

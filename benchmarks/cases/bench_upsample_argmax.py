@@ -58,6 +58,7 @@ CASES = [
     UpsampleArgmaxCase((1, 14, 64, 64, 64), (128, 128, 128), mode="trilinear"),
     UpsampleArgmaxCase((16, 150, 128, 128), (512, 512), device=CUDA),
     UpsampleArgmaxCase((16, 19, 128, 256), (512, 1024), device=CUDA),
+    UpsampleArgmaxCase((1, 14, 96, 96, 96), (192, 192, 192), mode="trilinear", device=CUDA),
     UpsampleArgmaxCase((2, 21, 32, 32), (128, 128), device=CUDA, quick=True, launch_bound=True),
     *sweep(UpsampleArgmaxCase, CPU),
     *sweep(UpsampleArgmaxCase, CUDA),

@@ -68,6 +68,7 @@ CASES = [
     UpsampleCrossEntropyCase((4, 21, 64, 64), (256, 256), mode="nearest"),
     UpsampleCrossEntropyCase((2, 21, 65, 65), (513, 513)),
     UpsampleCrossEntropyCase((4, 21, 64, 64), (256, 256), dice=True),
+    UpsampleCrossEntropyCase((1, 14, 32, 32, 32), (64, 64, 64), mode="trilinear"),
     UpsampleCrossEntropyCase((16, 150, 128, 128), (512, 512), device=CUDA, max_autotune=("nchw",)),
     UpsampleCrossEntropyCase((16, 19, 128, 256), (512, 1024), device=CUDA),
     UpsampleCrossEntropyCase((2, 21, 32, 32), (128, 128), device=CUDA, quick=True, launch_bound=True),

@@ -12,7 +12,7 @@ from torch import Tensor
 from fastseg import _native, functional
 from fastseg.testing import make, make_labels
 from tests.ops.operators import CALLS, kernels_for_small_calls
-from tests.ops.upsample_cases import MODES, peak_growth, slow_under_the_interpreter
+from tests.ops.upsample_cases import MODES, VOLUME_MODES, peak_growth, slow_under_the_interpreter
 
 pytestmark = kernels_for_small_calls
 
@@ -97,6 +97,24 @@ def test_peak_memory_of_upsampling(
     call(input, target, **mode)  # code and scratch memory that stay
     grown = peak_growth(lambda: call(input, target, **mode))
     assert grown < input.nbytes + bytes_of_a_pixel * target.numel() + full / 20  # and the threads' tiles
+
+
+@slow_under_the_interpreter
+@pytest.mark.parametrize(
+    ("call", "bytes_of_a_pixel"), [PEAKS["argmax"], PEAKS["confusion_matrix"], PEAKS["cross_entropy"]],
+    ids=["argmax", "confusion_matrix", "cross_entropy"],
+)  # fmt: skip
+@pytest.mark.parametrize("mode", VOLUME_MODES.values(), ids=VOLUME_MODES)
+def test_peak_memory_of_upsampling_volumes(
+    mode: dict[str, Any], call: Callable[..., object], bytes_of_a_pixel: int
+) -> None:
+    input = make((1, CLASSES, 16, 16, 16), scale=3.0, requires_grad=True)
+    target = make_labels((1, 64, 64, 64), CLASSES, torch.uint8)
+    full = target.numel() * CLASSES * input.element_size()
+    call(input, target, **mode)
+    grown = peak_growth(lambda: call(input, target, **mode))
+    # Beside the gradient, in the worst case, as much for the rows that bands share.
+    assert grown < 2 * input.nbytes + bytes_of_a_pixel * target.numel() + full / 20
 
 
 @pytest.mark.skipif(_native.INTERPRETED, reason="an algorithm of the C++ kernels alone")
