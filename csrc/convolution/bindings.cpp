@@ -128,18 +128,38 @@ void conv_relu_pool2d_forward(const py::tuple& tensors, const py::sequence& geom
   fastseg::conv_relu_pool2d_forward(call);
 }
 
-// Weights that are kept are read as they lie in memory, to see whether they have changed.
-void check_kept(const ConvReluPool2dWinogradForward& call) {
-  const Tensor& w = call.weight;
-  require(!call.scale || (call.scale.ndim == 1 && call.scale.size[0] == w.size[0] && call.scale.dtype == w.dtype),
+// Weights of which something is kept are read as they lie in memory, to see whether they have changed.
+void check_read_as_they_lie(const Tensor& weight, const Tensor& bias, const Tensor& scale) {
+  require(weight.ndim == 4, "weight has four dimensions");
+  Tensor nhwc = weight;
+  for (int axis = 1; axis < 4; ++axis)
+    nhwc.size[axis] = weight.size[axis % 3 + 1], nhwc.stride[axis] = weight.stride[axis % 3 + 1];
+  require((is_dense(weight) || is_dense(nhwc)) && is_dense(bias) && is_dense(scale), "weights that are kept are dense");
+}
+
+void check_scale(const Tensor& weight, const Tensor& scale) {
+  require(!scale || (scale.ndim == 1 && scale.size[0] == weight.size[0] && scale.dtype == weight.dtype),
           "scale is [K], of weight's dtype");
+}
+
+void check_kept(const ConvReluPool2dWinogradForward& call) {
+  check_scale(call.weight, call.scale);
   if (!call.kept) return;
   require(call.kept.ndim == 1 && call.kept.dtype == DType::kUInt8 && is_dense(call.kept), "kept is uint8 [bytes]");
-  Tensor nhwc = w;
-  for (int axis = 1; axis < 4; ++axis)
-    nhwc.size[axis] = w.size[axis % 3 + 1], nhwc.stride[axis] = w.stride[axis % 3 + 1];
-  require((is_dense(w) || is_dense(nhwc)) && is_dense(call.bias) && is_dense(call.scale),
-          "weights that are kept are dense");
+  check_read_as_they_lie(call.weight, call.bias, call.scale);
+}
+
+uint64_t weights_fingerprint(const py::tuple& tensors, int threads) {
+  uint64_t fingerprint = 0;
+  Conv2dWeightsFingerprint call;
+  read_tensors(tensors, {&call.weight, &call.scale});
+  call.threads = threads;
+  call.fingerprint = &fingerprint;
+  check_scale(call.weight, call.scale);
+  check_read_as_they_lie(call.weight, {}, call.scale);
+  py::gil_scoped_release unlocked;
+  fastseg::conv2d_weights_fingerprint(call);
+  return fingerprint;
 }
 
 int64_t winograd_kept_bytes(const py::object& weight) {
@@ -272,6 +292,7 @@ void bind_conv_relu_pool2d(py::module_& m) {
   m.def("conv_relu_pool2d_backward", &conv_relu_pool2d_backward);
   m.def("winograd_forward", &winograd_forward);
   m.def("winograd_kept_bytes", &winograd_kept_bytes);
+  m.def("weights_fingerprint", &weights_fingerprint);
   m.def("winograd_backward", &winograd_backward);
   m.def("relu_pool2d_forward", &relu_pool2d_forward);
   m.def("relu_pool2d_backward", &relu_pool2d_backward);

@@ -50,6 +50,13 @@ struct Conv2dWinogradKeptBytes {
   int64_t* bytes;
 };
 
+// A number that changes with weights, and with the scale of their output channels.
+struct Conv2dWeightsFingerprint {
+  Tensor weight, scale;  // [K, C, kernel height, kernel width], dense in either memory format; [K], optional
+  int threads;
+  uint64_t* fingerprint;
+};
+
 // The gradients of a convolution, those that are given as tensors.
 struct ConvGradients {
   Tensor input, weight;                       // [N, C, H, W], [K, C, kernel height, kernel width]
@@ -93,6 +100,7 @@ FASTSEG_KERNEL(conv_relu_pool2d_forward, ConvReluPool2dForward)
 FASTSEG_KERNEL(conv_relu_pool2d_winograd_forward, ConvReluPool2dWinogradForward)
 FASTSEG_KERNEL(conv2d_winograd_backward, Conv2dWinogradBackward)
 FASTSEG_KERNEL(conv2d_winograd_kept_bytes, Conv2dWinogradKeptBytes)
+FASTSEG_KERNEL(conv2d_weights_fingerprint, Conv2dWeightsFingerprint)
 FASTSEG_KERNEL(conv_relu_pool2d_backward, ConvReluPool2dBackward)
 FASTSEG_KERNEL(relu_pool2d_forward, ReluPool2dForward)
 FASTSEG_KERNEL(relu_pool2d_backward, ReluPool2dBackward)

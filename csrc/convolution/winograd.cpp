@@ -62,7 +62,7 @@ bool forward_keeping(const ConvReluPool2dWinogradForward& call) {
   if (call.kept.size[0] < kept_bytes<T>(call.weight)) return forward_in_passes<T>(call);  // for other vectors
   KeptHeader* header = static_cast<KeptHeader*>(call.kept.data);
   const int64_t elements = kernel.workspace_elements(kernel.shape.c, kernel.blocks);
-  const KeptHeader wanted = {kernel.fingerprint(), elements, kLanes<T>};
+  const KeptHeader wanted = {fingerprint_of(call.weight, call.bias, call.scale, call.threads), elements, kLanes<T>};
   const bool transformed =
       header->fingerprint == wanted.fingerprint && header->elements == wanted.elements && header->lanes == wanted.lanes;
   kernel.prepare(header + 1, {0, kernel.blocks}, transformed);
@@ -116,6 +116,10 @@ void conv_relu_pool2d_winograd_forward(const ConvReluPool2dWinogradForward& call
 void conv2d_winograd_kept_bytes(const Conv2dWinogradKeptBytes& call) {
   const bool is_double = call.weight.dtype == DType::kFloat64;
   *call.bytes = is_double ? kept_bytes<double>(call.weight) : kept_bytes<float>(call.weight);
+}
+
+void conv2d_weights_fingerprint(const Conv2dWeightsFingerprint& call) {
+  *call.fingerprint = fingerprint_of(call.weight, {}, call.scale, call.threads);
 }
 
 void conv2d_winograd_backward(const Conv2dWinogradBackward& call) {

@@ -278,17 +278,6 @@ struct WinogradChannels {
     }
   }
 
-  // What changes the transformed weights.
-  uint64_t fingerprint() const {
-    const Tensor &w = call.weight, *tensors[] = {&w, &call.bias, &call.scale};
-    uint64_t result = mix(static_cast<uint64_t>(w.stride[1]), static_cast<uint64_t>(w.stride[3]));
-    for (const Tensor* tensor : tensors) {
-      const int64_t elements = tensor == &w ? shape.k * shape.c * kKernelTaps : shape.k;
-      result = mix(result, *tensor ? fingerprint_of(tensor->data, elements * element_size(w.dtype), call.threads) : 0);
-    }
-    return result;
-  }
-
   bool empty() const { return shape.n * bands * blocks == 0; }
 
   // Of `some` blocks; tasks() are those of these blocks then.

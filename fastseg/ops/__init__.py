@@ -2,6 +2,7 @@
 
 from fastseg.ops import (
     conv2d,
+    conv2d_packed,
     conv_relu_pool2d,
     cross_entropy,
     relu_pool2d,
@@ -15,6 +16,7 @@ from fastseg.ops import (
 
 __all__ = [
     "conv2d",
+    "conv2d_packed",
     "conv_relu_pool2d",
     "cross_entropy",
     "relu_pool2d",

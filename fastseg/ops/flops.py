@@ -30,6 +30,10 @@ def register(counter: ModuleType) -> None:
     def conv2d(input: Shape, weight: Shape, *rest: Any, out_shape: Shape) -> int:
         return counter.conv_flop_count(input, weight, out_shape)
 
+    @counter.register_flop_formula(operators.conv2d_packed)
+    def conv2d_packed(input: Shape, weight: Shape, *rest: Any, out_shape: Shape) -> int:
+        return counter.conv_flop_count(input, weight, out_shape)
+
     @counter.register_flop_formula(operators.conv2d_backward)
     def conv2d_backward(
         grad_output: Shape, input: Shape, weight: Shape, padding: list[int], needs: list[bool], *, out_shape: Any

@@ -23,6 +23,7 @@ from fastseg.ops import sharding
 BELOW_AUTOGRAD = torch._C._after_autograd_keyset
 
 _decompositions: dict[torch._ops.OpOverload, Callable[..., Any]] = {}
+_of_channels_last: set[torch._ops.OpOverload] = set()
 
 
 def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Any]]:
@@ -40,7 +41,7 @@ def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Any]]:
 
 def register_plain(
     library: torch.library.Library, operator: str, plain: Callable[..., Any], fake: Callable[..., Any],
-    other_devices: Callable[..., Any] | None = None,
+    other_devices: Callable[..., Any] | None = None, channels_last: bool = False,
 ) -> None:  # fmt: skip
     """Registers an operator in plain PyTorch: as its decomposition, and for devices that have no kernel.
 
@@ -50,6 +51,7 @@ def register_plain(
         plain: The operator for any device, without a look at values, so that compilers can trace it.
         fake: The operator for tensors without memory, which is registered already.
         other_devices: What devices without a kernel run, if it isn't ``plain``.
+        channels_last: Whether Inductor, which is free in that, is to give the first argument in channels_last.
     """
     overload = getattr(torch.ops.fastseg, operator).default
 
@@ -59,6 +61,8 @@ def register_plain(
 
     library.impl(operator, without_kernel, "CompositeExplicitAutograd")
     _decompositions[overload] = plain
+    if channels_last:
+        _of_channels_last.add(overload)
     # PyTorch's own table is where torch.onnx.export looks for what ONNX has no operator for. FakeTensorMode would
     # prefer it to the fake where sizes are symbolic, but for what stands in the table of fakes.
     register_decomposition(overload)(plain)
@@ -72,8 +76,15 @@ def register_fallbacks(lowering: ModuleType) -> None:
     """
     # torch 2.6 has the other of the two
     strides = getattr(lowering, "constrain_to_fake_tensors", lowering.constrain_to_fx_strides)
+
+    def first_in_channels_last(_: Any, input: Any, *rest: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        from torch._inductor.ir import ExternKernel
+
+        return (ExternKernel.require_channels_last(input), *rest), {}
+
     for overload in _decompositions:
-        lowering.make_fallback(overload, strides, warn=False)
+        constraint = first_in_channels_last if overload in _of_channels_last else strides
+        lowering.make_fallback(overload, constraint, warn=False)
 
 
 def register_gradient(

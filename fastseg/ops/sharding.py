@@ -19,6 +19,7 @@ SUM = "sum"
 Placed = int | str
 BY_IMAGES: dict[str, tuple[tuple[Placed, ...], tuple[Placed, ...]]] = {
     "conv2d": ((0,), (0, WHOLE, WHOLE, WHOLE)),
+    "conv2d_packed": ((0,), (0, WHOLE, WHOLE, WHOLE)),
     "conv2d_backward": ((0, SUM, SUM), (0, 0, WHOLE)),
     "conv_relu_pool2d": ((0, 0, 0), (0, WHOLE, WHOLE, WHOLE)),
     "conv_relu_pool2d_backward": ((0, SUM, SUM), (0, 0, 0, WHOLE, 0, 0)),

@@ -3,6 +3,7 @@
 from fastseg.fusion.pattern import Pattern
 from fastseg.fusion.patterns.binary_cross_entropy import BINARY_CROSS_ENTROPY, UPSAMPLE_BINARY_CROSS_ENTROPY
 from fastseg.fusion.patterns.conv2d import CONV, CONV_NORM
+from fastseg.fusion.patterns.conv2d_packed import PACKED_CONV, PACKED_CONV_NORM
 from fastseg.fusion.patterns.conv_relu import CONV_RELU
 from fastseg.fusion.patterns.conv_relu_pool2d import CONV_POOL_RELU, CONV_RELU_POOL
 from fastseg.fusion.patterns.cross_entropy import CROSS_ENTROPY, NLL_LOSS
@@ -30,6 +31,8 @@ PATTERNS: tuple[Pattern, ...] = (
     BINARY_CROSS_ENTROPY,
     CONV_NORM,
     CONV,
+    PACKED_CONV_NORM,
+    PACKED_CONV,
 )
 
 __all__ = ["PATTERNS"]

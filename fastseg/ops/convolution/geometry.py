@@ -167,6 +167,28 @@ def convolved_size(height: int, width: int, kernel_h: int, kernel_w: int, geomet
 
 
 @memoize
+def idle_taps(sizes: Pair, kernel: Pair, geometry: Geometry) -> Pair:
+    """How many taps at each end of a kernel see nothing but padding, by height and width.
+
+    Wide dilations on small maps have such: of a DeepLab's 3x3 the middle remains.
+    """
+    return _idle_taps(0, sizes, kernel, geometry), _idle_taps(1, sizes, kernel, geometry)
+
+
+def _idle_taps(axis: int, sizes: Pair, kernel: Pair, geometry: Geometry) -> int:
+    size, taps, stride = sizes[axis], kernel[axis], geometry.stride[axis]
+    padding, dilation = geometry.padding[axis], geometry.dilation[axis]
+    last_output = (size + 2 * padding - dilation * (taps - 1) - 1) // stride * stride
+    idle = 0
+    # The first tap ends before the map, and the last one begins behind it; what remains has no negative padding.
+    while taps - 2 * idle > 2 and dilation * (idle + 1) <= padding:
+        if last_output + dilation * idle - padding >= 0 or dilation * (taps - 1 - idle) - padding < size:
+            break
+        idle += 1
+    return idle
+
+
+@memoize
 def pooled_size(convolved_h: int, convolved_w: int, geometry: Geometry) -> Pair:
     """Height and width of the pooled output, as max_pool2d counts them.
 

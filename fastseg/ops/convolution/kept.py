@@ -1,13 +1,14 @@
-"""Winograd's transformed weights, kept from call to call where the weights are likely to come again: in predictions.
+"""What is made of weights, kept from call to call where they are likely to come again: in predictions.
 
-A call reads the weights to see whether what is kept is still theirs, which costs a fraction of the transform: changes
-in place, state_dicts that are loaded and what goes past version counters (``weight.data``) are all seen.
+These are Winograd's transformed weights, and weights in oneDNN's own order. A call reads the weights to see whether
+what is kept is still theirs, which costs a fraction of making it: changes in place, state_dicts that are loaded and
+what goes past version counters (``weight.data``) are all seen.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,7 +39,43 @@ def memory_for(kernels: Any, weight: Tensor) -> Tensor | None:
     return memory
 
 
+class _Packed(NamedTuple):
+    """A weight in oneDNN's order, and what it was made for."""
+
+    made_for: tuple[Any, ...] = ()
+    weight: Tensor | None = None
+
+    @property
+    def bytes(self) -> int:
+        """Its memory."""
+        return 0 if self.weight is None else torch.ops.mkldnn._nbytes(self.weight)
+
+
+_packed: WeakIdKeyDictionary = WeakIdKeyDictionary()  # as `_kept`
+
+
+def packed_weight(
+    kernels: Any, weight: Tensor, scale: Tensor | None, call: tuple[Any, ...], pack: Callable[[], Tensor]
+) -> Tensor | None:
+    """What ``pack`` makes of weight and scale for calls like this one; None where it isn't kept, as `memory_for`."""
+    if not (weight.is_contiguous() or is_channels_last(weight)):
+        return None
+    known = _packed.get(weight)
+    if known is None:
+        _packed[weight] = _Packed()
+        return None
+    fingerprint = kernels.weights_fingerprint((describe(weight), describe(scale)), torch.get_num_threads())
+    made_for = (fingerprint, weight.shape, *call)
+    if known.made_for != made_for:
+        known = _packed[weight] = _Packed(made_for, pack())
+    return known.weight
+
+
 def kept_bytes(weights: Iterable[Tensor] | None = None) -> int:
-    """How much memory the transformed weights take that are kept of these weights; of None: of all."""
-    memories = _kept.values() if weights is None else map(_kept.get, weights)
-    return sum(memory.numel() for memory in memories if memory is not None)
+    """How much memory what is kept of these weights takes; of None: of all."""
+    if weights is None:
+        return sum(map(Tensor.numel, _kept.values())) + sum(packed.bytes for packed in _packed.values())
+    return sum(
+        (0 if (memory := _kept.get(weight)) is None else memory.numel()) + _packed.get(weight, _Packed()).bytes
+        for weight in weights
+    )

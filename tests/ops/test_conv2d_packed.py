@@ -1,0 +1,163 @@
+"""conv2d_packed, to which the backend leads predictions' convolutions that no kernel of fastseg's own serves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fastseg
+from fastseg.ops.convolution import kept
+from fastseg.ops.convolution.geometry import flatten, idle_taps, resolve
+from fastseg.testing import MEMORY_FORMATS, assert_parity, make
+
+each_layout = pytest.mark.parametrize("layout", MEMORY_FORMATS)
+
+# Channels, output channels, kernel, and the convolution's numbers.
+CONVOLUTIONS: dict[str, tuple[int, int, tuple[int, int], dict[str, Any]]] = {
+    "1x1": (12, 20, (1, 1), {}),
+    "1x1-stride": (12, 20, (1, 1), {"stride": 2}),
+    "3x3-stride": (12, 20, (3, 3), {"stride": 2, "padding": 1}),
+    "3x3-dilation": (12, 20, (3, 3), {"dilation": 2, "padding": 2}),
+    "depthwise": (16, 16, (3, 3), {"groups": 16, "padding": 1}),
+    "depthwise-multiplied": (8, 16, (3, 3), {"groups": 8, "padding": 1, "stride": (2, 1)}),
+    "groups": (12, 20, (3, 3), {"groups": 4, "padding": 1}),
+    "first": (3, 16, (7, 7), {"stride": 2, "padding": 3}),
+    "one-channel": (1, 9, (5, 3), {"padding": (2, 0)}),
+    "one-output": (12, 1, (1, 1), {}),
+    "idle-taps": (12, 20, (3, 3), {"dilation": 20, "padding": 20}),  # the middle one sees something
+    "idle-taps-depthwise": (16, 16, (5, 3), {"groups": 16, "dilation": (9, 2), "padding": (18, 2)}),
+}
+
+
+@pytest.fixture(autouse=True)
+def none_kept() -> Iterator[None]:
+    kept._packed.clear()
+    yield
+    kept._packed.clear()
+
+
+def tensors(name: str, layout: str = "channels_last", size: tuple[int, int] = (13, 18)) -> list[Tensor]:
+    """Input, weight, bias and scale."""
+    channels, outputs, kernel, numbers = CONVOLUTIONS[name]
+    inputs = channels // numbers.get("groups", 1)
+    return [
+        make((2, channels, *size), seed=1, layout=layout, scale=2.0),
+        make((outputs, inputs, *kernel), seed=2, scale=(inputs * kernel[0] * kernel[1]) ** -0.5),
+        make((outputs,), seed=3),
+        make((outputs,), seed=4).abs() + 0.5,
+    ]
+
+
+def geometry_of(name: str) -> list[int]:
+    defaults = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
+    pool = {"pool_size": 1, "pool_stride": None, "pool_padding": 0, "ceil_mode": False}
+    return flatten(resolve(CONVOLUTIONS[name][2], **(defaults | CONVOLUTIONS[name][3]), **pool)[0])
+
+
+def fused(name: str, *args: Tensor | None) -> Tensor:
+    return torch.ops.fastseg.conv2d_packed(*args, geometry_of(name))
+
+
+def plain(name: str, input: Tensor, weight: Tensor, bias: Any, scale: Any) -> Tensor:
+    scaled = weight if scale is None else weight * scale.view(-1, 1, 1, 1)
+    return F.conv2d(input, scaled, bias, **CONVOLUTIONS[name][3])
+
+
+def assert_plain_parity(name: str, args: list[Any]) -> None:
+    truth = plain(name, *(None if arg is None else arg.double() for arg in args))
+    expected = plain(name, *args)
+    with torch.no_grad():
+        for _ in range(3):  # the weights are laid out in the second call
+            found = fused(name, *args)
+            assert found.stride() == expected.stride()
+            assert_parity(found, expected, truth, terms=args[1][0].numel())
+
+
+@each_layout
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_convolutions(name: str, layout: str) -> None:
+    assert_plain_parity(name, tensors(name, layout))
+    assert_plain_parity(name, [*tensors(name, layout)[:2], None, None])
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_values_that_are_not_finite(value: float) -> None:
+    args = tensors("1x1")
+    args[0][0, 0, 3, 4] = value
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(fused("1x1", *args), plain("1x1", *args), equal_nan=True)
+
+
+def test_no_images_and_strided_tensors() -> None:
+    input, weight, bias, scale = tensors("1x1")
+    none = torch.empty(0, 12, 13, 18, memory_format=torch.channels_last)
+    assert fused("1x1", none, weight, bias, scale).shape == (0, 20, 13, 18)
+    assert_plain_parity("1x1", [input[..., 1:-2], weight, bias, scale])
+    wide = make((20, 24, 1, 1), seed=5)
+    assert_plain_parity("1x1", [input, wide[:, ::2], bias, scale])
+
+
+@each_layout
+def test_follows_every_change(layout: str) -> None:
+    input, weight, bias, scale = tensors("3x3-stride")
+    weight = weight.contiguous(memory_format=MEMORY_FORMATS[layout])
+    changes = [
+        lambda: weight.mul_(1.5),
+        lambda: weight.data[0, 0, 0, 1].add_(1),  # past the version counter
+        lambda: weight.data[[0, 1]].copy_(weight.data[[1, 0]]),
+        lambda: setattr(weight, "data", torch.roll(weight.data, 1, 0)),
+        lambda: scale.mul_(2),
+        lambda: bias.add_(1),
+    ]
+    with torch.no_grad():
+        for change in changes:
+            fused("3x3-stride", input, weight, bias, scale)
+            change()
+            found = fused("3x3-stride", input, weight, bias, scale)
+            fresh = weight.clone(memory_format=torch.preserve_format)
+            torch.testing.assert_close(found, fused("3x3-stride", input, fresh, bias, scale))
+            assert fastseg.info()["kept_weights"] >= weight.numel() * 4
+
+
+def test_one_weight_serves_inputs_and_geometries_of_all_sizes() -> None:
+    weight = tensors("3x3-stride")[1]
+    for size in ((13, 18), (40, 7), (13, 18)):
+        for name in ("3x3-stride", "3x3-dilation"):
+            input, _, bias, scale = tensors(name, size=size)
+            assert_plain_parity(name, [input, weight, bias, scale])
+
+
+def test_gradients_are_those_of_plain_pytorch() -> None:
+    args = [tensor.double().requires_grad_() for tensor in tensors("1x1")]
+    assert torch.autograd.gradcheck(lambda *args: fused("1x1", *args), args)
+
+
+@each_layout
+@pytest.mark.parametrize("name", ["1x1", "3x3-stride"])
+def test_opcheck(name: str, layout: str) -> None:
+    args = tensors(name, layout)
+    torch.library.opcheck(torch.ops.fastseg.conv2d_packed.default, (*args, geometry_of(name)))
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 6, 11])
+@pytest.mark.parametrize("kernel", [1, 2, 3, 4, 5, 7])
+def test_idle_taps_see_nothing(kernel: int, size: int) -> None:
+    for stride in (1, 2, 3):
+        for padding in range(14):
+            for dilation in (1, 2, 5, 6):
+                if size + 2 * padding < dilation * (kernel - 1) + 1:
+                    continue
+                geometry, _ = resolve((kernel, 1), (stride, 1), (padding, 0), (dilation, 1), 1, 1, None, 0, False)
+                idle, none = idle_taps((size, 1), (kernel, 1), geometry)
+                assert none == 0
+                signal, weight = torch.ones(1, 1, size, 1), torch.rand(1, 1, kernel, 1)
+                expected = F.conv2d(signal, weight, None, (stride, 1), (padding, 0), (dilation, 1))
+                used = weight[:, :, idle : kernel - idle]
+                found = F.conv2d(signal, used, None, (stride, 1), (padding - idle * dilation, 0), (dilation, 1))
+                torch.testing.assert_close(found, expected)
