@@ -119,9 +119,9 @@ FAULTS = (
     Fault("classes of the second block keep the first one's numbers", "csrc/upsampling/upsample_mask_argmax.cpp",
           "static_cast<Int<T>>(<<<first + c|||c>>>) : label[i];", ("test_upsample_mask_argmax", *PREDICTIONS)),
     Fault("a share that is ignored counts in the gradient", "csrc/loss/upsample_sigmoid_sums.cpp",
-          "keep(c, p, <<<select_or_zero<T>(shares_.counts(p), gradient)|||gradient>>>);", ("test_class_sums", *LOSSES)),
+          "keep(c, p, <<<select_or_zero<T>(shares.counts(p), gradient)|||gradient>>>);", ("test_class_sums", *LOSSES)),
     Fault("the columns after the first 1024 have the first ones' labels", "csrc/loss/upsample_sigmoid_sums.cpp",
-          "!shares.select(image, y, begin + <<<x|||0>>>, count)", ("test_class_sums", *LOSSES)),
+          "!target.select(image, y, begin + <<<x|||0>>>, count)", ("test_class_sums", *LOSSES)),
     # ---- convolutions ----
     Fault("of equal values the window's last is taken", "csrc/convolution/pool_tile-inl.h",
           "better = <<<(candidate > best)|||(candidate >= best)>>> |", ("test_relu_pool2d", *CONVOLUTIONS)),

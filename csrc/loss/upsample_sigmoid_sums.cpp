@@ -26,13 +26,6 @@ constexpr bool kClassesAlone = kTerms == Terms::kClassSums || kTerms == Terms::k
 template <Terms kTerms>
 constexpr int kSums = kClassesAlone<kTerms> ? 3 : 6;
 
-// log(1 + x) for x in [0, 1], with what rounds off in the sum.
-template <class T>
-FASTSEG_INLINE Vec<T> log_of_one_plus(Vec<T> x) {
-  const Vec<T> sum = x + T(1);
-  return log_of_positive<T>(sum) + (x - (sum - T(1))) / sum;
-}
-
 template <class T>
 FASTSEG_INLINE Vec<T> positive_part(Vec<T> x) {
   return maximum<T>(Vec<T>{}, x);  // x where it is NaN
@@ -58,19 +51,35 @@ struct FocalFactor {
   }
 };
 
-// A row's labels, and of one of its classes the shares; whole blocks, with nothing that counts at the end.
+// Of a class, a row's shares and which of them count: of labels, or as they are given.
 template <class T>
-class Shares {
- public:
-  static int64_t elements(const UpsampledMap<T>& map) { return 3 * map.row_stride; }
+struct LabelShares {
+  const Int<T>* labels;
+  Int<T> c;
 
-  Shares(const UpsampleSigmoidSums& call, const UpsampledMap<T>& map, InvalidLabel* invalid, T* memory)
-      : call_(call),
-        of_labels_(call.target.ndim == 3),
-        share_(memory),
-        counts_(reinterpret_cast<Int<T>*>(memory + map.row_stride)),
-        labels_(reinterpret_cast<Int<T>*>(memory + 2 * map.row_stride)),
-        invalid_(invalid) {}
+  FASTSEG_INLINE Vec<T> share(int64_t p) const {
+    return select_or_zero<T>(load_labels<T>(labels + p) == c, broadcast<T>(1));
+  }
+  FASTSEG_INLINE IntVec<T> counts(int64_t p) const { return load_labels<T>(labels + p) != kIgnored; }
+};
+
+template <class T>
+struct GivenShares {
+  const T* shares;
+  T ignored;
+
+  FASTSEG_INLINE Vec<T> share(int64_t p) const { return load(shares + p); }
+  FASTSEG_INLINE IntVec<T> counts(int64_t p) const { return ~(load(shares + p) == ignored); }
+};
+
+// The target's columns in an output row; whole blocks, with nothing that counts at the end.
+template <class T>
+class TargetRow {
+ public:
+  static int64_t elements(const UpsampledMap<T>& map) { return map.row_stride; }
+
+  TargetRow(const UpsampleSigmoidSums& call, InvalidLabel* invalid, T* memory)
+      : call_(call), memory_(memory), invalid_(invalid) {}
 
   // The columns [x, x + count) of an output row. False where a label is no class.
   bool select(int64_t image, int64_t y, int64_t x, int64_t count) {
@@ -78,44 +87,47 @@ class Shares {
     const int row = target.ndim - 2;
     offset_ = image * target.stride[0] + y * target.stride[row] + x * target.stride[row + 1];
     count_ = count;
-    for (int64_t p = count; p < round_up(count, kPixelMultiple); ++p) {
-      labels_[p] = kIgnored;
-      counts_[p] = 0;
-      share_[p] = 0;
-    }
-    return !of_labels_ || read_label_run(call_, offset_, count, target.stride[row + 1], labels_, invalid_);
+    if (!of_labels()) return true;
+    fill(labels(), static_cast<Int<T>>(kIgnored));
+    return read_label_run(call_, offset_, count, target.stride[row + 1], labels(), invalid_);
   }
 
-  void select_class(int64_t c) {
-    if (of_labels_) {
-      for (int64_t p = 0; p < count_; ++p) share_[p] = labels_[p] == c ? T(1) : T(0);
-      for (int64_t p = 0; p < count_; ++p) counts_[p] = labels_[p] == kIgnored ? 0 : -1;
-      return;
-    }
-    read_shares(c);
+  // Calls body with the shares of a class.
+  template <class Body>
+  FASTSEG_INLINE void with_class(int64_t c, const Body& body) {
+    if (of_labels()) return body(LabelShares<T>{labels(), static_cast<Int<T>>(c)});
+    const Tensor& target = call_.target;
+    const int64_t stride = target.stride[3], offset = offset_ + c * target.stride[1];
+    const void* const source = at(target, offset);
     const T ignored = static_cast<T>(call_.ignore_index);
-    for (int64_t p = 0; p < count_; ++p) counts_[p] = share_[p] == ignored ? 0 : -1;
+    const bool whole = count_ % kPixelMultiple == 0 && stride == 1;
+    if (whole && target.dtype == (sizeof(T) == sizeof(double) ? DType::kFloat64 : DType::kFloat32))
+      return body(GivenShares<T>{static_cast<const T*>(source), ignored});
+    fill(memory_, ignored);
+    read_shares(source, stride);
+    body(GivenShares<T>{memory_, ignored});
   }
-
-  FASTSEG_INLINE Vec<T> share(int64_t p) const { return load(share_ + p); }
-  FASTSEG_INLINE IntVec<T> counts(int64_t p) const { return load_labels<T>(counts_ + p); }
 
  private:
   const UpsampleSigmoidSums& call_;
-  const bool of_labels_;
-  T* const share_;
-  Int<T>*const counts_, *const labels_;
+  T* const memory_;
   InvalidLabel* const invalid_;
   int64_t offset_ = 0, count_ = 0;
 
-  void read_shares(int64_t c) {
-    const Tensor& target = call_.target;
-    const int64_t stride = target.stride[3];
-    const void* const source = at(target, offset_ + c * target.stride[1]);
+  bool of_labels() const { return call_.target.ndim == 3; }
+  Int<T>* labels() const { return reinterpret_cast<Int<T>*>(memory_); }
+
+  // What is after the columns.
+  template <class Value>
+  void fill(Value* row, Value value) const {
+    for (int64_t p = count_; p < round_up(count_, kPixelMultiple); ++p) row[p] = value;
+  }
+
+  void read_shares(const void* source, int64_t stride) {
     const auto read = [&](const auto* typed) {
-      for (int64_t p = 0; p < count_; ++p) share_[p] = static_cast<T>(typed[p * stride]);
+      for (int64_t p = 0; p < count_; ++p) memory_[p] = static_cast<T>(typed[p * stride]);
     };
-    switch (target.dtype) {
+    switch (call_.target.dtype) {
       case DType::kUInt8:
         return read(static_cast<const uint8_t*>(source));
       case DType::kInt16:
@@ -125,7 +137,7 @@ class Shares {
       case DType::kInt64:
         return read(static_cast<const int64_t*>(source));
       default:
-        return pack(source, target.dtype, 1, count_, 0, stride, share_, 0);
+        return pack(source, call_.target.dtype, 1, count_, 0, stride, memory_, 0);
     }
   }
 };
@@ -155,8 +167,8 @@ FASTSEG_INLINE void terms_of(Vec<T> logit, Vec<T> share, const FocalFactor<T>& f
 
 // Adds a class's terms, of the `count` columns of a block of which `logits` are the first, to the sums
 // [kSums][classes].
-template <class T, Terms kTerms, class Logits>
-FASTSEG_NOINLINE void add_terms(const Shares<T>& shares, const FocalFactor<T>& focal, int64_t c, int64_t count,
+template <class T, Terms kTerms, class Shares, class Logits>
+FASTSEG_NOINLINE void add_terms(const Shares shares, const FocalFactor<T>& focal, int64_t c, int64_t count,
                                 const Logits logits, double* sums, int64_t classes) {
   Vec<T> added[kSums<kTerms>] = {};
   for (int64_t p = 0; p < count; p += kLanes<T>) {
@@ -175,23 +187,23 @@ template <class T, Terms kTerms>
 bool forward_band(const UpsampleSigmoidSums& call, const UpsampledMap<T>& map, const Bands& bands, int64_t band,
                   InvalidLabel* invalid, double* sums) {
   const auto padded = Pieces<T>::padded;
-  const int64_t elements = padded(ExpandedRows<T>::elements(map)) + padded(Shares<T>::elements(map));
+  const int64_t elements = padded(ExpandedRows<T>::elements(map)) + padded(TargetRow<T>::elements(map));
   void* const memory = scratch(elements * static_cast<int64_t>(sizeof(T)));
   if (memory == nullptr) return false;
   Pieces<T> pieces(memory);
   ExpandedRows<T> source(map, call.input, false, pieces.take(ExpandedRows<T>::elements(map)));
-  Shares<T> shares(call, map, invalid, pieces.take(Shares<T>::elements(map)));
+  TargetRow<T> target(call, invalid, pieces.take(TargetRow<T>::elements(map)));
   const FocalFactor<T> focal(call);
   for_each_tile_row(map, bands, band, &source,
                     [&](int64_t image, int64_t y, const RowPair<T>& pair, int64_t begin, int64_t columns) {
                       for (int64_t x = 0; x < columns; x += kColumnsAdded) {
                         const int64_t count = min_of(kColumnsAdded, columns - x);
-                        if (!shares.select(image, y, begin + x, count)) return false;
+                        if (!target.select(image, y, begin + x, count)) return false;
                         with_upsampled_row(map, pair, x, [&](const auto logits) {
-                          for (int64_t c = 0; c < map.classes; ++c) {
-                            shares.select_class(c);
-                            add_terms<T, kTerms>(shares, focal, c, count, logits, sums, map.classes);
-                          }
+                          for (int64_t c = 0; c < map.classes; ++c)
+                            target.with_class(c, [&](const auto shares) {
+                              add_terms<T, kTerms>(shares, focal, c, count, logits, sums, map.classes);
+                            });
                         });
                       }
                       return true;
@@ -245,19 +257,20 @@ template <class T, Terms kTerms>
 class BackwardRows {
  public:
   static constexpr bool kRelative = false;
-  static int64_t elements(const UpsampledMap<T>& map) { return Pieces<T>::padded(Shares<T>::elements(map)); }
+  static int64_t elements(const UpsampledMap<T>& map) { return Pieces<T>::padded(TargetRow<T>::elements(map)); }
 
   BackwardRows(const UpsampleSigmoidSumsBackward& call, const UpsampledMap<T>& map, const Place&, Partial* partial,
                Pieces<T>* pieces)
       : call_(call),
         map_(map),
-        shares_(call, map, &partial->invalid, pieces->take(Shares<T>::elements(map))),
+        target_(call, &partial->invalid, pieces->take(TargetRow<T>::elements(map))),
         focal_(call) {}
 
   bool row(const Place& place, int64_t y, const RowPair<T>& pair, const GradientsToRows<T>& keep) {
-    if (!shares_.select(place.image, y, place.column, place.columns)) return false;
+    if (!target_.select(place.image, y, place.column, place.columns)) return false;
     with_upsampled_row(map_, pair, 0, [&](const auto logits) {
-      for (int64_t c = 0; c < map_.classes; ++c) differentiate_class(place, c, logits, keep);
+      for (int64_t c = 0; c < map_.classes; ++c)
+        target_.with_class(c, [&](const auto shares) { differentiate_class(place, c, shares, logits, keep); });
     });
     return true;
   }
@@ -265,21 +278,20 @@ class BackwardRows {
  private:
   const UpsampleSigmoidSumsBackward& call_;
   const UpsampledMap<T>& map_;
-  Shares<T> shares_;
+  TargetRow<T> target_;
   const FocalFactor<T> focal_;
 
-  template <class Logits>
-  FASTSEG_NOINLINE void differentiate_class(const Place& place, int64_t c, const Logits logits,
-                                            const GradientsToRows<T>& keep) {
+  template <class Shares, class Logits>
+  FASTSEG_NOINLINE void differentiate_class(const Place& place, int64_t c, const Shares shares, const Logits logits,
+                                            const GradientsToRows<T>& keep) const {
     const Tensor& sums = call_.sums;
     T grad[6] = {};
     for (int i = 0; i < kSums<kTerms>; ++i)
       grad[i] =
           static_cast<const T*>(sums.data)[i * sums.stride[0] + place.image * sums.stride[1] + c * sums.stride[2]];
-    shares_.select_class(c);
     for (int64_t p = 0; p < place.columns; p += kLanes<T>) {
-      const Vec<T> gradient = derivative<T, kTerms>(logits(c, p), shares_.share(p), focal_, grad);
-      keep(c, p, select_or_zero<T>(shares_.counts(p), gradient));
+      const Vec<T> gradient = derivative<T, kTerms>(logits(c, p), shares.share(p), focal_, grad);
+      keep(c, p, select_or_zero<T>(shares.counts(p), gradient));
     }
   }
 };

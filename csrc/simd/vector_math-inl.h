@@ -32,6 +32,9 @@ struct MathConstants<float> {
   static constexpr float kLn2Low = 9.0580006145e-06f;
   static constexpr int32_t kSqrtHalf = 0x3f3504f3;  // bits of sqrt(1/2)
   static constexpr float kLog[] = {0.66666662693f, 0.40000972152f, 0.28498786688f, 0.24279078841f};
+  static constexpr float kLogOfOnePlus[] = {8.109302199e-01f, -2.885271014e-01f, 1.326090158e-01f, -6.768818965e-02f,
+                                            3.663523417e-02f, -2.056318243e-02f, 1.157768518e-02f, -6.788016952e-03f,
+                                            5.250270678e-03f, -3.176057018e-03f};  // error below 6e-9
 };
 
 template <>
@@ -59,6 +62,13 @@ struct MathConstants<double> {
   static constexpr double kLog[] = {6.666666666666735130e-01, 3.999999999940941908e-01, 2.857142874366239149e-01,
                                     2.222219843214978396e-01, 1.818357216161805012e-01, 1.531383769920937332e-01,
                                     1.479819860511658591e-01};
+  static constexpr double kLogOfOnePlus[] = {
+      8.10930216216328764e-01, -2.88527099099323897e-01, 1.32609753754203754e-01, -6.76886433109642956e-02,
+      3.66118545230444251e-02, -2.05488119191207142e-02, 1.18337921154982736e-02, -6.94539497498551294e-03,
+      4.13617896949257887e-03, -2.49184119479886247e-03, 1.51538510533750961e-03, -9.28857427927732355e-04,
+      5.73044608467786722e-04, -3.54820487831023811e-04, 2.21191708957665657e-04, -1.42100022899990296e-04,
+      8.93330340681927138e-05, -4.48284432522325634e-05, 2.82780835856265438e-05, -3.83623743516012453e-05,
+      2.44379739485809471e-05};  // error below 2e-17
 };
 
 // b where one of them is NaN: what x86's instruction gives, which compilers don't find where an argument is a constant.
@@ -114,6 +124,18 @@ struct Sigmoid {
     counter = x > 0 ? smaller : larger;
   }
 };
+
+// log(1 + x) for x in [0, 1] and NaN: x times a polynomial of x - 1/2, which interpolates log(1 + x) / x at
+// Chebyshev's nodes.
+template <class T>
+FASTSEG_INLINE Vec<T> log_of_one_plus(Vec<T> x) {
+  using K = MathConstants<T>;
+  constexpr int kDegree = sizeof K::kLogOfOnePlus / sizeof(T) - 1;
+  const Vec<T> centred = x - T(0.5);
+  Vec<T> series = broadcast<T>(K::kLogOfOnePlus[kDegree]);
+  for (int k = kDegree - 1; k >= 0; --k) series = series * centred + K::kLogOfOnePlus[k];
+  return series * x;
+}
 
 // log(x) for normal x > 0 and NaN, by fdlibm's method (e_log.c): x = 2^k (1 + f), and with s = f / (2 + f),
 // log(1 + f) = f - f^2 / 2 + s (f^2 / 2 + R(s^2)).
