@@ -9,7 +9,8 @@ import fastseg
 from fastseg.fusion import trial
 from fastseg.ops.convolution import algorithms
 from fastseg.testing import make
-from tests.fusion.cases import compiled, logits, loss_and_prediction, operators
+from tests.fusion.back_end_cases import logits, loss_and_prediction
+from tests.fusion.cases import compiled, operators
 
 PLAIN_CONVOLUTIONS = {
     "few-channels": ((2, 4, 16, 16), {}),

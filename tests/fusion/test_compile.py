@@ -15,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 import fastseg
 from fastseg.fusion.rewriting import rewrite
 from fastseg.testing import assert_parity, make, make_labels
-from tests.fusion.cases import CLASSES, compiled, operators, upsampled_loss_of_rows
+from tests.fusion.back_end_cases import upsampled_loss_of_rows
+from tests.fusion.cases import CLASSES, compiled, operators
 from tests.fusion.networks import EVALUATED, TRAINED, Net, assert_trains_alike, batch
 
 

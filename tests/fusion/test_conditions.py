@@ -9,17 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastseg
-from tests.fusion.cases import (
-    compiled,
-    conv_in_place,
-    full_logits,
-    full_mask_logits,
-    images,
-    logits,
-    mask_logits,
-    normalised,
-    operators,
-)
+from tests.fusion.back_end_cases import full_logits, full_mask_logits, logits, mask_logits
+from tests.fusion.cases import compiled, operators
+from tests.fusion.front_end_cases import conv_in_place, images, normalised
 
 # A function whose calls stay, its tensors, the reason, and the operators that take a part of them all the same.
 LEFT: dict[str, tuple[Callable[..., Any], Callable[..., Any], str, list[str]]] = {}

@@ -5,7 +5,10 @@ import torch
 
 import fastseg
 from fastseg.testing import assert_parity, values_and_gradients
-from tests.fusion.cases import CASES, Case, compiled, operators
+from tests.fusion import back_end_cases, front_end_cases
+from tests.fusion.cases import Case, compiled, operators
+
+CASES = {**front_end_cases.CASES, **back_end_cases.CASES}
 
 # In half types positions stay torch's, and labels and masks are those of logits that torch would have rounded first.
 OF_UNROUNDED = ("indices", "prediction", "masks")
