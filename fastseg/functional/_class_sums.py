@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from fastseg import reference
 from fastseg.functional._checks import (
     check_batch,
     check_grid,
@@ -54,14 +55,7 @@ def class_sums(input: Tensor, target: Tensor, ignore_index: int | None = None, a
         ValueError: Shapes, devices or arguments don't fit; the message names the argument.
         TypeError: A dtype that isn't supported.
     """
-    _check_activation(activation)
-    check_batch(input)
-    ignored = IGNORE_NONE if ignore_index is None else ignore_index
-    if activation == "sigmoid" and target.ndim == input.ndim:
-        shares = check_shares(target, tuple(input.shape), input)
-        return _sums(as_map(input, 2), as_map(shares, 2), ignored, activation, ("nearest", False))
-    labels = check_labels(target, pixels_of(input), input, ignore_index)
-    return _sums(as_map(input, 2), as_map(labels, 1), ignored, activation, ("nearest", False))
+    return _sums(*_maps(input, target, ignore_index, activation), ignore_index, activation)[0]
 
 
 def upsample_class_sums(
@@ -96,6 +90,48 @@ def upsample_class_sums(
         ValueError: Shapes, devices or arguments don't fit; the message names the argument.
         TypeError: A dtype that isn't supported.
     """
+    return _sums(
+        *_upsampled_maps(input, target, ignore_index, activation, mode, align_corners), ignore_index, activation
+    )[0]
+
+
+def sums_and_cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    ignore_index: int | None,
+    activation: str,
+    grid: tuple[str, bool] | None,
+) -> tuple[Tensor, Tensor]:
+    """The sums, of logits upsampled on a grid where one is given, and from the same pass the mean cross-entropy.
+
+    For "sigmoid" it is the binary one. Both in the sums' dtype.
+    """
+    if grid is None:
+        maps = _maps(input, target, ignore_index, activation)
+    else:
+        maps = _upsampled_maps(input, target, ignore_index, activation, *grid)
+    sums, loss = _sums(*maps, ignore_index, activation, with_loss=True)
+    return sums, loss
+
+
+_Maps = tuple[Tensor, Tensor, tuple[str, bool]]  # of logits and of their target, and the grid between them
+
+
+def _maps(input: Tensor, target: Tensor, ignore_index: int | None, activation: str) -> _Maps:
+    """The arguments of `class_sums`, checked."""
+    _check_activation(activation)
+    check_batch(input)
+    if activation == "sigmoid" and target.ndim == input.ndim:
+        target = as_map(check_shares(target, tuple(input.shape), input), 2)
+    else:
+        target = as_map(check_labels(target, pixels_of(input), input, ignore_index), 1)
+    return as_map(input, 2), target, ("nearest", False)
+
+
+def _upsampled_maps(
+    input: Tensor, target: Tensor, ignore_index: int | None, activation: str, mode: str, align_corners: bool
+) -> _Maps:
+    """The arguments of `upsample_class_sums`, checked."""
     _check_activation(activation)
     check_grid(mode, align_corners)
     classes = check_map(input)
@@ -103,8 +139,7 @@ def upsample_class_sums(
         target = check_shares(target, (input.shape[0], classes, *target.shape[2:]), input)
     else:
         target = check_label_map(target, input, ignore_index)
-    grid = grid_between(input.shape[2:], target.shape[-2:], mode, align_corners)
-    return _sums(input, target, IGNORE_NONE if ignore_index is None else ignore_index, activation, grid)
+    return input, target, grid_between(input.shape[2:], target.shape[-2:], mode, align_corners)
 
 
 def _check_activation(activation: str) -> None:
@@ -112,11 +147,20 @@ def _check_activation(activation: str) -> None:
         raise ValueError(f'activation: expected "softmax" or "sigmoid", got {activation!r}')
 
 
-def _sums(input: Tensor, target: Tensor, ignore_index: int, activation: str, grid: tuple[str, bool]) -> Tensor:
-    """The sums ``[N, C, 3]`` of maps, which are checked."""
+def _sums(
+    input: Tensor, target: Tensor, grid: tuple[str, bool], ignore_index: int | None, activation: str,
+    with_loss: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The sums ``[N, C, 3]`` of maps, and the mean cross-entropy, which means nothing unless it is asked for."""
     mode, align_corners = grid
+    ignored = IGNORE_NONE if ignore_index is None else ignore_index
     if activation == "sigmoid":
-        options = SigmoidOptions(ignore_index, mode=mode, align_corners=align_corners)
-        return upsample_sigmoid_sums(input, target, options).movedim(0, -1)
-    of_loss = LossOptions(ignore_index, "sum", mode=mode, align_corners=align_corners)
-    return upsample_cross_entropy(input, target, None, of_loss, with_overlap=True)[1].movedim(0, -1)
+        gamma = 0.0 if with_loss else None
+        sums = upsample_sigmoid_sums(
+            input, target, SigmoidOptions(ignored, gamma, mode=mode, align_corners=align_corners)
+        )
+        loss = reference.combine_binary(sums, None, None, "mean") if with_loss else sums
+        return sums[:3].movedim(0, -1), loss
+    options = LossOptions(ignored, "mean" if with_loss else "sum", mode=mode, align_corners=align_corners)
+    loss, overlap = upsample_cross_entropy(input, target, None, options, with_overlap=True)
+    return overlap.movedim(0, -1), loss

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastseg import functional, reference
+from fastseg.functional._class_sums import sums_and_cross_entropy
 from fastseg.functional._losses import in_dtype
 from fastseg.modules._leaves import leaf_of_traces
 
@@ -24,6 +25,8 @@ class RegionLoss(nn.Module, ABC):
         smooth: Added to a score's numerator and denominator, in pixels; at least 0.
         batch: One score of each class over the whole batch, instead of one of each image and class.
         include_background: Whether class 0 counts; without it, there must be another one.
+        ce_weight: How much the mean cross-entropy of what counts adds, for sigmoids the binary one, with class 0 in
+            any case: it comes from the same pass. At least 0.
     """
 
     def __init__(
@@ -34,12 +37,14 @@ class RegionLoss(nn.Module, ABC):
         smooth: float = 1e-5,
         batch: bool = False,
         include_background: bool = True,
+        ce_weight: float = 0.0,
     ) -> None:
         super().__init__()
         if task not in TASKS:
             raise ValueError(f'task: expected "binary", "multilabel" or "multiclass", got {task!r}')
-        if not smooth >= 0:
-            raise ValueError(f"smooth: expected a number of at least 0, got {smooth}")
+        for name, number in (("smooth", smooth), ("ce_weight", ce_weight)):
+            if not number >= 0:
+                raise ValueError(f"{name}: expected a number of at least 0, got {number}")
         if task == "binary" and not include_background:
             raise ValueError('include_background: task "binary" has one class, nothing else is left')
         self.task = task
@@ -47,6 +52,7 @@ class RegionLoss(nn.Module, ABC):
         self.smooth = smooth
         self.batch = batch
         self.include_background = include_background
+        self.ce_weight = ce_weight
 
     @leaf_of_traces
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
@@ -74,17 +80,29 @@ class RegionLoss(nn.Module, ABC):
                 target = target.unsqueeze(1)
             if target.ndim != input.ndim:
                 raise ValueError(f"target: expected a mask for each class, got shape {tuple(target.shape)}")
-        sums = self._sums(input, target, activation)
+        sums, cross_entropy = self._sums(input, target, activation)
         if self.batch:
             sums = sums.sum(0, keepdim=True)
         if not self.include_background:
             if sums.shape[1] == 1:
                 raise ValueError("include_background: with one class, which is the background, nothing else is left")
             sums = sums[:, 1:]
-        return in_dtype(self.loss_of(*sums.unbind(-1)), input.dtype)
+        loss = self.loss_of(*sums.unbind(-1))
+        return in_dtype(loss if cross_entropy is None else loss + self.ce_weight * cross_entropy, input.dtype)
 
-    def _sums(self, input: Tensor, target: Tensor, activation: str) -> Tensor:
-        return functional.class_sums(input, target, self.ignore_index, activation)
+    _grid: tuple[str, bool] | None = None  # on which logits are upsampled
+
+    def _sums(self, input: Tensor, target: Tensor, activation: str) -> tuple[Tensor, Tensor | None]:
+        """The sums ``[N, C, 3]``, and the mean cross-entropy where it counts."""
+        if self.ce_weight:
+            return sums_and_cross_entropy(input, target, self.ignore_index, activation, self._grid)
+        if self._grid is None:
+            return functional.class_sums(input, target, self.ignore_index, activation), None
+        mode, align_corners = self._grid
+        sums = functional.upsample_class_sums(
+            input, target, self.ignore_index, activation, mode=mode, align_corners=align_corners
+        )
+        return sums, None
 
     @abstractmethod
     def loss_of(self, overlap: Tensor, predicted: Tensor, labelled: Tensor) -> Tensor:
@@ -95,7 +113,8 @@ class RegionLoss(nn.Module, ABC):
 
     def extra_repr(self) -> str:
         """The task and what counts, for ``repr(layer)``."""
-        return f"{self.task!r}, ignore_index={self.ignore_index}, smooth={self.smooth}, batch={self.batch}"
+        added = f", ce_weight={self.ce_weight}" if self.ce_weight else ""
+        return f"{self.task!r}, ignore_index={self.ignore_index}, smooth={self.smooth}, batch={self.batch}{added}"
 
 
 class DiceLoss(RegionLoss):
@@ -140,6 +159,7 @@ class TverskyLoss(RegionLoss):
         smooth: As there.
         batch: As there.
         include_background: As there.
+        ce_weight: As there.
     """
 
     def __init__(
@@ -152,10 +172,12 @@ class TverskyLoss(RegionLoss):
         smooth: float = 1e-5,
         batch: bool = False,
         include_background: bool = True,
+        ce_weight: float = 0.0,
     ) -> None:
         super().__init__(
-            task, ignore_index=ignore_index, smooth=smooth, batch=batch, include_background=include_background
-        )
+            task, ignore_index=ignore_index, smooth=smooth, batch=batch, include_background=include_background,
+            ce_weight=ce_weight,
+        )  # fmt: skip
         for name, price in (("alpha", alpha), ("beta", beta)):
             if not price >= 0:
                 raise ValueError(f"{name}: expected a number of at least 0, got {price}")
@@ -196,11 +218,7 @@ class _Upsampled(RegionLoss):
         super().__init__(*args, **options)
         self.mode = mode
         self.align_corners = align_corners
-
-    def _sums(self, input: Tensor, target: Tensor, activation: str) -> Tensor:
-        return functional.upsample_class_sums(
-            input, target, self.ignore_index, activation, mode=self.mode, align_corners=self.align_corners
-        )
+        self._grid = mode, align_corners
 
     def extra_repr(self) -> str:
         """The grid, and what the loss has, for ``repr(layer)``."""

@@ -106,6 +106,22 @@ def test_upsampled(name: str, task: str, mode: dict[str, Any]) -> None:
     torch.testing.assert_close(*(torch.autograd.grad(each, input)[0] for each in (loss(input, target), expected)))
 
 
+@pytest.mark.parametrize("upsampled", [False, True], ids=["full", "upsampled"])
+@pytest.mark.parametrize("task", ["multiclass", "multilabel", "binary"])
+@pytest.mark.parametrize("name", FORMULAS)
+def test_with_cross_entropy(name: str, task: str, upsampled: bool) -> None:
+    classes, size = 1 if task == "binary" else 4, (13, 11) if upsampled else (5, 6)
+    input, target = logits((2, classes, 5, 6), torch.float64), target_for(task, (2, classes, *size), IGNORED)
+    prefix, options = "Upsample" if upsampled else "", {"batch": True, "ignore_index": IGNORED}
+    cross_entropy = "cross_entropy" if task == "multiclass" else "binary_cross_entropy"
+    function = getattr(functional, f"upsample_{cross_entropy}" if upsampled else cross_entropy)
+    region, loss = (getattr(losses, prefix + name)(task, ce_weight=weight, **options) for weight in (0.0, 0.7))
+    expected = region(input, target) + 0.7 * function(input, target, ignore_index=IGNORED)
+    torch.testing.assert_close(loss(input, target), expected)
+    torch.testing.assert_close(*(torch.autograd.grad(each, input)[0] for each in (loss(input, target), expected)))
+    assert "ce_weight=0.7" in repr(loss)
+
+
 def test_dice_is_that_of_cross_entropy_dice() -> None:
     input, target = logits((2, 4, 5, 6)), make_labels((2, 5, 6), 4, ignore_index=IGNORED)
     for batch in (False, True):
@@ -123,6 +139,7 @@ def test_binary_masks_need_no_dimension_of_classes() -> None:
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "task": ({"task": "multi"}, "task: expected .*got 'multi'"),
     "smooth": ({"smooth": -1.0}, "smooth: expected a number of at least 0, got -1.0"),
+    "ce_weight": ({"ce_weight": -1.0}, "ce_weight: expected a number of at least 0, got -1.0"),
     "alpha": ({"alpha": -1.0}, "alpha: expected a number of at least 0, got -1.0"),
     "beta": ({"beta": float("nan")}, "beta: expected .*got nan"),
     "background": ({"task": "binary", "include_background": False}, "include_background: task"),
