@@ -336,7 +336,7 @@ def upsample_cross_entropy_dice(
 ) -> Tensor:
     """`cross_entropy_dice` of the logits upsampled to target's size; see `fastseg.functional`."""
     return cross_entropy_dice(
-        upsample(input, target.shape[-2:], None, mode, align_corners), target, weight, ignore_index, label_smoothing,
+        upsample(input, target.shape[1:], None, mode, align_corners), target, weight, ignore_index, label_smoothing,
         ce_weight=ce_weight, dice_weight=dice_weight, smooth=smooth, batch_dice=batch_dice,
         include_background=include_background,
     )  # fmt: skip

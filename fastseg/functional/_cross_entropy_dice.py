@@ -111,18 +111,20 @@ def upsample_cross_entropy_dice(
 ) -> Tensor:
     """Cross-entropy and soft Dice loss of logits upsampled to the labels' size, without the upsampled logits.
 
-    Equals ``cross_entropy_dice(interpolate(input, size=target.shape[-2:], mode=mode, align_corners=align_corners),
+    Equals ``cross_entropy_dice(interpolate(input, size=target.shape[1:], mode=mode, align_corners=align_corners),
     target, ...)``; see `fastseg.functional.cross_entropy_dice` for the formula and the arguments that aren't here, and
     `fastseg.functional.upsample_cross_entropy` for what it holds in memory. Second derivatives
     run as plain PyTorch, with the upsampled logits in memory.
 
     Args:
-        input: Logits ``[N, C, h, w]``; float32, float64, bfloat16 or float16, in any memory format. Never written to.
-        target: Labels ``[N, H, W]`` in [0, C), of any integer dtype; larger or smaller than input, by any ratio.
+        input: Logits ``[N, C, h, w]``, or of volumes ``[N, C, d, h, w]``; float32, float64, bfloat16 or float16, in any
+            memory format. Never written to.
+        target: Labels ``[N, H, W]`` or ``[N, D, H, W]`` in [0, C), of any integer dtype; larger or smaller than input,
+            by any ratio.
         weight: As in `fastseg.functional.cross_entropy_dice`.
         ignore_index: As there.
         label_smoothing: As there.
-        mode: "bilinear" or "nearest".
+        mode: "bilinear", of volumes "trilinear", or "nearest".
         align_corners: As in `fastseg.functional.upsample_cross_entropy`.
         ce_weight: As in `fastseg.functional.cross_entropy_dice`.
         dice_weight: As there.
@@ -139,8 +141,8 @@ def upsample_cross_entropy_dice(
         TypeError: A dtype that isn't supported.
     """
     combination = _Combination(ce_weight, dice_weight, smooth, batch_dice, include_background)
-    options = make_options(ignore_index, _reduction(ce_weight), label_smoothing, mode, align_corners)
-    check_map(input)
+    check_map(input, volumes=True)
+    options = make_options(ignore_index, _reduction(ce_weight), label_smoothing, mode, align_corners, input.ndim - 2)
     target = check_label_map(target, input, ignore_index)
     grid = grid_between(input.shape[2:], target.shape[1:], mode, align_corners)
     options = LossOptions(*options[:3], *grid)
@@ -155,7 +157,7 @@ def _reduction(ce_weight: float) -> str:
 def _loss(
     input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions, combination: _Combination
 ) -> Tensor:
-    """The loss of logits ``[N, C, h, w]`` and labels ``[N, H, W]``, which are checked."""
+    """The loss of logits and labels, maps or volumes, which are checked."""
     _check(input, weight, combination)
     weight = in_accumulation_dtype(weight, input)
     loss, overlap = operator.upsample_cross_entropy(input, target, weight, options, with_overlap=True)

@@ -125,7 +125,7 @@ class UpsampleCrossEntropyDiceLoss(CrossEntropyDiceLoss):
 
     Args:
         weight: ``[C]``, how much each class counts in the cross-entropy.
-        mode: "bilinear" or "nearest".
+        mode: "bilinear", of volumes "trilinear", or "nearest".
         align_corners: As in `fastseg.functional.upsample_cross_entropy`.
         options: The other arguments of `CrossEntropyDiceLoss`.
     """
@@ -139,7 +139,7 @@ class UpsampleCrossEntropyDiceLoss(CrossEntropyDiceLoss):
 
     @leaf_of_traces
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        """The loss between logits ``[N, C, h, w]`` and labels ``[N, H, W]``."""
+        """The loss between logits ``[N, C, h, w]`` and labels ``[N, H, W]``, or those of volumes."""
         return functional.upsample_cross_entropy_dice(
             input, target, **self._options(), mode=self.mode, align_corners=self.align_corners
         )

@@ -252,6 +252,10 @@ CALLS = {
         "upsample_cross_entropy_dice", fastseg.UpsampleCrossEntropyDiceLoss, **NNUNET, ignore_index=1,
         label_smoothing=0.1, align_corners=True,
     ),
+    "upsample_cross_entropy_dice-volume": loss(
+        "upsample_cross_entropy_dice", fastseg.UpsampleCrossEntropyDiceLoss, volumes=True, mode="trilinear",
+        ignore_index=1,
+    ),
     "focal_loss": loss("focal_loss", fastseg.FocalLoss),
     "upsample_focal_loss": loss("upsample_focal_loss", fastseg.UpsampleFocalLoss),
     "upsample_focal_loss-none": loss(

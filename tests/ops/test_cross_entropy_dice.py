@@ -13,7 +13,15 @@ from tests.losses import cases as losses_cases
 from tests.ops import cross_entropy_cases
 from tests.ops.cross_entropy_cases import DTYPES, INFINITY, LABELS, ROWS, WEIGHTS, logits
 from tests.ops.dice_cases import COMBINATIONS, check_dice, check_upsampled
-from tests.ops.upsample_cases import GRIDS, MODES, Size, labels_for, slow_under_the_interpreter
+from tests.ops.upsample_cases import (
+    GRIDS,
+    MODES,
+    VOLUME_GRIDS,
+    VOLUME_MODES,
+    Size,
+    labels_for,
+    slow_under_the_interpreter,
+)
 
 # ---- shapes, grids, dtypes, layouts ----
 
@@ -41,6 +49,17 @@ def test_shapes(implementation: str, dtype: torch.dtype, shape: tuple[int, ...])
 def test_grids(implementation: str, mode: dict[str, Any], before: Size, after: Size) -> None:
     input = logits((2, 5, *before))
     check_upsampled(input, labels_for(input, after, ignore_index=255), ignore_index=255, **mode)
+
+
+@pytest.mark.usefixtures("plain_upsampling_of_cpus")
+@pytest.mark.parametrize(("before", "after"), VOLUME_GRIDS.values(), ids=VOLUME_GRIDS)
+@pytest.mark.parametrize("mode", VOLUME_MODES.values(), ids=VOLUME_MODES)
+@pytest.mark.parametrize("combination", [{}, COMBINATIONS["nnunet"]], ids=["default", "nnunet"])
+def test_upsampled_volumes(
+    implementation: str, combination: dict[str, Any], mode: dict[str, Any], before: Size, after: Size
+) -> None:
+    input = logits((2, 5, *before))
+    check_upsampled(input, labels_for(input, after, ignore_index=255), ignore_index=255, **combination, **mode)
 
 
 @pytest.mark.parametrize("combination", COMBINATIONS.values(), ids=COMBINATIONS)
