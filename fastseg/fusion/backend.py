@@ -65,9 +65,13 @@ def _inductor(
 ) -> Callable[..., Any]:
     from torch._dynamo.backends.registry import lookup_backend
 
+    from fastseg.fusion.saved_weights import SaveWeightsAsTheyLie
+
     patches = (torch._inductor.list_mode_options(mode) if mode is not None else {}) | {
         name.replace("-", "_"): value for name, value in options.items()
     }
+    if torch._inductor.config.post_grad_custom_post_pass is None:
+        patches.setdefault("post_grad_custom_post_pass", SaveWeightsAsTheyLie())
     unknown = sorted(set(patches) - set(torch._inductor.config.get_config_copy()))
     if unknown:
         raise ValueError(f'options: expected "inner" or options of Inductor, got {unknown}')

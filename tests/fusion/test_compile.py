@@ -48,6 +48,19 @@ def test_training_steps_with_inductor(net: Net) -> None:
     assert_trains_alike(net, lambda model: torch.compile(model, backend="fastseg"), [batch(seed=s) for s in range(2)])
 
 
+def test_weights_are_saved_as_they_lie_by_inductor(net: Net) -> None:
+    """And not as copies in channels_last, a second set of weights."""
+    torch._dynamo.reset()
+    fused = torch.compile(net, backend="fastseg")
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        fused(*batch())
+    weights = [weight for weight in net.parameters() if weight.ndim == 4]
+    alike = [tensor.data_ptr() for tensor in kept if tensor.shape in {weight.shape for weight in weights}]
+    assert alike
+    assert set(alike) <= {weight.data_ptr() for weight in weights}
+
+
 def test_inference_with_inductor(net: Net) -> None:
     torch._dynamo.reset()
     net.eval()
