@@ -1,6 +1,5 @@
-"""fastseg.losses.smp against segmentation_models_pytorch's losses."""
+"""fastseg.losses.smp: signatures, dtypes, derivatives, compilation, memory and errors of all its losses."""
 
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,301 +9,20 @@ from torch import Tensor, nn
 
 from fastseg import _native
 from fastseg.losses import smp
-from fastseg.testing import make, make_labels
-from tests.losses import cases as losses_cases
-from tests.losses.cases import DTYPES, IGNORED, SHAPES, check, labels_for, logits, maps_for, probabilities, signature
+from fastseg.testing import make
+from tests.losses.cases import DTYPES, IGNORED, SHAPES, labels_for, logits, maps_for, probabilities, signature
+from tests.losses.smp_cases import CLASS_WEIGHTS, LOSSES, MAP_MODES, check_both, originals
 from tests.ops import upsample_cases
-
-CLASS_WEIGHTS = [0.5, 2.0, 1.0, 0.25, 3.0]
-MAP_MODES = ("binary", "multilabel")
-REGIONS = ("DiceLoss", "JaccardLoss", "TverskyLoss")
-LOSSES = (*REGIONS, "FocalLoss", "SoftCrossEntropyLoss", "SoftBCEWithLogitsLoss")
-
-
-@pytest.fixture(scope="module")
-def theirs() -> Any:
-    return losses_cases.original("segmentation_models_pytorch.losses")
-
-
-def check_both(theirs: Any, name: str, input: Tensor, target: Tensor, **options: Any) -> list[Tensor]:
-    return check(getattr(smp, name)(**options), getattr(theirs, name)(**options), input, target)
-
-
-def inputs(from_logits: bool, shape: tuple[int, ...] = SHAPES["image"], dtype: torch.dtype = torch.float32) -> Tensor:
-    return logits(shape, dtype) if from_logits else probabilities(shape, dtype)
-
-
-def combinations(**values: tuple[Any, ...]) -> list[dict[str, Any]]:
-    """Every combination of options; None, False and 0 leave the original's default."""
-    combined = (dict(zip(values, each, strict=True)) for each in itertools.product(*values.values()))
-    return [{name: value for name, value in options.items() if value not in (None, False)} for options in combined]
-
-
-def named(options: dict[str, Any]) -> str:
-    return "-".join(f"{name}={value}" for name, value in options.items()) or "default"
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_signature(theirs: Any, name: str) -> None:
-    ours, original = getattr(smp, name), getattr(theirs, name)
+def test_signature(name: str) -> None:
+    ours, original = getattr(smp, name), getattr(originals(), name)
     assert signature(ours) == signature(original)
     assert signature(ours.forward) == signature(original.forward)
     arguments = () if name.startswith("Soft") else ("multiclass",)
     assert ours(*arguments).state_dict() == original(*arguments).state_dict() == {}
 
-
-# ---- dice ----
-
-DICE_OPTIONS = combinations(
-    classes=(None, [1, 3]), log_loss=(False, True), smooth=(None, 1.0), class_weights=(None, CLASS_WEIGHTS)
-)
-
-
-@pytest.mark.parametrize("ignore_index", [None, IGNORED, 2])
-@pytest.mark.parametrize("from_logits", [True, False], ids=["logits", "probabilities"])
-@pytest.mark.parametrize("options", DICE_OPTIONS, ids=named)
-def test_dice_multiclass(theirs: Any, options: dict, from_logits: bool, ignore_index: int | None) -> None:
-    input = inputs(from_logits)
-    target = labels_for(input, ignore_index=ignore_index)
-    options = {**options, "from_logits": from_logits, "ignore_index": ignore_index}
-    check_both(theirs, "DiceLoss", input, target, mode="multiclass", **options)
-
-
-@pytest.mark.parametrize("ignore_index", [None, 0, 1])
-@pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
-@pytest.mark.parametrize("from_logits", [True, False], ids=["logits", "probabilities"])
-@pytest.mark.parametrize("options", combinations(log_loss=(False, True), smooth=(None, 1.0)), ids=named)
-@pytest.mark.parametrize("mode", MAP_MODES)
-def test_dice_of_maps(
-    theirs: Any, mode: str, options: dict, from_logits: bool, soft: bool, ignore_index: int | None
-) -> None:
-    input = inputs(from_logits)
-    options = {**options, "from_logits": from_logits, "ignore_index": ignore_index}
-    check_both(theirs, "DiceLoss", input, maps_for(input, soft), mode=mode, **options)
-
-
-@pytest.mark.parametrize(
-    "options", combinations(classes=(None, [0, 4]), class_weights=(None, CLASS_WEIGHTS)), ids=named
-)
-def test_dice_multilabel_classes(theirs: Any, options: dict[str, Any]) -> None:
-    input = logits()
-    check_both(theirs, "DiceLoss", input, maps_for(input, soft=False), mode="multilabel", **options)
-
-
-@pytest.mark.parametrize("absent", [[1], [0, 2, 3], [0, 1, 2, 4]], ids=str)
-@pytest.mark.parametrize("options", combinations(log_loss=(False, True), smooth=(None, 1.0)), ids=named)
-def test_dice_of_absent_classes(theirs: Any, options: dict[str, Any], absent: list[int]) -> None:
-    input = logits()
-    target = labels_for(input)
-    target[torch.isin(target, torch.tensor(absent))] = min(set(range(5)) - set(absent))
-    check_both(theirs, "DiceLoss", input, target, mode="multiclass", **options)
-
-
-@pytest.mark.parametrize("mode", ["multiclass", *MAP_MODES])
-def test_dice_of_nothing_labelled_is_zero(theirs: Any, mode: str) -> None:
-    input = logits()
-    target = torch.full_like(labels_for(input) if mode == "multiclass" else input.detach(), IGNORED)
-    loss, gradient = check_both(theirs, "DiceLoss", input, target, mode=mode, ignore_index=IGNORED)
-    assert loss == 0
-    assert gradient.count_nonzero() == 0
-
-
-def test_dice_of_no_image_is_zero() -> None:
-    input = logits((0, 5, 4, 3))
-    loss = smp.DiceLoss("multiclass")(input, labels_for(input))
-    (gradient,) = torch.autograd.grad(loss, input)
-    assert loss == 0
-    assert gradient.shape == input.shape
-
-
-def test_dice_target_with_a_channel(theirs: Any) -> None:
-    input = logits()
-    check_both(theirs, "DiceLoss", input, labels_for(input).unsqueeze(1), mode="multiclass")
-
-
-# ---- focal ----
-
-FOCAL_OPTIONS = combinations(
-    alpha=(None, 0.25), gamma=(None, 0.5), normalized=(False, True), reduced_threshold=(None, 0.3)
-)
-FOCAL_REDUCTIONS = ("mean", "sum", "batchwise_mean", "none", None, "unknown")
-
-
-@pytest.mark.parametrize("ignore_index", [None, IGNORED, 2])
-@pytest.mark.parametrize("from_logits", [True, False], ids=["logits", "probabilities"])
-@pytest.mark.parametrize("options", FOCAL_OPTIONS, ids=named)
-def test_focal_multiclass(theirs: Any, options: dict, from_logits: bool, ignore_index: int | None) -> None:
-    input = inputs(from_logits)
-    target = labels_for(input, ignore_index=ignore_index)
-    options = {**options, "from_logits": from_logits, "ignore_index": ignore_index}
-    check_both(theirs, "FocalLoss", input, target, mode="multiclass", **options)
-
-
-@pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
-@pytest.mark.parametrize("from_logits", [True, False], ids=["logits", "probabilities"])
-@pytest.mark.parametrize("options", FOCAL_OPTIONS, ids=named)
-@pytest.mark.parametrize("mode", MAP_MODES)
-def test_focal_of_maps(theirs: Any, mode: str, options: dict, from_logits: bool, soft: bool) -> None:
-    input = inputs(from_logits)
-    check_both(
-        theirs, "FocalLoss", input, maps_for(input, soft), mode=mode, from_logits=from_logits, **options
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize("normalized", [False, True])
-@pytest.mark.parametrize("reduction", FOCAL_REDUCTIONS, ids=str)
-@pytest.mark.parametrize(
-    ("mode", "ignore_index"),
-    [("multiclass", None), ("multiclass", 1), ("binary", None), ("binary", 1), ("multilabel", None)],
-)
-def test_focal_reductions(
-    theirs: Any, mode: str, ignore_index: int | None, reduction: str | None, normalized: bool
-) -> None:
-    input = logits()
-    target = labels_for(input) if mode == "multiclass" else maps_for(input, soft=False)
-    options = {"reduction": reduction, "ignore_index": ignore_index, "normalized": normalized, "alpha": 0.3}
-    check_both(theirs, "FocalLoss", input, target, mode=mode, **options)
-
-
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-@pytest.mark.parametrize("mode", ["multiclass", "multilabel"])
-def test_focal_class_weights(theirs: Any, mode: str, reduction: str) -> None:
-    input = logits()
-    target = labels_for(input) if mode == "multiclass" else maps_for(input, soft=False)
-    check_both(theirs, "FocalLoss", input, target, mode=mode, reduction=reduction, class_weights=CLASS_WEIGHTS)
-
-
-def test_focal_label_of_no_class(theirs: Any) -> None:
-    input = logits()
-    check_both(theirs, "FocalLoss", input, labels_for(input, ignore_index=IGNORED), mode="multiclass")
-
-
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-@pytest.mark.parametrize("images", [0, 2])
-def test_focal_of_nothing(theirs: Any, images: int, reduction: str) -> None:
-    input = logits((images, 5, 4, 3))
-    target = torch.full((images, 4, 3), IGNORED)
-    options = {"ignore_index": IGNORED, "reduction": reduction}
-    loss, _ = check_both(theirs, "FocalLoss", input, target, mode="multiclass", **options)
-    assert loss.isnan() == (reduction == "mean")
-
-
-@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
-@pytest.mark.parametrize("options", [{}, {"reduced_threshold": 0.4, "normalized": True, "ignore_index": 3}], ids=str)
-def test_focal_layouts(theirs: Any, options: dict[str, Any], layout: str) -> None:
-    input = logits((3, 5, 6, 7), layout=layout)
-    _, gradient = check_both(theirs, "FocalLoss", input, labels_for(input), mode="multiclass", **options)
-    assert gradient.stride() == input.stride()
-
-
-@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0])
-def test_focal_gradient_is_finite_where_certain(gamma: float) -> None:
-    input = torch.tensor([0.0, 5.0, 100.0, 1e4, -1e4]).view(-1, 1, 1, 1).requires_grad_()
-    for mode, target in (("multiclass", torch.zeros(5, 1, 1).long()), ("binary", torch.ones(5, 1, 1, 1))):
-        loss = smp.FocalLoss(mode, gamma=gamma, reduction="sum")(input, target)
-        assert torch.autograd.grad(loss, input)[0].isfinite().all()
-
-
-# ---- cross-entropy ----
-
-
-@pytest.mark.parametrize("ignore_index", [None, -100, IGNORED, 2])
-@pytest.mark.parametrize("smooth_factor", [0.0, 0.1, 1.0])
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_cross_entropy(theirs: Any, reduction: str, smooth_factor: float, ignore_index: int | None) -> None:
-    input = logits()
-    options = {"reduction": reduction, "smooth_factor": smooth_factor, "ignore_index": ignore_index}
-    check_both(theirs, "SoftCrossEntropyLoss", input, labels_for(input, ignore_index=ignore_index), **options)
-
-
-@pytest.mark.parametrize("channel", [False, True], ids=["labels", "labels-with-a-channel"])
-@pytest.mark.parametrize("ignore_index", [None, 2])
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("dim", [0, 1, 3, -1, -2])
-def test_cross_entropy_dim(theirs: Any, dim: int, reduction: str, ignore_index: int | None, channel: bool) -> None:
-    input = logits((5, 6, 5, 7))
-    classes = input.shape[dim]
-    target = make_labels(input.select(dim, 0).shape, classes)
-    options = {"dim": dim, "reduction": reduction, "ignore_index": ignore_index, "smooth_factor": 0.1}
-    check_both(theirs, "SoftCrossEntropyLoss", input, target.unsqueeze(dim) if channel else target, **options)
-
-
-def test_cross_entropy_without_smoothing(theirs: Any) -> None:
-    input = logits()
-    ours, original = smp.SoftCrossEntropyLoss(), theirs.SoftCrossEntropyLoss(smooth_factor=0.0)
-    check(ours, original, input, labels_for(input))
-    check(ours, original, logits((0, 5, 4, 3)), torch.zeros(0, 4, 3, dtype=torch.int64))
-
-
-# ---- jaccard and tversky ----
-
-
-@pytest.mark.parametrize("ignore_index", [None, IGNORED, 2])
-@pytest.mark.parametrize("from_logits", [True, False], ids=["logits", "probabilities"])
-@pytest.mark.parametrize("options", DICE_OPTIONS, ids=named)
-@pytest.mark.parametrize("name", ["JaccardLoss", "TverskyLoss"])
-def test_regions_multiclass(
-    theirs: Any, name: str, options: dict[str, Any], from_logits: bool, ignore_index: int | None
-) -> None:
-    input = inputs(from_logits)
-    target = labels_for(input, ignore_index=ignore_index)
-    if name == "TverskyLoss":
-        options = {"alpha": 0.3, "beta": 0.7, "gamma": 1.5, **options}
-    options = {**options, "from_logits": from_logits, "ignore_index": ignore_index}
-    check_both(theirs, name, input, target, mode="multiclass", **options)
-
-
-@pytest.mark.parametrize("ignore_index", [None, 0, 1, IGNORED])
-@pytest.mark.parametrize("kind", ["masks", "hard", "soft"])
-@pytest.mark.parametrize("from_logits", [True, False], ids=["logits", "probabilities"])
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("mode", MAP_MODES)
-@pytest.mark.parametrize("name", REGIONS)
-def test_regions_of_maps(
-    theirs: Any, name: str, mode: str, dtype: torch.dtype, from_logits: bool, kind: str, ignore_index: int | None
-) -> None:
-    input = inputs(from_logits, SHAPES["image"], dtype)
-    masks = make_labels(input.shape, 2, ignore_index=ignore_index)
-    target = masks if kind == "masks" else maps_for(input, soft=kind == "soft")
-    check_both(theirs, name, input, target, mode=mode, from_logits=from_logits, ignore_index=ignore_index)
-
-
-# ---- focal losses and cross-entropies of masks ----
-
-
-@pytest.mark.parametrize("reduction", ["mean", "sum", "batchwise_mean"])
-@pytest.mark.parametrize(
-    "options", combinations(alpha=(None, 0.25), normalized=(False, True), reduced_threshold=(None, 0.5)), ids=named
-)
-@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
-@pytest.mark.parametrize("mode", MAP_MODES)
-def test_focal_of_masks(theirs: Any, mode: str, gamma: float, options: dict[str, Any], reduction: str) -> None:
-    if mode == "multilabel" and reduction == "batchwise_mean":
-        options = {**options, "class_weights": None}
-    input = logits()
-    ignore_index = IGNORED if mode == "binary" else None
-    masks = make_labels(input.shape, 2, ignore_index=ignore_index)
-    options = {**options, "gamma": gamma, "reduction": reduction, "ignore_index": ignore_index}
-    check_both(theirs, "FocalLoss", input, masks, mode=mode, **options)
-
-
-@pytest.mark.parametrize("ignore_index", [None, -100, 1])
-@pytest.mark.parametrize("smooth_factor", [None, 0.1])
-@pytest.mark.parametrize("weight", [None, (5, 1, 1), (1, 5, 1, 1), (1,), (2, 5, 9, 13)], ids=str)
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_soft_bce(
-    theirs: Any, reduction: str, weight: tuple[int, ...] | None, smooth_factor: float | None, ignore_index: int | None
-) -> None:
-    input = logits()
-    target = make_labels(input.shape, 2, torch.float32, ignore_index=ignore_index)
-    weights = {} if weight is None else {
-        "weight": make(weight, seed=1).abs(), "pos_weight": make(weight, seed=2).abs()
-    }  # fmt: skip
-    options = {"reduction": reduction, "smooth_factor": smooth_factor, "ignore_index": ignore_index, **weights}
-    check_both(theirs, "SoftBCEWithLogitsLoss", input, target, **options)
-
-
-# ---- all of labels ----
 
 EVERY: dict[str, tuple[str, dict[str, Any]]] = {
     "dice": ("DiceLoss", {"mode": "multiclass", "ignore_index": IGNORED}),
@@ -318,17 +36,17 @@ EVERY: dict[str, tuple[str, dict[str, Any]]] = {
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize(("name", "options"), EVERY.values(), ids=EVERY)
-def test_dtypes(theirs: Any, name: str, options: dict[str, Any], dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+def test_dtypes(name: str, options: dict[str, Any], dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     input = logits(shape, dtype)
-    check_both(theirs, name, input, labels_for(input, ignore_index=IGNORED), **options)
+    check_both(name, input, labels_for(input, ignore_index=IGNORED), **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("name", ["DiceLoss", "FocalLoss"])
 @pytest.mark.parametrize("mode", MAP_MODES)
-def test_dtypes_of_maps(theirs: Any, mode: str, name: str, dtype: torch.dtype) -> None:
+def test_dtypes_of_maps(mode: str, name: str, dtype: torch.dtype) -> None:
     input = logits(SHAPES["volume"], dtype)
-    check_both(theirs, name, input, maps_for(input, soft=False), mode=mode)
+    check_both(name, input, maps_for(input, soft=False), mode=mode)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.float32], ids=str)
