@@ -110,6 +110,17 @@ bool convolves(const Tensor& weight, const ConvPoolGeometry& g, int64_t kernel, 
   return same;
 }
 
+// Whether there is a dilation, and each tap of an output sees pixels that lie a whole number of dilations apart from
+// it.
+bool dilates_in_phases(const ConvPoolGeometry& g) {
+  bool any = false, whole = true;
+  for (int i = 0; i < 2; ++i) {
+    any = any || g.dilation[i] > 1;
+    whole = whole && g.padding[i] % g.dilation[i] == 0;
+  }
+  return any && whole;
+}
+
 bool pools(const ConvPoolGeometry& g, int64_t size, int64_t stride, int64_t padding) {
   bool same = true;
   for (int i = 0; i < 2; ++i)
@@ -182,11 +193,15 @@ bool winograd_forward(const py::tuple& tensors, const py::sequence& geometry, bo
   const ConvPoolGeometry& g = call.geometry;
   require(call.weight.size[1] > 0 && call.output.size[2] > 0 && call.output.size[3] > 0,
           "the Winograd kernels are for at least one channel and one window");
-  const bool plain = convolves(call.weight, g, 3, 1), unpooled = plain && pools(g, 1, 1, 0);
+  const bool dilated = dilates_in_phases(g);
+  ConvPoolGeometry undilated = g;
+  if (dilated) undilated.dilation[0] = undilated.dilation[1] = 1;
+  const bool plain = convolves(call.weight, undilated, 3, 1), unpooled = plain && pools(g, 1, 1, 0);
   const bool stem = convolves(call.weight, g, 7, 2) && pools(g, 3, 2, 1);
-  require(unpooled || (relu && ((plain && pools(g, 2, 2, 0)) || stem)),
-          "the Winograd kernels are for 3x3 under a 2x2 pool or none (without ReLU, under none), and for 7x7 of stride "
-          "2 under a 3x3 pool of stride 2");
+  require(unpooled || (relu && ((plain && !dilated && pools(g, 2, 2, 0)) || stem)),
+          "the Winograd kernels are for 3x3 under a 2x2 pool or none (without ReLU, or with a dilation, under none), "
+          "and for 7x7 of stride 2 under a 3x3 pool of stride 2");
+  require(!dilated || call.weight.size[1] > kFewChannels, "dilated 3x3 are for more than four channels");
   require(!call.scale || (plain && call.weight.size[1] > kFewChannels), "scale is for 3x3 and more than four channels");
   require(!call.skip || (plain && !unpooled), "the Winograd kernels are for a skip beside a 2x2 pool alone");
   const Tensor& full = unpooled ? call.output : call.skip;

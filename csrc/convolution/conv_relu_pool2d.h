@@ -33,8 +33,8 @@ struct ConvReluPool2dForward {
   int threads;
 };
 
-// The same by Winograd's algorithm, for 3x3 convolutions under a pool of 2x2 or of 1x1 (which is none), and for 7x7 of
-// stride 2 under a pool of 3x3.
+// The same by Winograd's algorithm, for 3x3 convolutions under a pool of 2x2 or of 1x1 (which is none), under none with
+// any dilation that divides the padding, and for 7x7 of stride 2 under a pool of 3x3.
 struct ConvReluPool2dWinogradForward : ConvReluPool2dForward {
   Tensor skip;    // [N, K, convolved height, convolved width], optional under 2x2: relu(conv(input))
   Tensor scale;   // [K], optional, for 3x3: by which the weight's output channels are multiplied

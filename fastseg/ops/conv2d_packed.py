@@ -1,7 +1,8 @@
 """conv2d_packed's registration: schema, fake, CPU and fallback implementations; for predictions.
 
 The operator is a convolution by oneDNN, of weights that are laid out for it once and kept: torch's own does that at
-each call. It serves graphs that the backend rewrites: no gradient has a formula here, plain PyTorch gives it.
+each call. Dilated 3x3 kernels on large maps run Winograd's algorithm. It serves graphs that the backend rewrites: no
+gradient has a formula here, plain PyTorch gives it.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastseg._native import native
-from fastseg.ops.convolution import convolve
+from fastseg.ops.convolution import algorithms, convolve
 from fastseg.ops.convolution.geometry import idle_taps, output_shapes, unflatten
 from fastseg.ops.convolution.kept import packed_weight
 from fastseg.ops.layouts import empty
@@ -32,13 +33,19 @@ def _allocate_output(
 def _forward_cpu(
     input: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, numbers: list[int]
 ) -> Tensor:
-    kernels = native("conv2d_packed")
+    kernels, geometry = native("conv2d_packed"), unflatten(tuple(numbers))
+    if kernels is not None and input.dtype in (torch.float32, torch.float64):
+        algorithm = algorithms.choose_cpu_forward(input, weight, geometry, False, keep=True)
+        if algorithm == "winograd":
+            output = _allocate_output(input, weight, bias, scale, numbers)
+            tensors = (input, weight, bias, output, None, None)
+            if convolve.fill_outputs(kernels, algorithm, tensors, numbers, relu=False, scale=scale, keep=True):
+                return output
     # In NCHW oneDNN would copy input and output; without elements it has nothing to convolve.
     in_channels_last = input.is_contiguous(memory_format=torch.channels_last)
     in_channels_last = in_channels_last and convolve.output_format(input, weight) == torch.channels_last
     if kernels is None or not in_channels_last or input.numel() == 0 or input.dtype != torch.float32:
         return forward_plain(input, weight, bias, scale, numbers)
-    geometry = unflatten(tuple(numbers))
     stride, padding, dilation, groups = geometry[:4]
     height, width = weight.shape[2:]
     rows, columns = idle_taps((input.shape[2], input.shape[3]), (height, width), geometry)

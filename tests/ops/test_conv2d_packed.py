@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -12,7 +12,8 @@ from torch import Tensor
 
 import fastseg
 from fastseg.ops.convolution import kept
-from fastseg.ops.convolution.geometry import flatten, idle_taps, resolve
+from fastseg.ops.convolution.algorithms import choose_cpu_forward
+from fastseg.ops.convolution.geometry import flatten, idle_taps, resolve, unflatten
 from fastseg.testing import MEMORY_FORMATS, assert_parity, make
 
 each_layout = pytest.mark.parametrize("layout", MEMORY_FORMATS)
@@ -161,3 +162,87 @@ def test_idle_taps_see_nothing(kernel: int, size: int) -> None:
                 used = weight[:, :, idle : kernel - idle]
                 found = F.conv2d(signal, used, None, (stride, 1), (padding - idle * dilation, 0), (dilation, 1))
                 torch.testing.assert_close(found, expected)
+
+
+# ---- dilated 3x3 kernels by Winograd's algorithm ----
+
+PHASES: dict[str, dict[str, Any]] = {
+    "2": {"dilation": 2, "padding": 2},
+    "2-unpadded": {"dilation": 2},
+    "2-wide": {"dilation": 2, "padding": (4, 0)},
+    "3": {"dilation": 3, "padding": 3},
+    "rows": {"dilation": (2, 1), "padding": (2, 1)},
+}
+each_phase = pytest.mark.parametrize("numbers", PHASES.values(), ids=PHASES)
+SIZE = (37, 40)
+
+
+def dilated(layout: str, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    return [
+        make((2, 12, *SIZE), dtype, seed=1, layout=layout),
+        make((20, 12, 3, 3), dtype, seed=2, scale=0.1),
+        make((20,), dtype, seed=3),
+        make((20,), dtype, seed=4).abs() + 0.5,
+    ]
+
+
+def numbers_of(numbers: dict[str, Any]) -> list[int]:
+    defaults = {"stride": 1, "padding": 0, "groups": 1, "pool_size": 1, "pool_stride": None, "pool_padding": 0}
+    return flatten(resolve((3, 3), **(defaults | numbers), ceil_mode=False)[0])
+
+
+@each_layout
+@each_phase
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_dilated(isa: str, dtype: torch.dtype, numbers: dict[str, Any], layout: str) -> None:
+    input, weight, bias, scale = dilated(layout, dtype)
+    geometry = unflatten(tuple(numbers_of(numbers)))
+    assert choose_cpu_forward(input, weight, geometry, False, keep=True) == "winograd"
+    assert choose_cpu_forward(input, weight, geometry, False, keep=False) != "winograd"
+    scaled = weight * scale.view(-1, 1, 1, 1)
+    for name, function in (("conv2d", lambda x: x), ("conv_relu", torch.relu)):
+        truth = function(F.conv2d(input.double(), scaled.double(), bias.double(), **numbers))
+        expected = function(F.conv2d(input, scaled, bias, **numbers))
+        with torch.no_grad():
+            for _ in range(3):
+                if name == "conv2d":
+                    found = torch.ops.fastseg.conv2d_packed(input, weight, bias, scale, numbers_of(numbers))
+                else:
+                    found = fastseg.functional.conv_relu_pool2d(
+                        input, weight, bias, **numbers, pool_size=1, scale=scale
+                    )  # type: ignore[assignment]
+                assert found.stride() == expected.stride()
+                assert_parity(found, expected, truth, terms=12 * 9)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_dilated_values_that_are_not_finite(value: float) -> None:
+    input, weight, bias, scale = dilated("channels_last")
+    input[1, 2, 30, 3] = value
+    expected = F.conv2d(input, weight * scale.view(-1, 1, 1, 1), bias, **PHASES["2"])
+    with torch.no_grad():
+        for _ in range(2):
+            found = torch.ops.fastseg.conv2d_packed(input, weight, bias, scale, numbers_of(PHASES["2"]))
+            torch.testing.assert_close(found, expected, equal_nan=True)
+
+
+@each_phase
+def test_gradients_through_a_dilated_forward(numbers: dict[str, Any]) -> None:
+    """Of weights that are frozen: the forward is a prediction's, the backward torch's."""
+    input, weight, bias, _ = dilated("nchw", torch.float64)
+    input.requires_grad_()
+    found = fastseg.functional.conv_relu_pool2d(input, weight, bias, **numbers, pool_size=1)
+    expected = F.relu(F.conv2d(input, weight, bias, **numbers))
+    gradients = [torch.autograd.grad(y.square().sum(), input)[0] for y in (found, expected)]  # type: ignore[union-attr]
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
+def test_dilated_bitwise_equal_for_any_number_of_threads(threads: Callable[[int], None]) -> None:
+    results = []
+    tensors = dilated("channels_last", torch.float64)
+    with torch.no_grad():
+        for count in (1, 2, 3):
+            threads(count)
+            results.append(torch.ops.fastseg.conv2d_packed(*tensors, numbers_of(PHASES["2"])))
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
