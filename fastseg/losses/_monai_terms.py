@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastseg.losses._sums import as_integers, check_scores, one_hot
+from fastseg.losses._sums import as_integers, check_scores, log_plain, one_hot
 
 Weight = Sequence[float] | float | Tensor
 
@@ -46,7 +47,27 @@ def warn_of_one_channel(loss: Any, channels: int) -> None:
             warnings.warn("include_background=False: ignored for an input of one channel", stacklevel=3)
 
 
-class ClassWeight(nn.Module):
+class Loss(nn.Module):
+    """A loss of MONAI's. `torch.jit.script`, which can't compile what calls fastseg's operators, gets the original."""
+
+    _arguments: tuple[tuple[Any, ...], dict[str, Any]]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Loss:
+        """Keeps what the original is made of."""
+        loss = super().__new__(cls)
+        loss._arguments = args, kwargs
+        return loss
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """MONAI's own loss, with the same arguments and weights; torch.jit.script asks for it."""
+        args, kwargs = self._arguments
+        original: nn.Module = getattr(importlib.import_module("monai.losses"), type(self).__name__)(*args, **kwargs)
+        log_plain(f"monai.{type(self).__name__}", "torch.jit.script gets the original")
+        original.load_state_dict(self.state_dict())
+        return original.to(next(self.buffers(), torch.empty(0)).device)
+
+
+class ClassWeight(Loss):
     """A term with MONAI's buffer ``class_weight``: a number for each class that counts, or one for all, or None."""
 
     class_weight: Tensor | None

@@ -2,7 +2,8 @@
 
 With ``softmax=True`` and labels that ``to_onehot_y`` asks to convert, and with ``sigmoid=True`` and any target, they
 read the logits in fused passes and hold nothing of their size but gradients. What runs as plain PyTorch although an
-activation could be fused says so, and why, once on the logger `fastseg`. Labels may have any dtype.
+activation could be fused says so, and why, once on the logger `fastseg`. Labels may have any dtype. `torch.jit.script`
+gets MONAI's own loss in place of one of these.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from fastseg.functional._losses import make_options
 from fastseg.losses._focal import sigmoid_sums
 from fastseg.losses._monai_focal import FocalLoss
 from fastseg.losses._monai_region import DiceLoss, GeneralizedDiceLoss, TverskyLoss
-from fastseg.losses._monai_terms import Weight, check_target, labels_of, read_reduction, warn_of_one_channel
+from fastseg.losses._monai_terms import Loss, Weight, check_target, labels_of, read_reduction, warn_of_one_channel
 from fastseg.losses._sums import softmax_sums
 from fastseg.modules import CrossEntropyLoss
 from fastseg.ops.losses.options import IGNORE_NONE
@@ -29,7 +30,7 @@ def _check_factor(name: str, factor: float) -> float:
     return factor
 
 
-class DiceCELoss(nn.Module):
+class DiceCELoss(Loss):
     """`monai.losses.DiceCELoss`: ``lambda_dice * Dice + lambda_ce * cross-entropy``.
 
     Of image n and class c, with sums over pixels, P the activated input and T the one-hot target: ``Dice[n, c] = 1 -
@@ -124,7 +125,7 @@ class DiceCELoss(nn.Module):
         return self.binary_cross_entropy(input, target) if input.shape[1] == 1 else self.cross_entropy(input, target)
 
 
-class DiceFocalLoss(nn.Module):
+class DiceFocalLoss(Loss):
     """`monai.losses.DiceFocalLoss`: ``lambda_dice * Dice + lambda_focal * focal loss``.
 
     The Dice is `DiceCELoss`'s. The focal loss is `FocalLoss`'s, of sigmoids.

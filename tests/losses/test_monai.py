@@ -274,6 +274,15 @@ def test_compile(name: str, options: dict[str, Any]) -> None:
     torch.testing.assert_close(*(torch.autograd.grad(each, input)[0] for each in (compiled, eager)))
 
 
+@pytest.mark.filterwarnings("ignore")  # TorchScript is deprecated
+@pytest.mark.parametrize("name", [*LOSSES, "DiceLoss", "FocalLoss"])
+def test_script_is_the_originals(theirs: Any, name: str) -> None:
+    weight = torch.tensor([0.5, 2.0, 1.0, 0.25, 3.0])
+    loss = copy.deepcopy(build(monai, name, {"weight": weight} if name == "DiceCELoss" else {"weight": 2.0}))
+    input, target = logits(), maps_for(logits(), soft=False)
+    torch.testing.assert_close(torch.jit.script(loss)(input, target), loss(input, target))
+
+
 @pytest.mark.parametrize("name", LOSSES)
 def test_memory_is_the_gradient(name: str) -> None:
     input, loss = make((1, 96, 400, 400), requires_grad=True), getattr(monai, name)(**FUSED)
