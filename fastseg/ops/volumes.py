@@ -6,7 +6,6 @@ the input's height and width, are made by torch's own operators; so what is held
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -52,41 +51,52 @@ def slabs(input: Tensor, size: Sequence[int], upsampling: Upsampling) -> Iterato
     plane = accumulation_dtype(input).itemsize * input[0, :, 0].numel() if len(input) else 1
     thickness = max(SLAB_BYTES // plane, 1)
     blends = blends_of(input.shape[2], size[0], upsampling)
+    located = _locate(input.shape[2], size[0], upsampling, input.device)
     for image, volume in enumerate(input):
         for start in range(0, size[0], thickness):
             planes = slice(start, min(start + thickness, size[0]))
-            yield Slab(_blend(volume, blends[planes], upsampling.mode), (image, planes), grid, blends[planes])
+            of_slab = (located[0][planes], located[1][planes], located[2][planes])
+            yield Slab(_blend(volume, of_slab, upsampling.mode), (image, planes), grid, blends[planes])
 
 
 def blends_of(depth: int, out_depth: int, upsampling: Upsampling) -> list[Blend]:
     """What each output plane is made of; see `fastseg.ops.upsampling` for the grid."""
-    step = upsampling.steps[0]
-    if upsampling.mode == "nearest":
-        single = torch.tensor(step, dtype=torch.float32, device="cpu") * torch.arange(out_depth, device="cpu")
-        nearest = [min(int(source), depth - 1) for source in single]
-        return [Blend(plane, plane, (1.0, 0.0)) for plane in nearest]
-    if depth == out_depth:
-        return [Blend(plane, plane, (1.0, 0.0)) for plane in range(depth)]
-    blends = []
-    for plane in range(out_depth):
-        source = step * plane if upsampling.align_corners else max(step * (plane + 0.5) - 0.5, 0.0)
-        first = min(math.floor(source), depth - 1)
-        share = min(source - first, 1.0)
-        blends.append(Blend(first, min(first + 1, depth - 1), (1 - share, share)))
-    return blends
+    first, second, shares = _locate(depth, out_depth, upsampling, torch.device("cpu"))
+    return [
+        Blend(near, far, (1 - share, share))
+        for near, far, share in zip(first.tolist(), second.tolist(), shares.tolist(), strict=True)
+    ]
 
 
-def _blend(volume: Tensor, blends: Sequence[Blend], mode: str) -> Tensor:
+def _locate(
+    depth: int, out_depth: int, upsampling: Upsampling, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The two input planes of each output plane, and the second's weight, in float64.
+
+    They are made where they are needed: a copy to a GPU would wait for it.
+    """
+    step, mode = upsampling.steps[0], upsampling.mode
+    planes = torch.arange(out_depth, device=device)
+    if depth == out_depth or mode == "nearest":
+        # In single precision, as torch does for every dtype.
+        first = planes if depth == out_depth else (planes.float() * step).long().clamp(max=depth - 1)
+        return first, first, planes.double() * 0
+    source = planes.double() * step if upsampling.align_corners else (planes.double() + 0.5) * step - 0.5
+    source = source.clamp(min=0)
+    first = source.long().clamp(max=depth - 1)
+    return first, (first + 1).clamp(max=depth - 1), (source - first).clamp(max=1)
+
+
+def _blend(volume: Tensor, located: tuple[Tensor, Tensor, Tensor], mode: str) -> Tensor:
     """The planes ``[planes, C, h, w]`` that a volume ``[C, d, h, w]`` is blended to."""
+    first, second, shares = located
     planes = volume.movedim(1, 0)
-    first = planes[[blend.first for blend in blends]]
+    near = planes.index_select(0, first)
     if mode == "nearest":
-        return first
+        return near
     dtype = accumulation_dtype(volume)
-    second = planes[[blend.second for blend in blends]].to(dtype)
-    weights = torch.tensor([blend.weights for blend in blends], dtype=dtype, device=volume.device)
-    of_first, of_second = weights.T.view(2, -1, 1, 1, 1)
-    return (first.to(dtype) * of_first).addcmul_(second, of_second)
+    far, shares = planes.index_select(0, second).to(dtype), shares.view(-1, 1, 1, 1)
+    return (near.to(dtype) * (1 - shares).to(dtype)).addcmul_(far, shares.to(dtype))
 
 
 def sum_gradients(

@@ -55,7 +55,7 @@ def _reduced(sums: Tensor, options: LossOptions) -> Tensor:
         return loss
     mean = loss / weight
     # Where no label has weight, the labels' own share is 0 / 0, whatever the smoothing's is.
-    return torch.where(weight == 0, torch.nan, mean) if options.label_smoothing > 0 else mean
+    return mean.masked_fill(weight == 0, torch.nan) if options.label_smoothing > 0 else mean
 
 
 def backward(kernels: Any, tensors: Any, options: LossOptions, upsampling: Upsampling) -> Tensor:
