@@ -273,12 +273,17 @@ def test_predictions_twice_the_same_without_synchronisation(return_confidence: b
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
-def test_predictions_in_a_cuda_graph() -> None:
+@pytest.mark.parametrize("volumes", [False, True], ids=["images", "volumes"])
+def test_predictions_in_a_cuda_graph(volumes: bool) -> None:
     _, (logits, labels) = upsampled_loss()
-    logits = logits.detach()
+    logits, size, mode = logits.detach(), (40, 56), "bilinear"
+    if volumes:
+        logits, labels = logits[:, :, None].repeat(1, 1, 3, 1, 1), labels[:, None].repeat(1, 5, 1, 1)
+        size, mode = (5, 40, 56), "trilinear"
 
     def predict() -> tuple[Tensor, Tensor]:
-        return functional.upsample_argmax(logits, (40, 56)), functional.upsample_confusion_matrix(logits, labels, -100)
+        counts = functional.upsample_confusion_matrix(logits, labels, -100, mode=mode)
+        return functional.upsample_argmax(logits, size, mode=mode), counts
 
     predict()  # compiles
     graph = torch.cuda.CUDAGraph()
