@@ -3,7 +3,6 @@
 import contextlib
 import gc
 import importlib
-import itertools
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -41,7 +40,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         f"2, the default, leaves tests of fewer than {SMALL_GRID} cases whole",
     )  # fmt: skip
     parser.addoption("--part", metavar="K/N", help="run the Kth of N parts of the tests, K = 1, ..., N")
-    parser.addoption("--every", type=int, default=1, metavar="N", help="run every Nth case of each test alone")
     parser.addoption("--most", type=int, metavar="N", help="of a test's cases, run at most N, evenly spaced")
     parser.addoption("--shuffled", action="store_true", help="run tests in a random order, the same in every run")
 
@@ -83,9 +81,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             if "gpu" in item.keywords:
                 item.add_marker(skip)
     kept = [item for item in items if not config.option.strength or item.get_closest_marker("full") is None]
-    if (every := config.getoption("--every")) > 1:
-        numbers = defaultdict[str, Iterator[int]](itertools.count)
-        kept = [item for item in kept if next(numbers[item.nodeid.partition("[")[0]]) % every == 0]
     if most := config.getoption("--most"):
         cases = defaultdict[str, list[pytest.Item]](list)
         for item in kept:

@@ -26,6 +26,8 @@ from time import perf_counter
 from types import ModuleType
 from typing import Any, NamedTuple
 
+from tests.sampling import INTERPRETED
+
 ROOT = Path(__file__).parents[1]
 BUILD = ROOT / "build" / "mutants"
 SWITCH = "FASTSEG_MUTANT"  # the environment's variable with the number of the fault, read once
@@ -49,7 +51,8 @@ class Fault(NamedTuple):
     Args:
         what: What is wrong.
         path: The file.
-        change: Text that is in the file once, with ``<<<right|||wrong>>>`` where right becomes wrong.
+        change: Text that is in the file once, with ``<<<right|||wrong>>>`` where right becomes wrong: in C++ two
+            expressions.
         tests: The files in ``tests/ops`` that are run.
         interpreted: Whether Triton's interpreter runs the tests.
     """
@@ -249,6 +252,7 @@ def catch(number: int, library: Path, arguments: Sequence[str]) -> str:
     environment = {**os.environ, SWITCH: str(number), "OMP_NUM_THREADS": "1"}
     if fault.interpreted:
         environment["TRITON_INTERPRET"] = "1"
+        command += INTERPRETED
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if run.returncode == 0:
         return ""

@@ -1,9 +1,13 @@
-"""Covering arrays."""
+"""Covering arrays, and what is run of the interpreted tests."""
 
 import heapq
 import itertools
 from collections.abc import Mapping, Sequence
 from random import Random
+
+# What Triton's interpreter runs of the tests, in plain `pytest`: two cases of each, and none of those that capture a
+# call, which interpret nothing that others don't.
+INTERPRETED = ("--strength=1", "--most=2", "-k", "not (inductor or compiled or export or opcheck)")
 
 
 def covering(rows: Sequence[Mapping[str, int]], strength: int, seed: str) -> list[int]:

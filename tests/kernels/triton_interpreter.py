@@ -18,6 +18,7 @@ def prepare() -> None:
     _index_with_tensors()
     _check_no_overflows()
     _patch_the_language_once()
+    _describe_each_type_once()
     _add_bias_as_gpus_do()
     _reduce_nothing_but_nan()
 
@@ -61,6 +62,28 @@ def _patch_the_language_once() -> None:
     """Triton patches its whole language at every launch and at every call of a device function."""
     interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
     interpreter._patch_lang = lambda function: interpreter._LangPatchScope()
+
+
+def _describe_each_type_once() -> None:
+    """Every operation makes its result's type anew, and looks up what numpy calls it: a fifth of the time."""
+    describe, numpy_type = tl.block_type.__init__, interpreter._get_np_dtype
+    described: dict[Any, dict[str, Any]] = {}
+    numpy_types: dict[str, np.dtype] = {}
+
+    def initialise(self: tl.block_type, element_ty: tl.dtype, shape: list) -> None:
+        key = str(element_ty), *(getattr(side, "value", side) for side in shape)
+        if key not in described:
+            describe(self, element_ty, shape)
+            described[key] = vars(self).copy()
+        vars(self).update(described[key])
+
+    def of_numpy(type: tl.dtype) -> np.dtype:
+        if type.name not in numpy_types:
+            numpy_types[type.name] = numpy_type(type)
+        return numpy_types[type.name]
+
+    tl.block_type.__init__ = initialise
+    interpreter._get_np_dtype = of_numpy
 
 
 def _reduce_nothing_but_nan() -> None:

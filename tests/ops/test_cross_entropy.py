@@ -276,9 +276,8 @@ def test_hard_rows_of_many_classes(implementation: str, smoothing: float, row: l
 def test_views_of_many_classes(
     implementation: str, weighted: bool, dtype: torch.dtype, view: Callable[[Tensor], Tensor]
 ) -> None:
-    input = view(
-        logits((2, 139, 2 if _native.INTERPRETED else 6, 139), dtype, layout="channels_last").detach()
-    ).requires_grad_()
+    shape = (2, 139, 2, 20) if _native.INTERPRETED else (2, 139, 6, 139)
+    input = view(logits(shape, dtype, layout="channels_last").detach()).requires_grad_()
     weight = make((input.shape[1],), dtype).abs() if weighted else None
     check(input, labels_for(input, ignore_index=3), weight, ignore_index=3, label_smoothing=0.2)
 

@@ -65,7 +65,7 @@ def test_dtypes(implementation: str, reduction: str, dtype: torch.dtype, gamma: 
     check_focal(input, labels_for(input, (5, 6), ignore_index=1), **options)
 
 
-@pytest.mark.parametrize("classes", [1, 2, 3, 19, 150, 257])
+@pytest.mark.parametrize("classes", [1, 2, 3, 40] if _native.INTERPRETED else [1, 2, 3, 19, 150, 257])
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
 def test_class_counts(layout: str, classes: int) -> None:
     input = logits((2, classes, 3, 5), layout=layout)

@@ -132,7 +132,7 @@ def test_logits_far_from_zero(implementation: str) -> None:
 # ---- transformers ----
 
 
-@pytest.mark.parametrize("network", ["mask2former", "maskformer"])
+@pytest.mark.parametrize("network", [pytest.param("mask2former", marks=slow_under_the_interpreter), "maskformer"])
 def test_semantic_inference_of_transformers(network: str) -> None:
     transformers = losses_cases.original(f"transformers.models.{network}.image_processing_{network}")
     processor = {"mask2former": "Mask2FormerImageProcessor", "maskformer": "MaskFormerImageProcessor"}[network]
