@@ -11,7 +11,10 @@ import torch.multiprocessing
 
 def run_two_ranks(function: Callable[[int], None], folder: Path) -> None:
     """Call ``function(rank)`` in two processes of a gloo group, which meet in ``folder``; the first error is raised."""
-    torch.multiprocessing.spawn(_run, (function, str(folder / "store")), nprocs=2)
+    # Forked from a process that has imported the package: importing takes longer than what the ranks compute.
+    torch.multiprocessing.set_forkserver_preload(["fastseg.functional"])
+    arguments = (function, str(folder / "store"))
+    torch.multiprocessing.start_processes(_run, arguments, nprocs=2, start_method="forkserver")
 
 
 def _run(rank: int, function: Callable[[int], None], store: str) -> None:

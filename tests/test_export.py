@@ -69,7 +69,13 @@ FORMATS = {"onnx": ("network.onnx", onnx), "openvino": ("network.xml", openvino)
 
 @pytest.mark.parametrize(
     ("network", "format"),
-    [("fcn", "onnx"), ("quarter", "onnx"), ("unet", "openvino"), ("unet", "pt2"), ("quarter", "pt2")],
+    [
+        pytest.param("fcn", "onnx", marks=pytest.mark.full),  # as in tests/cli/test_tools.py
+        ("quarter", "onnx"),
+        ("unet", "openvino"),
+        ("unet", "pt2"),
+        ("quarter", "pt2"),
+    ],
 )
 def test_gives_the_networks_classes(network: str, format: Format, tmp_path: Path) -> None:
     name, load = FORMATS[format]

@@ -57,6 +57,7 @@ def test_the_environment_chooses_the_instruction_set(name: str, tmp_path: Path) 
     assert f"'cpu_isa': '{name}'" in process.stdout or name not in fastseg.info()["cpu_isas"]
 
 
+@pytest.mark.full  # the command says it: tests/cli/test_cli.py
 def test_an_instruction_set_that_there_is_not_is_an_error(tmp_path: Path) -> None:
     process = built("import fastseg; print(fastseg.info())", tmp_path, FASTSEG_CPU_ISA="sse9")
     assert "sse9" in process.stderr

@@ -171,7 +171,7 @@ def test_too_few_widths(network: type, error: str) -> None:
 # ---- the classic tutorial: two conv-ReLU-pool blocks, flatten, linear, cross-entropy, Adam ----
 
 TUTORIAL_CLASSES = 10
-STEPS = 20
+STEPS = 10
 
 
 def tutorial(fused: bool) -> nn.Sequential:

@@ -1,5 +1,6 @@
 """The sample of a test's cases: which plain `pytest` runs."""
 
+import gc
 import itertools
 from pathlib import Path
 
@@ -64,7 +65,13 @@ def test_long(): pass
     ],
     ids=["plain", "values", "full", "part", "most", "named"],
 )
-def test_options(arguments: list[str], cases: int, tmp_path: Path) -> None:
+def test_options(arguments: list[str], cases: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for function in (
+        "collect",
+        "freeze",
+        "unfreeze",
+    ):  # all objects of this process, in which pytest runs within pytest
+        monkeypatch.setattr(gc, function, lambda *_: None)
     (file := tmp_path / "test_grids.py").write_text(GRIDS)
     collected = []
 

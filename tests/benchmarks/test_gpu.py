@@ -21,7 +21,7 @@ def test_rehearsal(request: pytest.FixtureRequest, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.gpu", "--rehearse", "--out", str(tmp_path)]
     names = [stage.name for stage in stages.rehearsal_stages(tmp_path)]
     if request.config.getoption("strength"):  # one of those that run pytest, or time operators, is enough
-        names = [name for name in names if name not in ("parity", "behaviour", "peers")]
+        names = [name for name in names if name not in ("smoke", "parity", "peers")]
         command.append(f"--stages={','.join(names)}")
     run = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-5000:] + run.stderr

@@ -51,7 +51,7 @@ def test_conv2d(input_needs_gradient: bool) -> None:
     assert counts[0] == counts[1] > 0
 
 
-@pytest.mark.parametrize("first", ["fastseg", "torch.utils.flop_counter"])
+@pytest.mark.parametrize("first", [pytest.param("fastseg", marks=pytest.mark.full), "torch.utils.flop_counter"])
 def test_formulas_are_there_whichever_is_imported_first(first: str) -> None:
     code = f"""
 import importlib, torch

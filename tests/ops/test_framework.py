@@ -38,6 +38,14 @@ from tests.ops.operators import (
 pytestmark = kernels_for_small_calls
 
 each_operator = parametrize({name: call for name, call in CALLS.items() if name == call.operator})
+# And with --full what else leads to other operators or results.
+each_captured = pytest.mark.parametrize(
+    "call",
+    [
+        pytest.param(call, id=name, marks=[pytest.mark.full] * (name != call.operator))
+        for name, call in CAPTURED.items()
+    ],
+)
 
 
 def results_of(function: Callable[..., Any], tensors: list[Tensor]) -> list[Tensor]:
@@ -75,7 +83,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@each_call
+@parametrize(CAPTURED)
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.strength(1)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
@@ -144,7 +152,7 @@ def test_inductor(call: Call) -> None:
         torch.testing.assert_close(mine.grad, theirs.grad)
 
 
-@parametrize(CAPTURED)
+@each_captured
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_compiled_for_dynamic_sizes_without_recompiling(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the fakes, and not by the decompositions, which are ONNX's."""
@@ -171,7 +179,7 @@ def test_compiled_under_autocast(call: Call) -> None:
         torch.testing.assert_close(compiled(*tensors), call.fused(*tensors), rtol=0, atol=0)
 
 
-@parametrize(CAPTURED)
+@each_captured
 @pytest.mark.parametrize("strict", [True, False], ids=["strict", "non-strict"])
 @pytest.mark.strength(1)
 def test_export_of_a_dynamic_batch(strict: bool, call: Call) -> None:

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -98,37 +99,54 @@ def test_weights_are_those_of_one_process_with_the_whole_batch(
         assert (value - single[name]).abs().max() <= 1e-5 * single[name].abs().max(), name
 
 
-def test_a_label_that_one_process_finds_ends_both(tmp_path: Path) -> None:
-    ShapesDataset(9, (32, 32)).write(tmp_path / "data")
-    path = tmp_path / "data" / "masks" / "00004.png"
-    labels = np.zeros((32, 32), np.uint8)
-    labels[0, 0] = 77
-    Image.fromarray(labels).save(path)
-    finished = torchrun("train", *options(config(tmp_path / "data", tmp_path / "run", batch_size=3)), "--classes", "4")
-    assert finished.returncode != 0
-    assert f"{path}: label 77" in finished.stderr
+# What two processes do one after the other: starting them takes longer than all of it.
+SCRIPT = """
+import sys
+from fastseg.cli.runner import main, run
+from fastseg.training.devices import from_first, launched_rank
+
+print("taken", from_first(lambda: print("made by", launched_rank()) or "this"))
+training = sys.argv.index("train")
+print("predict ended with", run(sys.argv[1:training]), flush=True)
+del sys.argv[1:training]
+main()
+"""
 
 
-def test_predictions_are_shared(shapes: Path, pair_run: tuple[Path, str], tmp_path: Path) -> None:
-    images = tmp_path / "images"
+@pytest.fixture(scope="module")
+def several(
+    shapes: Path, pair_run: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """The folder and the outcome of `SCRIPT`: an image that is none among those to predict, then a bad label."""
+    folder = tmp_path_factory.mktemp("several")
+    images, data, script = folder / "images", folder / "data", folder / "script.py"
     shutil.copytree(shapes / "images", images)
     (images / "00003.png").write_text("no image")
-    finished = torchrun(
-        "predict", "--checkpoint", str(pair_run[0] / "best.safetensors"), "--out", str(tmp_path / "out"), str(images)
-    )  # fmt: skip
+    ShapesDataset(9, (32, 32)).write(data)
+    labels = np.zeros((32, 32), np.uint8)
+    labels[0, 0] = 77
+    Image.fromarray(labels).save(data / "masks" / "00004.png")
+    script.write_text(SCRIPT)
+    prediction = ["--checkpoint", str(pair_run[0] / "best.safetensors"), "--out", str(folder / "out"), str(images)]
+    training = [*options(config(data, folder / "run", batch_size=3)), "--classes", "4"]
+    return folder, torchrun(str(script), "predict", *prediction, "train", *training, module=())
+
+
+def test_a_label_that_one_process_finds_ends_both(several: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    folder, finished = several
     assert finished.returncode != 0
+    assert f"{folder / 'data' / 'masks' / '00004.png'}: label 77" in finished.stderr
+
+
+def test_predictions_are_shared(several: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    folder, finished = several
+    assert sorted(re.findall("predict ended with (.)", finished.stdout)) == ["0", "2"]
     assert "process 1: 1 of 4 images can't be used" in finished.stderr
-    assert len(list((tmp_path / "out").glob("*_overlay.png"))) == 8
+    assert len(list((folder / "out").glob("*_overlay.png"))) == 8
 
 
-def test_the_first_process_alone_makes_what_all_take(tmp_path: Path) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(
-        "from fastseg.training.devices import from_first, launched_rank\n"
-        "print('taken', from_first(lambda: print('made by', launched_rank()) or 'this'))\n"
-    )
-    finished = torchrun(str(script), module=())
-    assert finished.returncode == 0, finished.stderr
+def test_the_first_process_alone_makes_what_all_take(several: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    _, finished = several
     assert finished.stdout.count("made by 0") == 1
     assert finished.stdout.count("made by") == 1
     assert finished.stdout.count("taken this") == 2
