@@ -266,7 +266,9 @@ class BackwardRows {
         target_(call, &partial->invalid, pieces->take(TargetRow<T>::elements(map))),
         focal_(call) {}
 
-  bool row(const Place& place, int64_t y, const RowPair<T>& pair, const GradientsToRows<T>& keep) {
+  // keep(c, x, gradient) takes the gradients of the columns from x on.
+  template <class Keep>
+  bool row(const Place& place, int64_t y, const RowPair<T>& pair, const Keep& keep) {
     if (!target_.select(place.image, y, place.column, place.columns)) return false;
     with_upsampled_row(map_, pair, 0, [&](const auto logits) {
       for (int64_t c = 0; c < map_.classes; ++c)
@@ -281,9 +283,9 @@ class BackwardRows {
   TargetRow<T> target_;
   const FocalFactor<T> focal_;
 
-  template <class Shares, class Logits>
+  template <class Shares, class Logits, class Keep>
   FASTSEG_NOINLINE void differentiate_class(const Place& place, int64_t c, const Shares shares, const Logits logits,
-                                            const GradientsToRows<T>& keep) const {
+                                            const Keep& keep) const {
     const Tensor& sums = call_.sums;
     T grad[6] = {};
     for (int i = 0; i < kSums<kTerms>; ++i)
@@ -296,14 +298,52 @@ class BackwardRows {
   }
 };
 
+// Where input and output are of one size, an output row's gradients are the input's.
+template <class T, Terms kTerms>
+bool copied_band(const UpsampleSigmoidSumsBackward& call, const UpsampledMap<T>& map, const Bands& bands, int64_t band,
+                 Partial* partial) {
+  using Work = BackwardRows<T, kTerms>;
+  const auto padded = Pieces<T>::padded;
+  const int64_t elements = padded(ExpandedRows<T>::elements(map)) + padded(map.row_elements()) + Work::elements(map);
+  void* const memory = scratch(elements * static_cast<int64_t>(sizeof(T)));
+  if (memory == nullptr) return false;
+  Pieces<T> pieces(memory);
+  ExpandedRows<T> source(map, call.input, false, pieces.take(ExpandedRows<T>::elements(map)));
+  T* const kept = pieces.take(map.row_elements());
+  Place place = {};
+  Work work(call, map, place, partial, &pieces);
+  const Tensor& gradient = call.grad_input;
+  for_each_tile_row(
+      map, bands, band, &source, [&](int64_t image, int64_t y, const RowPair<T>& pair, int64_t begin, int64_t columns) {
+        place.image = image;
+        place.column = begin;
+        place.columns = columns;
+        const auto keep = [&](int64_t c, int64_t x, Vec<T> values) { store(kept + c * map.row_stride + x, values); };
+        if (!work.row(place, y, pair, keep)) return false;
+        const int64_t offset = image * gradient.stride[0] + y * gradient.stride[2] + begin * gradient.stride[3];
+        unpack(kept, map.row_stride, map.classes, columns, at_mutable(gradient, offset), gradient.dtype,
+               gradient.stride[1], gradient.stride[3]);
+        return true;
+      });
+  return true;
+}
+
 template <class T, Terms kTerms>
 void backward(const UpsampleSigmoidSumsBackward& call) {
   const UpsampledMap<T> map(call.grid, call.input, call.target, kGradientRowsInCache);
+  const bool copied = call.grid.mode == Mode::kNearest && !map.is_volume && map.height == map.output_height &&
+                      map.width == map.output_width;
+  const Bands rows(map);
   const InputBands bands(map);
-  const BandSums sums(bands.count);
-  sum_gradients<T, BackwardRows<T, kTerms>>(call, map, bands, call.grad_input, sums.partials());
+  const int64_t count = copied ? rows.count : bands.count;
+  const BandSums sums(count);
+  if (copied)
+    for_each_task(count, call.threads,
+                  [&](int64_t band) { return copied_band<T, kTerms>(call, map, rows, band, sums.partials() + band); });
+  else
+    sum_gradients<T, BackwardRows<T, kTerms>>(call, map, bands, call.grad_input, sums.partials());
   *call.invalid = {};
-  for (int64_t band = 0; band < bands.count; ++band) keep_first(sums.partials()[band].invalid, call.invalid);
+  for (int64_t band = 0; band < count; ++band) keep_first(sums.partials()[band].invalid, call.invalid);
 }
 
 template <class T_, Terms kTerms_>
