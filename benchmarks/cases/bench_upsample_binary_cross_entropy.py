@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.cases.upsampling import UpsamplingCase
+from benchmarks.harness.devices import CUDA
 from benchmarks.harness.roofline import Work
 from benchmarks.harness.suite import BACKWARD, FORWARD, Job
 from fastseg import reference
@@ -59,6 +60,7 @@ class UpsampleBinaryCrossEntropyCase(UpsamplingCase):
 CASES = [
     UpsampleBinaryCrossEntropyCase((4, 1, 64, 64), (256, 256)),
     UpsampleBinaryCrossEntropyCase((4, 20, 64, 64), (256, 256), quick=True),
+    UpsampleBinaryCrossEntropyCase((16, 20, 128, 128), (512, 512), device=CUDA),
 ]
 
 
