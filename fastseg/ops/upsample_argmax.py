@@ -68,6 +68,9 @@ def _forward_triton(
         return forward_plain(input, size, scale_factor, mode, align_corners, dtype, with_confidence)
     outputs = _allocate_outputs(input, size, dtype, with_confidence)
     upsampling = upsampling_between(input.shape[2:], size, mode, align_corners, scale_factor)
+    if input.ndim == 4:
+        kernels.forward((input, *outputs), upsampling)
+        return outputs
     for slab in slabs(input, size, upsampling):
         labels, confidence = (output[slab.at] if len(output) > 0 else output for output in outputs)
         kernels.forward((slab.logits, labels, confidence), slab.grid)

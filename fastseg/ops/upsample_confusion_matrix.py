@@ -64,8 +64,11 @@ def _forward_triton(
     classes = input.shape[1]
     counts = input.new_zeros(classes**2 + 1, dtype=torch.int64)  # the last: labels outside the classes
     upsampling = upsampling_between(input.shape[2:], target.shape[1:], mode, align_corners)
-    for slab in slabs(input, target.shape[1:], upsampling):
-        kernels.forward((slab.logits, target[slab.at], counts), ignore_index, slab.grid)
+    if input.ndim == 4:
+        kernels.forward((input, target, counts), ignore_index, upsampling)
+    else:
+        for slab in slabs(input, target.shape[1:], upsampling):
+            kernels.forward((slab.logits, target[slab.at], counts), ignore_index, slab.grid)
     return _poisoned(counts[:-1].view(classes, classes), counts[-1] > 0)
 
 

@@ -7,7 +7,7 @@ the input's height and width, are made by torch's own operators; so what is held
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,19 +19,17 @@ SLAB_BYTES = 64 << 20  # of a slab's logits: enough for a GPU, little beside its
 
 
 class Slab(NamedTuple):
-    """Some output planes of a volume, or all of a batch of images.
+    """Some output planes of a volume.
 
     Attributes:
         logits: What is upsampled to them, ``[planes, C, h, w]``.
-        at: Where they are in a tensor of the output's pixels, ``[N, D, H, W]``; ``[N, H, W]`` of images.
+        at: Where they are in a tensor of the output's pixels, ``[N, D, H, W]``.
         grid: From the logits to them.
-        blends: What each of the planes is made of; none of images.
     """
 
     logits: Tensor
-    at: Any
+    at: tuple[int, slice]
     grid: Upsampling
-    blends: Sequence[Blend] = ()
 
 
 class Blend(NamedTuple):
@@ -43,20 +41,16 @@ class Blend(NamedTuple):
 
 
 def slabs(input: Tensor, size: Sequence[int], upsampling: Upsampling) -> Iterator[Slab]:
-    """The slabs of an output of a size; of images the whole."""
-    if input.ndim == 4:
-        yield Slab(input, ..., upsampling)
-        return
+    """The slabs of an output of a size."""
     grid = Upsampling(upsampling.mode, upsampling.align_corners, upsampling.steps[1:])
     plane = accumulation_dtype(input).itemsize * input[0, :, 0].numel() if len(input) else 1
     thickness = max(SLAB_BYTES // plane, 1)
-    blends = blends_of(input.shape[2], size[0], upsampling)
     located = _locate(input.shape[2], size[0], upsampling, input.device)
     for image, volume in enumerate(input):
         for start in range(0, size[0], thickness):
             planes = slice(start, min(start + thickness, size[0]))
             of_slab = (located[0][planes], located[1][planes], located[2][planes])
-            yield Slab(_blend(volume, of_slab, upsampling.mode), (image, planes), grid, blends[planes])
+            yield Slab(_blend(volume, of_slab, upsampling.mode), (image, planes), grid)
 
 
 def blends_of(depth: int, out_depth: int, upsampling: Upsampling) -> list[Blend]:
@@ -68,9 +62,7 @@ def blends_of(depth: int, out_depth: int, upsampling: Upsampling) -> list[Blend]
     ]
 
 
-def _locate(
-    depth: int, out_depth: int, upsampling: Upsampling, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def _locate(depth: int, out_depth: int, upsampling: Upsampling, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """The two input planes of each output plane, and the second's weight, in float64.
 
     They are made where they are needed: a copy to a GPU would wait for it.
@@ -105,13 +97,15 @@ def sum_gradients(
     """The gradient of volumes' logits, of those of their slabs' logits: plane by plane, always in the same order."""
     gradient = torch.empty_like(input)
     sums = torch.zeros_like(input[:1], dtype=accumulation_dtype(input), memory_format=torch.contiguous_format)
+    blends = blends_of(input.shape[2], size[0], upsampling)
     image = 0
     for slab in slabs(input, size, upsampling):
-        if slab.at[0] != image:
+        of_image, planes = slab.at
+        if of_image != image:
             gradient[image] = sums[0]
             sums.zero_()
-            image = slab.at[0]
-        for of_plane, (first, second, weights) in zip(gradient_of(slab), slab.blends, strict=True):
+            image = of_image
+        for of_plane, (first, second, weights) in zip(gradient_of(slab), blends[planes], strict=True):
             sums[0, :, first].add_(of_plane, alpha=weights[0])
             if upsampling.mode != "nearest":
                 sums[0, :, second].add_(of_plane, alpha=weights[1])
