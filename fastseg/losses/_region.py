@@ -90,15 +90,19 @@ class RegionLoss(nn.Module, ABC):
         loss = self.loss_of(*sums.unbind(-1))
         return in_dtype(loss if cross_entropy is None else loss + self.ce_weight * cross_entropy, input.dtype)
 
-    _grid: tuple[str, bool] | None = None  # on which logits are upsampled
+    @property
+    def _grid(self) -> tuple[str, bool] | None:
+        """On which logits are upsampled, if they are."""
+        return None
 
     def _sums(self, input: Tensor, target: Tensor, activation: str) -> tuple[Tensor, Tensor | None]:
         """The sums ``[N, C, 3]``, and the mean cross-entropy where it counts."""
         if self.ce_weight:
             return sums_and_cross_entropy(input, target, self.ignore_index, activation, self._grid)
-        if self._grid is None:
+        grid = self._grid
+        if grid is None:
             return functional.class_sums(input, target, self.ignore_index, activation), None
-        mode, align_corners = self._grid
+        mode, align_corners = grid
         sums = functional.upsample_class_sums(
             input, target, self.ignore_index, activation, mode=mode, align_corners=align_corners
         )
@@ -218,7 +222,10 @@ class _Upsampled(RegionLoss):
         super().__init__(*args, **options)
         self.mode = mode
         self.align_corners = align_corners
-        self._grid = mode, align_corners
+
+    @property
+    def _grid(self) -> tuple[str, bool]:
+        return self.mode, self.align_corners
 
     def extra_repr(self) -> str:
         """The grid, and what the loss has, for ``repr(layer)``."""
