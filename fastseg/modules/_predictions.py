@@ -96,7 +96,7 @@ class UpsampleThreshold(_UpsamplePrediction):
     See `fastseg.functional.upsample_threshold` for the shapes and dtypes.
 
     Args:
-        size: The output's (height, width), or (depth, height, width), or one number for all.
+        size: The output's (height, width), or one number for both.
         threshold: A probability, above which a pixel is inside.
         return_scores: Also return each mask's mean probability and box.
         grid: ``scale_factor``, ``mode`` and ``align_corners``, as `UpsampleArgmax` has them.
@@ -130,7 +130,7 @@ class UpsampleMaskArgmax(_UpsamplePrediction):
     See `fastseg.functional.upsample_mask_argmax` for the shapes and dtypes.
 
     Args:
-        size: The output's (height, width), or (depth, height, width), or one number for all.
+        size: The output's (height, width), or one number for both.
         dtype: The labels' dtype; None for uint8 for up to 256 classes, else int64.
         grid: ``scale_factor``, ``mode`` and ``align_corners``, as `UpsampleArgmax` has them.
 
