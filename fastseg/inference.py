@@ -12,10 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastseg import functional
-from fastseg.ops.upsampling import upsampling_between
+from fastseg.ops.upsampling import MODES, upsampling_between
 from fastseg.ops.volumes import blends_of
-
-LINEAR_MODES = {2: "bilinear", 3: "trilinear"}  # by an image's dimensions
 
 Blend = Literal["gaussian", "constant"]
 
@@ -211,7 +209,7 @@ class _Resampling:
     """Predictions of another size than the logits', which come a few rows at a time."""
 
     def __init__(self, size: tuple[int, ...], output: tuple[int, ...]) -> None:
-        mode = LINEAR_MODES[len(size)]
+        _, mode = MODES[len(size)]
         self.blends = iter(blends_of(size[0], output[0], upsampling_between(size, output, mode, False)))
         self.blend = next(self.blends, None)  # of the next row to be made
         self.output = output
@@ -306,6 +304,7 @@ def _logits(model: Callable[[Tensor], Any], tiles: Tensor, sides: Sequence[int],
     if logits.ndim != tiles.ndim:
         raise ValueError(f"model: expected logits of {tiles.ndim} dimensions, as its input, got {list(logits.shape)}")
     if tuple(logits.shape[2:]) != tuple(sides):
-        logits = F.interpolate(logits, size=tuple(sides), mode=LINEAR_MODES[len(sides)], align_corners=False)
+        _, mode = MODES[len(sides)]
+        logits = F.interpolate(logits, size=tuple(sides), mode=mode, align_corners=False)
     inside = (slice(None), slice(None), *(slice(extent) for extent in size))
     return logits[inside]

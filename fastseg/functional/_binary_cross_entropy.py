@@ -104,6 +104,11 @@ def is_of_classes(weight: Tensor, logits: Tensor) -> bool:
     return len(shape) == logits.ndim and all(size == 1 for dim, size in enumerate(shape) if dim != 1)
 
 
+def of_each_class(weight: Tensor | None, classes: int) -> Tensor | None:
+    """The weight ``[C]`` of one that `is_of_classes`."""
+    return None if weight is None else weight.reshape(-1).expand(classes)
+
+
 def mean_over_all(weight: Tensor | None, target: Tensor) -> Tensor:
     """The weight ``[C]`` with which the sum is the mean over all values, those that are ignored among them.
 

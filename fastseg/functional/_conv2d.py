@@ -54,7 +54,7 @@ def conv2d(
     """
     weight, scale, keep = for_prediction(weight, scale)
     if _are_served(input, weight, bias):
-        geometry, _ = resolve((3, 3), stride, padding, dilation, groups, 1, None, 0, False)
+        geometry, _ = resolve((3, 3), stride, padding, dilation, groups)
         if serves_conv2d(input, weight, geometry, keep):
             return torch.ops.fastseg.conv2d.default(input, weight, bias, scale, geometry.padding, keep)
     return F.conv2d(input, scaled(weight, scale), bias, stride, padding, dilation, groups)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastseg.functional import binary_cross_entropy
-from fastseg.functional._binary_cross_entropy import is_of_classes, mean_over_all
+from fastseg.functional._binary_cross_entropy import is_of_classes, mean_over_all, of_each_class
 from fastseg.functional._checks import pixels_of
 from fastseg.functional._losses import in_dtype
 from fastseg.losses._focal import IGNORED_MASK, are_classes, is_hard, masks_of, sigmoid_sums
@@ -314,10 +314,7 @@ class SoftBCEWithLogitsLoss(nn.Module):
         fits = self.reduction in ("mean", "sum") and y_pred.ndim > 1 and 0 not in y_pred.shape[1:]
         if not fits or not all(is_of_classes(each, y_pred) for each in given):
             return self._plain(y_pred, target, y_true)
-        weight, pos_weight = (
-            None if each is None else each.reshape(-1).expand(y_pred.shape[1])
-            for each in (self.weight, self.pos_weight)
-        )
+        weight, pos_weight = (of_each_class(each, y_pred.shape[1]) for each in (self.weight, self.pos_weight))
         if self.reduction == "mean":
             weight = mean_over_all(weight, y_pred)
         return binary_cross_entropy(y_pred, target, weight, pos_weight, ignored, "sum")

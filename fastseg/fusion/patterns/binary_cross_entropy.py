@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastseg import functional
-from fastseg.functional._binary_cross_entropy import is_of_classes, mean_over_all
+from fastseg.functional._binary_cross_entropy import is_of_classes, mean_over_all, of_each_class
 from fastseg.functional._checks import FLOATING_DTYPES
 from fastseg.fusion.calls import Call, tensor_of
 from fastseg.fusion.pattern import Match, Pattern, Unfit, demand
@@ -32,7 +32,7 @@ def binary_cross_entropy(
         input = input.to(dtype)
     if mask is not None:
         target = target.masked_fill(~mask, LEFT_OUT)
-    weight, pos_weight = (None if each is None else each.reshape(-1).expand(classes) for each in (weight, pos_weight))
+    weight, pos_weight = of_each_class(weight, classes), of_each_class(pos_weight, classes)
     if reduction == "mean":  # masked values are among the divisor's
         weight = mean_over_all(weight, target)
     if grid is None:

@@ -8,6 +8,7 @@ report.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,10 +35,15 @@ def _match(last: Call) -> Match:
     convolved = tensor_of(chain[0].node)
     demand(convolved is not None and convolved.dtype in (torch.float32, torch.float64))
     demand(looks_served(chain[0], functools.partial(serves_conv2d, keep=not torch.is_grad_enabled())))
+    return match_of(chain, conv_batch_norm)
+
+
+def match_of(chain: list[Call], function: Callable[..., Tensor]) -> Match:
+    """The match of a convolution, and maybe its batch normalisation, that a function of their arguments replaces."""
     return Match(
         nodes=[call.node for call in chain],
-        outputs={last.node: None},
-        function=conv_batch_norm,
+        outputs={chain[-1].node: None},
+        function=function,
         arguments=arguments_of(chain),
         not_kept=[call.node for call in chain[:-1]],
     )

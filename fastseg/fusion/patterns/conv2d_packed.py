@@ -14,8 +14,9 @@ from torch import Tensor, fx
 
 from fastseg.fusion.calls import Call, tensor_of
 from fastseg.fusion.pattern import Match, Pattern, demand
+from fastseg.fusion.patterns.conv2d import match_of
 from fastseg.fusion.patterns.conv_relu import looks_served
-from fastseg.fusion.patterns.conv_relu_pool2d import arguments_of, convolution, fold
+from fastseg.fusion.patterns.conv_relu_pool2d import convolution, fold
 from fastseg.ops.convolution.algorithms import serves_conv2d_packed
 from fastseg.ops.convolution.geometry import clamp_strides, flatten, resolve
 
@@ -25,9 +26,7 @@ def packed_conv_batch_norm(
 ) -> Tensor:
     """What the graph calls."""
     weight, bias, scale = fold(weight, bias, batch_norm)
-    geometry, _ = resolve(
-        tuple(weight.shape[2:]), **numbers, pool_size=1, pool_stride=None, pool_padding=0, ceil_mode=False
-    )
+    geometry, _ = resolve(tuple(weight.shape[2:]), **numbers)
     geometry = clamp_strides(geometry, input.shape[2:], weight.shape[2:])
     return torch.ops.fastseg.conv2d_packed.default(input, weight, bias, scale, flatten(geometry))
 
@@ -35,13 +34,7 @@ def packed_conv_batch_norm(
 def _match(last: Call) -> Match:
     chain = convolution(last)
     demand(_is_prediction(chain[0]) and looks_served(chain[0], serves_conv2d_packed))
-    return Match(
-        nodes=[call.node for call in chain],
-        outputs={last.node: None},
-        function=packed_conv_batch_norm,
-        arguments=arguments_of(chain),
-        not_kept=[call.node for call in chain[:-1]],
-    )
+    return match_of(chain, packed_conv_batch_norm)
 
 
 def _is_prediction(conv: Call) -> bool:

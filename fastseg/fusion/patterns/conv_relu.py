@@ -56,9 +56,7 @@ def looks_served(conv: Call, serves: Callable[[Tensor, Tensor, Geometry], bool])
         return False
     if len(sizes) != 4 or weight.ndim != 4 or weight.device.type != "cpu" or _native._C is None:
         return False
-    geometry, _ = resolve(
-        tuple(weight.shape[2:]), **numbers, pool_size=1, pool_stride=None, pool_padding=0, ceil_mode=False
-    )
+    geometry, _ = resolve(tuple(weight.shape[2:]), **numbers)
     return serves(torch.empty(sizes, device="meta"), weight, geometry)
 
 

@@ -99,12 +99,12 @@ def resolve(
     padding: Any,
     dilation: Any,
     groups: Any,
-    pool_size: Any,
-    pool_stride: Any,
-    pool_padding: Any,
-    ceil_mode: bool,
+    pool_size: Any = 1,
+    pool_stride: Any = None,
+    pool_padding: Any = 0,
+    ceil_mode: bool = False,
 ) -> tuple[Geometry, Pair]:
-    """The arguments of `fastseg.functional.conv_relu_pool2d` as a `Geometry`.
+    """The arguments of `fastseg.functional.conv_relu_pool2d` as a `Geometry`; without a pool where none is given.
 
     Returns:
         The geometry, and the rows and columns of zeros that the input needs at its end beside the geometry's padding:

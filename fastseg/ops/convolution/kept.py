@@ -19,20 +19,28 @@ from fastseg.ops.layouts import is_channels_last
 
 _HEADER_BYTES = 64  # zeroed, they are no weight's
 
-# The memory of each weight, as long as that lives. A weight's first call leaves no more than that it was there: many
-# are made for one call alone.
+# The memory of each weight, as long as that lives.
 _kept: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_NO_MEMORY = torch.empty(0, dtype=torch.uint8, device="cpu")
+
+
+def _known(table: WeakIdKeyDictionary, weight: Tensor, nothing: Any) -> Any:
+    """What a table holds of a weight; None at first, or where it is strided.
+
+    A weight's first call leaves ``nothing``, no more than that it was there: many are made for one call alone.
+    """
+    if not (weight.is_contiguous() or is_channels_last(weight)):
+        return None
+    known = table.get(weight)
+    if known is None:
+        table[weight] = nothing
+    return known
 
 
 def memory_for(kernels: Any, weight: Tensor) -> Tensor | None:
     """Where the transformed weights stay, uint8; None where they aren't kept: at first, or strided."""
-    if not (weight.is_contiguous() or is_channels_last(weight)):
-        return None
-    memory = _kept.get(weight)
-    if memory is None:
-        _kept[weight] = torch.empty(0, dtype=torch.uint8)
-        return None
-    if memory.numel() == 0:
+    memory: Tensor | None = _known(_kept, weight, _NO_MEMORY)
+    if memory is not None and memory.numel() == 0:
         memory = torch.empty(kernels.winograd_kept_bytes(describe(weight)), dtype=torch.uint8)
         memory[:_HEADER_BYTES] = 0
         _kept[weight] = memory
@@ -58,11 +66,8 @@ def packed_weight(
     kernels: Any, weight: Tensor, scale: Tensor | None, call: tuple[Any, ...], pack: Callable[[], Tensor]
 ) -> Tensor | None:
     """What ``pack`` makes of weight and scale for calls like this one; None where it isn't kept, as `memory_for`."""
-    if not (weight.is_contiguous() or is_channels_last(weight)):
-        return None
-    known = _packed.get(weight)
+    known: _Packed | None = _known(_packed, weight, _Packed())
     if known is None:
-        _packed[weight] = _Packed()
         return None
     fingerprint = kernels.weights_fingerprint((describe(weight), describe(scale)), torch.get_num_threads())
     made_for = (fingerprint, weight.shape, *call)
