@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
 _alias = torch.ops.aten.alias.default
 
@@ -29,7 +29,7 @@ class SaveWeightsAsTheyLie(CustomGraphPass):
 
     def uuid(self) -> Any:
         """What Inductor's cache of compiled graphs tells this pass by."""
-        return "fastseg.fusion.saved_weights 1"
+        return get_hash_for_files((__file__,))
 
 
 def _is_map_on_cpu(node: fx.Node) -> bool:
