@@ -32,3 +32,24 @@ class Case(NamedTuple):
     tensors: Callable[[torch.dtype, str], Sequence[Tensor | None]]
     operators: tuple[str, ...]
     terms: int = 1
+
+
+class Left(NamedTuple):
+    """A function whose calls stay, the reason, and the operators that take a part of them all the same."""
+
+    function: Callable[..., Any]
+    tensors: Callable[[torch.dtype, str], Sequence[Tensor | None]]
+    reason: str
+    replaced: tuple[str, ...]
+
+
+def left_as_it_is(
+    left: dict[str, Left], tensors: Callable[..., Any], reason: str, *replaced: str
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Registers a function in ``left``."""
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        left[function.__name__] = Left(function, tensors, reason, replaced)
+        return function
+
+    return register
