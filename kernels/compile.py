@@ -84,7 +84,7 @@ class Row:
     signature: dict[str, str]  # Triton's names of types; "/16" where a pointer or a number is known to be a multiple
     specimen: str
     registers: int = 0  # of a thread
-    spilled_bytes: int = 0  # of a thread: its private memory, which Triton uses for nothing else
+    spilled_bytes: int = 0  # of a thread: what it stores in private memory, which Triton uses for nothing else
     shared_bytes: int = 0  # of a program
     matrix_instructions: dict[str, int] = dataclasses.field(default_factory=dict)
     error: str | None = None
@@ -228,16 +228,22 @@ def _kind(job: Job, path: tuple[int, ...], kind: Any) -> str:
 
 
 def _resources_cuda(compiled: CompiledKernel) -> tuple[int, int]:
-    """Registers, and bytes on the stack."""
+    """Registers, and bytes on the stack, if anything is stored there: some kernels have a frame that they don't use."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
-        usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    if found is None:
-        raise RuntimeError(f"cuobjdump says nothing of registers, but {usage!r}")
-    return int(found[1]), int(found[2])
+        usage = _output_of(triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name)
+        found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+        if found is None:
+            raise RuntimeError(f"cuobjdump says nothing of registers, but {usage!r}")
+        registers, stack = int(found[1]), int(found[2])
+        if stack > 0 and not re.search(r"\bSTL\b", _output_of(triton.knobs.nvidia.nvdisasm.path, "-c", file.name)):
+            stack = 0
+    return registers, stack
+
+
+def _output_of(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def _resources_hip(compiled: CompiledKernel) -> tuple[int, int]:

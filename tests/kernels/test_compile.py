@@ -140,6 +140,14 @@ def test_what_is_compiled_is_what_would_be_launched(specimen: Specimen, monkeypa
     assert compile.compile_kernel(job).hash == launched.hash
 
 
+@pytest.mark.parametrize("max_registers", [None, 24])
+def test_too_few_registers_are_spilled(max_registers: int | None) -> None:
+    specimen = next(item for item in A_FEW if item.name.startswith("upsample_argmax "))
+    (job,) = compile.default_jobs(HOPPER, [specimen])
+    row = compile.compile_job(job._replace(options={**job.options, "maxnreg": max_registers}))
+    assert (row.spilled_bytes > 0) == (max_registers is not None)
+
+
 def test_types_and_constants_are_those_of_the_call() -> None:
     specimen = next(item for item in SPECIMENS if "8x19x512x512 bfloat16 float32" in item.name)
     (job, *_) = compile.default_jobs(HOPPER, [specimen])
