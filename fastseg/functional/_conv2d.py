@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastseg.ops.convolution.algorithms import serves_conv2d
 from fastseg.ops.convolution.convolve import for_prediction, scaled
-from fastseg.ops.convolution.geometry import resolve
+from fastseg.ops.convolution.geometry import flatten, resolve
 
 IntOrPair = int | tuple[int, ...]
 
@@ -30,9 +30,10 @@ def conv2d(
     one does, `conv_relu_pool2d` takes it in. Winograd's algorithm (F(2x2, 3x3); Lavin and Gray, 2015) needs 4/9 of the
     multiplications, and F(3x3, 2x2) does for the weight's gradient. Its rounding errors are relative to the largest
     value of a patch of 4x4 pixels. It serves float32 and float64, one group, no dilation, at most 2 pixels of padding
-    and more than 4 input channels, from ten million products on, outside autocast. Every other call is torch's own, and
-    so is one whose values aren't finite or might overflow in its sums. Differentiable to any order; second derivatives
-    run as plain PyTorch.
+    and more than 4 input channels, from ten million products on, outside autocast. Of dilated 3x3 kernels on maps so
+    small that a row or column of taps sees nothing but padding (DeepLab's), forward and gradients leave these taps out.
+    Every other call is torch's own, and so is one whose values aren't finite or might overflow in its sums.
+    Differentiable to any order; second derivatives run as plain PyTorch.
 
     Args:
         input: Images ``[N, C, H, W]`` or ``[C, H, W]``. Read by its strides; channels_last in gives channels_last out.
@@ -56,7 +57,7 @@ def conv2d(
     if _are_served(input, weight, bias):
         geometry, _ = resolve((3, 3), stride, padding, dilation, groups)
         if serves_conv2d(input, weight, geometry, keep):
-            return torch.ops.fastseg.conv2d.default(input, weight, bias, scale, geometry.padding, keep)
+            return torch.ops.fastseg.conv2d.default(input, weight, bias, scale, flatten(geometry), keep)
     return F.conv2d(input, scaled(weight, scale), bias, stride, padding, dilation, groups)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastseg._native import native
 from fastseg.ops.convolution import algorithms, convolve
-from fastseg.ops.convolution.geometry import idle_taps, output_shapes, unflatten
+from fastseg.ops.convolution.geometry import output_shapes, unflatten
 from fastseg.ops.convolution.kept import packed_weight
 from fastseg.ops.layouts import empty
 from fastseg.ops.registration import register_gradient, register_plain
@@ -46,13 +46,11 @@ def _forward_cpu(
     in_channels_last = in_channels_last and convolve.output_format(input, weight) == torch.channels_last
     if kernels is None or not in_channels_last or input.numel() == 0 or input.dtype != torch.float32:
         return forward_plain(input, weight, bias, scale, numbers)
-    stride, padding, dilation, groups = geometry[:4]
-    height, width = weight.shape[2:]
-    rows, columns = idle_taps((input.shape[2], input.shape[3]), (height, width), geometry)
-    padding = padding[0] - rows * dilation[0], padding[1] - columns * dilation[1]
+    used, cropped = convolve.without_idle_taps(input, weight, geometry)
+    stride, padding, dilation, groups = cropped[:4]
 
     def folded() -> Tensor:
-        return convolve.scaled(weight[:, :, rows : height - rows, columns : width - columns], scale)
+        return convolve.scaled(used, scale)
 
     def pack() -> Tensor:
         return torch.ops.mkldnn._reorder_convolution_weight.default(

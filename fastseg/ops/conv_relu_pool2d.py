@@ -69,7 +69,7 @@ def _forward_cpu(
     if convolve.fill_outputs(kernels, algorithm, filled, numbers, scale=scale, keep=keep):
         return output, positions, skip
 
-    convolved = torch.conv2d(input, convolve.scaled(weight, scale), bias, *geometry[:4])
+    convolved = convolve.library_forward(input, weight, bias, scale, geometry)
     # Where windows overlap, two of them read one row: it can't be rewritten in passing.
     in_place = with_skip and not geometry.windows_overlap
     if with_skip and not in_place:

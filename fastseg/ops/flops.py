@@ -36,7 +36,7 @@ def register(counter: ModuleType) -> None:
 
     @counter.register_flop_formula(operators.conv2d_backward)
     def conv2d_backward(
-        grad_output: Shape, input: Shape, weight: Shape, padding: list[int], needs: list[bool], *, out_shape: Any
+        grad_output: Shape, input: Shape, weight: Shape, geometry: list[int], needs: list[bool], *, out_shape: Any
     ) -> int:
         return backward(grad_output, input, weight, needs, out_shape)
 

@@ -73,3 +73,19 @@ def test_a_hook_sees_what_it_saw() -> None:
     model(x)
     torch.testing.assert_close(seen[0], seen[1], rtol=0, atol=0)
     assert operators(fastseg.report(fused)) == ["relu_pool2d"]
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["step", "prediction"])
+@pytest.mark.parametrize(("size", "idle"), [(12, True), (13, False)])
+def test_taps_that_see_nothing_but_padding(size: int, idle: bool, training: bool) -> None:
+    """A step leaves them out by conv2d, on maps so small that there are any; predictions have weights kept for it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(64, 96, 3, dilation=12, padding=12, bias=False), nn.BatchNorm2d(96)).train(training)
+    x, fused = make((2, 64, size, size)), compiled(model)
+    with torch.set_grad_enabled(training):
+        fused(x)
+        with torch.profiler.profile() as profile:
+            found = fused(x)
+        torch.testing.assert_close(found, model(x))
+    called = [event.name for event in profile.events() if event.name.startswith("fastseg::")]
+    assert called == ([] if training and not idle else ["fastseg::conv2d" if training else "fastseg::conv2d_packed"])

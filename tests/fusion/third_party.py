@@ -63,7 +63,8 @@ _LOSS, _UP_LOSS, _ARGMAX = "cross_entropy", "upsample_cross_entropy", "upsample_
 _BACK, _BACK_AUXILIARY = [_ARGMAX, _UP_LOSS], [_ARGMAX, _UP_LOSS, _UP_LOSS]
 _SMP, _VISION = "segmentation_models_pytorch", "torchvision"
 
-# Convolutions without a pool are taken where there are pixels enough, at these small sizes in a few levels.
+# Convolutions without a pool are taken where there are pixels enough, at these small sizes in a few levels, and where
+# taps see nothing but padding, as in torchvision's last stage and head.
 MODELS = {
     "smp.Unet-resnet18": Model(
         _SMP, smp("Unet", "resnet18"), _loss_of_logits, [*[_PLAIN] * 11, _LOSS, _POOL],
@@ -86,12 +87,12 @@ MODELS = {
         [*[_PLAIN] * 4, *[_CONV] * 4, *_BACK], (4, 3, 64, 64),
     ),
     "torchvision.fcn_resnet50": Model(
-        _VISION, torchvision("fcn_resnet50"), _loss_with_auxiliary, [*[_PLAIN] * 3, _POOL, *_BACK_AUXILIARY],
-        [*[_CONV] * 4, *_BACK_AUXILIARY], (4, 3, 32, 32),
+        _VISION, torchvision("fcn_resnet50"), _loss_with_auxiliary, [*[_PLAIN] * 5, _POOL, *_BACK_AUXILIARY],
+        [*[_PLAIN] * 2, *[_CONV] * 4, *_BACK_AUXILIARY], (4, 3, 32, 32),
     ),
     "torchvision.deeplabv3_resnet50": Model(
-        _VISION, torchvision("deeplabv3_resnet50"), _loss_with_auxiliary, [*[_PLAIN] * 3, _POOL, *_BACK_AUXILIARY],
-        [*[_CONV] * 4, *_BACK_AUXILIARY], (4, 3, 32, 32),
+        _VISION, torchvision("deeplabv3_resnet50"), _loss_with_auxiliary, [*[_PLAIN] * 8, _POOL, *_BACK_AUXILIARY],
+        [*[_PLAIN] * 5, *[_CONV] * 4, *_BACK_AUXILIARY], (4, 3, 32, 32),
     ),
     "transformers.Segformer-b0": Model("transformers", segformer(), _loss_within, _BACK, _BACK),
     "transformers.UperNet": Model(

@@ -3,6 +3,7 @@
 The gradients' kernels, which conv_relu_pool2d has too: test_conv_relu_pool2d_winograd_backward.py.
 """
 
+import functools
 from collections.abc import Callable
 
 import pytest
@@ -143,6 +144,92 @@ def test_few_pixels_are_torchs_own() -> None:
     called = arguments((1, 64, 12, 12, 32))
     results = [values_and_gradients(module.conv2d, called, padding=1) for module in (functional, reference)]
     torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+# ---- taps that see nothing but padding ----
+
+IDLE = {
+    "middle": {"dilation": 14, "padding": 14},  # nothing else sees any of the map
+    "column": {"dilation": (12, 1), "padding": (12, 1)},
+    "row": {"dilation": (2, 13), "padding": (2, 13)},
+    "stride": {"dilation": 16, "padding": 16, "stride": (2, 3)},
+    "wide": {"dilation": 20, "padding": 24},
+}
+USED = {"middle": (1, 1), "column": (1, 3), "row": (3, 1), "stride": (1, 1), "wide": (1, 1)}
+
+
+def idle_call(dtype: torch.dtype = torch.float32, layout: str = "nchw") -> list[Tensor]:
+    return arguments((2, 72, 11, 12, 96), dtype, layout)
+
+
+@pytest.fixture
+def kernels_seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Height and width of the kernels of which the operator asks gradients."""
+    seen, backward = [], convolve.library_backward
+
+    def spy(grad_output: Tensor, input: Tensor, weight: Tensor, *rest: object) -> convolve.Gradients:
+        seen.append(tuple(weight.shape[2:]))
+        return backward(grad_output, input, weight, *rest)
+
+    monkeypatch.setattr(convolve, "library_backward", spy)
+    return seen
+
+
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("name", IDLE)
+def test_taps_that_see_nothing_are_left_out(
+    name: str, dtype: torch.dtype, layout: str, kernels_seen: list[tuple[int, ...]]
+) -> None:
+    _, grad_input, grad_weight, _ = check(idle_call(dtype, layout), **IDLE[name])
+    assert kernels_seen == [USED[name]]
+    assert grad_input.is_contiguous(
+        memory_format=torch.channels_last if layout == "channels_last" else torch.contiguous_format
+    )
+    height, width = USED[name]
+    idle = torch.ones(3, 3, dtype=torch.bool)
+    idle[(3 - height) // 2 : (3 + height) // 2, (3 - width) // 2 : (3 + width) // 2] = False
+    assert (grad_weight[:, :, idle] == 0).all()
+    assert (grad_weight[:, :, ~idle] != 0).all()
+
+
+@pytest.mark.parametrize("value", [NAN, INFINITY])
+def test_what_taps_hold_that_see_nothing_does_not_count(value: float) -> None:
+    """torch agrees in channels_last; in NCHW it depends on the size."""
+    called = [tensor.detach() for tensor in idle_call(layout="channels_last")]
+    expected = functional.conv2d(*called, **IDLE["middle"])
+    called[1][3, 5, 0, 2] = value
+    assert torch.equal(functional.conv2d(*called, **IDLE["middle"]), expected)
+    torch.testing.assert_close(reference.conv2d(*called, **IDLE["middle"]), expected)
+
+
+def test_second_derivatives_with_taps_left_out() -> None:
+    called = idle_call(torch.float64)
+    found, expected = (module.conv2d(*called, **IDLE["middle"]) for module in (functional, reference))
+    for _ in range(2):
+        grads = [torch.autograd.grad((y**2).sum(), called, create_graph=True) for y in (found, expected)]
+        torch.testing.assert_close(*grads)
+        found, expected = (sum((grad**2).sum() for grad in of) for of in grads)
+
+
+def test_a_graph_of_any_size_leaves_out_what_each_size_lets_it(kernels_seen: list[tuple[int, ...]]) -> None:
+    class Network(torch.nn.Module):
+        def forward(self, input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+            return functional.conv2d(input, weight, bias, **IDLE["middle"])
+
+    height, width = torch.export.Dim("height"), torch.export.Dim("width")
+    with torch.enable_grad():
+        program = torch.export.export(
+            Network(), tuple(idle_call(torch.float64)), dynamic_shapes=({2: height, 3: width}, None, None), strict=False
+        )
+    for size in ((11, 12), (40, 21), (9, 30)):
+        called = arguments((2, 72, *size, 96), torch.float64)
+        results = [
+            values_and_gradients(function, called)
+            for function in (program.module(), functools.partial(reference.conv2d, **IDLE["middle"]))
+        ]
+        torch.testing.assert_close(*results)
+    assert kernels_seen == [(1, 1), (3, 3), (1, 3)]
 
 
 # ---- memory, determinism, graphs ----

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastseg import functional
+from fastseg import functional, reference
 from fastseg._tf32 import convolutions_take_tf32
 from fastseg.ops.convolution import convolve
 from fastseg.ops.convolution.algorithms import (
@@ -22,7 +22,7 @@ from fastseg.ops.convolution.algorithms import (
     choose_gpu_forward,
 )
 from fastseg.ops.convolution.geometry import Geometry, resolve
-from fastseg.testing import make, values_and_gradients
+from fastseg.testing import assert_parity, make, values_and_gradients
 
 
 def tf32(allowed: bool) -> AbstractContextManager[None]:
@@ -172,3 +172,22 @@ def test_rows_that_would_mostly_be_skipped_are_not_packed() -> None:
         numbers = resolve((3, 3), stride, 1, 1, 1, 2, None, 0, False)[0]
         for choose in (choose_cpu_forward, choose_cpu_backward):
             assert choose(input, kernel, numbers, False) == algorithm
+
+
+@pytest.mark.parametrize("return_skip", [False, True])
+def test_taps_that_see_nothing_but_padding_are_left_out(return_skip: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    convolved, library_backward = [], convolve.library_backward
+
+    def spy(grad_output: torch.Tensor, input: torch.Tensor, weight: torch.Tensor, *rest: Any) -> convolve.Gradients:
+        convolved.append(tuple(weight.shape[2:]))
+        return library_backward(grad_output, input, weight, *rest)
+
+    monkeypatch.setattr(convolve, "library_backward", spy)
+    called = [make((2, 64, 9, 10)), make((24, 64, 3, 3), seed=1, scale=0.1), make((24,), seed=2)]
+    options = {"padding": (11, 3), "dilation": (11, 3), "return_skip": return_skip}
+    results = [
+        values_and_gradients(of.conv_relu_pool2d, [t.requires_grad_() for t in called], dtype, **options)
+        for of, dtype in ((functional, None), (reference, None), (reference, torch.float64))
+    ]
+    assert_parity(*results, terms=64 * 9)
+    assert convolved == ([(1, 3)] if return_skip else [])  # without a skip, the gradient is sparse, and kernels' own

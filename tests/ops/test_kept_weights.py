@@ -98,7 +98,7 @@ def test_gradients_of_a_call_that_was_captured_for_predictions(name: str) -> Non
     scale = make((20,), torch.float64, seed=3)
     plain = torch.conv2d(input, weight * scale.view(-1, 1, 1, 1), bias, padding=1)
     if name == "conv2d":
-        found = torch.ops.fastseg.conv2d(input, weight, bias, scale, [1, 1], True)
+        found = torch.ops.fastseg.conv2d(input, weight, bias, scale, [1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 1, 0], True)
     else:
         numbers = [1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 0, 0, 1, 0]
         found = torch.ops.fastseg.conv_relu_pool2d(input, weight, bias, scale, numbers, False, False, True)[0]

@@ -29,10 +29,10 @@ PATTERNS: tuple[Pattern, ...] = (
     CROSS_ENTROPY,
     NLL_LOSS,
     BINARY_CROSS_ENTROPY,
-    CONV_NORM,
-    CONV,
     PACKED_CONV_NORM,
     PACKED_CONV,
+    CONV_NORM,
+    CONV,
 )
 
 __all__ = ["PATTERNS"]

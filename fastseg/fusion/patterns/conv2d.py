@@ -1,8 +1,8 @@
 """conv2d, or conv2d + batch_norm in evaluation, becomes fastseg's conv2d where no other pattern takes it in.
 
 Such are the convolutions before batch normalisation in training. Only on a CPU, and only where Winograd's algorithm
-serves them: elsewhere PyTorch's own is at least as good, and such places, which are everywhere, are no news for the
-report.
+serves them, or taps see nothing but padding: elsewhere PyTorch's own is at least as good, and such places, which are
+everywhere, are no news for the report.
 """
 
 from __future__ import annotations

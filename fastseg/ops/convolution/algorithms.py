@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastseg._native import _C, INTERPRETED
 from fastseg._tf32 import convolutions_take_tf32
-from fastseg.ops.convolution.geometry import Geometry, output_shapes
+from fastseg.ops.convolution.geometry import Geometry, idle_taps, may_have_idle_taps, output_shapes
 from fastseg.ops.layouts import is_channels_last
 
 # ---- a CPU ----
@@ -133,6 +133,24 @@ def differentiates_by_output(input: Tensor, weight: Tensor, geometry: Geometry) 
 
 
 def serves_conv2d(input: Tensor, weight: Tensor, geometry: Geometry, keep: bool = False) -> bool:
+    """Whether a convolution alone is worth the operator on a CPU; in a graph for any size that it may have."""
+    return winograd_serves_conv2d(input, weight, geometry, keep) or _spares_idle_taps(input, weight, geometry)
+
+
+def _spares_idle_taps(input: Tensor, weight: Tensor, geometry: Geometry) -> bool:
+    """Whether leaving out taps that see nothing but padding is worth Python's overhead."""
+    # TorchDynamo would bind its graph to a range of sizes; in torch's own calls there, the backend finds the places.
+    if torch.compiler.is_dynamo_compiling() or not may_have_idle_taps((3, 3), geometry):
+        return False
+    if weight.shape[2:] != (3, 3) or geometry.groups > 1:
+        return False
+    products = input.numel() * weight[:, 0].numel()
+    if isinstance(products, torch.SymInt):
+        return True
+    return products >= CONV2D_MIN_PRODUCTS and idle_taps((input.shape[2], input.shape[3]), (3, 3), geometry) != (0, 0)
+
+
+def winograd_serves_conv2d(input: Tensor, weight: Tensor, geometry: Geometry, keep: bool = False) -> bool:
     """Whether a convolution alone, on a CPU, comes to Winograd's kernels; in a graph for any size that it may have."""
     if input.shape[1] <= WINOGRAD_FEW_CHANNELS or not _has_winograd_gradients(weight, geometry):
         return False
@@ -148,7 +166,7 @@ def serves_conv2d_packed(input: Tensor, weight: Tensor, geometry: Geometry) -> b
         return False
     _, convolved = output_shapes(input.shape, weight.shape, geometry)
     products = math.prod(convolved) * weight[0].numel()
-    return products >= PACKED_MIN_PRODUCTS and not serves_conv2d(input, weight, geometry, keep=True)
+    return products >= PACKED_MIN_PRODUCTS and not winograd_serves_conv2d(input, weight, geometry, keep=True)
 
 
 def serves_relu_pool2d(input: Tensor) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastseg._native import INTERPRETED, describe
 from fastseg.ops.convolution import algorithms
-from fastseg.ops.convolution.geometry import Geometry, unflatten
+from fastseg.ops.convolution.geometry import Geometry, idle_taps, unflatten
 from fastseg.ops.convolution.kept import memory_for
 from fastseg.ops.layouts import empty, is_channels_last, memory_format_of
 
@@ -116,7 +116,18 @@ def dense_backward(
     found = (
         winograd_backward(kernels, (dense, None, input, weight), numbers, needs) if algorithm == "winograd" else None
     )
-    return found or library_backward(dense, input, weight, unflatten(tuple(numbers)), needs)
+    if found is not None:
+        return found
+    geometry = unflatten(tuple(numbers))
+    used, cropped = without_idle_taps(input, weight, geometry)
+    if used is weight:
+        return library_backward(dense, input, weight, geometry, needs)
+    grad_input, grad_used, grad_bias = library_backward(dense, input, used, cropped, needs)
+    if not needs[1]:
+        return grad_input, grad_used, grad_bias
+    grad_weight = torch.zeros_like(weight)
+    without_idle_taps(input, grad_weight, geometry)[0].copy_(grad_used)
+    return grad_input, grad_weight, grad_bias
 
 
 # Output channels for each of the input's from which a copy of the input is little beside one of the output.
@@ -134,6 +145,25 @@ def for_library(input: Tensor, weight: Tensor) -> Tensor:
     if on_nvidia and input.dtype.itemsize == 2 and CHANNELS_FOR_A_COPY * input.shape[1] <= weight.shape[0]:
         return input.contiguous(memory_format=torch.channels_last)
     return input
+
+
+def without_idle_taps(input: Tensor, weight: Tensor, geometry: Geometry) -> tuple[Tensor, Geometry]:
+    """A view of the taps that see something of the input, and their geometry: the same convolution."""
+    height, width = weight.shape[2:]
+    rows, columns = idle_taps((input.shape[2], input.shape[3]), (height, width), geometry)
+    if not (rows or columns):
+        return weight, geometry
+    (top, left), (down, across) = geometry.padding, geometry.dilation
+    padding = top - rows * down, left - columns * across
+    return weight[:, :, rows : height - rows, columns : width - columns], geometry._replace(padding=padding)
+
+
+def library_forward(
+    input: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, geometry: Geometry
+) -> Tensor:
+    """PyTorch's own convolution on a CPU, of the taps that see something of the input."""
+    weight, geometry = without_idle_taps(input, weight, geometry)
+    return torch.conv2d(input, scaled(weight, scale), bias, *geometry[:4])
 
 
 def library_backward(

@@ -87,12 +87,6 @@ def unflatten(numbers: tuple[int, ...]) -> Geometry:
     return Geometry(**pairs, groups=numbers[12], ceil_mode=bool(numbers[13]))
 
 
-@memoize
-def of_conv2d(padding_h: int, padding_w: int) -> Geometry:
-    """The numbers of a convolution with a step of one pixel that no pool follows."""
-    return Geometry((1, 1), (padding_h, padding_w), (1, 1), 1, (1, 1), (1, 1), (0, 0), False)
-
-
 def resolve(
     kernel: tuple[int, ...],
     stride: Any,
@@ -173,6 +167,12 @@ def idle_taps(sizes: Pair, kernel: Pair, geometry: Geometry) -> Pair:
     Wide dilations on small maps have such: of a DeepLab's 3x3 the middle remains.
     """
     return _idle_taps(0, sizes, kernel, geometry), _idle_taps(1, sizes, kernel, geometry)
+
+
+def may_have_idle_taps(kernel: tuple[int, ...], geometry: Geometry) -> bool:
+    """Whether taps at the ends of a kernel see nothing but padding on maps of some size."""
+    axes = zip(kernel, geometry.padding, geometry.dilation, strict=True)
+    return any(taps > 2 and padding >= dilation for taps, padding, dilation in axes)
 
 
 def _idle_taps(axis: int, sizes: Pair, kernel: Pair, geometry: Geometry) -> int:
