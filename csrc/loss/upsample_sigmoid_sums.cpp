@@ -165,6 +165,17 @@ FASTSEG_INLINE void terms_of(Vec<T> logit, Vec<T> share, const FocalFactor<T>& f
   }
 }
 
+template <class T>
+FASTSEG_INLINE double sum_of_lanes(Vec<T> v) {
+  typedef double Doubles __attribute__((vector_size(kLanes<T> * sizeof(double))));
+  typedef double Pair __attribute__((vector_size(2 * sizeof(double))));
+  const Doubles lanes = __builtin_convertvector(v, Doubles);
+  Pair pairs[kLanes<T> / 2];
+  memcpy(pairs, &lanes, sizeof lanes);
+  for (int i = 1; i < kLanes<T> / 2; ++i) pairs[0] += pairs[i];
+  return pairs[0][0] + pairs[0][1];
+}
+
 // Adds a class's terms, of the `count` columns of a block of which `logits` are the first, to the sums
 // [kSums][classes].
 template <class T, Terms kTerms, class Shares, class Logits>
@@ -174,13 +185,9 @@ FASTSEG_NOINLINE void add_terms(const Shares shares, const FocalFactor<T>& focal
   for (int64_t p = 0; p < count; p += kLanes<T>) {
     Vec<T> terms[kSums<kTerms>];
     terms_of<T, kTerms>(logits(c, p), shares.share(p), focal, terms);
-    for (int i = 0; i < kSums<kTerms>; ++i) added[i] += select_or_zero<T>(shares.counts(p), terms[i]);
+    for (int i = 0; i < kSums<kTerms>; ++i) added[i] = shares.counts(p) ? added[i] + terms[i] : added[i];
   }
-  for (int i = 0; i < kSums<kTerms>; ++i) {
-    T lanes[kLanes<T>];
-    store(lanes, added[i]);
-    for (T lane : lanes) sums[i * classes + c] += static_cast<double>(lane);
-  }
+  for (int i = 0; i < kSums<kTerms>; ++i) sums[i * classes + c] += sum_of_lanes<T>(added[i]);
 }
 
 template <class T, Terms kTerms>

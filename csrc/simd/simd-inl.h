@@ -98,22 +98,31 @@ struct Quad {
   typedef T type __attribute__((vector_size(4 * sizeof(T))));
 };
 
+#if defined(__clang__)
+#define FASTSEG_SHUFFLE(x, y, ...) __builtin_shufflevector(x, y, __VA_ARGS__)
+#else
+#define FASTSEG_SHUFFLE(x, y, ...) __builtin_shuffle(x, y, decltype(x == y){__VA_ARGS__})
+#endif
+
 // Four elements of x (0 to 3) and y (4 to 7); of vectors of eight, the same in each half.
 template <int A, int B, int C, int D, class V>
 FASTSEG_INLINE V shuffle(V x, V y) {
-#if defined(__clang__)
-#define FASTSEG_SHUFFLE(...) __builtin_shufflevector(x, y, __VA_ARGS__)
-#else
-#define FASTSEG_SHUFFLE(...) __builtin_shuffle(x, y, decltype(x == y){__VA_ARGS__})
-#endif
   if constexpr (sizeof x / sizeof x[0] == 4) {
-    return FASTSEG_SHUFFLE(A, B, C, D);
+    return FASTSEG_SHUFFLE(x, y, A, B, C, D);
   } else {
     static_assert(sizeof x / sizeof x[0] == 8, "vectors of four or eight elements");
     constexpr int kA = A + A / 4 * 4, kB = B + B / 4 * 4, kC = C + C / 4 * 4, kD = D + D / 4 * 4;
-    return FASTSEG_SHUFFLE(kA, kB, kC, kD, kA + 4, kB + 4, kC + 4, kD + 4);
+    return FASTSEG_SHUFFLE(x, y, kA, kB, kC, kD, kA + 4, kB + 4, kC + 4, kD + 4);
   }
-#undef FASTSEG_SHUFFLE
+}
+
+// The first four elements of x, and where there is room for eight those of y.
+template <class V>
+FASTSEG_INLINE V first_fours(V x, V y) {
+  if constexpr (sizeof x / sizeof x[0] == 4)
+    return x;
+  else
+    return FASTSEG_SHUFFLE(x, y, 0, 1, 2, 3, 8, 9, 10, 11);
 }
 
 // Rows and columns of 4 x 4 elements change places; in vectors of eight, those of each half.

@@ -74,7 +74,12 @@ struct MathConstants<double> {
 // b where one of them is NaN: what x86's instruction gives, which compilers don't find where an argument is a constant.
 template <class T>
 FASTSEG_INLINE Vec<T> maximum(Vec<T> a, Vec<T> b) {
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == sizeof(float))
+    return (Vec<T>)_mm512_max_ps((__m512)a, (__m512)b);
+  else
+    return (Vec<T>)_mm512_max_pd((__m512d)a, (__m512d)b);
+#elif defined(__AVX2__)
   if constexpr (sizeof(T) == sizeof(float))
     return (Vec<T>)_mm256_max_ps((__m256)a, (__m256)b);
   else
@@ -90,12 +95,11 @@ FASTSEG_INLINE Vec<T> select_or_zero(IntVec<T> mask, Vec<T> if_true) {
   return from_bits<T>(mask & bits_of<T>(if_true));
 }
 
-// exp(x) for x <= 0 and NaN; zero from about the smallest normal number on.
+// exp(x) for x from kLowestExp, where it is zero, to -kLowestExp, and NaN.
 // exp(x) = 2^n exp(r), r = x - n log(2), |r| <= log(2) / 2, and Chebyshev's series of exp(r).
 template <class T>
-FASTSEG_INLINE Vec<T> exp_of_nonpositive(Vec<T> x) {
+FASTSEG_INLINE Vec<T> exp_within_range(Vec<T> x) {
   using K = MathConstants<T>;
-  x = maximum<T>(broadcast<T>(K::kLowestExp), x);  // x where it is NaN
   // The sum's low bits hold n plus the exponent bias: shifted up, they are the bits of 2^n.
   const Vec<T> shifted = x * K::kLog2E + (K::kRounding + K::kExponentBias);
   const Vec<T> n = shifted - (K::kRounding + K::kExponentBias);
@@ -111,14 +115,27 @@ FASTSEG_INLINE Vec<T> exp_of_nonpositive(Vec<T> x) {
   return series * power;
 }
 
+// exp(x) for x <= 0 and NaN; zero from about the smallest normal number on.
+template <class T>
+FASTSEG_INLINE Vec<T> exp_of_nonpositive(Vec<T> x) {
+  return exp_within_range<T>(maximum<T>(broadcast<T>(MathConstants<T>::kLowestExp), x));  // x where it is NaN
+}
+
 // 1 / (1 + exp(-x)), as a quotient without differences, which would cancel; NaN where x is.
+template <class T>
+FASTSEG_INLINE Vec<T> sigmoid_of(Vec<T> x) {
+  const Vec<T> lowest = broadcast<T>(MathConstants<T>::kLowestExp);
+  return T(1) / (exp_within_range<T>(maximum<T>(lowest, -maximum<T>(lowest, x))) + T(1));
+}
+
+// The same of x and of -x.
 template <class T>
 struct Sigmoid {
   Vec<T> exponential;     // exp(-|x|)
   Vec<T> value, counter;  // of x and of -x
 
   FASTSEG_INLINE explicit Sigmoid(Vec<T> x) {
-    exponential = exp_of_nonpositive<T>(x > 0 ? -x : x);
+    exponential = exp_of_nonpositive<T>(from_bits<T>(bits_of<T>(x) | bits_of<T>(broadcast<T>(T(-0.0)))));
     const Vec<T> larger = T(1) / (exponential + T(1)), smaller = exponential * larger;
     value = x > 0 ? larger : smaller;
     counter = x > 0 ? smaller : larger;

@@ -114,9 +114,12 @@ FASTSEG_NOINLINE void contract(const UpsampledMap<T>& map, const T* expanded, in
     };
     for (int64_t x = 0; x < count; x += kColumns) {
       Classes at_column[kColumns];
-      for (int i = 0; i < kGroup<T>; ++i)
-        memcpy(reinterpret_cast<T*>(&at_column[i % kColumns]) + i / kColumns * kColumns, rows[i] + x,
-               kColumns * sizeof(T));
+      for (int i = 0; i < kColumns; ++i) {  // of rows of eight columns, which padding leaves room for
+        Classes of_rows[2];
+        memcpy(&of_rows[0], rows[i] + x, sizeof of_rows[0]);
+        memcpy(&of_rows[1], rows[i + kGroup<T> - kColumns] + x, sizeof of_rows[1]);
+        at_column[i] = first_fours(of_rows[0], of_rows[1]);
+      }
       transpose4(at_column);
       for (int i = 0; i < kColumns; ++i) {
         const Int<T> next = left[x + i];
