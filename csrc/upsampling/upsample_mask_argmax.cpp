@@ -19,7 +19,7 @@ constexpr int64_t kColumns = kVectors * kLanes<T>;
 template <class T, class Row>
 FASTSEG_NOINLINE void make_masks(const Row logits, int64_t queries, int64_t x, T* masks) {
   for (int64_t q = 0; q < queries; ++q, masks += kColumns<T>)
-    for (int i = 0; i < kVectors; ++i) store(masks + i * kLanes<T>, Sigmoid<T>(logits(q, x + i * kLanes<T>)).value);
+    for (int i = 0; i < kVectors; ++i) store(masks + i * kLanes<T>, sigmoid_of<T>(logits(q, x + i * kLanes<T>)));
 }
 
 // labels[0 .. kColumns) = the first class of the largest sum, or of the first NaN. weights: [class / kClasses][queries]

@@ -39,41 +39,76 @@ MaskSums sum_lanes(const MaskLanes<T>& lanes) {
   return sums;
 }
 
-// masks[x] = whether logit x of a class is above the bound, for a tile's columns [0, count). kSums: whether `lanes` is
-// told, too; `column` and `row` say where the tile's first one lies.
+// Vectors whose masks are stored together: whole scratch rows on every machine.
+template <class T>
+constexpr int kTogether = kPixelMultiple / kLanes<T>;
+typedef uint8_t Bytes __attribute__((vector_size(kPixelMultiple)));
+
+// A byte, 0 or 1, of each lane.
+template <class T>
+FASTSEG_INLINE Bytes bytes_of(const IntVec<T> (&inside)[kTogether<T>]) {
+  Bytes bytes;
+#if defined(__AVX512BW__)
+  uint32_t bits = 0;
+  for (int i = 0; i < kTogether<T>; ++i) {
+    const __m512i lanes = (__m512i)inside[i];
+    bits |=
+        static_cast<uint32_t>(sizeof(T) == sizeof(float) ? _mm512_movepi32_mask(lanes) : _mm512_movepi64_mask(lanes))
+        << (i * kLanes<T>);
+  }
+  bytes = (Bytes)_mm256_maskz_set1_epi8(bits, 1);
+#else
+  typedef uint8_t Some __attribute__((vector_size(kLanes<T>)));
+  Some some[kTogether<T>];
+  for (int i = 0; i < kTogether<T>; ++i) some[i] = __builtin_convertvector(inside[i] & 1, Some);
+  memcpy(&bytes, some, sizeof bytes);
+#endif
+  return bytes;
+}
+
+FASTSEG_INLINE bool any(Bytes bytes) {
+  uint64_t words[sizeof bytes / 8];
+  memcpy(words, &bytes, sizeof bytes);
+  return (words[0] | words[1] | words[2] | words[3]) != 0;
+}
+
+// masks [classes][stride] = whether a logit is above the bound, for a tile's columns [0, count). kSums: whether `lanes`
+// [classes] are told, too; `column` and `row` say where the tile's first one lies.
 template <class T, bool kSums, class Row>
-FASTSEG_NOINLINE void threshold_row(const Row logits, int64_t c, int64_t count, T bound, uint8_t* masks,
-                                    MaskLanes<T>* lanes, int64_t column, int64_t row) {
-  typedef uint8_t Bytes __attribute__((vector_size(kLanes<T>)));
+FASTSEG_NOINLINE void threshold_row(const Row logits, int64_t classes, int64_t count, T bound, uint8_t* masks,
+                                    int64_t stride, MaskLanes<T>* lanes, int64_t column, int64_t row) {
   IntVec<T> places;
   for (int i = 0; i < kLanes<T>; ++i) places[i] = i;
-  Vec<T> probability = {};
-  IntVec<T> met = {};
-  const auto store_masks = [&](int64_t x, IntVec<T> counted, int64_t bytes_left) __attribute__((always_inline)) {
-    const Vec<T> logit = logits(c, x);
-    const IntVec<T> inside = (logit > bound) & counted;
-    const Bytes bytes = __builtin_convertvector(inside & 1, Bytes);
-    memcpy(masks + x, &bytes, bytes_left);
-    if (!kSums) return;
-    uint64_t words[2] = {};
-    memcpy(words, &bytes, sizeof bytes);
-    if ((words[0] | words[1]) == 0) return;
-    met |= inside;
-    probability += select_or_zero<T>(inside, Sigmoid<T>(logit).value);
-    lanes->count -= inside;
-    const IntVec<T> columns = places + static_cast<Int<T>>(column + x);
-    lanes->left = inside & (columns < lanes->left) ? columns : lanes->left;
-    lanes->right = inside & (columns > lanes->right) ? columns : lanes->right;
-  };
-  const int64_t whole = count - count % kLanes<T>;
-#pragma GCC unroll 4
-  for (int64_t x = 0; x < whole; x += kLanes<T>) store_masks(x, IntVec<T>{} - 1, sizeof(Bytes));
-  if (whole < count) store_masks(whole, places < static_cast<Int<T>>(count - whole), count - whole);
-  if (!kSums) return;
-  lanes->probability += probability;
   const IntVec<T> rows = IntVec<T>{} + static_cast<Int<T>>(row);
-  lanes->top = met & (rows < lanes->top) ? rows : lanes->top;
-  lanes->bottom = met & (rows > lanes->bottom) ? rows : lanes->bottom;
+  for (int64_t c = 0; c < classes; ++c, masks += stride) {
+    Vec<T> probability = {};
+    IntVec<T> met = {};
+    for (int64_t x = 0; x < count; x += kPixelMultiple) {
+      IntVec<T> inside[kTogether<T>];
+      for (int i = 0; i < kTogether<T>; ++i) {
+        inside[i] = logits(c, x + i * kLanes<T>) > bound;
+        if (kSums) inside[i] &= places < static_cast<Int<T>>(count - x - i * kLanes<T>);
+      }
+      const Bytes bytes = bytes_of<T>(inside);
+      if (count - x >= kPixelMultiple)
+        memcpy(masks + x, &bytes, sizeof bytes);
+      else
+        memcpy(masks + x, &bytes, count - x);
+      if (!kSums || !any(bytes)) continue;
+      for (int i = 0; i < kTogether<T>; ++i) {
+        met |= inside[i];
+        probability += select_or_zero<T>(inside[i], sigmoid_of<T>(logits(c, x + i * kLanes<T>)));
+        lanes[c].count -= inside[i];
+        const IntVec<T> columns = places + static_cast<Int<T>>(column + x + i * kLanes<T>);
+        lanes[c].left = inside[i] & (columns < lanes[c].left) ? columns : lanes[c].left;
+        lanes[c].right = inside[i] & (columns > lanes[c].right) ? columns : lanes[c].right;
+      }
+    }
+    if (!kSums) continue;
+    lanes[c].probability += probability;
+    lanes[c].top = met & (rows < lanes[c].top) ? rows : lanes[c].top;
+    lanes[c].bottom = met & (rows > lanes[c].bottom) ? rows : lanes[c].bottom;
+  }
 }
 
 template <class T>
@@ -89,19 +124,18 @@ bool threshold_band(const UpsampleThreshold& call, const UpsampledMap<T>& map, c
     for (int64_t c = 0; c < map.classes; ++c) lanes[c] = {Vec<T>{}, IntVec<T>{}, nowhere, nowhere, none, none};
   uint8_t* const masks = static_cast<uint8_t*>(call.masks.data);
   const T bound = static_cast<T>(call.bound);
-  for_each_tile_row(
-      map, bands, band, &source, [&](int64_t image, int64_t y, const RowPair<T>& pair, int64_t begin, int64_t count) {
-        with_upsampled_row(map, pair, 0, [&](const auto row) {
-          for (int64_t c = 0; c < map.classes; ++c) {
-            uint8_t* const to = masks + ((image * map.classes + c) * map.output_height + y) * map.output_width + begin;
-            if (sums == nullptr)
-              threshold_row<T, false>(row, c, count, bound, to, nullptr, begin, y);
-            else
-              threshold_row<T, true>(row, c, count, bound, to, &lanes[c], begin, y);
-          }
-        });
-        return true;
-      });
+  for_each_tile_row(map, bands, band, &source,
+                    [&](int64_t image, int64_t y, const RowPair<T>& pair, int64_t begin, int64_t count) {
+                      const int64_t stride = map.output_height * map.output_width;
+                      uint8_t* const to = masks + image * map.classes * stride + y * map.output_width + begin;
+                      with_upsampled_row(map, pair, 0, [&](const auto row) {
+                        if (sums == nullptr)
+                          threshold_row<T, false>(row, map.classes, count, bound, to, stride, nullptr, begin, y);
+                        else
+                          threshold_row<T, true>(row, map.classes, count, bound, to, stride, lanes, begin, y);
+                      });
+                      return true;
+                    });
   if (sums != nullptr)
     for (int64_t c = 0; c < map.classes; ++c) sums[c] = sum_lanes(lanes[c]);
   return true;

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastseg import functional, reference
 from fastseg.testing import TF32_EPS, make
 from tests.losses import cases as losses_cases
-from tests.ops.cross_entropy_cases import DTYPES, LABEL_DTYPES, NAN
+from tests.ops.cross_entropy_cases import DTYPES, INFINITY, LABEL_DTYPES, NAN
 from tests.ops.upsample_cases import (
     GRIDS,
     LARGE_GRIDS,
@@ -120,6 +120,15 @@ def test_nan_wins_as_in_torch(implementation: str) -> None:
     expected = reference.upsample_mask_argmax(input, probabilities, (9, 13))
     assert (labels[0] == 12).all()
     assert torch.equal(labels, expected)
+
+
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+def test_infinite_logits_as_torch(implementation: str, mode: dict[str, Any]) -> None:
+    input = make((2, 7, 4, 5), scale=3.0)
+    input[:, 1:3], input[:, 4] = INFINITY, -INFINITY
+    probabilities = probabilities_of(input, 23)
+    labels = functional.upsample_mask_argmax(input, probabilities, (4, 5), **mode)
+    assert torch.equal(labels, reference.upsample_mask_argmax(input, probabilities, (4, 5), **mode))
 
 
 def test_logits_far_from_zero(implementation: str) -> None:
