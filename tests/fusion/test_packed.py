@@ -79,6 +79,20 @@ def test_a_block_gives_what_it_gave(inner: str, layout: str) -> None:
     assert fastseg.info()["kept_weights"] == fastseg.report(network).kept_bytes
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_not_finite_goes_through_every_activation(value: float) -> None:
+    """oneDNN's own ReLU after a convolution makes 0 of NaN; torch's, and Inductor's, keep it."""
+    network, input = block().to(memory_format=torch.channels_last), make(SHAPE, layout="channels_last")
+    input[0, 3, 5, 7] = value
+    torch._dynamo.reset()
+    call = torch.compile(network, backend="fastseg")
+    with torch.no_grad():
+        expected = network(input)
+        assert expected.isnan().any()
+        for _ in range(2):
+            torch.testing.assert_close(call(input).isnan(), expected.isnan(), rtol=0, atol=0)
+
+
 def test_every_change_of_weights_and_statistics_is_seen() -> None:
     network, input = block().to(memory_format=torch.channels_last), make(SHAPE, layout="channels_last")
     call = compiled(network)
