@@ -162,6 +162,8 @@ FAULTS = (
           "weight.dtype == torch.float32<<< and weight.ndim == 1|||>>>)", MACHINERY),
     Fault("autocast is to bfloat16, whatever was asked for", "fastseg/ops/conv_relu_pool2d.py",
           "dtype = <<<torch.get_autocast_dtype(device)|||torch.bfloat16>>>", MACHINERY),
+    Fault("any convolution without a pool is oneDNN's, not one of bfloat16", "fastseg/ops/convolution/algorithms.py",
+          "numbers == WINOGRAD_UNPOOLED<<< and input.dtype == torch.bfloat16|||>>> and _bfloat16", CONVOLUTIONS),
     # ---- Triton ----
     Fault("a number replaces NaN on a GPU", "kernels/upsample_argmax.py",
           "((logits <= largest) == 0)<<< & (largest == largest)|||>>>", ("test_upsample_argmax",), interpreted=True),

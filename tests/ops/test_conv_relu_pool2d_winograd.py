@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastseg import _native, functional, reference
+from fastseg import _bfloat16, _native, functional, reference
 from fastseg.ops.convolution import algorithms
 from fastseg.ops.convolution.algorithms import WINOGRAD_MIN_PIXELS, choose_cpu_forward
 from fastseg.ops.convolution.geometry import resolve
@@ -243,12 +243,14 @@ CHOICES = {
 
 
 def chosen_algorithm(
-    choose: Callable[..., str], input: tuple[int, ...], weight: tuple[int, ...], options: dict, with_skip: bool
-) -> str:
+    choose: Callable[..., str], input: tuple[int, ...], weight: tuple[int, ...], options: dict, with_skip: bool,
+    dtype: torch.dtype = torch.float32,
+) -> str:  # fmt: skip
     numbers = {"stride": 1, "padding": 1, "dilation": 1, "groups": 1, "pool_size": 2, "pool_stride": None}
     numbers |= {"pool_padding": 0, "ceil_mode": False}  # in resolve's order
     geometry, _ = resolve(weight[2:], *(numbers | options).values())
-    return choose(*(torch.empty(shape, device="meta") for shape in (input, weight)), geometry, with_skip)
+    called = (torch.empty(shape, dtype=dtype, device="meta") for shape in (input, weight))
+    return choose(*called, geometry, with_skip)
 
 
 @pytest.mark.parametrize(("input", "weight", "options", "with_skip", "algorithm"), CHOICES.values(), ids=CHOICES)
@@ -256,3 +258,12 @@ def test_choice(
     input: tuple[int, ...], weight: tuple[int, ...], options: dict, with_skip: bool, algorithm: str
 ) -> None:
     assert chosen_algorithm(choose_cpu_forward, input, weight, options, with_skip) == algorithm
+
+
+@pytest.mark.parametrize("multiplies", [False, True])
+@pytest.mark.parametrize("name", ["deep-layer", "stem", "skip", "no-pool", "no-pool-of-few-channels"])
+def test_choice_in_bfloat16(name: str, multiplies: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_bfloat16, "cpu_multiplies_bfloat16", lambda: multiplies)
+    *call, algorithm = CHOICES[name]
+    expected = "library" if multiplies and name == "no-pool" else algorithm
+    assert chosen_algorithm(choose_cpu_forward, *call, torch.bfloat16) == expected

@@ -48,8 +48,8 @@ def _is_served(input: Tensor, weight: Tensor, geometry: Geometry) -> bool:
 def looks_served(conv: Call, serves: Callable[[Tensor, Tensor, Geometry], bool]) -> bool:
     """Whether ``serves`` says so of a call in a graph on a CPU, with the sizes that it was captured with."""
     numbers = {name: conv[name] for name in NUMBERS}
-    input, weight = tensor_of(conv["input"]), tensor_of(conv["weight"])
-    if input is None or weight is None or has_nodes(numbers):
+    input, weight, convolved = (tensor_of(value) for value in (conv["input"], conv["weight"], conv.node))
+    if input is None or weight is None or convolved is None or has_nodes(numbers):
         return False
     sizes = sizes_of(input)
     if sizes is None or not all(isinstance(size, int) for size in weight.shape):
@@ -57,7 +57,8 @@ def looks_served(conv: Call, serves: Callable[[Tensor, Tensor, Geometry], bool])
     if len(sizes) != 4 or weight.ndim != 4 or weight.device.type != "cpu" or _native._C is None:
         return False
     geometry, _ = resolve(tuple(weight.shape[2:]), **numbers)
-    return serves(torch.empty(sizes, device="meta"), weight, geometry)
+    # Autocast convolves in another dtype than the input's, which is that of the result.
+    return serves(torch.empty(sizes, dtype=convolved.dtype, device="meta"), weight, geometry)
 
 
 CONV_RELU = Pattern("conv2d + [batch_norm] + relu", "relu", "conv_relu_pool2d", _match)
