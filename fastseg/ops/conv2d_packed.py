@@ -46,6 +46,9 @@ def _forward_cpu(
     in_channels_last = in_channels_last and convolve.output_format(input, weight) == torch.channels_last
     if kernels is None or not in_channels_last or input.numel() == 0 or input.dtype != torch.float32:
         return forward_plain(input, weight, bias, scale, numbers)
+    # Of axes of one number any stride is in channels_last; oneDNN's operator looks at them, too, and would copy.
+    _, channels, height, width = input.shape
+    input = input.as_strided(input.shape, (channels * height * width, 1, channels * width, channels))
     used, cropped = convolve.without_idle_taps(input, weight, geometry)
     stride, padding, dilation, groups = cropped[:4]
 

@@ -146,6 +146,14 @@ def test_opcheck(name: str, layout: str) -> None:
     torch.library.opcheck(torch.ops.fastseg.conv2d_packed.default, (*args, geometry_of(name)))
 
 
+def test_strides_of_axes_of_one_number_say_nothing() -> None:
+    tokens = make((1, 13 * 18, 12), seed=1)
+    image = tokens.transpose(1, 2).reshape(1, 12, 13, 18)[0].unsqueeze(0)  # as a transformer makes one of its tokens
+    assert image.stride(0) == image.stride(3) == 12
+    args = [image, *tensors("3x3-stride")[1:]]
+    torch.library.opcheck(torch.ops.fastseg.conv2d_packed.default, (*args, geometry_of("3x3-stride")))
+
+
 @pytest.mark.parametrize("size", [1, 2, 5, 6, 11])
 @pytest.mark.parametrize("kernel", [1, 2, 3, 4, 5, 7])
 def test_idle_taps_see_nothing(kernel: int, size: int) -> None:
