@@ -20,6 +20,7 @@ from tests.sampling import covering
 NATIVE_OPERATORS = [operator for name in ops.__all__ if hasattr(operator := getattr(ops, name), "native")]
 
 SMALL_GRID = 12  # cases that a test may have and run them all
+LONGEST = ("tests/kernels/test_interpreted.py", "tests/training/")  # of whole runs: what takes longest comes first
 
 with contextlib.suppress(ModuleNotFoundError):  # benchmarks/ is part of a checkout alone
     importlib.import_module("benchmarks.harness.memory")  # before test files start threads: see its `unknown`
@@ -50,7 +51,7 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not hasattr(config, "workerinput")
     if whole and config.pluginmanager.hasplugin("xdist") and config.option.numprocesses is None:
         config.option.numprocesses, config.option.dist = 2, "loadfile"  # fixtures of a file are made once
-        config.option.loadscopereorder = False  # the folders that take longest come first by their names
+        config.option.loadscopereorder = False  # `LONGEST` comes first
         os.environ["OMP_NUM_THREADS"] = "1"
         # What `benchmarks.harness.memory` would set comes too late in a worker, which has a thread from the start.
         os.environ["MALLOC_ARENA_MAX"] = "1"
@@ -92,13 +93,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         kept = kept[number - 1 :: parts]
     if len(kept) < len(items):
         config.hook.pytest_deselected(items=[*{*items} - {*kept}])
-    items[:] = kept
+    items[:] = sorted(kept, key=lambda item: not item.nodeid.startswith(LONGEST))
     if config.getoption("--shuffled"):
         Random(0).shuffle(items)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection() -> None:
+    """Little that is made until the tests begin is garbage."""
+    gc.disable()
+
+
 def pytest_collection_finish() -> None:
     """All there is now stays: garbage collections, which tests of memory ask for, would look at it half a second."""
+    gc.enable()
     gc.collect()
     gc.freeze()
 
@@ -139,7 +147,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def seed() -> None:
     """The same random numbers in every run, in whatever order the tests come."""
-    torch.manual_seed(0)
+    if torch.get_default_device().type == "cpu":
+        torch.default_generator.manual_seed(0)  # torch.manual_seed formats the stack for each kind of absent GPU: 1 ms
+    else:
+        torch.manual_seed(0)
 
 
 @pytest.fixture
@@ -185,10 +196,12 @@ def plain_upsampling_of_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(reference, "upsample", lambda input, *grid: upsample(input.cpu(), *grid).to(input.device))
 
 
-@pytest.fixture(autouse=True)
-def kernels_for_small_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, scope="session")
+def kernels_for_small_convolutions() -> Iterator[None]:
     """Leads conv2d's small calls, too, to the kernels: in all tests, whose networks are small."""
-    monkeypatch.setattr(algorithms, "CONV2D_MIN_PRODUCTS", 0)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(algorithms, "CONV2D_MIN_PRODUCTS", 0)
+        yield
 
 
 @pytest.fixture

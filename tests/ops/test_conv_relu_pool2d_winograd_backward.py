@@ -56,6 +56,7 @@ def test_parity(isa: str, options: dict, dtype: torch.dtype, layout: str, shape:
 
 
 @pytest.mark.parametrize("options", [OPTIONS["no-pool"], OPTIONS["skip"]], ids=["no-pool", "skip"])
+@pytest.mark.strength(1)
 def test_parity_of_deep_layers(isa: str, options: dict) -> None:
     check(arguments(DEEP), **options)
 
