@@ -23,17 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastseg.kernels import cross_entropy_pixels as ce
 from fastseg.kernels import cross_entropy_rows as rows
-from fastseg.kernels.cross_entropy_pixels import (
-    add_classes,
-    exp,
-    finish,
-    from_bits,
-    label_gradients,
-    label_losses,
-    load_labels,
-    store_forward,
-)
 from fastseg.kernels.launch import (
     Plan,
     bits_of,
@@ -100,44 +91,29 @@ def cross_entropy_forward(
     target += _offset(run, run_sizes, target_runs) + first * target_pixel
     input_pixels, target_pixels = local.to(INDEX) * input_pixel, local.to(INDEX) * target_pixel
 
+    labels, logit = None, None
     if not PROBABILITIES:
-        labels, ignored, valid = load_labels(target, target_pixels, inside, ignore_index, CLASSES)
-        logit = tl.load(input + input_pixels + labels * input_class, valid, other=0).to(ACC)
+        labels = ce.load_labels(target, target_pixels, inside, ignore_index, CLASSES)
+        logit = tl.load(input + input_pixels + labels[0] * input_class, labels[2], other=0).to(ACC)
 
-    largest = tl.full((BLOCK_P,), float("-inf"), ACC)
-    total = tl.zeros((BLOCK_P,), ACC)
-    spread = tl.zeros((BLOCK_P,), ACC)
-    share = tl.zeros((BLOCK_P,), ACC)  # sum(q) so far
-    base = tl.zeros((BLOCK_P,), ACC)  # what has been subtracted from the logits so far: largest, but finite
+    sums = ce.no_classes(tl.zeros((BLOCK_P,), ACC))
     for start in tl.range(0, CLASSES, BLOCK_C, num_stages=STAGES):
         _, exist, pointers = _tile(input, start, input_class, input_pixels, CLASSES, INDEX, BLOCK_C)
         mask = exist[:, None] & inside[None, :]
         logits = tl.load(pointers, mask, other=float("-inf")).to(ACC)
-        base_before = base
-        largest, total, base = add_classes(logits, largest, total)
+        base = sums[4]
+        sums = ce.add_classes(sums, logits)
         if DENSE:
             q = _dense_share(
                 target, weight, smoothing_bits, start, target_class, target_pixels, inside, ACC, CLASSES, PROBABILITIES,
                 SMOOTHED, INDEX, BLOCK_C,
             )  # fmt: skip
-            spread += (base_before - base) * share + tl.sum(tl.where(mask, q * (logits - base[None, :]), 0.0), 0)
-            share += tl.sum(q, 0)
-    log_sum = tl.log(total)
-
-    dense_loss = share * 0.0
-    if DENSE:
-        # largest - base is zero, but for pixels whose logits are all -inf: there it makes NaN, as in log_softmax.
-        dense_loss = share * (log_sum + (largest - base)) - spread
-    if PROBABILITIES:
-        value, counted = tl.where(inside, dense_loss, 0.0), inside.to(ACC)
-    else:
-        value, counted = label_losses(
-            largest, log_sum, logit, dense_loss, labels, ignored, valid, weight, smoothing_bits, SMOOTHED, ACC
-        )
+            sums = ce.add_shares(sums, base, logits, q, mask)
     at = run * run_length + first + local
-    store_forward(
-        largest, log_sum, value, counted, loss, statistics, total_weight, partials, at, inside, pixels, REDUCED
-    )
+    ce.store_losses(
+        ce.of_all_classes(sums), logit, labels, weight, smoothing_bits, loss, statistics, total_weight, partials, at,
+        inside, pixels, SMOOTHED, REDUCED, ACC,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -151,17 +127,17 @@ def _dense_share(
     Of probabilities [BLOCK_C, BLOCK_P], of smoothed labels [BLOCK_C, 1].
     """
     classes, exist, pointers = _tile(target, start, target_class, target_pixels, CLASSES, INDEX, BLOCK_C)
-    if SMOOTHED:
-        smoothing = from_bits(smoothing_bits, ACC)
     if PROBABILITIES:
         q = tl.load(pointers, exist[:, None] & inside[None, :], other=0).to(ACC)
         if SMOOTHED:
+            smoothing = ce.from_bits(smoothing_bits, ACC)
             q = q * (1 - smoothing) + smoothing / CLASSES
+        if weight is not None:
+            q *= tl.load(weight + classes, exist, other=0)[:, None]
+        q = tl.where(exist[:, None], q, 0.0)
     else:
-        q = tl.zeros((BLOCK_C, 1), ACC) + smoothing / CLASSES
-    if weight is not None:
-        q *= tl.load(weight + classes, exist, other=0)[:, None]
-    return tl.where(exist[:, None], q, 0.0)
+        q = ce.smoothed_share(weight, smoothing_bits, classes, CLASSES, ACC)[:, None]
+    return q
 
 
 # ---- backward ----
@@ -212,7 +188,7 @@ def cross_entropy_backward(
             )  # fmt: skip
             share += tl.sum(q, 0)
     if not PROBABILITIES:
-        labels, grad, label_grad = label_gradients(
+        labels, grad, label_grad = ce.label_gradients(
             target, target_pixels, inside, grad, weight, ignore_index, smoothing_bits, CLASSES, SMOOTHED, ACC
         )
 
@@ -220,7 +196,7 @@ def cross_entropy_backward(
         classes, exist, pointers = _tile(input, start, input_class, input_pixels, CLASSES, INDEX, BLOCK_C)
         mask = exist[:, None] & inside[None, :]
         logits = tl.load(pointers, mask, other=0).to(ACC)
-        probability = exp((logits - largest[None, :]) - log_sum[None, :])
+        probability = ce.exp((logits - largest[None, :]) - log_sum[None, :])
         if PROBABILITIES or SMOOTHED:
             q = _dense_share(
                 target, weight, smoothing_bits, start, target_class, target_pixels, inside, ACC, CLASSES, PROBABILITIES,
@@ -328,9 +304,9 @@ def forward(tensors: ForwardTensors, options: LossOptions) -> None:
     arguments = _common(tensors, runs, options) | {"loss": tensors.loss}
     kernel: Any = cross_entropy_forward
     if rows.serves_forward(input, target, runs.count, runs.steps):
-        kernel, bucket = rows.cross_entropy_forward_rows, rows.bucket(input)
+        kernel, bucket = rows.cross_entropy_forward_rows, f"rows-{next_power_of_2(input.shape[1], 2, 256)}"
         plan = choose(kernel, bucket, rows.PLANS, device)
-        arguments["CHUNK"] = rows.chunk(input, plan)
+        arguments["CHUNK"] = plan.tile["BLOCK_P"] * next_power_of_2(input.shape[1])
         programs = cdiv(runs.length, plan.tile["BLOCK_P"])
     else:
         bucket = _bucket(input)
@@ -341,7 +317,7 @@ def forward(tensors: ForwardTensors, options: LossOptions) -> None:
     partials = scratch((2, programs), torch.float64, device) if reduced else None
     launch(kernel, bucket, plan, programs, arguments | {"partials": partials})
     if partials is not None:
-        finish(partials, tensors.loss, tensors.total_weight, options, not probabilities)
+        ce.finish(partials, tensors.loss, tensors.total_weight, options, not probabilities)
 
 
 @replayed

@@ -40,6 +40,15 @@ def from_bits(bits, ACC: tl.constexpr):
 
 
 @triton.jit
+def smoothed_share(weight, smoothing_bits, classes, CLASSES: tl.constexpr, ACC: tl.constexpr):
+    """What smoothed labels give to classes, their dense share q of the target; zero beyond the last one."""
+    q = tl.where(classes < CLASSES, from_bits(smoothing_bits, ACC) / CLASSES, 0.0)
+    if weight is not None:
+        q *= tl.load(weight + classes, classes < CLASSES, other=0)
+    return q
+
+
+@triton.jit
 def label_gradients(
     target, offsets, inside, grad, weight, ignore_index, smoothing_bits,
     CLASSES: tl.constexpr, SMOOTHED: tl.constexpr, ACC: tl.constexpr,
@@ -56,38 +65,66 @@ def label_gradients(
 
 
 @triton.jit
-def add_classes(logits, largest, total):
-    """The largest logit so far, and the sum of exp(x - base), with some more logits [BLOCK_C, BLOCK_P].
+def no_classes(zeros):
+    """What `add_classes` adds to before the first class, from a zero for each pixel."""
+    return zeros + float("-inf"), zeros, zeros, zeros, zeros
 
-    Also what is subtracted, ``base``: the largest logit, but zero where there is none above -inf.
+
+@triton.jit
+def add_classes(sums, logits):
+    """The sums over classes of pixels, with some more logits [BLOCK_C, ...].
+
+    They are the largest logit m, sum(exp(x - m)), and what `add_shares` adds to: sum(q * (x - m)) and sum(q); last what
+    has been subtracted from logits so far: m, but zero where there is none above -inf.
     """
-    before, largest = largest, tl.maximum(largest, tl.max(logits, 0))
+    before, total, spread, share, _ = sums
+    largest = tl.maximum(before, tl.max(logits, 0))
     base = tl.where(largest == float("-inf"), 0.0, largest)
-    total = total * exp(before - base) + tl.sum(exp(logits - base[None, :]), 0)
-    return largest, total, base
+    total = total * exp(before - base) + tl.sum(exp(logits - base[None]), 0)
+    return largest, total, spread, share, base
 
 
 @triton.jit
-def label_losses(
-    largest, log_sum, logit, dense_loss, labels, ignored, valid, weight, smoothing_bits,
-    SMOOTHED: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """Losses of labelled pixels [BLOCK_P], and how much each counts in a mean."""
-    counted = tl.where(valid, 1.0, 0.0).to(ACC)
-    if weight is not None:
-        counted = tl.load(weight + labels, valid, other=0)
-    value = ((largest - logit) + log_sum) * counted
-    if SMOOTHED:
-        value = value * (1 - from_bits(smoothing_bits, ACC)) + dense_loss
-    return tl.where(valid, value, tl.where(ignored, 0.0, float("nan"))), counted
+def add_shares(sums, base_before, logits, q, exist):
+    """The sums with the dense share q of the logits just added; ``exist`` is None where all of them are of classes."""
+    largest, total, spread, share, base = sums
+    terms = q * (logits - base[None])
+    if exist is not None:
+        terms = tl.where(exist, terms, 0.0)
+    spread += (base_before - base) * share + tl.sum(terms, 0)
+    return largest, total, spread, share + tl.sum(q, 0), base
 
 
 @triton.jit
-def store_forward(
-    largest, log_sum, value, counted, loss, statistics, total_weight, partials, at, inside, pixels,
-    REDUCED: tl.constexpr,
+def of_all_classes(sums):
+    """The statistics m and log(sum(exp(x - m))) of pixels, and their loss by the dense share."""
+    largest, total, spread, share, base = sums
+    log_sum = tl.log(total)
+    # largest - base is zero, but for pixels whose logits are all -inf: there it makes NaN, as in log_softmax.
+    return largest, log_sum, share * (log_sum + (largest - base)) - spread
+
+
+@triton.jit
+def store_losses(
+    classes, logit, labels, weight, smoothing_bits, loss, statistics, total_weight, partials, at, inside, pixels,
+    SMOOTHED: tl.constexpr, REDUCED: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Stores the statistics of the pixels ``at``, where they are wanted, and their losses or the sums of them."""
+    """Stores the statistics of the pixels ``at``, where they are wanted, and their losses or the sums of them.
+
+    ``classes`` is what `of_all_classes` gives, ``labels`` what `load_labels` does, or None for probabilities.
+    """
+    largest, log_sum, dense_loss = classes
+    if labels is None:
+        value, counted = tl.where(inside, dense_loss, 0.0), inside.to(ACC)
+    else:
+        labels, ignored, valid = labels
+        counted = tl.where(valid, 1.0, 0.0).to(ACC)  # how much each counts in a mean
+        if weight is not None:
+            counted = tl.load(weight + labels, valid, other=0)
+        value = ((largest - logit) + log_sum) * counted
+        if SMOOTHED:
+            value = value * (1 - from_bits(smoothing_bits, ACC)) + dense_loss
+        value = tl.where(valid, value, tl.where(ignored, 0.0, float("nan")))
     if statistics is not None:
         tl.store(statistics + at, largest, inside)
         tl.store(statistics + pixels + at, log_sum, inside)

@@ -15,15 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastseg.kernels.cross_entropy_pixels import (
-    add_classes,
-    exp,
-    from_bits,
-    label_gradients,
-    label_losses,
-    load_labels,
-    store_forward,
-)
+from fastseg.kernels import cross_entropy_pixels as ce
 from fastseg.kernels.launch import Plan, next_power_of_2
 
 
@@ -42,39 +34,25 @@ def cross_entropy_forward_rows(
     input += first * CLASSES
     rows = tl.load(input + chunk, chunk < count * CLASSES, other=0)
     offsets = (first + local) * target_pixel
-    labels, ignored, valid = load_labels(target, offsets, inside, ignore_index, CLASSES)
+    labels = ce.load_labels(target, offsets, inside, ignore_index, CLASSES)
     # Once more from memory: it is in the cache, and a gather would store all rows to shared memory once more.
-    logit = tl.load(input + local * CLASSES + labels.to(tl.int32), valid, other=0).to(ACC)
+    logit = tl.load(input + local * CLASSES + labels[0].to(tl.int32), labels[2], other=0).to(ACC)
 
-    largest = tl.full((BLOCK_P,), float("-inf"), ACC)
-    total = tl.zeros((BLOCK_P,), ACC)
-    spread = tl.zeros((BLOCK_P,), ACC)
-    share = tl.zeros((BLOCK_P,), ACC)
-    base = tl.zeros((BLOCK_P,), ACC)
+    sums = ce.no_classes(tl.zeros((BLOCK_P,), ACC))
     for start in tl.static_range(0, CLASSES, BLOCK_C):
         classes = start + tl.arange(0, BLOCK_C)
         exist = (classes < CLASSES)[:, None]
         source = tl.minimum(classes, CLASSES - 1)[:, None] + (local * CLASSES)[None, :]
         logits = tl.gather(rows, tl.reshape(source, (BLOCK_C * BLOCK_P,)), 0)
         logits = tl.where(exist, tl.reshape(logits, (BLOCK_C, BLOCK_P)).to(ACC), float("-inf"))
-        base_before = base
-        largest, total, base = add_classes(logits, largest, total)
+        base = sums[4]
+        sums = ce.add_classes(sums, logits)
         if SMOOTHED:
-            q = from_bits(smoothing_bits, ACC) / CLASSES + tl.zeros((BLOCK_C, 1), ACC)
-            if weight is not None:
-                q *= tl.load(weight + classes, classes < CLASSES, other=0)[:, None]
-            q = tl.where(exist, q, 0.0)
-            spread += (base_before - base) * share + tl.sum(tl.where(exist, q * (logits - base[None, :]), 0.0), 0)
-            share += tl.sum(q, 0)
-    log_sum = tl.log(total)
-
-    dense_loss = share * (log_sum + (largest - base)) - spread
-    value, counted = label_losses(
-        largest, log_sum, logit, dense_loss, labels, ignored, valid, weight, smoothing_bits, SMOOTHED, ACC
-    )
-    store_forward(
-        largest, log_sum, value, counted, loss, statistics, total_weight, partials, first + local, inside, pixels,
-        REDUCED,
+            q = ce.smoothed_share(weight, smoothing_bits, classes, CLASSES, ACC)[:, None]
+            sums = ce.add_shares(sums, base, logits, q, exist)
+    ce.store_losses(
+        ce.of_all_classes(sums), logit, labels, weight, smoothing_bits, loss, statistics, total_weight, partials,
+        first + local, inside, pixels, SMOOTHED, REDUCED, ACC,
     )  # fmt: skip
 
 
@@ -98,7 +76,7 @@ def _of_pixel(
             grad /= tl.load(total_weight)
     else:
         grad = tl.load(grad_output + pixel * grad_pixel, inside, other=0).to(ACC)
-    labels, grad, label_grad = label_gradients(
+    labels, grad, label_grad = ce.label_gradients(
         target, pixel * target_pixel, inside, grad, weight, ignore_index, smoothing_bits, CLASSES, SMOOTHED, ACC
     )
     return largest, log_sum, labels, grad, label_grad
@@ -135,17 +113,15 @@ def cross_entropy_backward_rows(
     label_grad = tl.where(is_far, far[4][:, None], near[4][:, None])
     at = first + (vector[:, None] * VECTOR + lane[None, :])
     inside = at < tl.cast(pixels, tl.int64) * CLASSES
-    probability = exp((tl.load(input + at, inside, other=0).to(ACC) - largest) - log_sum)
+    probability = ce.exp((tl.load(input + at, inside, other=0).to(ACC) - largest) - log_sum)
     gradient = (probability - tl.where(classes == labels, 1.0, 0.0)) * label_grad
     if SMOOTHED:
-        smoothing, everyone = from_bits(smoothing_bits, ACC) / CLASSES, tl.arange(0, ALL_CLASSES)
-        share = tl.where(everyone < CLASSES, smoothing, 0.0)
-        q = tl.zeros(classes.shape, ACC) + smoothing
+        everyone = ce.smoothed_share(weight, smoothing_bits, tl.arange(0, ALL_CLASSES), CLASSES, ACC)
+        q = tl.zeros(classes.shape, ACC) + ce.from_bits(smoothing_bits, ACC) / CLASSES
         if weight is not None:
-            share *= tl.load(weight + everyone, everyone < CLASSES, other=0)
             q *= tl.load(weight + classes)
         grad = tl.where(is_far, far[3][:, None], near[3][:, None])
-        gradient += (probability * tl.sum(share, 0) - q) * grad
+        gradient += (probability * tl.sum(everyone, 0) - q) * grad
     tl.store(grad_input + at, gradient, inside)
 
 
@@ -161,11 +137,6 @@ PLANS = {
     for c in (2, 4, 8, 16, 32, 64, 128, 256)
 }
 BACKWARD_PLANS = {"rows": Plan({"BLOCK": 128})}
-
-
-def bucket(input: Tensor) -> str:
-    """The bucket of a forward call's plan."""
-    return f"rows-{next_power_of_2(input.shape[1], 2, 256)}"
 
 
 def in_rows(input: Tensor, target: Tensor, run_count: int, steps: list[int]) -> bool:
@@ -190,8 +161,3 @@ def serves_backward(input: Tensor, target: Tensor, grad_input: Tensor, run_count
 def vector_of(input: Tensor) -> int:
     """How many logits a thread reads at once."""
     return VECTOR_BYTES // input.dtype.itemsize
-
-
-def chunk(input: Tensor, plan: Plan) -> int:
-    """The power of two that holds a program's rows."""
-    return plan.tile["BLOCK_P"] * next_power_of_2(input.shape[1])

@@ -14,13 +14,14 @@ from fastseg.kernels.upsampling import flat, load
 
 @triton.jit
 def load_shares(
-    target, strides, classes, out_rows, out_columns, inside, ignore_index,
+    target, strides, classes, opened, ignore_index,
     CLASSES: tl.constexpr, OF_LABELS: tl.constexpr, INDEX: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Shares [BLOCK_C, GROUP_H, GROUP_W, BLOCK_G] of an image's pixels, and which count and are known.
+    """Shares [BLOCK_C, GROUP_H, GROUP_W, BLOCK_G] of opened groups in an image, and which count and are known.
 
     What isn't known is a label outside the classes.
     """
+    out_rows, out_columns, inside, _, _ = opened
     if OF_LABELS:
         offsets = out_rows.to(INDEX) * strides[1] + out_columns.to(INDEX) * strides[2]
         labels, ignored, valid = load_labels(target, flat(offsets), flat(inside), ignore_index, CLASSES)

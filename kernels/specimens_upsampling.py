@@ -206,11 +206,11 @@ class _SigmoidSums:
 
     def forward(self, device: torch.device) -> Call:
         """Prepares the sums."""
-        tensors = upsample_sigmoid_sums.ForwardTensors(*self.tensors(device))
+        tensors = self.tensors(device)
 
         def call() -> tuple[Tensor, ...]:
             upsample_sigmoid_sums.forward(tensors, *self._options)
-            return (tensors.sums,)
+            return (tensors[-1],)
 
         return call
 
@@ -218,11 +218,11 @@ class _SigmoidSums:
         """Prepares their gradient."""
         input, target, sums = self.tensors(device)
         grads = fill(torch.empty_like(sums))
-        tensors = upsample_sigmoid_sums.BackwardTensors(grads, input, target, torch.empty_like(input))
+        tensors = grads, input, target, torch.empty_like(input)
 
         def call() -> tuple[Tensor, ...]:
             upsample_sigmoid_sums.backward(tensors, *self._options)
-            return (tensors.grad_input,)
+            return (tensors[-1],)
 
         return call
 

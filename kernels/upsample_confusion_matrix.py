@@ -8,21 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastseg.kernels.launch import launch, replayed
+from fastseg.kernels.launch import replayed
 from fastseg.kernels.upsample_argmax import GROUP_PIXELS, PLANS, predict
-from fastseg.kernels.upsampling import (
-    GRID_ARGUMENTS,
-    axes_of,
-    cut_groups,
-    flat,
-    grid_of,
-    in_planes,
-    index_of,
-    load,
-    locate_groups,
-    pixels_of,
-    tap_offsets,
-)
+from fastseg.kernels.upsampling import GRID_ARGUMENTS, flat, grid_of, in_planes, launch_groups, load, locate_groups
 
 if TYPE_CHECKING:
     from fastseg.ops.upsampling import Upsampling
@@ -37,27 +25,20 @@ def upsample_confusion_matrix_forward(
     input, target, counts,
     height, width, out_height, out_width, row_step, column_step, row_passes, column_passes, column_groups, blocks,
     input_strides, target_strides, ignore_index,
-    CLASSES: tl.constexpr, IGNORES: tl.constexpr, GRID: tl.constexpr, INDEX: tl.constexpr, BLOCK_G: tl.constexpr,
+    CLASSES: tl.constexpr, IGNORES: tl.constexpr, GRID: tl.constexpr, INDEX: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_G: tl.constexpr,
 ):  # fmt: skip
     """Adds pixels to counts [CLASSES * CLASSES + 1], those of labels outside the classes to the last.
 
     Whole numbers add up to the same in any order.
     """
-    ACC: tl.constexpr = tl.float64 if input.dtype.element_ty == tl.float64 else tl.float32
-    rows, columns = axes_of(
-        height, width, out_height, out_width, row_step, column_step, row_passes, column_passes, GRID, ACC
-    )
-    image, row_intervals, opened_rows, column_intervals, opened_columns = locate_groups(
-        tl.program_id(0), blocks, column_groups, rows, columns, GRID, BLOCK_G
-    )
-    out_rows, out_columns, inside, row_weights, column_weights, some = pixels_of(opened_rows, opened_columns)
-    row_taps = tap_offsets(row_intervals, height, input_strides[2], GRID, INDEX)
-    column_taps = tap_offsets(column_intervals, width, input_strides[3], GRID, INDEX)
-    input += image * input_strides[0]
-    _, prediction = predict(
-        input, input_strides[1], row_taps, column_taps, some, row_weights, column_weights, CLASSES, GRID, ACC,
-        BLOCK_G,
+    image, opened, taps = locate_groups(
+        tl.program_id(0), height, width, out_height, out_width, row_step, column_step, row_passes, column_passes,
+        column_groups, blocks, input_strides, GRID, INDEX, ACC, BLOCK_G,
     )  # fmt: skip
+    out_rows, out_columns, inside, weights, some = opened
+    input += image * input_strides[0]
+    _, prediction = predict(input, input_strides[1], taps, weights, some, CLASSES, GRID, ACC, BLOCK_G)
     offsets = out_rows.to(INDEX) * target_strides[1] + out_columns.to(INDEX) * target_strides[2]
     labels = flat(load(target + image * target_strides[0] + offsets, inside, other=0)).to(tl.int64)
     prediction, inside = flat(prediction), flat(inside)
@@ -79,13 +60,9 @@ def upsample_confusion_matrix_forward(
 def forward(tensors: tuple[Tensor, Tensor, Tensor], ignore_index: int | None, upsampling: Upsampling) -> None:
     """Adds input's predictions and target to counts [C * C + 1]; see `fastseg.ops.upsample_confusion_matrix`."""
     input, target, counts = tensors
-    input = in_planes(input)
-    grid, arguments = grid_of(input.shape[2:], target.shape[1:], upsampling, GROUP_PIXELS)
-    bucket, plan, cut = cut_groups(upsample_confusion_matrix_forward, PLANS, input, grid, arguments)
+    grid, arguments = grid_of(in_planes(input), target, upsampling, GROUP_PIXELS)
     arguments |= {
-        "input": input, "target": target, "counts": counts, **cut,
-        "input_strides": input.stride(), "target_strides": target.stride(), "ignore_index": ignore_index or 0,
-        "CLASSES": input.shape[1], "IGNORES": ignore_index is not None,
-        "INDEX": index_of(target.shape, input, target),
+        "target": target, "counts": counts, "target_strides": target.stride(), "ignore_index": ignore_index or 0,
+        "IGNORES": ignore_index is not None,
     }  # fmt: skip
-    launch(upsample_confusion_matrix_forward, bucket, plan, input.shape[0] * cut["blocks"], arguments)
+    launch_groups(upsample_confusion_matrix_forward, PLANS, grid, arguments)

@@ -14,35 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastseg.kernels.cross_entropy_pixels import (
-    add_classes,
-    finish,
-    from_bits,
-    label_losses,
-    load_labels,
-    store_forward,
-)
+from fastseg.kernels import cross_entropy_pixels as ce
+from fastseg.kernels import upsampling as up
 from fastseg.kernels.launch import Plan, cdiv, choose, launch, multiprocessors, replayed, scratch
 from fastseg.kernels.upsample_cross_entropy_backward import BackwardTensors as BackwardTensors
 from fastseg.kernels.upsample_cross_entropy_backward import backward as backward
 from fastseg.kernels.upsample_cross_entropy_backward import common
-from fastseg.kernels.upsampling import (
-    GRID_ARGUMENTS,
-    Grid,
-    axes_of,
-    cut_groups,
-    flat,
-    grid_of,
-    in_planes,
-    index_of,
-    interpolate,
-    load_taps,
-    locate_groups,
-    pixels_of,
-    plans_of,
-    probabilities,
-    tap_offsets,
-)
 
 if TYPE_CHECKING:
     from fastseg.ops.losses.options import LossOptions
@@ -53,112 +30,84 @@ if TYPE_CHECKING:
 
 @triton.jit
 def _add_block(
-    state, start, input, weight, smoothing_bits, class_stride, row_taps, column_taps, some, row_weights, column_weights,
+    sums, start, input, weight, smoothing_bits, class_stride, taps, weights, some,
     ACC: tl.constexpr, CLASSES: tl.constexpr, SMOOTHED: tl.constexpr, GRID: tl.constexpr, BLOCK_C: tl.constexpr,
     WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Adds the classes from ``start`` on, all of which exist where WHOLE, to the sums of pixels.
-
-    They are the largest logit m, sum(exp(z - m)), and, for smoothed labels with the dense share q, sum(q * (z - m)) and
-    sum(q), and last what has been subtracted: m, but finite.
-    """
-    largest, total, spread, share, base = state
+    """Adds the classes from ``start`` on, all of which exist where WHOLE, to the sums of pixels."""
     classes = start + tl.arange(0, BLOCK_C)[:, None, None, None]
     exist = classes < CLASSES
     mask = some if WHOLE else exist & some
-    pointers = input + classes.to(tl.int64) * class_stride
-    taps = load_taps(pointers, row_taps, column_taps, mask, GRID, ACC)
-    logits = interpolate(taps, row_weights, column_weights, GRID)
+    logits = up.load_logits(input + classes.to(tl.int64) * class_stride, taps, weights, mask, GRID, ACC)
     if not WHOLE:
         logits = tl.where(exist, logits, float("-inf"))
-    base_before = base
-    largest, total, base = add_classes(logits, largest, total)
+    base = sums[4]
+    sums = ce.add_classes(sums, logits)
     if SMOOTHED:
-        q = tl.where(exist, from_bits(smoothing_bits, ACC) / CLASSES, 0.0)
-        if weight is not None:
-            q *= tl.load(weight + classes, exist, other=0)
-        terms = q * (logits - base)
-        spread += (base_before - base) * share + tl.sum(terms if WHOLE else tl.where(exist, terms, 0.0), 0)
-        share += tl.sum(q, 0)
-    return largest, total, spread, share, base
+        q = ce.smoothed_share(weight, smoothing_bits, classes, CLASSES, ACC)
+        sums = ce.add_shares(sums, base, logits, q, None if WHOLE else exist)
+    return sums
 
 
-@triton.jit(do_not_specialize=[*GRID_ARGUMENTS, "ignore_index", "smoothing_bits"])
+@triton.jit(do_not_specialize=[*up.GRID_ARGUMENTS, "ignore_index", "smoothing_bits"])
 def upsample_cross_entropy_forward(
     input, target, weight, loss, statistics, total_weight, partials,
     height, width, out_height, out_width, row_step, column_step, row_passes, column_passes, column_groups, blocks,
     pixels, input_strides, target_strides, ignore_index, smoothing_bits,
     CLASSES: tl.constexpr, SMOOTHED: tl.constexpr, REDUCED: tl.constexpr, GRID: tl.constexpr, INDEX: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr,
+    ACC: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
     """Statistics of each pixel, where they are wanted, and its loss, or the program's sums of losses and weights."""
-    ACC: tl.constexpr = loss.dtype.element_ty
-    rows, columns = axes_of(
-        height, width, out_height, out_width, row_step, column_step, row_passes, column_passes, GRID, ACC
-    )
-    image, row_intervals, opened_rows, column_intervals, opened_columns = locate_groups(
-        tl.program_id(0), blocks, column_groups, rows, columns, GRID, BLOCK_G
-    )
-    out_rows, out_columns, inside, row_weights, column_weights, some = pixels_of(opened_rows, opened_columns)
+    image, opened, taps = up.locate_groups(
+        tl.program_id(0), height, width, out_height, out_width, row_step, column_step, row_passes, column_passes,
+        column_groups, blocks, input_strides, GRID, INDEX, ACC, BLOCK_G,
+    )  # fmt: skip
+    out_rows, out_columns, inside, weights, some = opened
     input += image * input_strides[0]
-    row_taps = tap_offsets(row_intervals, height, input_strides[2], GRID, INDEX)
-    column_taps = tap_offsets(column_intervals, width, input_strides[3], GRID, INDEX)
-
     GROUP_H: tl.constexpr = GRID.group[0]
     GROUP_W: tl.constexpr = GRID.group[1]
-    zeros = tl.zeros((GROUP_H, GROUP_W, BLOCK_G), ACC)
-    state = zeros + float("-inf"), zeros, zeros, zeros, zeros
+    sums = ce.no_classes(tl.zeros((GROUP_H, GROUP_W, BLOCK_G), ACC))
     WHOLE: tl.constexpr = CLASSES // BLOCK_C * BLOCK_C
     for start in range(0, WHOLE, BLOCK_C):
-        state = _add_block(
-            state, start, input, weight, smoothing_bits, input_strides[1], row_taps, column_taps, some, row_weights,
-            column_weights, ACC, CLASSES, SMOOTHED, GRID, BLOCK_C, True,
+        sums = _add_block(
+            sums, start, input, weight, smoothing_bits, input_strides[1], taps, weights, some, ACC, CLASSES, SMOOTHED,
+            GRID, BLOCK_C, True,
         )  # fmt: skip
     if WHOLE < CLASSES:
-        state = _add_block(
-            state, WHOLE, input, weight, smoothing_bits, input_strides[1], row_taps, column_taps, some, row_weights,
-            column_weights, ACC, CLASSES, SMOOTHED, GRID, BLOCK_C, False,
+        sums = _add_block(
+            sums, WHOLE, input, weight, smoothing_bits, input_strides[1], taps, weights, some, ACC, CLASSES, SMOOTHED,
+            GRID, BLOCK_C, False,
         )  # fmt: skip
-    largest, total, spread, share, base = state
-    log_sum = tl.log(total)
+    largest, log_sum, dense_loss = ce.of_all_classes(sums)
 
     target += image * target_strides[0]
     offsets = out_rows.to(INDEX) * target_strides[1] + out_columns.to(INDEX) * target_strides[2]
-    labels, ignored, valid = load_labels(target, flat(offsets), flat(inside), ignore_index, CLASSES)
-    of_labels = tl.reshape(labels, inside.shape) * input_strides[1]
-    taps = load_taps(input + of_labels, row_taps, column_taps, tl.reshape(valid, inside.shape), GRID, ACC)
-    logit = flat(interpolate(taps, row_weights, column_weights, GRID))
-    # largest - base is zero, but for pixels whose logits are all -inf: there it makes NaN, as in log_softmax.
-    dense_loss = flat(share * (log_sum + (largest - base)) - spread)
-    largest, log_sum = flat(largest), flat(log_sum)
-    value, counted = label_losses(
-        largest, log_sum, logit, dense_loss, labels, ignored, valid, weight, smoothing_bits, SMOOTHED, ACC
-    )
+    labels = ce.load_labels(target, up.flat(offsets), up.flat(inside), ignore_index, CLASSES)
+    of_labels, valid = tl.reshape(labels[0], inside.shape) * input_strides[1], tl.reshape(labels[2], inside.shape)
+    logit = up.flat(up.load_logits(input + of_labels, taps, weights, valid, GRID, ACC))
     at = image * out_height * out_width + (out_rows.to(INDEX) * out_width + out_columns)
-    store_forward(
-        largest, log_sum, value, counted, loss, statistics, total_weight, partials, flat(at), flat(inside), pixels,
-        REDUCED,
+    classes = up.flat(largest), up.flat(log_sum), up.flat(dense_loss)
+    ce.store_losses(
+        classes, logit, labels, weight, smoothing_bits, loss, statistics, total_weight, partials, up.flat(at),
+        up.flat(inside), pixels, SMOOTHED, REDUCED, ACC,
     )  # fmt: skip
 
 
 # ---- the sums of soft Dice losses ----
 
 
-@triton.jit(do_not_specialize=[*GRID_ARGUMENTS, "shares", "class_blocks", "ignore_index"])
+@triton.jit(do_not_specialize=[*up.GRID_ARGUMENTS, "shares", "class_blocks", "ignore_index"])
 def upsample_overlap_forward(
     input, target, statistics, partials,
     height, width, out_height, out_width, row_step, column_step, row_passes, column_passes, column_groups, blocks,
     shares, class_blocks, pixels, input_strides, target_strides, ignore_index,
-    CLASSES: tl.constexpr, GRID: tl.constexpr, INDEX: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr,
+    CLASSES: tl.constexpr, GRID: tl.constexpr, INDEX: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_G: tl.constexpr,
 ):  # fmt: skip
     """A program's part of sum(P [target = c]), sum(P) and |{target = c}|, in double [images, shares, 3, CLASSES].
 
     It has some classes of every ``shares``-th block of an image's groups.
     """
-    ACC: tl.constexpr = statistics.dtype.element_ty
-    rows, columns = axes_of(
-        height, width, out_height, out_width, row_step, column_step, row_passes, column_passes, GRID, ACC
-    )
     program = tl.program_id(0)
     row = program // class_blocks
     image = (row // shares).to(tl.int64)
@@ -172,20 +121,18 @@ def upsample_overlap_forward(
     predicted = tl.zeros((BLOCK_C, BLOCK_G), tl.float64)
     labelled = tl.zeros((BLOCK_C, BLOCK_G), tl.int32)
     for block in range(row % shares, blocks, shares):
-        _, row_intervals, opened_rows, column_intervals, opened_columns = locate_groups(
-            block, blocks, column_groups, rows, columns, GRID, BLOCK_G
-        )
-        out_rows, out_columns, inside, row_weights, column_weights, some = pixels_of(opened_rows, opened_columns)
+        _, opened, taps = up.locate_groups(
+            block, height, width, out_height, out_width, row_step, column_step, row_passes, column_passes,
+            column_groups, blocks, input_strides, GRID, INDEX, ACC, BLOCK_G,
+        )  # fmt: skip
+        out_rows, out_columns, inside, weights, some = opened
         offsets = out_rows.to(INDEX) * target_strides[1] + out_columns.to(INDEX) * target_strides[2]
-        labels, ignored, valid = load_labels(target, flat(offsets), flat(inside), ignore_index, CLASSES)
+        labels, ignored, valid = ce.load_labels(target, up.flat(offsets), up.flat(inside), ignore_index, CLASSES)
         labels, counts = tl.reshape(labels, inside.shape), tl.reshape(ignored == 0, inside.shape)
         known = tl.reshape(valid | ignored, inside.shape)
-        row_taps = tap_offsets(row_intervals, height, input_strides[2], GRID, INDEX)
-        column_taps = tap_offsets(column_intervals, width, input_strides[3], GRID, INDEX)
-        taps = load_taps(pointers, row_taps, column_taps, exist & some, GRID, ACC)
-        logits = interpolate(taps, row_weights, column_weights, GRID)
+        logits = up.load_logits(pointers, taps, weights, exist & some, GRID, ACC)
         at = out_rows.to(INDEX) * out_width + out_columns
-        probability = probabilities(logits, statistics, at, pixels, counts)
+        probability = up.probabilities(logits, statistics, at, pixels, counts)
         probability = tl.where(known, probability, float("nan"))  # a label outside the classes
         hit = (classes[:, None, None, None] == labels) & counts
         predicted += tl.sum(tl.sum(probability, 1), 1)
@@ -217,8 +164,8 @@ def upsample_overlap_finish(
 # Groups of 8 pixels were measured (H200, Triton 3.6, 2026-11-26): tiles of 2 and 4 classes, and of 64 columns, are 3%
 # faster to 19% slower; `tuned/nvidia-h200.json` has what limiting the registers gains. The others are estimates.
 CLASSES_AT_A_TIME = {1: {"BLOCK_C": 16}, 2: {"BLOCK_C": 16}, 4: {"BLOCK_C": 8}, 8: {"BLOCK_C": 8}}
-FORWARD_PLANS = plans_of(CLASSES_AT_A_TIME, Plan({"BLOCK_G": 128}))
-OVERLAP_PLANS = plans_of(CLASSES_AT_A_TIME, Plan({"BLOCK_G": 128}))
+FORWARD_PLANS = up.plans_of(CLASSES_AT_A_TIME, Plan({"BLOCK_G": 128}))
+OVERLAP_PLANS = up.plans_of(CLASSES_AT_A_TIME, Plan({"BLOCK_G": 128}))
 OVERLAP_FINISH_PLANS = {"all": Plan({"BLOCK": 128})}
 SHARES_PER_MULTIPROCESSOR = 4  # programs of the overlap's sums; each goes over many blocks
 
@@ -238,19 +185,15 @@ class ForwardTensors(NamedTuple):
 @replayed
 def forward(tensors: ForwardTensors, options: LossOptions, upsampling: Upsampling) -> None:
     """Fills loss, statistics, total_weight and overlap; see the operator's registration."""
-    target, device, images = tensors.target, tensors.input.device, tensors.input.shape[0]
-    input = in_planes(tensors.input)
-    grid, arguments = grid_of(input.shape[2:], target.shape[1:], upsampling)
-    bucket, plan, cut = cut_groups(upsample_cross_entropy_forward, FORWARD_PLANS, input, grid, arguments)
-    programs, reduced = images * cut["blocks"], options.reduction != "none"
+    target, device = tensors.target, tensors.input.device
+    grid, arguments = up.grid_of(up.in_planes(tensors.input), target, upsampling)
+    arguments |= common(tensors, options) | {"loss": tensors.loss, "statistics": _statistics_to_fill(tensors)}
+    bucket, plan, cut = up.cut_groups(upsample_cross_entropy_forward, FORWARD_PLANS, grid, arguments)
+    programs, reduced = target.shape[0] * cut["blocks"], options.reduction != "none"
     partials = scratch((2, programs), torch.float64, device) if reduced else None
-    arguments |= common(input, tensors, options) | {
-        "loss": tensors.loss, "statistics": _statistics_to_fill(tensors), "partials": partials, **cut,
-        "INDEX": index_of(target.shape, input, target),
-    }  # fmt: skip
-    launch(upsample_cross_entropy_forward, bucket, plan, programs, arguments)
+    launch(upsample_cross_entropy_forward, bucket, plan, programs, arguments | cut | {"partials": partials})
     if partials is not None:
-        finish(partials, tensors.loss, tensors.total_weight, options, True)
+        ce.finish(partials, tensors.loss, tensors.total_weight, options, True)
     if len(tensors.overlap) > 0:
         fill_class_sums(upsample_overlap_forward, OVERLAP_PLANS, tensors.overlap, grid, arguments)
 
@@ -263,11 +206,11 @@ def _statistics_to_fill(tensors: ForwardTensors) -> Tensor | None:
 
 
 def fill_class_sums(
-    kernel: Any, defaults: dict[str, Plan], overlap: Tensor, grid: Grid, arguments: dict[str, Any]
+    kernel: Any, defaults: dict[str, Plan], overlap: Tensor, grid: up.Grid, arguments: dict[str, Any]
 ) -> None:
     """Launches a kernel for the parts of sums [SUMS, images, CLASSES], and the one that adds them up."""
-    input, device, (sums, images, classes) = arguments["input"], overlap.device, overlap.shape
-    bucket, plan, cut = cut_groups(kernel, defaults, input, grid, arguments)
+    device, (sums, images, classes) = overlap.device, overlap.shape
+    bucket, plan, cut = up.cut_groups(kernel, defaults, grid, arguments)
     blocks, class_blocks = cut["blocks"], cdiv(classes, plan.tile["BLOCK_C"])
     programs = SHARES_PER_MULTIPROCESSOR * multiprocessors(device)
     shares = min(blocks, cdiv(programs, max(images, 1) * class_blocks))

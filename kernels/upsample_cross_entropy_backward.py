@@ -14,51 +14,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastseg.kernels.cross_entropy_pixels import from_bits, label_gradients, load_labels
+from fastseg.kernels import upsampling as up
+from fastseg.kernels.cross_entropy_pixels import label_gradients, load_labels, smoothed_share
 from fastseg.kernels.launch import Plan, bits_of, cdiv, choose, fit, launch, replayed, scratch
 from fastseg.kernels.sigmoid_pixels import load_shares, load_sigmoid_grads, sigmoid_gradients
-from fastseg.kernels.upsampling import (
-    GRID_ARGUMENTS,
-    Grid,
-    axes_of,
-    bucket_of,
-    clip_classes,
-    cut_groups,
-    first_positions,
-    flat,
-    grid_of,
-    holds,
-    in_planes,
-    index_of,
-    interpolate,
-    load,
-    load_taps,
-    locate_groups,
-    open_groups,
-    pixels_of,
-    plans_of,
-    probabilities,
-    store,
-    tap_offsets,
-)
 
 if TYPE_CHECKING:
     from fastseg.ops.losses.options import LossOptions
     from fastseg.ops.upsampling import Upsampling
-
-
-@triton.jit
-def _smoothed_share(weight, smoothing_bits, classes, CLASSES: tl.constexpr, ACC: tl.constexpr):
-    """The dense share q of smoothed labels."""
-    q = tl.where(classes < CLASSES, from_bits(smoothing_bits, ACC) / CLASSES, 0.0)
-    if weight is not None:
-        q *= tl.load(weight + classes, classes < CLASSES, other=0)
-    return q
 
 
 @triton.jit
@@ -81,7 +48,8 @@ def _to_taps(gradients, weights, AXIS: tl.constexpr, TAPS: tl.constexpr):
 
 @triton.jit(
     do_not_specialize=[
-        *GRID_ARGUMENTS, "class_blocks", "ignore_index", "smoothing_bits", "gamma_bits", "scale_bits", "threshold_bits"
+        *up.GRID_ARGUMENTS, "class_blocks", "ignore_index", "smoothing_bits", "gamma_bits", "scale_bits",
+        "threshold_bits",
     ]
 )  # fmt: skip
 def upsample_cross_entropy_backward(
@@ -100,7 +68,7 @@ def upsample_cross_entropy_backward(
     """
     SIGMOID: tl.constexpr = SUMS > 0
     OVERLAP: tl.constexpr = grad_overlap is not None and not SIGMOID
-    rows, columns = axes_of(
+    rows, columns = up.axes_of(
         height, width, out_height, out_width, row_step, column_step, row_passes, column_passes, GRID, ACC
     )
     HALO_H: tl.constexpr = GRID.taps[0] - 1  # intervals before position 0
@@ -121,9 +89,9 @@ def upsample_cross_entropy_backward(
     exist = classes < CLASSES
     pointers = input + image * input_strides[0] + classes.to(tl.int64)[:, None, None, None] * input_strides[1]
     target += image * target_strides[0]
-    first_out_column = first_positions(column, columns, GRID)
-    column_taps = tap_offsets(column, width, input_strides[3], GRID, INDEX)
-    columns_hold = holds(first_out_column, column, columns, GRID)
+    first_out_column = up.first_positions(column, columns, GRID)
+    column_taps = up.tap_offsets(column, width, input_strides[3], GRID, INDEX)
+    columns_hold = up.holds(first_out_column, column, columns, GRID)
     grad = tl.zeros((1,), ACC)
     if SIGMOID:
         grads = load_sigmoid_grads(
@@ -140,10 +108,10 @@ def upsample_cross_entropy_backward(
             grad_loss += image * grad_loss_strides[0]
     if SMOOTHED:
         share = tl.zeros((1,), ACC)
-        q = _smoothed_share(weight, smoothing_bits, classes, CLASSES, ACC)[:, None, None, None]
+        q = smoothed_share(weight, smoothing_bits, classes, CLASSES, ACC)[:, None, None, None]
         for start in range(0, CLASSES, BLOCK_C):
             others = start + tl.arange(0, BLOCK_C)
-            share += tl.sum(_smoothed_share(weight, smoothing_bits, others, CLASSES, ACC), 0)
+            share += tl.sum(smoothed_share(weight, smoothing_bits, others, CLASSES, ACC), 0)
     if OVERLAP:
         of_intersection, of_predicted = load_overlap_grads(
             grad_overlap + image * grad_overlap_strides[1], classes[:, None, None, None], grad_overlap_strides, CLASSES
@@ -154,25 +122,26 @@ def upsample_cross_entropy_backward(
     near_near, near_far, far_near, far_far = zeros, zeros, zeros, zeros
     for step in range(SEGMENT + HALO_H):
         row = first_row + step
-        row_taps = tap_offsets(row, height, input_strides[2], GRID, INDEX)
-        first_out_row = first_positions(row, rows, GRID)
-        mask = exist[:, None, None, None] & columns_hold & holds(first_out_row, row, rows, GRID)
-        taps = load_taps(pointers, row_taps, column_taps, mask, GRID, ACC)
+        row_taps = up.tap_offsets(row, height, input_strides[2], GRID, INDEX)
+        first_out_row = up.first_positions(row, rows, GRID)
+        mask = exist[:, None, None, None] & columns_hold & up.holds(first_out_row, row, rows, GRID)
+        taps = up.load_taps(pointers, (row_taps, column_taps), mask, GRID, ACC)
         second = (row == 0) & BORDER
         near_near, far_near = far_near, tl.where(second, near_near, 0.0)
         near_far, far_far = far_far, tl.where(second, near_far, 0.0)
         for row_pass in range(row_passes):
-            opened_rows = open_groups(first_out_row + row_pass * GRID.group[0], row, rows, GRID, 0)
+            opened_rows = up.open_groups(first_out_row + row_pass * GRID.group[0], row, rows, GRID, 0)
             group_row_weights = opened_rows[2]  # [GROUP_H, BLOCK_G]
             for column_pass in range(column_passes):
                 first = first_out_column + column_pass * GRID.group[1]
-                opened_columns = open_groups(first, column, columns, GRID, 1)
-                out_rows, out_columns, inside, row_weights, column_weights, _ = pixels_of(opened_rows, opened_columns)
+                opened_columns = up.open_groups(first, column, columns, GRID, 1)
+                opened = up.pixels_of(opened_rows, opened_columns)
+                out_rows, out_columns, inside, weights, _ = opened
                 if SIGMOID:
-                    logits = interpolate(taps, row_weights, column_weights, GRID)
+                    logits = up.interpolate(taps, weights, GRID)
                     share, counts, known = load_shares(
-                        target, target_strides, classes[:, None, None, None], out_rows, out_columns, inside,
-                        ignore_index, CLASSES, OF_LABELS, INDEX, ACC,
+                        target, target_strides, classes[:, None, None, None], opened, ignore_index, CLASSES, OF_LABELS,
+                        INDEX, ACC,
                     )  # fmt: skip
                     gradient = sigmoid_gradients(
                         logits, share, grads, gamma_bits, scale_bits, threshold_bits, SUMS, SMALLER, FOCAL, ACC
@@ -184,28 +153,28 @@ def upsample_cross_entropy_backward(
                         offsets = (
                             out_rows.to(INDEX) * grad_loss_strides[1] + out_columns.to(INDEX) * grad_loss_strides[2]
                         )
-                        pixel_grad = flat(load(grad_loss + offsets, inside, other=0).to(ACC))
+                        pixel_grad = up.flat(up.load(grad_loss + offsets, inside, other=0).to(ACC))
                     offsets = out_rows.to(INDEX) * target_strides[1] + out_columns.to(INDEX) * target_strides[2]
                     labels, pixel_grad, label_grad = label_gradients(
-                        target, flat(offsets), flat(inside), pixel_grad, weight, ignore_index, smoothing_bits, CLASSES,
-                        SMOOTHED, ACC,
+                        target, up.flat(offsets), up.flat(inside), pixel_grad, weight, ignore_index, smoothing_bits,
+                        CLASSES, SMOOTHED, ACC,
                     )  # fmt: skip
                     labels = tl.reshape(labels, inside.shape)
                     pixel_grad = tl.reshape(pixel_grad, inside.shape)
                     label_grad = tl.reshape(label_grad, inside.shape)
                     at = out_rows.to(INDEX) * out_width + out_columns
-                    logits = interpolate(taps, row_weights, column_weights, GRID)
-                    probability = probabilities(logits, statistics, at, pixels, inside)
+                    logits = up.interpolate(taps, weights, GRID)
+                    probability = up.probabilities(logits, statistics, at, pixels, inside)
                     hit = classes[:, None, None, None] == labels
                     gradient = probability * label_grad - tl.where(hit, label_grad, 0.0)
                     if SMOOTHED:
                         gradient += (probability * share - q) * pixel_grad
                     if OVERLAP:
                         counts = labels >= 0
-                        mean_grad = load(mean_grads + at, counts, other=0)
+                        mean_grad = up.load(mean_grads + at, counts, other=0)
                         factor = (of_predicted - mean_grad) + tl.where(hit, of_intersection, 0.0)
                         gradient += probability * tl.where(counts, factor, 0.0)
-                near, far = _to_taps(gradient, column_weights, 2, GRID.taps[1])  # [BLOCK_C, GROUP_H, BLOCK_G]
+                near, far = _to_taps(gradient, weights[1], 2, GRID.taps[1])  # [BLOCK_C, GROUP_H, BLOCK_G]
                 upper, lower = _to_taps(near, group_row_weights, 1, GRID.taps[0])
                 near_near += upper
                 far_near += lower
@@ -224,7 +193,7 @@ def upsample_cross_entropy_backward(
             tl.store(grad_input + classes[:, None] + offsets, total, stored)
         else:
             of_classes = classes.to(INDEX)[:, None] * grad_input_strides[1]
-            store(grad_input + of_classes + offsets, total, stored)
+            up.store(grad_input + of_classes + offsets, total, stored)
 
 
 # ---- the gradient of the overlap ----
@@ -238,57 +207,40 @@ def load_overlap_grads(grad_overlap, classes, strides, CLASSES: tl.constexpr):
     return tl.load(at, exist, other=0), tl.load(at + strides[0], exist, other=0)
 
 
-@triton.jit
-def _mean_of_block(
-    start, grad_overlap, grad_overlap_strides, input, class_stride, row_taps, column_taps, some, row_weights,
-    column_weights, statistics, at, pixels, counts, labels,
-    ACC: tl.constexpr, CLASSES: tl.constexpr, GRID: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    classes = start + tl.arange(0, BLOCK_C)[:, None, None, None]
-    mask = (classes < CLASSES) & some
-    pointers = input + classes.to(tl.int64) * class_stride
-    taps = load_taps(pointers, row_taps, column_taps, mask, GRID, ACC)
-    logits = interpolate(taps, row_weights, column_weights, GRID)
-    of_intersection, of_predicted = load_overlap_grads(grad_overlap, classes, grad_overlap_strides, CLASSES)
-    gradient = of_predicted + tl.where(classes == labels, of_intersection, 0.0)
-    terms = probabilities(logits, statistics, at, pixels, counts) * gradient
-    return tl.sum(tl.where(classes < CLASSES, terms, 0.0), 0)
-
-
-@triton.jit(do_not_specialize=[*GRID_ARGUMENTS, "ignore_index"])
+@triton.jit(do_not_specialize=[*up.GRID_ARGUMENTS, "ignore_index"])
 def upsample_overlap_mean_grads(
     grad_overlap, input, target, statistics, mean_grads,
     height, width, out_height, out_width, row_step, column_step, row_passes, column_passes, column_groups, blocks,
     pixels, grad_overlap_strides, input_strides, target_strides, ignore_index,
-    CLASSES: tl.constexpr, GRID: tl.constexpr, INDEX: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr,
+    CLASSES: tl.constexpr, GRID: tl.constexpr, INDEX: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_G: tl.constexpr,
 ):  # fmt: skip
     """For each pixel that counts, the mean under P of the gradients of its probabilities."""
-    ACC: tl.constexpr = statistics.dtype.element_ty
-    rows, columns = axes_of(
-        height, width, out_height, out_width, row_step, column_step, row_passes, column_passes, GRID, ACC
-    )
-    image, row_intervals, opened_rows, column_intervals, opened_columns = locate_groups(
-        tl.program_id(0), blocks, column_groups, rows, columns, GRID, BLOCK_G
-    )
-    out_rows, out_columns, inside, row_weights, column_weights, some = pixels_of(opened_rows, opened_columns)
-    row_taps = tap_offsets(row_intervals, height, input_strides[2], GRID, INDEX)
-    column_taps = tap_offsets(column_intervals, width, input_strides[3], GRID, INDEX)
+    image, opened, taps = up.locate_groups(
+        tl.program_id(0), height, width, out_height, out_width, row_step, column_step, row_passes, column_passes,
+        column_groups, blocks, input_strides, GRID, INDEX, ACC, BLOCK_G,
+    )  # fmt: skip
+    out_rows, out_columns, inside, weights, some = opened
     grad_overlap += image * grad_overlap_strides[1]
     input += image * input_strides[0]
     target += image * target_strides[0]
     offsets = out_rows.to(INDEX) * target_strides[1] + out_columns.to(INDEX) * target_strides[2]
-    labels, ignored, _ = load_labels(target, flat(offsets), flat(inside), ignore_index, CLASSES)
+    labels, ignored, _ = load_labels(target, up.flat(offsets), up.flat(inside), ignore_index, CLASSES)
     labels, counts = tl.reshape(labels, inside.shape), tl.reshape(ignored == 0, inside.shape)
     at = image * out_height * out_width + (out_rows.to(INDEX) * out_width + out_columns)
     GROUP_H: tl.constexpr = GRID.group[0]
     GROUP_W: tl.constexpr = GRID.group[1]
     total = tl.zeros((GROUP_H, GROUP_W, BLOCK_G), ACC)
     for start in range(0, CLASSES, BLOCK_C):
-        total += _mean_of_block(
-            start, grad_overlap, grad_overlap_strides, input, input_strides[1], row_taps, column_taps, some,
-            row_weights, column_weights, statistics, at, pixels, counts, labels, ACC, CLASSES, GRID, BLOCK_C,
-        )  # fmt: skip
-    store(mean_grads + at, total, counts)
+        classes = start + tl.arange(0, BLOCK_C)[:, None, None, None]
+        exist = classes < CLASSES
+        pointers = input + classes.to(tl.int64) * input_strides[1]
+        logits = up.load_logits(pointers, taps, weights, exist & some, GRID, ACC)
+        of_intersection, of_predicted = load_overlap_grads(grad_overlap, classes, grad_overlap_strides, CLASSES)
+        gradient = of_predicted + tl.where(classes == labels, of_intersection, 0.0)
+        terms = up.probabilities(logits, statistics, at, pixels, counts) * gradient
+        total += tl.sum(tl.where(exist, terms, 0.0), 0)
+    up.store(mean_grads + at, total, counts)
 
 
 # ---- launchers ----
@@ -299,16 +251,16 @@ def upsample_overlap_mean_grads(
 # ms instead of 1.01. With 136 registers, one program less of 16, no shape spills.
 _DOWN_THE_ROWS = Plan({"BLOCK_C": 8, "BLOCK_G": 32, "SEGMENT": 32}, num_warps=1, max_registers=255)
 BACKWARD_PLANS = {
-    **plans_of({pixels: {} for pixels in (1, 2, 4, 8)}, _DOWN_THE_ROWS),
-    **plans_of({pixels: {"BLOCK_C": 4} for pixels in (1, 2, 4, 8)}, _DOWN_THE_ROWS, ["-dense"]),
+    **up.plans_of({pixels: {} for pixels in (1, 2, 4, 8)}, _DOWN_THE_ROWS),
+    **up.plans_of({pixels: {"BLOCK_C": 4} for pixels in (1, 2, 4, 8)}, _DOWN_THE_ROWS, ["-dense"]),
     # Estimates, until a GPU has run them.
-    **plans_of(
+    **up.plans_of(
         {1: {"BLOCK_C": 4}, 2: {"BLOCK_C": 4}, 4: {"BLOCK_C": 2}, 8: {"BLOCK_C": 1}}, _DOWN_THE_ROWS, ["-sigmoid"]
     ),
     "8-pixels-sigmoid-double": Plan({"BLOCK_C": 1, "BLOCK_G": 16, "SEGMENT": 32}, num_warps=1, max_registers=255),
     "8-pixels": Plan({"BLOCK_C": 4, "BLOCK_G": 32, "SEGMENT": 16}, num_warps=1, max_registers=136),
 }
-MEAN_GRADS_PLANS = plans_of(
+MEAN_GRADS_PLANS = up.plans_of(
     {pixels: {"BLOCK_C": 4} for pixels in (1, 2, 4, 8)}, Plan({"BLOCK_G": 128}, max_registers=192)
 )
 LEAST_SEGMENT = 4  # rows; a row of cells at a segment's end is computed twice
@@ -335,16 +287,14 @@ _WITHOUT_SIGMOIDS = {
 }  # fmt: skip
 
 
-def common(input: Tensor, tensors: Any, options: LossOptions) -> dict[str, Any]:
-    """What the kernels of both passes take; ``input`` are the logits in planes."""
+def common(tensors: Any, options: LossOptions) -> dict[str, Any]:
+    """What the kernels of both passes take."""
     target = tensors.target
     return {
-        "input": input, "target": target, "weight": tensors.weight, "statistics": tensors.statistics,
-        "total_weight": tensors.total_weight, "pixels": target.numel(), "input_strides": input.stride(),
-        "target_strides": target.stride(), "ignore_index": options.ignore_index,
-        "smoothing_bits": bits_of(options.label_smoothing), "CLASSES": input.shape[1],
-        "SMOOTHED": options.label_smoothing > 0, "REDUCED": options.reduction != "none",
-        "ACC": tl.float64 if input.dtype == torch.float64 else tl.float32, **_WITHOUT_SIGMOIDS,
+        "target": target, "weight": tensors.weight, "statistics": tensors.statistics,
+        "total_weight": tensors.total_weight, "pixels": target.numel(), "target_strides": target.stride(),
+        "ignore_index": options.ignore_index, "smoothing_bits": bits_of(options.label_smoothing),
+        "SMOOTHED": options.label_smoothing > 0, "REDUCED": options.reduction != "none", **_WITHOUT_SIGMOIDS,
     }  # fmt: skip
 
 
@@ -352,18 +302,15 @@ def common(input: Tensor, tensors: Any, options: LossOptions) -> dict[str, Any]:
 def backward(tensors: BackwardTensors, options: LossOptions, upsampling: Upsampling) -> None:
     """Fills grad_input; see `fastseg.ops.upsample_cross_entropy`."""
     grad_overlap, target, grad_input = tensors.grad_overlap, tensors.target, tensors.grad_input
-    input = in_planes(tensors.input)
-    grid, arguments = grid_of(input.shape[2:], target.shape[1:], upsampling)
-    arguments |= common(input, tensors, options) | {
-        "INDEX": index_of(target.shape, input, target, grad_input), "grad_overlap": None, "mean_grads": None,
+    grid, arguments = up.grid_of(up.in_planes(tensors.input), target, upsampling)
+    arguments |= common(tensors, options) | {
+        "INDEX": up.index_of(target, arguments["input"], grad_input), "grad_overlap": None, "mean_grads": None,
         "grad_overlap_strides": grad_overlap.stride(),
     }  # fmt: skip
     if len(grad_overlap) > 0:
-        arguments |= {
-            "grad_overlap": grad_overlap,
-            "mean_grads": scratch(target.shape, tensors.statistics.dtype, input.device),
-        }
-        _fill_mean_grads(grid, arguments)
+        mean_grads = scratch(target.shape, tensors.statistics.dtype, target.device)
+        arguments |= {"grad_overlap": grad_overlap, "mean_grads": mean_grads}
+        up.launch_groups(upsample_overlap_mean_grads, MEAN_GRADS_PLANS, grid, arguments)
     arguments |= {
         "grad_loss": tensors.grad_loss, "MEAN": options.reduction == "mean",
         "grad_loss_strides": tensors.grad_loss.stride() if options.reduction == "none" else (0, 0, 0),
@@ -372,11 +319,11 @@ def backward(tensors: BackwardTensors, options: LossOptions, upsampling: Upsampl
     launch_backward(grad_input, grid, arguments, "-dense" if dense else "")
 
 
-def launch_backward(grad_input: Tensor, grid: Grid, arguments: dict[str, Any], suffix: str) -> None:
+def launch_backward(grad_input: Tensor, grid: up.Grid, arguments: dict[str, Any], suffix: str) -> None:
     """Launches the backward kernel, cut into programs by the plan of a bucket; ``arguments`` has the rest."""
     input, device, (images, classes, height, width) = arguments["input"], grad_input.device, grad_input.shape
-    bucket = bucket_of(grid, input, suffix)
-    plan = clip_classes(choose(upsample_cross_entropy_backward, bucket, BACKWARD_PLANS, device), classes)
+    bucket = up.bucket_of(grid, input, suffix)
+    plan = up.clip_classes(choose(upsample_cross_entropy_backward, bucket, BACKWARD_PLANS, device), classes)
     class_blocks, intervals = cdiv(classes, plan.tile["BLOCK_C"]), width + grid.taps[1] - 1
     owned = plan.tile["BLOCK_G"] - (grid.taps[1] - 1) * (1 + (not grid.corners))
     work = images * class_blocks * height * intervals // owned
@@ -388,10 +335,3 @@ def launch_backward(grad_input: Tensor, grid: Grid, arguments: dict[str, Any], s
     }  # fmt: skip
     programs = images * arguments["blocks"] * class_blocks
     launch(upsample_cross_entropy_backward, bucket, plan, programs, arguments)
-
-
-def _fill_mean_grads(grid: Grid, arguments: dict[str, Any]) -> None:
-    """Launches the kernel for each pixel's mean of the overlap's gradients."""
-    input = arguments["input"]
-    bucket, plan, cut = cut_groups(upsample_overlap_mean_grads, MEAN_GRADS_PLANS, input, grid, arguments)
-    launch(upsample_overlap_mean_grads, bucket, plan, len(input) * cut["blocks"], arguments | cut)

@@ -9,23 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastseg.kernels.launch import Plan, launch, next_power_of_2, replayed
+from fastseg.kernels import upsampling as up
+from fastseg.kernels.launch import Plan, next_power_of_2, replayed
 from fastseg.kernels.sigmoid_pixels import sigmoid
-from fastseg.kernels.upsampling import (
-    GRID_ARGUMENTS,
-    axes_of,
-    cut_groups,
-    flat,
-    grid_of,
-    in_planes,
-    index_of,
-    interpolate,
-    load_taps,
-    locate_groups,
-    pixels_of,
-    plans_of,
-    tap_offsets,
-)
 
 if TYPE_CHECKING:
     from fastseg.ops.upsampling import Upsampling
@@ -45,25 +31,20 @@ def find_largest(sums, classes, CLASSES: tl.constexpr):
     return tl.where(has_nan, NAN, largest), tl.where(has_nan, first_nan, first)
 
 
-@triton.jit(do_not_specialize=GRID_ARGUMENTS)
+@triton.jit(do_not_specialize=up.GRID_ARGUMENTS)
 def upsample_mask_argmax_forward(
     input, class_probabilities, labels,
     height, width, out_height, out_width, row_step, column_step, row_passes, column_passes, column_groups, blocks,
     input_strides, probability_strides,
     QUERIES: tl.constexpr, CLASSES: tl.constexpr, PRECISION: tl.constexpr, GRID: tl.constexpr, INDEX: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_G: tl.constexpr,
+    ACC: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
     """Labels of all pixels. Of more than BLOCK_M classes, the masks are made again for each BLOCK_M of them."""
-    ACC: tl.constexpr = class_probabilities.dtype.element_ty
-    rows, columns = axes_of(
-        height, width, out_height, out_width, row_step, column_step, row_passes, column_passes, GRID, ACC
-    )
-    image, row_intervals, opened_rows, column_intervals, opened_columns = locate_groups(
-        tl.program_id(0), blocks, column_groups, rows, columns, GRID, BLOCK_G
-    )
-    out_rows, out_columns, inside, row_weights, column_weights, some = pixels_of(opened_rows, opened_columns)
-    row_taps = tap_offsets(row_intervals, height, input_strides[2], GRID, INDEX)
-    column_taps = tap_offsets(column_intervals, width, input_strides[3], GRID, INDEX)
+    image, opened, taps = up.locate_groups(
+        tl.program_id(0), height, width, out_height, out_width, row_step, column_step, row_passes, column_passes,
+        column_groups, blocks, input_strides, GRID, INDEX, ACC, BLOCK_G,
+    )  # fmt: skip
+    out_rows, out_columns, inside, weights, some = opened
     input += image * input_strides[0]
     class_probabilities += image * probability_strides[0]
     GROUP_H: tl.constexpr = GRID.group[0]  # Triton 3.6 takes no part of a tuple in a shape
@@ -77,24 +58,23 @@ def upsample_mask_argmax_forward(
             queries = start + tl.arange(0, BLOCK_Q)
             of_queries = (queries.to(tl.int64) * input_strides[1])[:, None, None, None]
             exist = (queries < QUERIES)[:, None, None, None]
-            taps = load_taps(input + of_queries, row_taps, column_taps, exist & some, GRID, ACC)
-            masks = sigmoid(interpolate(taps, row_weights, column_weights, GRID))
+            masks = sigmoid(up.load_logits(input + of_queries, taps, weights, exist & some, GRID, ACC))
             masks = masks + tl.zeros((1, GROUP_H, GROUP_W, 1), ACC)  # where "nearest" left axes of 1
             at = classes[:, None] * probability_strides[2] + queries[None, :] * probability_strides[1]
-            weights = tl.load(class_probabilities + at, (classes[:, None] < CLASSES) & (queries[None, :] < QUERIES), 0)
-            sums = tl.dot(weights, tl.reshape(masks, (BLOCK_Q, PIXELS)), sums, input_precision=PRECISION, out_dtype=ACC)
+            shares = tl.load(class_probabilities + at, (classes[:, None] < CLASSES) & (queries[None, :] < QUERIES), 0)
+            sums = tl.dot(shares, tl.reshape(masks, (BLOCK_Q, PIXELS)), sums, input_precision=PRECISION, out_dtype=ACC)
         largest, place = find_largest(sums, classes, CLASSES)
         larger = ((largest <= best) == 0) & (best == best)  # a NaN is larger, and nothing than a NaN
         best, label = tl.where(larger, largest, best), tl.where(larger, place, label)
     at = image * out_height * out_width + (out_rows.to(INDEX) * out_width + out_columns)
-    tl.store(labels + flat(at), label, flat(inside))
+    tl.store(labels + up.flat(at), label, up.flat(inside))
 
 
 # ---- launcher ----
 
 # Classes of a matrix product: what tensor cores take at least, and what registers hold, of float64 a quarter.
 LEAST_CLASSES, MOST_CLASSES = 16, 256
-PLANS = plans_of(
+PLANS = up.plans_of(
     {pixels: {"BLOCK_G": 64 // pixels} for pixels in (1, 2, 4, 8)}, Plan({"BLOCK_Q": 16}, num_warps=8)
 )  # fmt: skip
 
@@ -103,15 +83,12 @@ PLANS = plans_of(
 def forward(tensors: tuple[Tensor, Tensor, Tensor], takes_tf32: bool, upsampling: Upsampling) -> None:
     """Fills labels from masks' logits and class probabilities; see `fastseg.ops.upsample_mask_argmax`."""
     input, class_probabilities, labels = tensors
-    input = in_planes(input)
     queries, classes = class_probabilities.shape[1:]
-    grid, arguments = grid_of(input.shape[2:], labels.shape[1:], upsampling)
-    bucket, plan, cut = cut_groups(upsample_mask_argmax_forward, PLANS, input, grid, arguments)
+    grid, arguments = up.grid_of(up.in_planes(input), labels, upsampling)
     most = MOST_CLASSES // 4 if input.dtype == torch.float64 else MOST_CLASSES
     arguments |= {
-        "input": input, "class_probabilities": class_probabilities, "labels": labels, **cut,
-        "input_strides": input.stride(), "probability_strides": class_probabilities.stride(), "QUERIES": queries,
-        "CLASSES": classes, "PRECISION": "tf32" if takes_tf32 else "ieee", "INDEX": index_of(labels.shape, input),
-        "BLOCK_M": next_power_of_2(classes, LEAST_CLASSES, most),
+        "class_probabilities": class_probabilities, "labels": labels,
+        "probability_strides": class_probabilities.stride(), "QUERIES": queries, "CLASSES": classes,
+        "PRECISION": "tf32" if takes_tf32 else "ieee", "BLOCK_M": next_power_of_2(classes, LEAST_CLASSES, most),
     }  # fmt: skip
-    launch(upsample_mask_argmax_forward, bucket, plan, input.shape[0] * cut["blocks"], arguments)
+    up.launch_groups(upsample_mask_argmax_forward, PLANS, grid, arguments)

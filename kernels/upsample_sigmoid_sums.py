@@ -7,30 +7,17 @@ are.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastseg.kernels import upsampling as up
 from fastseg.kernels.launch import Plan, bits_of, replayed
 from fastseg.kernels.sigmoid_pixels import load_shares, sigmoid_terms
 from fastseg.kernels.upsample_cross_entropy import fill_class_sums
 from fastseg.kernels.upsample_cross_entropy_backward import launch_backward
-from fastseg.kernels.upsampling import (
-    GRID_ARGUMENTS,
-    axes_of,
-    grid_of,
-    in_planes,
-    index_of,
-    interpolate,
-    load_taps,
-    locate_groups,
-    pixels_of,
-    plans_of,
-    tap_offsets,
-)
 
 if TYPE_CHECKING:
     from fastseg.ops.upsample_sigmoid_sums import SigmoidOptions
@@ -45,7 +32,7 @@ def _add(sums, terms, counts):
 
 @triton.jit(
     do_not_specialize=[
-        *GRID_ARGUMENTS, "shares", "class_blocks", "ignore_index", "gamma_bits", "scale_bits", "threshold_bits"
+        *up.GRID_ARGUMENTS, "shares", "class_blocks", "ignore_index", "gamma_bits", "scale_bits", "threshold_bits"
     ]
 )  # fmt: skip
 def upsample_sigmoid_sums_forward(
@@ -59,9 +46,6 @@ def upsample_sigmoid_sums_forward(
 
     It has some classes of every ``shares``-th block of an image's groups.
     """
-    rows, columns = axes_of(
-        height, width, out_height, out_width, row_step, column_step, row_passes, column_passes, GRID, ACC
-    )
     program = tl.program_id(0)
     row = program // class_blocks
     image = (row // shares).to(tl.int64)
@@ -72,17 +56,16 @@ def upsample_sigmoid_sums_forward(
     zeros = tl.zeros((BLOCK_C, BLOCK_G), tl.float64)
     overlap, predicted, labelled, own, others, factors = zeros, zeros, zeros, zeros, zeros, zeros
     for block in range(row % shares, blocks, shares):
-        _, row_intervals, opened_rows, column_intervals, opened_columns = locate_groups(
-            block, blocks, column_groups, rows, columns, GRID, BLOCK_G
-        )
-        out_rows, out_columns, inside, row_weights, column_weights, some = pixels_of(opened_rows, opened_columns)
+        _, opened, taps = up.locate_groups(
+            block, height, width, out_height, out_width, row_step, column_step, row_passes, column_passes,
+            column_groups, blocks, input_strides, GRID, INDEX, ACC, BLOCK_G,
+        )  # fmt: skip
+        _, _, _, weights, some = opened
         share, counts, known = load_shares(
-            target, target_strides, classes, out_rows, out_columns, inside, ignore_index, CLASSES, OF_LABELS, INDEX, ACC
+            target, target_strides, classes, opened, ignore_index, CLASSES, OF_LABELS, INDEX, ACC
         )
-        row_taps = tap_offsets(row_intervals, height, input_strides[2], GRID, INDEX)
-        column_taps = tap_offsets(column_intervals, width, input_strides[3], GRID, INDEX)
-        taps = load_taps(pointers, row_taps, column_taps, (classes < CLASSES) & some, GRID, ACC)
-        logits = tl.where(known, interpolate(taps, row_weights, column_weights, GRID), float("nan"))
+        logits = up.load_logits(pointers, taps, weights, (classes < CLASSES) & some, GRID, ACC)
+        logits = tl.where(known, logits, float("nan"))
         both, p, own_terms, other_terms, factor_terms = sigmoid_terms(
             logits, share, gamma_bits, scale_bits, threshold_bits, SMALLER, FOCAL, ACC
         )
@@ -104,61 +87,41 @@ def upsample_sigmoid_sums_forward(
 # ---- launchers ----
 
 # Estimates: no GPU has run them yet.
-FORWARD_PLANS = plans_of(
+FORWARD_PLANS = up.plans_of(
     {1: {"BLOCK_C": 4}, 2: {"BLOCK_C": 4}, 4: {"BLOCK_C": 2}, 8: {"BLOCK_C": 2}},
     Plan({"BLOCK_G": 64}, max_registers=255),
 )
 
 
-class ForwardTensors(NamedTuple):
-    """What forward reads and fills; see `fastseg.ops.upsample_sigmoid_sums`."""
-
-    input: Tensor
-    target: Tensor
-    sums: Tensor
-
-
-class BackwardTensors(NamedTuple):
-    """What backward reads and fills."""
-
-    grad_sums: Tensor
-    input: Tensor
-    target: Tensor
-    grad_input: Tensor
-
-
-def _common(input: Tensor, target: Tensor, sums: Tensor, options: SigmoidOptions) -> dict[str, Any]:
-    """What the kernels of both passes take; ``input`` are the logits in planes."""
+def _common(target: Tensor, sums: Tensor, options: SigmoidOptions) -> dict[str, Any]:
+    """What the kernels of both passes take."""
     gamma, threshold = options.gamma or 0.0, options.threshold or 0.0
     return {
-        "input": input, "target": target, "input_strides": input.stride(), "target_strides": target.stride(),
-        "ignore_index": options.ignore_index, "gamma_bits": bits_of(gamma), "threshold_bits": bits_of(threshold),
-        "scale_bits": bits_of(threshold**-gamma if threshold > 0 else 1.0), "CLASSES": input.shape[1],
-        "SUMS": len(sums), "SMALLER": options.smaller, "FOCAL": gamma > 0, "OF_LABELS": target.ndim == 3,
-        "ACC": tl.float64 if sums.dtype == torch.float64 else tl.float32,
+        "target": target, "target_strides": target.stride(), "ignore_index": options.ignore_index,
+        "gamma_bits": bits_of(gamma), "threshold_bits": bits_of(threshold),
+        "scale_bits": bits_of(threshold**-gamma if threshold > 0 else 1.0), "SUMS": len(sums),
+        "SMALLER": options.smaller, "FOCAL": gamma > 0, "OF_LABELS": target.ndim == 3,
     }  # fmt: skip
 
 
 @replayed
-def forward(tensors: ForwardTensors, options: SigmoidOptions, upsampling: Upsampling) -> None:
-    """Fills sums; see the operator's registration."""
-    target, sums = tensors.target, tensors.sums
-    input = in_planes(tensors.input)
-    grid, arguments = grid_of(input.shape[2:], target.shape[-2:], upsampling)
-    arguments |= _common(input, target, sums, options) | {"INDEX": index_of(target.shape[-3:], input, target)}
+def forward(tensors: tuple[Tensor, Tensor, Tensor], options: SigmoidOptions, upsampling: Upsampling) -> None:
+    """Fills sums from input and target; see `fastseg.ops.upsample_sigmoid_sums`."""
+    input, target, sums = tensors
+    grid, arguments = up.grid_of(up.in_planes(input), target, upsampling)
+    arguments |= _common(target, sums, options)
     fill_class_sums(upsample_sigmoid_sums_forward, FORWARD_PLANS, sums, grid, arguments)
 
 
 @replayed
-def backward(tensors: BackwardTensors, options: SigmoidOptions, upsampling: Upsampling) -> None:
-    """Fills grad_input; see the operator's registration."""
-    grad_sums, target, grad_input = tensors.grad_sums, tensors.target, tensors.grad_input
-    input = in_planes(tensors.input)
-    grid, arguments = grid_of(input.shape[2:], target.shape[-2:], upsampling)
-    arguments |= _common(input, target, grad_sums, options) | {
+def backward(tensors: tuple[Tensor, Tensor, Tensor, Tensor], options: SigmoidOptions, upsampling: Upsampling) -> None:
+    """Fills grad_input from the sums' gradients, input and target."""
+    grad_sums, input, target, grad_input = tensors
+    grid, arguments = up.grid_of(up.in_planes(input), target, upsampling)
+    arguments |= _common(target, grad_sums, options) | {
         "grad_overlap": grad_sums, "grad_overlap_strides": grad_sums.stride(), "mean_grads": None, "grad_loss": None,
         "grad_loss_strides": (0, 0, 0), "weight": None, "statistics": None, "total_weight": None, "pixels": 0,
         "smoothing_bits": 0, "SMOOTHED": False, "REDUCED": True, "MEAN": False,
-        "INDEX": index_of(target.shape[-3:], input, target, grad_input),
+        "INDEX": up.index_of(target, arguments["input"], grad_input),
     }  # fmt: skip
     launch_backward(grad_input, grid, arguments, "-sigmoid")

@@ -9,25 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastseg.kernels import upsampling as up
 from fastseg.kernels.cross_entropy_pixels import from_bits
 from fastseg.kernels.launch import Plan, bits_of, cdiv, choose, launch, replayed, scratch
 from fastseg.kernels.sigmoid_pixels import sigmoid
-from fastseg.kernels.upsampling import (
-    GRID_ARGUMENTS,
-    axes_of,
-    cut_groups,
-    flat,
-    grid_of,
-    in_planes,
-    index_of,
-    interpolate,
-    load_taps,
-    locate_groups,
-    pixels_of,
-    plans_of,
-    store,
-    tap_offsets,
-)
 
 if TYPE_CHECKING:
     from fastseg.ops.upsampling import Upsampling
@@ -36,49 +21,44 @@ NOWHERE = tl.constexpr(2**31 - 1)  # farther than any position
 PLACES = tl.constexpr(5)  # what is kept of where a mask is: pixels, left, top, right, bottom
 
 
-@triton.jit(do_not_specialize=[*GRID_ARGUMENTS, "bound_bits", "class_blocks"])
+@triton.jit(do_not_specialize=[*up.GRID_ARGUMENTS, "bound_bits", "class_blocks"])
 def upsample_threshold_forward(
     input, masks, sums, places, bound_bits,
     height, width, out_height, out_width, row_step, column_step, row_passes, column_passes, column_groups, blocks,
     class_blocks, input_strides,
-    CLASSES: tl.constexpr, GRID: tl.constexpr, INDEX: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr,
+    CLASSES: tl.constexpr, GRID: tl.constexpr, INDEX: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_G: tl.constexpr,
 ):  # fmt: skip
     """Masks of BLOCK_C classes, and of each the program's share, where ``sums`` [masks, blocks] are given.
 
     That is the sum of the probabilities inside, and in ``places`` [PLACES, masks, blocks] how many there are, and the
     first and last column and row.
     """
-    ACC: tl.constexpr = tl.float64 if input.dtype.element_ty == tl.float64 else tl.float32
-    rows, columns = axes_of(
-        height, width, out_height, out_width, row_step, column_step, row_passes, column_passes, GRID, ACC
-    )
     program = tl.program_id(0)
-    part, row_intervals, opened_rows, column_intervals, opened_columns = locate_groups(
-        program, blocks, column_groups, rows, columns, GRID, BLOCK_G
-    )
-    out_rows, out_columns, inside, row_weights, column_weights, some = pixels_of(opened_rows, opened_columns)
-    row_taps = tap_offsets(row_intervals, height, input_strides[2], GRID, INDEX)
-    column_taps = tap_offsets(column_intervals, width, input_strides[3], GRID, INDEX)
+    part, opened, taps = up.locate_groups(
+        program, height, width, out_height, out_width, row_step, column_step, row_passes, column_passes, column_groups,
+        blocks, input_strides, GRID, INDEX, ACC, BLOCK_G,
+    )  # fmt: skip
+    out_rows, out_columns, inside, weights, some = opened
     image, first = part // class_blocks, (part % class_blocks * BLOCK_C).to(tl.int32)
     input += image * input_strides[0]
     bound = from_bits(bound_bits, ACC)
     at = out_rows.to(INDEX) * out_width + out_columns
     for index in range(first, tl.minimum(first + BLOCK_C, CLASSES)):
         pointer = input + tl.cast(index, tl.int64) * input_strides[1]
-        taps = load_taps(pointer, row_taps, column_taps, some, GRID, ACC)
-        logits = interpolate(taps, row_weights, column_weights, GRID)
+        logits = up.load_logits(pointer, taps, weights, some, GRID, ACC)
         above = inside & (logits > bound)
         mask = image * CLASSES + index
-        store(masks + mask * out_height * out_width + at, above, inside)
+        up.store(masks + mask * out_height * out_width + at, above, inside)
         if sums is not None:
             cell = mask * blocks + program % blocks
             stride = tl.num_programs(0).to(tl.int64) // (blocks * class_blocks) * CLASSES * blocks
-            tl.store(sums + cell, tl.sum(flat(tl.where(above, sigmoid(logits), 0.0))))
-            tl.store(places + cell, tl.sum(flat(above.to(tl.int32))))
-            tl.store(places + stride + cell, tl.min(flat(tl.where(above, out_columns, NOWHERE))))
-            tl.store(places + 2 * stride + cell, tl.min(flat(tl.where(above, out_rows, NOWHERE))))
-            tl.store(places + 3 * stride + cell, tl.max(flat(tl.where(above, out_columns, -1))))
-            tl.store(places + 4 * stride + cell, tl.max(flat(tl.where(above, out_rows, -1))))
+            tl.store(sums + cell, tl.sum(up.flat(tl.where(above, sigmoid(logits), 0.0))))
+            tl.store(places + cell, tl.sum(up.flat(above.to(tl.int32))))
+            tl.store(places + stride + cell, tl.min(up.flat(tl.where(above, out_columns, NOWHERE))))
+            tl.store(places + 2 * stride + cell, tl.min(up.flat(tl.where(above, out_rows, NOWHERE))))
+            tl.store(places + 3 * stride + cell, tl.max(up.flat(tl.where(above, out_columns, -1))))
+            tl.store(places + 4 * stride + cell, tl.max(up.flat(tl.where(above, out_rows, -1))))
 
 
 @triton.jit(do_not_specialize=["blocks"])
@@ -110,7 +90,7 @@ def gather_scores(sums, places, scores, boxes, blocks, BLOCK_B: tl.constexpr):
 
 # ---- launcher ----
 
-PLANS = plans_of({pixels: {} for pixels in (1, 2, 4, 8)}, Plan({"BLOCK_C": 8, "BLOCK_G": 256}, num_warps=8))
+PLANS = up.plans_of({pixels: {} for pixels in (1, 2, 4, 8)}, Plan({"BLOCK_C": 8, "BLOCK_G": 256}, num_warps=8))
 GATHER_PLANS = {"all": Plan({"BLOCK_B": 128})}
 
 
@@ -118,19 +98,17 @@ GATHER_PLANS = {"all": Plan({"BLOCK_B": 128})}
 def forward(tensors: tuple[Tensor, Tensor, Tensor, Tensor], bound: float, upsampling: Upsampling) -> None:
     """Fills masks, scores and boxes, empty where they aren't wanted; see `fastseg.ops.upsample_threshold`."""
     input, masks, scores, boxes = tensors
-    input = in_planes(input)
     images, classes = masks.shape[:2]
-    grid, arguments = grid_of(input.shape[2:], masks.shape[2:], upsampling)
-    bucket, plan, cut = cut_groups(upsample_threshold_forward, PLANS, input, grid, arguments)
+    grid, arguments = up.grid_of(up.in_planes(input), masks, upsampling)
+    bucket, plan, cut = up.cut_groups(upsample_threshold_forward, PLANS, grid, arguments)
     class_blocks, with_scores = cdiv(classes, plan.tile["BLOCK_C"]), len(scores) > 0
     accumulation = torch.float64 if input.dtype == torch.float64 else torch.float32
     shares = (images * classes * with_scores, cut["blocks"])
     sums = scratch(shares, accumulation, input.device)
     places = scratch((PLACES.value, *shares), torch.int32, input.device)
     arguments |= {
-        "input": input, "masks": masks, "sums": sums if with_scores else None,
-        "places": places if with_scores else None, "bound_bits": bits_of(bound), **cut, "class_blocks": class_blocks,
-        "input_strides": input.stride(), "CLASSES": classes, "INDEX": index_of(masks.shape, input),
+        "masks": masks, "sums": sums if with_scores else None, "places": places if with_scores else None,
+        "bound_bits": bits_of(bound), **cut, "class_blocks": class_blocks,
     }  # fmt: skip
     launch(upsample_threshold_forward, bucket, plan, images * class_blocks * cut["blocks"], arguments)
     if not with_scores:

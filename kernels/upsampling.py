@@ -126,17 +126,6 @@ def open_groups(first, intervals, axis, GRID: tl.constexpr, AXIS: tl.constexpr):
 
 
 @triton.jit
-def locate_groups(program, blocks, column_groups, rows, columns, GRID: tl.constexpr, BLOCK_G: tl.constexpr):
-    """A program's image; of its groups the intervals and the opened rows, and those of the columns."""
-    groups = program % blocks * BLOCK_G + tl.arange(0, BLOCK_G)
-    row_intervals, first_rows = find_groups(groups // column_groups, rows, GRID, 0)
-    column_intervals, first_columns = find_groups(groups % column_groups, columns, GRID, 1)
-    opened_rows = open_groups(first_rows, row_intervals, rows, GRID, 0)
-    opened_columns = open_groups(first_columns, column_intervals, columns, GRID, 1)
-    return (program // blocks).to(tl.int64), row_intervals, opened_rows, column_intervals, opened_columns
-
-
-@triton.jit
 def pixels_of(opened_rows, opened_columns):
     """Of groups, for [GROUP_H, GROUP_W, BLOCK_G]: rows, columns, existence, and weights of rows and of columns.
 
@@ -145,11 +134,29 @@ def pixels_of(opened_rows, opened_columns):
     out_rows, rows_exist, row_weights = opened_rows
     out_columns, columns_exist, column_weights = opened_columns
     some = (tl.max(rows_exist.to(tl.int32), 0) > 0) & (tl.max(columns_exist.to(tl.int32), 0) > 0)
-    return (
-        out_rows[:, None, :], out_columns[None, :, :], rows_exist[:, None, :] & columns_exist[None, :, :],
-        (row_weights[0][:, None, :], row_weights[1][:, None, :]),
-        (column_weights[0][None, :, :], column_weights[1][None, :, :]), some,
-    )  # fmt: skip
+    of_rows = row_weights[0][:, None, :], row_weights[1][:, None, :]
+    of_columns = column_weights[0][None, :, :], column_weights[1][None, :, :]
+    exist = rows_exist[:, None, :] & columns_exist[None, :, :]
+    return out_rows[:, None, :], out_columns[None, :, :], exist, (of_rows, of_columns), some
+
+
+@triton.jit
+def locate_groups(
+    program, height, width, out_height, out_width, row_step, column_step, row_passes, column_passes, column_groups,
+    blocks, strides, GRID: tl.constexpr, INDEX: tl.constexpr, ACC: tl.constexpr, BLOCK_G: tl.constexpr,
+):  # fmt: skip
+    """A program's image, what `pixels_of` says of its groups, and for rows and columns what `tap_offsets` does."""
+    rows, columns = axes_of(
+        height, width, out_height, out_width, row_step, column_step, row_passes, column_passes, GRID, ACC
+    )
+    groups = program % blocks * BLOCK_G + tl.arange(0, BLOCK_G)
+    row_intervals, first_rows = find_groups(groups // column_groups, rows, GRID, 0)
+    column_intervals, first_columns = find_groups(groups % column_groups, columns, GRID, 1)
+    opened_rows = open_groups(first_rows, row_intervals, rows, GRID, 0)
+    opened_columns = open_groups(first_columns, column_intervals, columns, GRID, 1)
+    row_taps = tap_offsets(row_intervals, height, strides[2], GRID, INDEX)
+    column_taps = tap_offsets(column_intervals, width, strides[3], GRID, INDEX)
+    return (program // blocks).to(tl.int64), pixels_of(opened_rows, opened_columns), (row_taps, column_taps)
 
 
 # ---- interpolation ----
@@ -190,10 +197,10 @@ def store(pointers, values, mask):
 
 
 @triton.jit
-def load_taps(pointers, row_offsets, column_offsets, mask, GRID: tl.constexpr, ACC: tl.constexpr):
+def load_taps(pointers, offsets, mask, GRID: tl.constexpr, ACC: tl.constexpr):
     """The taps at (near, near), (near, far), (far, near) and (far, far) rows and columns, where axes have two."""
-    near_row, far_row, has_far_row = row_offsets
-    near_column, far_column, has_far_column = column_offsets
+    near_row, far_row, has_far_row = offsets[0]
+    near_column, far_column, has_far_column = offsets[1]
     near_near = load(pointers + (near_row + near_column), mask, other=0).to(ACC)
     near_far, far_near, far_far = near_near, near_near, near_near
     if GRID.taps[1] == 2:
@@ -219,14 +226,21 @@ def blend(near, far, weights, GRID: tl.constexpr, AXIS: tl.constexpr):
 
 
 @triton.jit
-def interpolate(taps, row_weights, column_weights, GRID: tl.constexpr):
+def interpolate(taps, weights, GRID: tl.constexpr):
     """Logits of groups [..., GROUP_H, GROUP_W, BLOCK_G] from taps [..., 1, 1, BLOCK_G]; "nearest" leaves axes of 1."""
     near_near, near_far, far_near, far_far = taps
+    row_weights, column_weights = weights
     left = blend(near_near, far_near, row_weights, GRID, 0)
     right = left
     if GRID.taps[1] == 2:
         right = blend(near_far, far_far, row_weights, GRID, 0)
     return blend(left, right, column_weights, GRID, 1)
+
+
+@triton.jit
+def load_logits(pointers, offsets, weights, mask, GRID: tl.constexpr, ACC: tl.constexpr):
+    """Interpolated logits, from their taps in memory."""
+    return interpolate(load_taps(pointers, offsets, mask, GRID, ACC), weights, GRID)
 
 
 @triton.jit
@@ -263,10 +277,14 @@ def positions_in_interval(size: int, out_size: int, step: float, mode: str, alig
 
 
 def grid_of(
-    size: Sequence[int], out_size: Sequence[int], upsampling: Upsampling, pixels: int = GROUP_PIXELS
+    input: Tensor, output: Tensor, upsampling: Upsampling, pixels: int = GROUP_PIXELS
 ) -> tuple[Grid, dict[str, Any]]:
-    """The grid with groups of up to so many pixels, and the arguments by which kernels are told the rest of it."""
+    """The grid from logits in planes to an output's height and width, with groups of up to so many pixels.
+
+    Also the arguments by which kernels are told the rest of it, and of the logits.
+    """
     mode, align_corners, steps = upsampling
+    size, out_size = input.shape[2:], output.shape[-2:]
     taps = tuple(1 if mode == "nearest" or before == after else 2 for before, after in zip(size, out_size, strict=True))
     most = [
         positions_in_interval(before, after, step, mode, align_corners)
@@ -280,23 +298,15 @@ def grid_of(
         "height": size[0], "width": size[1], "out_height": out_size[0], "out_width": out_size[1],
         "row_step": bits_of(steps[0]), "column_step": bits_of(steps[1]),
         "row_passes": cdiv(most[0], group[0]), "column_passes": cdiv(most[1], group[1]), "GRID": grid,
+        "input": input, "input_strides": input.stride(), "CLASSES": input.shape[1],
+        "INDEX": index_of(output, input), "ACC": tl.float64 if input.dtype == torch.float64 else tl.float32,
     }  # fmt: skip
     return grid, arguments
 
 
-def groups_of(grid: Grid, arguments: dict[str, Any]) -> tuple[int, int]:
-    """How many groups there are, down and across."""
-    down = (arguments["height"] + grid.taps[0] - 1) * arguments["row_passes"]
-    across = (arguments["width"] + grid.taps[1] - 1) * arguments["column_passes"]
-    return (
-        down if grid.spread[0] else arguments["out_height"],
-        across if grid.spread[1] else arguments["out_width"],
-    )
-
-
-def index_of(target_shape: Sequence[int], *tensors: Tensor) -> tl.dtype:
-    """The type of offsets within an image: of the tensors, and of what is dense and has a number for each pixel."""
-    return index_type(max(reach(*tensors), math.prod(target_shape[1:])))
+def index_of(output: Tensor, *tensors: Tensor) -> tl.dtype:
+    """The type of offsets within an image: of all tensors, and of what is dense and has a number for each pixel."""
+    return index_type(max(reach(output, *tensors), math.prod(output.shape[-2:])))
 
 
 @triton.jit
@@ -362,12 +372,23 @@ def clip_classes(plan: Plan, classes: int) -> Plan:
 
 
 def cut_groups(
-    kernel: Any, defaults: Mapping[str, Plan], input: Tensor, grid: Grid, arguments: dict[str, Any]
+    kernel: Any, defaults: Mapping[str, Plan], grid: Grid, arguments: dict[str, Any]
 ) -> tuple[str, Plan, dict[str, int]]:
     """Bucket and plan of a call, and the arguments by which its programs share the groups."""
-    down, across = groups_of(grid, arguments)
+    input = arguments["input"]
+    down, across = arguments["out_height"], arguments["out_width"]
+    if grid.spread[0]:
+        down = (arguments["height"] + grid.taps[0] - 1) * arguments["row_passes"]
+    if grid.spread[1]:
+        across = (arguments["width"] + grid.taps[1] - 1) * arguments["column_passes"]
     bucket = bucket_of(grid, input)
     plan = choose(kernel, bucket, defaults, input.device)
     if "BLOCK_C" in plan.tile:
         plan = clip_classes(plan, input.shape[1])
     return bucket, plan, {"column_groups": across, "blocks": cdiv(down * across, plan.tile["BLOCK_G"])}
+
+
+def launch_groups(kernel: Any, defaults: Mapping[str, Plan], grid: Grid, arguments: dict[str, Any]) -> None:
+    """Launches a kernel that has a program for each block of an image's groups."""
+    bucket, plan, cut = cut_groups(kernel, defaults, grid, arguments)
+    launch(kernel, bucket, plan, len(arguments["input"]) * cut["blocks"], arguments | cut)

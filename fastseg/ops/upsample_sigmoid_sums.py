@@ -108,7 +108,7 @@ def _forward_triton(input: Tensor, target: Tensor, *options: Any) -> Tensor:
     if kernels is None:
         return forward_plain(input, target, *options)
     sums = _forward_fake(input, target, *options)
-    kernels.forward(kernels.ForwardTensors(input, target, sums), given, _upsampling(input, target, given))
+    kernels.forward((input, target, sums), given, _upsampling(input, target, given))
     return sums
 
 
@@ -117,7 +117,7 @@ def _backward_triton(grad_sums: Tensor, input: Tensor, target: Tensor, *options:
     if kernels is None:
         return backward_plain(grad_sums, input, target, *options)
     grad_input = torch.empty_like(input)
-    tensors = kernels.BackwardTensors(grad_sums, input, target, grad_input)
+    tensors = grad_sums, input, target, grad_input
     kernels.backward(tensors, given, _upsampling(input, target, given))
     return grad_input
 
