@@ -57,6 +57,13 @@ bool same_shape(const Tensor& a, const Tensor& b) {
   return true;
 }
 
+bool is_tensor(const Tensor& tensor, DType dtype, std::initializer_list<int64_t> sizes) {
+  int d = 0;
+  bool equal = tensor.dtype == dtype && tensor.ndim == static_cast<int>(sizes.size());
+  for (int64_t size : sizes) equal = equal && tensor.size[d++] == size;
+  return equal;
+}
+
 int64_t byte_span(const Tensor& tensor) {
   int64_t last = 0;
   for (int i = 0; i < tensor.ndim; ++i) {
@@ -112,7 +119,5 @@ PYBIND11_MODULE(_C, m) {
   m.attr("DTYPES") = fastseg::python::dtype_names();
   m.attr("MAX_DIMS") = fastseg::kMaxDims;
   fastseg::python::bind_conv_relu_pool2d(m);
-  fastseg::python::bind_cross_entropy(m);
-  fastseg::python::bind_upsample_cross_entropy(m);
-  fastseg::python::bind_upsample_argmax(m);
+  fastseg::python::bind_losses_and_predictions(m);
 }

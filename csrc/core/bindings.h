@@ -24,15 +24,14 @@ void read_tensors(const py::tuple& descriptions, std::initializer_list<Tensor*> 
 bool is_floating(const Tensor& tensor);
 bool same_shape(const Tensor& a, const Tensor& b);
 bool is_dense(const Tensor& tensor);
+bool is_tensor(const Tensor& tensor, DType dtype, std::initializer_list<int64_t> sizes);
 
 // From a floating-point tensor's first element to its last, in bytes.
 int64_t byte_span(const Tensor& tensor);
 
-// One function for each operator's file.
+// One function for each family's file.
 void bind_conv_relu_pool2d(py::module_& m);
-void bind_cross_entropy(py::module_& m);
-void bind_upsample_cross_entropy(py::module_& m);
-void bind_upsample_argmax(py::module_& m);
+void bind_losses_and_predictions(py::module_& m);
 
 }  // namespace python
 }  // namespace fastseg

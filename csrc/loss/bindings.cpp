@@ -1,24 +1,80 @@
-// The pixel losses for Python. A call's tensors come in one tuple, in the order in which the
-// binding reads them, since names for them would cost a call 1 us (2 cores, AVX-512, 2026-11-26); its options by name,
-// as fastseg.ops.losses.options.LossOptions has them. Of what Python has checked, the checks here repeat what memory
-// depends on.
-#include "loss/bindings.h"
+// The losses, and the predictions of upsampled logits, for Python. A call's tensors come in one tuple, in the order in
+// which the binding reads them, since names for them would cost a call 1 us (2 cores, AVX-512, 2026-11-26); a loss'
+// options by name, as fastseg.ops.losses.options.LossOptions has them. Of what Python has checked, the checks here
+// repeat what memory depends on.
+#include "core/bindings.h"
 
 #include <limits>
 #include <string>
 
 #include "core/parallel.h"
-#include "loss/cross_entropy.h"
-#include "loss/upsample_cross_entropy.h"
-#include "loss/upsample_sigmoid_sums.h"
+#include "loss/losses.h"
+#include "upsampling/predictions.h"
 
 namespace fastseg {
 namespace python {  // the functions' names are the kernels' names
 namespace {
 
+// Whether there is anything along a tensor's dimensions from `first` on.
+bool has_extent(const Tensor& tensor, int first) {
+  for (int i = first; i < tensor.ndim; ++i)
+    if (tensor.size[i] <= 0) return false;
+  return true;
+}
+
 DType accumulation_dtype(const Tensor& input) {
   return input.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
 }
+
+// Logits [N, C, h, w].
+void check_logits(const Tensor& input) {
+  require(input.ndim == 4 && is_floating(input) && has_extent(input, 1),
+          "input is a floating-point [N, C, h, w] with classes, rows and columns");
+}
+
+// Logits [N, C, h, w] or [N, C, d, h, w] and, of the output's size, labels [N, H, W] or [N, D, H, W].
+void check_map(const Tensor& input, const Tensor& labels) {
+  require((input.ndim == 4 || input.ndim == 5) && is_floating(input) && has_extent(input, 1),
+          "input is a floating-point [N, C, h, w] or [N, C, d, h, w] with classes and pixels");
+  require(
+      labels.ndim == input.ndim - 1 && !is_floating(labels) && labels.size[0] == input.size[0] && has_extent(labels, 1),
+      "labels are integers [N, H, W] or [N, D, H, W] with pixels");
+}
+
+// From fastseg.ops.upsampling.Upsampling, of a grid for input.
+Upsampling read_upsampling(const py::object& upsampling, const Tensor& input) {
+  const auto mode = upsampling.attr("mode").cast<std::string>();
+  const py::tuple steps = upsampling.attr("steps");
+  require(mode == "nearest" || mode == "bilinear" || mode == "trilinear", "a mode is known");
+  require(static_cast<int>(steps.size()) == input.ndim - 2 && (input.ndim == 4 || input.ndim == 5),
+          "each axis has a step");
+  Upsampling grid = {
+      mode == "nearest" ? Mode::kNearest : Mode::kLinear, upsampling.attr("align_corners").cast<bool>(), {1, 1, 1}};
+  for (int axis = 0; axis < input.ndim - 2; ++axis) {
+    double& step = grid.step[axis + 5 - input.ndim];
+    step = steps[axis].cast<double>();
+    require(step >= 0, "a step is not negative");
+  }
+  return grid;
+}
+
+// Runs a kernel without the interpreter lock; raises an IndexError for a label that is neither a class nor ignored.
+template <class Call>
+void run_with_labels(Call& call, void (*kernel)(const Call&)) {
+  InvalidLabel invalid = {};
+  call.invalid = &invalid;
+  {
+    py::gil_scoped_release unlocked;
+    kernel(call);
+  }
+  if (!invalid.found) return;
+  const std::string ignored =
+      call.ignore_index == kIgnoreNone ? "" : " or ignore_index (" + std::to_string(call.ignore_index) + ")";
+  throw py::index_error("target: expected classes in [0, " + std::to_string(call.input.size[1]) + ")" + ignored +
+                        ", got " + std::to_string(invalid.value));
+}
+
+// ---- losses ----
 
 Reduction read_reduction(const std::string& name) {
   require(name == "none" || name == "mean" || name == "sum", "unknown reduction");
@@ -33,13 +89,13 @@ void read_options(const py::object& options, int threads, CrossEntropy* read) {
   call.label_smoothing = options.attr("label_smoothing").cast<double>();
   call.threads = threads;
   const Tensor &input = call.input, &weight = call.weight, &total_weight = call.total_weight;
+  const DType accumulation = accumulation_dtype(input);
   require(input.ndim >= 2 && is_floating(input), "input is a floating-point [N, C, d1, ...]");
   require(input.size[1] >= 1 && input.size[1] <= std::numeric_limits<int32_t>::max(),
           "input has 1 to 2^31 - 1 classes");
-  require(!weight || (weight.ndim == 1 && weight.size[0] == input.size[1] && is_dense(weight) &&
-                      weight.dtype == accumulation_dtype(input)),
+  require(!weight || (is_tensor(weight, accumulation, {input.size[1]}) && is_dense(weight)),
           "weight is a dense [C], float64 where input is, else float32");
-  require(total_weight && total_weight.ndim == 0 && total_weight.dtype == accumulation_dtype(input),
+  require(total_weight && is_tensor(total_weight, accumulation, {}),
           "total_weight is a number, float64 where input is, else float32");
 }
 
@@ -108,8 +164,7 @@ void cross_entropy_backward(const py::tuple& tensors, const py::object& options,
 
 // The overlap, or its gradient.
 void check_overlap(const Tensor& overlap, const Tensor& input) {
-  require(overlap.ndim == 3 && overlap.size[0] == 3 && overlap.size[1] == input.size[0] &&
-              overlap.size[2] == input.size[1] && overlap.dtype == accumulation_dtype(input),
+  require(is_tensor(overlap, accumulation_dtype(input), {3, input.size[0], input.size[1]}),
           "the overlap is [3, N, C], float64 where input is, else float32");
 }
 
@@ -172,8 +227,8 @@ void read_sigmoid_options(const py::object& options, const py::object& upsamplin
   require(of_labels || (target.ndim == 4 && target.size[1] == input.size[1]), "shares have input's classes");
   require(of_labels || !is_floating(target) || (target.dtype == DType::kFloat64) == (input.dtype == DType::kFloat64),
           "shares are float64 where input is, and only there");
-  require(sums.ndim == 3 && sums.size[0] == (options.attr("gamma").is_none() ? 3 : 6) &&
-              sums.size[1] == input.size[0] && sums.size[2] == input.size[1] && sums.dtype == accumulation_dtype(input),
+  const int64_t sum_count = options.attr("gamma").is_none() ? 3 : 6;
+  require(is_tensor(sums, accumulation_dtype(input), {sum_count, input.size[0], input.size[1]}),
           "the sums are [3 or 6, N, C], float64 where input is, else float32");
   require(!call.smaller || sums.size[0] == 3, "the smaller of p and t goes into class sums alone");
 }
@@ -196,19 +251,86 @@ void upsample_sigmoid_sums_backward(const py::tuple& tensors, const py::object& 
   run_with_labels(call, fastseg::upsample_sigmoid_sums_backward);
 }
 
+// ---- predictions ----
+
+void upsample_argmax(const py::tuple& tensors, const py::object& upsampling, int threads) {
+  UpsampleArgmax call;
+  read_tensors(tensors, {&call.input, &call.labels, &call.confidence});
+  call.grid = read_upsampling(upsampling, call.input);
+  call.threads = threads;
+  const Tensor &labels = call.labels, &confidence = call.confidence;
+  check_map(call.input, labels);
+  require(!confidence || (same_shape(confidence, labels) && confidence.dtype == call.input.dtype),
+          "confidence has the labels' shape, and input's dtype");
+  require(is_dense(labels) && is_dense(confidence), "labels and confidence are dense");
+  py::gil_scoped_release unlocked;
+  fastseg::upsample_argmax(call);
+}
+
+void upsample_confusion_matrix(const py::tuple& tensors, int64_t ignore_index, const py::object& upsampling,
+                               int threads) {
+  UpsampleConfusionMatrix call;
+  read_tensors(tensors, {&call.input, &call.target, &call.matrix});
+  call.ignore_index = ignore_index;
+  call.grid = read_upsampling(upsampling, call.input);
+  call.threads = threads;
+  const int64_t classes = call.input.size[1];
+  check_map(call.input, call.target);
+  require(is_tensor(call.matrix, DType::kInt64, {classes, classes}) && is_dense(call.matrix),
+          "matrix is a dense [C, C] of int64");
+  run_with_labels(call, fastseg::upsample_confusion_matrix);
+}
+
+void upsample_mask_argmax(const py::tuple& tensors, const py::object& upsampling, int threads) {
+  UpsampleMaskArgmax call;
+  read_tensors(tensors, {&call.input, &call.class_probabilities, &call.labels});
+  call.grid = read_upsampling(upsampling, call.input);
+  call.threads = threads;
+  const Tensor &input = call.input, &probabilities = call.class_probabilities;
+  check_logits(input);
+  check_map(input, call.labels);
+  const int64_t images = input.size[0], queries = input.size[1], classes = probabilities.size[2];
+  require(is_tensor(probabilities, accumulation_dtype(input), {images, queries, classes}) && classes > 0,
+          "class_probabilities are [N, Q, C] with classes, float64 where input is, else float32");
+  require(is_dense(call.labels), "labels are dense");
+  py::gil_scoped_release unlocked;
+  fastseg::upsample_mask_argmax(call);
+}
+
+void upsample_threshold(const py::tuple& tensors, double bound, const py::object& upsampling, int threads) {
+  UpsampleThreshold call;
+  read_tensors(tensors, {&call.input, &call.masks, &call.scores, &call.boxes});
+  call.bound = bound;
+  call.grid = read_upsampling(upsampling, call.input);
+  call.threads = threads;
+  const Tensor &input = call.input, &masks = call.masks, &scores = call.scores, &boxes = call.boxes;
+  check_logits(input);
+  const int64_t images = input.size[0], classes = input.size[1], height = masks.size[2], width = masks.size[3];
+  const bool fits = is_tensor(masks, DType::kUInt8, {images, classes, height, width}) && is_dense(masks);
+  require(fits && height > 0 && width > 0, "masks are a dense [N, C, H, W] of uint8 with rows and columns");
+  require(!scores || (is_tensor(scores, input.dtype, {images, classes}) && is_dense(scores)),
+          "scores are a dense [N, C] of input's dtype");
+  require(!scores || (is_tensor(boxes, DType::kInt64, {images, classes, 4}) && is_dense(boxes)),
+          "boxes are a dense [N, C, 4] of int64");
+  py::gil_scoped_release unlocked;
+  advise_huge_pages(masks.data, masks.size[0] * masks.stride[0]);
+  fastseg::upsample_threshold(call);
+}
+
 }  // namespace
 
-void bind_cross_entropy(py::module_& m) {
+void bind_losses_and_predictions(py::module_& m) {
   m.def("cross_entropy_forward", &cross_entropy_forward);
   m.def("cross_entropy_backward", &cross_entropy_backward);
   m.attr("IGNORE_NONE") = kIgnoreNone;
-}
-
-void bind_upsample_cross_entropy(py::module_& m) {
   m.def("upsample_cross_entropy_forward", &upsample_cross_entropy_forward);
   m.def("upsample_cross_entropy_backward", &upsample_cross_entropy_backward);
   m.def("upsample_sigmoid_sums_forward", &upsample_sigmoid_sums_forward);
   m.def("upsample_sigmoid_sums_backward", &upsample_sigmoid_sums_backward);
+  m.def("upsample_argmax", &upsample_argmax);
+  m.def("upsample_confusion_matrix", &upsample_confusion_matrix);
+  m.def("upsample_mask_argmax", &upsample_mask_argmax);
+  m.def("upsample_threshold", &upsample_threshold);
 }
 
 }  // namespace python

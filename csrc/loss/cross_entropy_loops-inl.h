@@ -12,6 +12,12 @@ namespace {
 // What the target is, which decides the loops' arithmetic.
 enum class Kind { kLabels, kSmoothedLabels, kProbabilities };
 
+// Calls run with the Instance for a call whose target is labels.
+template <class Run>
+void with_labels(const CrossEntropy& call, const Run& run) {
+  return call.label_smoothing > 0 ? with_type<Kind::kSmoothedLabels>(call, run) : with_type<Kind::kLabels>(call, run);
+}
+
 // A tile's scratch memory. All pieces start on cache lines.
 template <class T>
 struct Tile {
@@ -56,13 +62,6 @@ struct Rows {
 
 // ---- forward ----
 
-// Where a tile's logits come from: they are in place already.
-template <class T>
-struct LogitsInPlace {
-  const Tile<T>& tile;
-  FASTSEG_INLINE Vec<T> operator()(int64_t c, int64_t p) const { return load(tile.logits + c * tile.stride + p); }
-};
-
 // exp(x - m - s) of the tile's pixels, from their logits and statistics.
 template <class T, class Logits>
 FASTSEG_INLINE auto probabilities_of(const Tile<T>& tile, const Logits logits) {
@@ -81,27 +80,19 @@ struct KeepInRows {
   }
 };
 
-// Where the exponentials go to that nobody needs again.
-template <class T>
-struct KeepNothing {
-  FASTSEG_INLINE void operator()(int64_t, int64_t, Vec<T>) const {}
-};
-
 // largest, log_sum, in loss the label's logit, and in spread what the target's dense part contributes: for labels
-// sum(shift * (x - m - s)), for probabilities sum(q * (x - m - s)). logits(c, p) gives a vector of class c's logits,
-// once for each, and leaves it in the tile; keep(c, p, exponential) gets exp(x - m), and may put it in the logit's
-// place.
-template <class T, Kind kKind, class Logits, class Keep>
-FASTSEG_NOINLINE void reduce_classes(const Tile<T>& tile, const ClassTerms<T>& terms, int64_t count,
-                                     const Logits logits, const Keep keep) {
+// sum(shift * (x - m - s)), for probabilities sum(q * (x - m - s)).
+template <class T, Kind kKind>
+FASTSEG_NOINLINE void reduce_classes(const Tile<T>& tile, const ClassTerms<T>& terms, int64_t count) {
   constexpr int kVectors = 2;  // as many as leave exp's constants in registers
   constexpr bool kProbabilities = kKind == Kind::kProbabilities;
   for (int64_t p = 0; p < count; p += kVectors * kLanes<T>) {
     const T* column = tile.logits + p;
     Vec<T> largest[kVectors], sum[kVectors] = {}, spread[kVectors] = {}, share[kVectors] = {};
-    for (int i = 0; i < kVectors; ++i) largest[i] = logits(0, p + i * kLanes<T>);
+    for (int i = 0; i < kVectors; ++i) largest[i] = load(column + i * kLanes<T>);
     for (int64_t c = 1; c < tile.classes; ++c)
-      for (int i = 0; i < kVectors; ++i) largest[i] = maximum<T>(largest[i], logits(c, p + i * kLanes<T>));
+      for (int i = 0; i < kVectors; ++i)
+        largest[i] = maximum<T>(largest[i], load(column + c * tile.stride + i * kLanes<T>));
     if (!kProbabilities)
       for (int64_t lane = p; lane < p + kVectors * kLanes<T>; ++lane) {
         const Int<T> label = tile.labels[lane];
@@ -111,9 +102,7 @@ FASTSEG_NOINLINE void reduce_classes(const Tile<T>& tile, const ClassTerms<T>& t
       for (int i = 0; i < kVectors; ++i) {
         const int64_t at = c * tile.stride + i * kLanes<T>;
         const Vec<T> difference = load(column + at) - largest[i];
-        const Vec<T> exponential = exp_of_nonpositive<T>(difference);
-        keep(c, p + i * kLanes<T>, exponential);
-        sum[i] += exponential;
+        sum[i] += exp_of_nonpositive<T>(difference);
         if (kKind == Kind::kSmoothedLabels) spread[i] += difference * terms.shift[c];
         if (kProbabilities) {
           const Vec<T> q = load(tile.probabilities + p + at) * terms.scale[c] + terms.shift[c];
@@ -144,9 +133,10 @@ FASTSEG_INLINE T fold_lanes(Vec<T> v, Add add) {
 
 // reduce_classes where a pixel's classes are neighbours in memory and the target is a label, for `count` pixels of the
 // tile from `first` on: vectors run along the classes, of which there is at least one vector, and nothing is
-// transposed. In log_sum it leaves the sum, in spread sum(shift * (x - m)): finish_reduced_pixels does the rest.
+// transposed. In log_sum it leaves the sum, in spread sum(shift * (x - m)): finish_reduced_pixels does the rest. tile
+// and terms are copies, which stay in registers.
 template <class T, Kind kKind>
-void reduce_pixels(const Tile<T>& tile, const ClassTerms<T>& terms, int64_t first, int64_t count, const T* logits,
+void reduce_pixels(const Tile<T> tile, const ClassTerms<T> terms, int64_t first, int64_t count, const T* logits,
                    int64_t step) {
   const int64_t last = tile.classes - kLanes<T>, whole = tile.classes / kLanes<T> * kLanes<T>;
   IntVec<T> rest;  // of the last vector, the lanes that no vector before has
@@ -182,7 +172,7 @@ void finish_reduced_pixels(const Tile<T>& tile, const ClassTerms<T>& terms, int6
 
 // loss and weight of each pixel, from reduce_classes' results and the labels.
 template <class T, Kind kKind>
-void finish_pixels(const Tile<T>& tile, const ClassTerms<T>& terms, int64_t count) {
+void weigh_losses(const Tile<T>& tile, const ClassTerms<T>& terms, int64_t count) {
   if (kKind == Kind::kProbabilities) {
     for (int64_t p = 0; p < count; ++p) {
       tile.loss[p] = -tile.spread[p];
@@ -199,6 +189,21 @@ void finish_pixels(const Tile<T>& tile, const ClassTerms<T>& terms, int64_t coun
     if (kKind == Kind::kSmoothedLabels) loss = loss * (1 - terms.smoothing) - tile.spread[p];
     tile.loss[p] = tile.labels[p] == kIgnored ? 0 : loss;
   }
+}
+
+// The same; adds them to the task's sums, and stores what is kept of `count` of a call's `pixels`, from `first` on.
+template <class T, Kind kKind>
+void finish_pixels(const CrossEntropyForward& call, const Tile<T>& tile, const ClassTerms<T>& terms, int64_t first,
+                   int64_t count, int64_t pixels, Partial* partial) {
+  weigh_losses<T, kKind>(tile, terms, count);
+  if (call.statistics) {
+    T* const statistics = static_cast<T*>(call.statistics.data) + first;
+    memcpy(statistics, tile.largest, count * sizeof(T));
+    memcpy(statistics + pixels, tile.log_sum, count * sizeof(T));
+  }
+  if (call.reduction == Reduction::kNone) memcpy(static_cast<T*>(call.loss.data) + first, tile.loss, count * sizeof(T));
+  partial->loss += sum_of(tile.loss, count);
+  partial->weight += sum_of(tile.weight, count);
 }
 
 // ---- backward ----

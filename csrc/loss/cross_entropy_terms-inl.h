@@ -4,13 +4,26 @@
 
 #include <math.h>
 
-#include "loss/cross_entropy.h"
+#include "loss/losses.h"
 #include "simd/pack-inl.h"
 #include "simd/simd-inl.h"
 
 namespace fastseg {
 namespace FASTSEG_ISA {
 namespace {
+
+// What a kernel is compiled for: the type that it computes in, and the kind of call.
+template <class T_, auto kKind_>
+struct Instance {
+  using T = T_;
+  static constexpr auto kKind = kKind_;
+};
+
+// Calls run with the Instance for a call of a kind.
+template <auto kKind, class Call, class Run>
+void with_type(const Call& call, const Run& run) {
+  return call.input.dtype == DType::kFloat64 ? run(Instance<double, kKind>()) : run(Instance<float, kKind>());
+}
 
 // A label in a lane's integer; negative where the pixel is ignored.
 constexpr int kIgnored = -1;  // all bits set
@@ -59,9 +72,12 @@ bool read_label_run(const Call& call, int64_t offset, int64_t count, int64_t str
   return !invalid->found;
 }
 
-// The first invalid label in the order of the tasks, whichever thread met one first.
-void keep_first(const InvalidLabel& found, InvalidLabel* invalid) {
-  if (found.found && !invalid->found) *invalid = found;
+// Tells the caller of the first invalid label in the order of the tasks, whichever thread met one first. Task: what has
+// an InvalidLabel invalid.
+template <class Call, class Task>
+void report_invalid(const Call& call, const Task* tasks, int64_t count) {
+  *call.invalid = {};
+  for (int64_t task = 0; task < count && !call.invalid->found; ++task) *call.invalid = tasks[task].invalid;
 }
 
 // How much a class counts: q = probability * scale[c] + shift[c], which holds the class's weight and the smoothing.
@@ -115,11 +131,10 @@ double sum_of(const T* values, int64_t count) {
 template <class T>
 void store_totals(const CrossEntropyForward& call, const Partial* partials, int64_t tasks, bool smoothed_labels) {
   double loss = 0, weight = 0;
-  *call.invalid = {};
+  report_invalid(call, partials, tasks);
   for (int64_t task = 0; task < tasks; ++task) {
     loss += partials[task].loss;
     weight += partials[task].weight;
-    keep_first(partials[task].invalid, call.invalid);
   }
   *static_cast<T*>(call.total_weight.data) = static_cast<T>(weight);
   if (call.reduction == Reduction::kNone) return;

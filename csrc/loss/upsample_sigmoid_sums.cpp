@@ -1,12 +1,11 @@
 // upsample_sigmoid_sums' CPU kernels. Classes know nothing of each other: forward goes over an output row class by
 // class and adds up its terms; backward makes the terms' derivatives again, row by row, and nothing is kept between the
 // two.
-#include "loss/upsample_sigmoid_sums.h"
-
 #include <math.h>
 
 #include "core/cache.h"
-#include "loss/upsample_cross_entropy_tiles-inl.h"
+#include "loss/cross_entropy_loops-inl.h"
+#include "loss/losses.h"
 #include "upsampling/upsampled_gradient-inl.h"
 
 namespace fastseg {
@@ -193,29 +192,25 @@ FASTSEG_NOINLINE void add_terms(const Shares shares, const FocalFactor<T>& focal
 template <class T, Terms kTerms>
 bool forward_band(const UpsampleSigmoidSums& call, const UpsampledMap<T>& map, const Bands& bands, int64_t band,
                   InvalidLabel* invalid, double* sums) {
-  const auto padded = Pieces<T>::padded;
-  const int64_t elements = padded(ExpandedRows<T>::elements(map)) + padded(TargetRow<T>::elements(map));
-  void* const memory = scratch(elements * static_cast<int64_t>(sizeof(T)));
-  if (memory == nullptr) return false;
-  Pieces<T> pieces(memory);
-  ExpandedRows<T> source(map, call.input, false, pieces.take(ExpandedRows<T>::elements(map)));
-  TargetRow<T> target(call, invalid, pieces.take(TargetRow<T>::elements(map)));
-  const FocalFactor<T> focal(call);
-  for_each_tile_row(map, bands, band, &source,
-                    [&](int64_t image, int64_t y, const RowPair<T>& pair, int64_t begin, int64_t columns) {
-                      for (int64_t x = 0; x < columns; x += kColumnsAdded) {
-                        const int64_t count = min_of(kColumnsAdded, columns - x);
-                        if (!target.select(image, y, begin + x, count)) return false;
-                        with_upsampled_row(map, pair, x, [&](const auto logits) {
-                          for (int64_t c = 0; c < map.classes; ++c)
-                            target.with_class(c, [&](const auto shares) {
-                              add_terms<T, kTerms>(shares, focal, c, count, logits, sums, map.classes);
-                            });
-                        });
-                      }
-                      return true;
-                    });
-  return true;
+  const int64_t elements = Pieces<T>::padded(TargetRow<T>::elements(map));
+  return with_expanded_rows(map, call.input, false, elements, [&](ExpandedRows<T>* source, Pieces<T>* pieces) {
+    TargetRow<T> target(call, invalid, pieces->take(TargetRow<T>::elements(map)));
+    const FocalFactor<T> focal(call);
+    for_each_tile_row(map, bands, band, source,
+                      [&](int64_t image, int64_t y, const RowPair<T>& pair, int64_t begin, int64_t columns) {
+                        for (int64_t x = 0; x < columns; x += kColumnsAdded) {
+                          const int64_t count = min_of(kColumnsAdded, columns - x);
+                          if (!target.select(image, y, begin + x, count)) return false;
+                          with_upsampled_row(map, pair, x, [&](const auto logits) {
+                            for (int64_t c = 0; c < map.classes; ++c)
+                              target.with_class(c, [&](const auto shares) {
+                                add_terms<T, kTerms>(shares, focal, c, count, logits, sums, map.classes);
+                              });
+                          });
+                        }
+                        return true;
+                      });
+  });
 }
 
 template <class T, Terms kTerms>
@@ -228,8 +223,7 @@ void forward(const UpsampleSigmoidSums& call) {
     return forward_band<T, kTerms>(call, map, bands, band, &sums.partials()[band].invalid,
                                    sums.of_classes() + band * sums_of_band);
   });
-  *call.invalid = {};
-  for (int64_t band = 0; band < bands.count; ++band) keep_first(sums.partials()[band].invalid, call.invalid);
+  report_invalid(call, sums.partials(), bands.count);
   store_class_sums<T>(call.sums, map, bands, sums.of_classes());
 }
 
@@ -310,29 +304,26 @@ template <class T, Terms kTerms>
 bool copied_band(const UpsampleSigmoidSumsBackward& call, const UpsampledMap<T>& map, const Bands& bands, int64_t band,
                  Partial* partial) {
   using Work = BackwardRows<T, kTerms>;
-  const auto padded = Pieces<T>::padded;
-  const int64_t elements = padded(ExpandedRows<T>::elements(map)) + padded(map.row_elements()) + Work::elements(map);
-  void* const memory = scratch(elements * static_cast<int64_t>(sizeof(T)));
-  if (memory == nullptr) return false;
-  Pieces<T> pieces(memory);
-  ExpandedRows<T> source(map, call.input, false, pieces.take(ExpandedRows<T>::elements(map)));
-  T* const kept = pieces.take(map.row_elements());
-  Place place = {};
-  Work work(call, map, place, partial, &pieces);
-  const Tensor& gradient = call.grad_input;
-  for_each_tile_row(
-      map, bands, band, &source, [&](int64_t image, int64_t y, const RowPair<T>& pair, int64_t begin, int64_t columns) {
-        place.image = image;
-        place.column = begin;
-        place.columns = columns;
-        const auto keep = [&](int64_t c, int64_t x, Vec<T> values) { store(kept + c * map.row_stride + x, values); };
-        if (!work.row(place, y, pair, keep)) return false;
-        const int64_t offset = image * gradient.stride[0] + y * gradient.stride[2] + begin * gradient.stride[3];
-        unpack(kept, map.row_stride, map.classes, columns, at_mutable(gradient, offset), gradient.dtype,
-               gradient.stride[1], gradient.stride[3]);
-        return true;
-      });
-  return true;
+  const int64_t elements = Pieces<T>::padded(map.row_elements()) + Work::elements(map);
+  return with_expanded_rows(map, call.input, false, elements, [&](ExpandedRows<T>* source, Pieces<T>* pieces) {
+    T* const kept = pieces->take(map.row_elements());
+    Place place = {};
+    Work work(call, map, place, partial, pieces);
+    const Tensor& gradient = call.grad_input;
+    for_each_tile_row(
+        map, bands, band, source,
+        [&](int64_t image, int64_t y, const RowPair<T>& pair, int64_t begin, int64_t columns) {
+          place.image = image;
+          place.column = begin;
+          place.columns = columns;
+          const auto keep = [&](int64_t c, int64_t x, Vec<T> values) { store(kept + c * map.row_stride + x, values); };
+          if (!work.row(place, y, pair, keep)) return false;
+          const int64_t offset = image * gradient.stride[0] + y * gradient.stride[2] + begin * gradient.stride[3];
+          unpack(kept, map.row_stride, map.classes, columns, at_mutable(gradient, offset), gradient.dtype,
+                 gradient.stride[1], gradient.stride[3]);
+          return true;
+        });
+  });
 }
 
 template <class T, Terms kTerms>
@@ -349,37 +340,25 @@ void backward(const UpsampleSigmoidSumsBackward& call) {
                   [&](int64_t band) { return copied_band<T, kTerms>(call, map, rows, band, sums.partials() + band); });
   else
     sum_gradients<T, BackwardRows<T, kTerms>>(call, map, bands, call.grad_input, sums.partials());
-  *call.invalid = {};
-  for (int64_t band = 0; band < count; ++band) keep_first(sums.partials()[band].invalid, call.invalid);
+  report_invalid(call, sums.partials(), count);
 }
-
-template <class T_, Terms kTerms_>
-struct Instance {
-  using T = T_;
-  static constexpr Terms kTerms = kTerms_;
-};
 
 // Calls run with the call's Instance.
-template <class T, class Run>
-void with_terms(const UpsampleSigmoidSums& call, const Run& run) {
-  if (call.sums.size[0] == kSums<Terms::kClassSums>)
-    return call.smaller ? run(Instance<T, Terms::kSmallerSums>()) : run(Instance<T, Terms::kClassSums>());
-  return call.gamma == 0 ? run(Instance<T, Terms::kCrossEntropy>()) : run(Instance<T, Terms::kFocal>());
-}
-
 template <class Run>
 void with_instance(const UpsampleSigmoidSums& call, const Run& run) {
-  return call.input.dtype == DType::kFloat64 ? with_terms<double>(call, run) : with_terms<float>(call, run);
+  if (call.sums.size[0] == kSums<Terms::kClassSums>)
+    return call.smaller ? with_type<Terms::kSmallerSums>(call, run) : with_type<Terms::kClassSums>(call, run);
+  return call.gamma == 0 ? with_type<Terms::kCrossEntropy>(call, run) : with_type<Terms::kFocal>(call, run);
 }
 
 }  // namespace
 
 void upsample_sigmoid_sums_forward(const UpsampleSigmoidSums& call) {
-  with_instance(call, [&](auto of) { forward<typename decltype(of)::T, of.kTerms>(call); });
+  with_instance(call, [&](auto of) { forward<typename decltype(of)::T, of.kKind>(call); });
 }
 
 void upsample_sigmoid_sums_backward(const UpsampleSigmoidSumsBackward& call) {
-  with_instance(call, [&](auto of) { backward<typename decltype(of)::T, of.kTerms>(call); });
+  with_instance(call, [&](auto of) { backward<typename decltype(of)::T, of.kKind>(call); });
 }
 
 }  // namespace FASTSEG_ISA

@@ -1,7 +1,7 @@
 // The class of the largest logit of each pixel of an upsampled row: what the predictions of classes share.
 #pragma once
 
-#include "upsampling/upsampled_rows-inl.h"
+#include "upsampling/output_bands-inl.h"
 
 namespace fastseg {
 namespace FASTSEG_ISA {

@@ -1,8 +1,7 @@
 // upsample_argmax's kernel: an output row at a time, its pixels' logits never leave the registers.
-#include "upsampling/upsample_argmax.h"
-
 #include "simd/vector_math-inl.h"
 #include "upsampling/argmax_rows-inl.h"
+#include "upsampling/predictions.h"
 
 namespace fastseg {
 namespace FASTSEG_ISA {
@@ -22,28 +21,24 @@ void confidence_row(const UpsampledMap<T>& map, const Row logits, int64_t count,
 
 template <class T>
 bool argmax_band(const UpsampleArgmax& call, const UpsampledMap<T>& map, const Bands& bands, int64_t band) {
-  const auto padded = Pieces<T>::padded;
-  const int64_t elements = padded(ExpandedRows<T>::elements(map)) + 2 * padded(map.tile_columns);
-  void* const memory = scratch(elements * static_cast<int64_t>(sizeof(T)));
-  if (memory == nullptr) return false;
-  Pieces<T> pieces(memory);
-  ExpandedRows<T> source(map, call.input, false, pieces.take(ExpandedRows<T>::elements(map)));
-  T* const confidence = pieces.take(map.tile_columns);
-  Int<T>* const labels = reinterpret_cast<Int<T>*>(pieces.take(map.tile_columns));
-  for_each_tile_row(
-      map, bands, band, &source, [&](int64_t plane, int64_t y, const RowPair<T>& pair, int64_t begin, int64_t count) {
-        const int64_t first = (plane * map.output_height + y) * map.output_width + begin;
-        const bool with_confidence = static_cast<bool>(call.confidence);
-        with_upsampled_row(map, pair, 0, [&](const auto row) {
-          argmax_row(map, pair, row, count, labels);
-          if (with_confidence) confidence_row(map, row, count, confidence);
+  const int64_t elements = 2 * Pieces<T>::padded(map.tile_columns);
+  return with_expanded_rows(map, call.input, false, elements, [&](ExpandedRows<T>* source, Pieces<T>* pieces) {
+    T* const confidence = pieces->take(map.tile_columns);
+    Int<T>* const labels = reinterpret_cast<Int<T>*>(pieces->take(map.tile_columns));
+    for_each_tile_row(
+        map, bands, band, source, [&](int64_t plane, int64_t y, const RowPair<T>& pair, int64_t begin, int64_t count) {
+          const int64_t first = (plane * map.output_height + y) * map.output_width + begin;
+          const bool with_confidence = static_cast<bool>(call.confidence);
+          with_upsampled_row(map, pair, 0, [&](const auto row) {
+            argmax_row(map, pair, row, count, labels);
+            if (with_confidence) confidence_row(map, row, count, confidence);
+          });
+          store_labels(labels, count, call.labels, first);
+          if (with_confidence)
+            unpack(confidence, 0, 1, count, at_mutable(call.confidence, first), call.confidence.dtype, 0, 1);
+          return true;
         });
-        store_labels(labels, count, call.labels, first);
-        if (with_confidence)
-          unpack(confidence, 0, 1, count, at_mutable(call.confidence, first), call.confidence.dtype, 0, 1);
-        return true;
-      });
-  return true;
+  });
 }
 
 template <class T>

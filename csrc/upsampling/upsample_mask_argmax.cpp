@@ -1,9 +1,8 @@
 // upsample_mask_argmax's kernel: of a few columns of an output row the masks of all queries, then their sums for a few
 // classes at a time, in registers, of which the largest remain.
-#include "upsampling/upsample_mask_argmax.h"
-
 #include "simd/vector_math-inl.h"
 #include "upsampling/argmax_rows-inl.h"
+#include "upsampling/predictions.h"
 
 namespace fastseg {
 namespace FASTSEG_ISA {
@@ -68,29 +67,24 @@ void pack_weights(const Tensor& probabilities, T* weights) {
 template <class T>
 bool argmax_band(const UpsampleMaskArgmax& call, const UpsampledMap<T>& map, const Bands& bands, int64_t band,
                  const T* weights) {
-  const auto padded = Pieces<T>::padded;
   const int64_t queries = map.classes, classes = call.class_probabilities.size[2];
-  const int64_t elements =
-      padded(ExpandedRows<T>::elements(map)) + padded(queries * kColumns<T>) + padded(map.tile_columns);
-  void* const memory = scratch(elements * static_cast<int64_t>(sizeof(T)));
-  if (memory == nullptr) return false;
-  Pieces<T> pieces(memory);
-  ExpandedRows<T> source(map, call.input, false, pieces.take(ExpandedRows<T>::elements(map)));
-  T* const masks = pieces.take(queries * kColumns<T>);
-  Int<T>* const labels = reinterpret_cast<Int<T>*>(pieces.take(map.tile_columns));
+  const int64_t elements = Pieces<T>::padded(queries * kColumns<T>) + Pieces<T>::padded(map.tile_columns);
   weights += band / bands.per_plane * round_up(classes, kClasses) * queries;
-  for_each_tile_row(
-      map, bands, band, &source, [&](int64_t image, int64_t y, const RowPair<T>& pair, int64_t begin, int64_t count) {
-        with_upsampled_row(map, pair, 0, [&](const auto row) {
-          for (int64_t x = 0; x < count; x += kColumns<T>) {
-            make_masks(row, queries, x, masks);
-            argmax_of_sums(masks, weights, queries, classes, labels + x);
-          }
+  return with_expanded_rows(map, call.input, false, elements, [&](ExpandedRows<T>* source, Pieces<T>* pieces) {
+    T* const masks = pieces->take(queries * kColumns<T>);
+    Int<T>* const labels = reinterpret_cast<Int<T>*>(pieces->take(map.tile_columns));
+    for_each_tile_row(
+        map, bands, band, source, [&](int64_t image, int64_t y, const RowPair<T>& pair, int64_t begin, int64_t count) {
+          with_upsampled_row(map, pair, 0, [&](const auto row) {
+            for (int64_t x = 0; x < count; x += kColumns<T>) {
+              make_masks(row, queries, x, masks);
+              argmax_of_sums(masks, weights, queries, classes, labels + x);
+            }
+          });
+          store_labels(labels, count, call.labels, (image * map.output_height + y) * map.output_width + begin);
+          return true;
         });
-        store_labels(labels, count, call.labels, (image * map.output_height + y) * map.output_width + begin);
-        return true;
-      });
-  return true;
+  });
 }
 
 template <class T>

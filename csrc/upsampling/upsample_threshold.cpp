@@ -1,8 +1,7 @@
 // upsample_threshold's kernel: an output row at a time, compared in registers and stored as bytes.
-#include "upsampling/upsample_threshold.h"
-
 #include "simd/vector_math-inl.h"
-#include "upsampling/upsampled_rows-inl.h"
+#include "upsampling/output_bands-inl.h"
+#include "upsampling/predictions.h"
 
 namespace fastseg {
 namespace FASTSEG_ISA {

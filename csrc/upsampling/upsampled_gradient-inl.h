@@ -8,8 +8,7 @@
 // blended to it.
 #pragma once
 
-#include "loss/cross_entropy_terms-inl.h"
-#include "upsampling/upsampled_rows-inl.h"
+#include "upsampling/output_bands-inl.h"
 
 namespace fastseg {
 namespace FASTSEG_ISA {
@@ -228,37 +227,34 @@ void spread_plane(const GradientSum<T>& sum, const Position<T>& planes, T* rows,
 template <class T, class Work, class Call>
 bool sum_band(const GradientSum<T>& sum, const Call& call, Partial* partial, int64_t band) {
   const UpsampledMap<T>& map = sum.map;
-  const auto padded = Pieces<T>::padded;
   const int64_t band_elements = sum.band_elements(), sums = map.blends_planes ? 3 : 1;
-  const int64_t elements = padded(ExpandedRows<T>::elements(map)) + padded(2 * map.row_elements()) +
-                           padded(sums * band_elements) + Work::elements(map);
-  void* const memory = scratch(elements * static_cast<int64_t>(sizeof(T)));
-  if (memory == nullptr) return false;
-  Pieces<T> pieces(memory);
-  ExpandedRows<T> source(map, call.input, Work::kRelative, pieces.take(ExpandedRows<T>::elements(map)));
-  T* const expanded = pieces.take(2 * map.row_elements());
-  T* const rows =
-      pieces.take(sums * band_elements);  // of an output plane, and where planes are blended of two input ones
-  T* const of_planes = map.blends_planes ? rows + band_elements : rows;
-  memset(rows, 0, sums * band_elements * sizeof(T));
-  const int64_t image = band / sum.bands.per_image, begin = band % sum.bands.per_image * sum.bands.rows;
-  Place place = {band, image, begin, min_of(begin + sum.bands.rows, map.height), 0, 0, 0};
-  Work work(call, map, place, partial, &pieces);
-  int64_t z = 0;  // of the input: its gradient, and where planes are blended the next one's, are being summed
-  const auto store_planes = [&](int64_t end) {
-    for (; z < end; ++z) store_plane(sum, place, z, of_planes + (map.blends_planes ? z % 2 * band_elements : 0));
-  };
-  for (int64_t output = 0; output < map.output_depth; ++output) {
-    store_planes(map.planes[output].first);
-    place.plane = image * map.output_depth + output;
-    for (place.column = 0; place.column < map.output_width; place.column += map.tile_columns) {
-      place.columns = min_of(map.tile_columns, map.output_width - place.column);
-      if (!sum_tile(sum, place, &source, &work, expanded, rows)) return true;
+  const int64_t elements =
+      Pieces<T>::padded(2 * map.row_elements()) + Pieces<T>::padded(sums * band_elements) + Work::elements(map);
+  const auto sum_rows = [&](ExpandedRows<T>* source, Pieces<T>* pieces) {
+    T* const expanded = pieces->take(2 * map.row_elements());
+    T* const rows = pieces->take(sums * band_elements);  // of an output plane, and where planes are blended of two
+                                                         // input ones
+    T* const of_planes = map.blends_planes ? rows + band_elements : rows;
+    memset(rows, 0, sums * band_elements * sizeof(T));
+    const int64_t image = band / sum.bands.per_image, begin = band % sum.bands.per_image * sum.bands.rows;
+    Place place = {band, image, begin, min_of(begin + sum.bands.rows, map.height), 0, 0, 0};
+    Work work(call, map, place, partial, pieces);
+    int64_t z = 0;  // of the input: its gradient, and where planes are blended the next one's, are being summed
+    const auto store_planes = [&](int64_t end) {
+      for (; z < end; ++z) store_plane(sum, place, z, of_planes + (map.blends_planes ? z % 2 * band_elements : 0));
+    };
+    for (int64_t output = 0; output < map.output_depth; ++output) {
+      store_planes(map.planes[output].first);
+      place.plane = image * map.output_depth + output;
+      for (place.column = 0; place.column < map.output_width; place.column += map.tile_columns) {
+        place.columns = min_of(map.tile_columns, map.output_width - place.column);
+        if (!sum_tile(sum, place, source, &work, expanded, rows)) return;
+      }
+      if (map.blends_planes) spread_plane(sum, map.planes[output], rows, of_planes);
     }
-    if (map.blends_planes) spread_plane(sum, map.planes[output], rows, of_planes);
-  }
-  store_planes(map.depth);
-  return true;
+    store_planes(map.depth);
+  };
+  return with_expanded_rows(map, call.input, Work::kRelative, elements, sum_rows);
 }
 
 // Adds the two gradients of the band's first row.

@@ -347,53 +347,6 @@ void with_upsampled_row(const UpsampledMap<T>& map, const RowPair<T>& pair, int6
     body(UpsampledRow<T, true>(pair, map.row_stride, begin));
 }
 
-// ---- work ----
-
-// Bands of output rows, none across two planes, by the shape alone: sums over a band don't depend on who computes it.
-constexpr int64_t kBands = 64;          // enough for the threads of a large machine
-constexpr int64_t kLeastBandRows = 32;  // of the output: few input rows are to be expanded for two bands
-
-struct Bands {
-  int64_t rows, per_plane, count;
-
-  template <class T>
-  explicit Bands(const UpsampledMap<T>& map)
-      : rows(max_of(ceil_div(map.output_planes() * map.output_height, kBands), kLeastBandRows)),
-        per_plane(ceil_div(map.output_height, rows)),
-        count(map.output_planes() * per_plane) {}
-};
-
-// Calls body(plane, y, pair, begin, count) for every output row of a band and every tile of it, until one returns
-// false.
-template <class T, class Body>
-void for_each_tile_row(const UpsampledMap<T>& map, const Bands& bands, int64_t band, ExpandedRows<T>* source,
-                       Body body) {
-  const int64_t plane = band / bands.per_plane, first = band % bands.per_plane * bands.rows;
-  const int64_t last = min_of(first + bands.rows, map.output_height);
-  for (int64_t begin = 0; begin < map.output_width; begin += map.tile_columns) {
-    const int64_t count = min_of(map.tile_columns, map.output_width - begin);
-    source->select(plane, begin, count);
-    for (int64_t y = first; y < last; ++y)
-      if (!body(plane, y, RowPair<T>(map, source, map.rows[y]), begin, count)) return;
-  }
-}
-
-// Pieces of a thread's scratch memory, each on cache lines of its own.
-template <class T>
-class Pieces {
- public:
-  explicit Pieces(void* memory) : next_(static_cast<T*>(memory)) {}
-  static int64_t padded(int64_t elements) { return round_up(elements, 64 / sizeof(T)); }
-  T* take(int64_t elements) {
-    T* piece = next_;
-    next_ += padded(elements);
-    return piece;
-  }
-
- private:
-  T* next_;
-};
-
 }  // namespace
 }  // namespace FASTSEG_ISA
 }  // namespace fastseg
