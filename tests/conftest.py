@@ -5,7 +5,7 @@ import gc
 import importlib
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from random import Random
 
 import pytest
@@ -98,15 +98,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         Random(0).shuffle(items)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection() -> None:
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
     """Little that is made until the tests begin is garbage."""
     gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
 
 
 def pytest_collection_finish() -> None:
     """All there is now stays: garbage collections, which tests of memory ask for, would look at it half a second."""
-    gc.enable()
     gc.collect()
     gc.freeze()
 
