@@ -109,8 +109,6 @@ FAULTS = (
           "load(second + x) * <<<planes_.second_weight|||planes_.first_weight>>>", PREDICTIONS),
     Fault("a right neighbour's gradient is lost where its turn comes", "csrc/upsampling/upsampled_gradient-inl.h",
           "left_sum = <<<right_sum|||Classes{}>>>;", LOSSES),
-    Fault("the second four classes have the first four's gradients", "csrc/upsampling/upsampled_gradient-inl.h",
-          "first_fours(of_rows[0], of_rows[<<<1|||0>>>]);", LOSSES),
     Fault("the row that two bands share has one band's gradient", "csrc/upsampling/upsampled_gradient-inl.h",
           "own[i] += <<<other[i]|||T(0)>>>;", ("test_upsample_cross_entropy", *LOSSES)),
     Fault("an output plane's gradient goes to one input plane", "csrc/upsampling/upsampled_gradient-inl.h",
