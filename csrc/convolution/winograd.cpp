@@ -30,53 +30,19 @@ bool forward(const ConvReluPool2dWinogradForward& call) {
   return run(kernel);
 }
 
-// A dilated convolution is one of its own for every remainder of rows and columns by the dilation: input and output of
-// the one that begins there.
-ConvReluPool2dWinogradForward phase_of(const ConvReluPool2dWinogradForward& call, int64_t row, int64_t column) {
-  ConvReluPool2dWinogradForward phase = call;
-  const int64_t first[2] = {row, column};
-  for (int i = 0; i < 2; ++i) {
-    const int64_t step = call.geometry.dilation[i];
-    Tensor* const tensors[] = {&phase.input, &phase.output, &phase.positions};
-    for (Tensor* tensor : tensors) {
-      if (!*tensor) continue;
-      tensor->size[2 + i] = ceil_div(tensor->size[2 + i] - first[i], step);
-      tensor->data = at_mutable(*tensor, first[i] * tensor->stride[2 + i]);
-      tensor->stride[2 + i] *= step;
-    }
-    phase.geometry.padding[i] /= step;
-    phase.geometry.dilation[i] = 1;
-  }
-  return phase;
-}
-
-// Whether `body` does for each phase that has any output.
-template <class Body>
-bool for_each_phase(const ConvReluPool2dWinogradForward& call, const Body& body) {
-  const int64_t rows = min_of(call.geometry.dilation[0], call.output.size[2]);
-  const int64_t columns = min_of(call.geometry.dilation[1], call.output.size[3]);
-  bool safe = true;
-  for (int64_t i = 0; safe && i < rows * columns; ++i) safe = body(phase_of(call, i / columns, i % columns));
-  return safe;
-}
-
 // With transformed weights of some output channels at a time.
 template <class T>
 bool forward_in_passes(const ConvReluPool2dWinogradForward& call) {
-  WinogradChannels<T> whole(call);
-  if (whole.empty()) return true;
-  const int64_t step = whole.pass_blocks(), bytes = whole.workspace_elements(whole.shape.c, step) * int64_t{sizeof(T)};
+  WinogradChannels<T> kernel(call);
+  if (kernel.empty()) return true;
+  const int64_t step = kernel.pass_blocks(),
+                bytes = kernel.workspace_elements(kernel.shape.c, step) * int64_t{sizeof(T)};
   Workspace workspace(bytes);
   advise_huge_pages(workspace.data(), bytes);  // fresh at every call
   bool safe = true;
-  for (int64_t begin = 0; safe && begin < whole.blocks; begin += step) {
-    bool transformed = false;
-    safe = for_each_phase(call, [&](const ConvReluPool2dWinogradForward& phase) {
-      WinogradChannels<T> kernel(phase);
-      kernel.prepare(workspace.data(), {begin, min_of(begin + step, kernel.blocks)}, transformed);
-      transformed = true;
-      return run(kernel);
-    });
+  for (int64_t begin = 0; safe && begin < kernel.blocks; begin += step) {
+    kernel.prepare(workspace.data(), {begin, min_of(begin + step, kernel.blocks)});
+    safe = run(kernel);
   }
   return safe;
 }
@@ -91,21 +57,17 @@ int64_t kept_bytes(const Tensor& weight) {
 // With transformed weights that stay. Calls at the same time write the same numbers there.
 template <class T>
 bool forward_keeping(const ConvReluPool2dWinogradForward& call) {
-  WinogradChannels<T> whole(call);
-  if (whole.empty()) return true;
+  WinogradChannels<T> kernel(call);
+  if (kernel.empty()) return true;
   if (call.kept.size[0] < kept_bytes<T>(call.weight)) return forward_in_passes<T>(call);  // for other vectors
   KeptHeader* header = static_cast<KeptHeader*>(call.kept.data);
-  const int64_t elements = whole.workspace_elements(whole.shape.c, whole.blocks);
+  const int64_t elements = kernel.workspace_elements(kernel.shape.c, kernel.blocks);
   const KeptHeader wanted = {fingerprint_of(call.weight, call.bias, call.scale, call.threads), elements, kLanes<T>};
-  bool transformed =
+  const bool transformed =
       header->fingerprint == wanted.fingerprint && header->elements == wanted.elements && header->lanes == wanted.lanes;
-  return for_each_phase(call, [&](const ConvReluPool2dWinogradForward& phase) {
-    WinogradChannels<T> kernel(phase);
-    kernel.prepare(header + 1, {0, kernel.blocks}, transformed);
-    if (!transformed) *header = wanted;
-    transformed = true;
-    return run(kernel);
-  });
+  kernel.prepare(header + 1, {0, kernel.blocks}, transformed);
+  if (!transformed) *header = wanted;
+  return run(kernel);
 }
 
 template <class T>

@@ -21,9 +21,31 @@ namespace {
 constexpr int64_t kPassBytes = 16 * 1024 * 1024;
 constexpr int64_t kLeastPassChannels = 128;
 
+// A dilated convolution is one of its own for every remainder of rows and columns by the dilation: input and output of
+// the one that begins there.
+inline ConvReluPool2dWinogradForward phase_of(const ConvReluPool2dWinogradForward& call, int64_t row, int64_t column) {
+  ConvReluPool2dWinogradForward phase = call;
+  const int64_t first[2] = {row, column};
+  for (int i = 0; i < 2; ++i) {
+    const int64_t step = call.geometry.dilation[i];
+    Tensor* const tensors[] = {&phase.input, &phase.output, &phase.positions};
+    for (Tensor* tensor : tensors) {
+      if (!*tensor) continue;
+      tensor->size[2 + i] = ceil_div(tensor->size[2 + i] - first[i], step);
+      tensor->data = at_mutable(*tensor, first[i] * tensor->stride[2 + i]);
+      tensor->stride[2 + i] *= step;
+    }
+    phase.geometry.padding[i] /= step;
+    phase.geometry.dilation[i] = 1;
+  }
+  return phase;
+}
+
 template <class T>
 struct WinogradChannels {
-  const ConvReluPool2dWinogradForward& call;
+  const ConvReluPool2dWinogradForward& whole;
+  const int64_t phases_h, phases_w;          // of an image that have any output
+  const ConvReluPool2dWinogradForward call;  // of the first phase, the largest one
   const ConvShape shape;
   const bool pools;    // the pool is 2x2, not 1x1
   const Tensor& full;  // the convolution's whole output, optional: the skip, or where nothing is pooled the output
@@ -31,8 +53,10 @@ struct WinogradChannels {
   const int64_t blocks;    // of output channels
   const int64_t channels;  // of the input, rounded up to whole vectors
   const int64_t packed_w;  // columns of a packed input row
+  const int64_t maps;      // phases of all images
   const int64_t band;      // rows of windows to a task
-  const int64_t bands;     // of an image
+  const int64_t bands;     // of a map
+  const int64_t batch;     // maps to a task, where each has few windows: they are multiplied together
   Span at_once = {};       // blocks whose weights are transformed: all of them, or a pass's
   int64_t groups = 0;      // tasks among which a band's blocks are divided
   T* weights = nullptr;    // [blocks at once][products][c][block], a plane to a product
@@ -41,17 +65,22 @@ struct WinogradChannels {
   bool* safe = nullptr;    // shared by all tasks
 
   explicit WinogradChannels(const ConvReluPool2dWinogradForward& c)
-      : call(c),
-        shape(c.input, c.weight, c.output, c.geometry),
-        pools(c.geometry.pool_size[0] == kPoolSide),
-        full(pools ? c.skip : c.output),
+      : whole(c),
+        phases_h(max_of(min_of(c.geometry.dilation[0], c.output.size[2]), 1)),
+        phases_w(max_of(min_of(c.geometry.dilation[1], c.output.size[3]), 1)),
+        call(phase_of(c, 0, 0)),
+        shape(call.input, call.weight, call.output, call.geometry),
+        pools(call.geometry.pool_size[0] == kPoolSide),
+        full(pools ? call.skip : call.output),
         windows_h(full ? ceil_div(shape.convolved_h, kPoolSide) : shape.pooled_h),
         windows_w(full ? ceil_div(shape.convolved_w, kPoolSide) : shape.pooled_w),
         blocks(ceil_div(shape.k, kBlock<T>)),
         channels(round_up(shape.c, kLanes<T>)),
         packed_w(patches_width(windows_w)),
+        maps(shape.n * phases_h * phases_w),
         band(choose_band()),
-        bands(ceil_div(windows_h, band)) {}
+        bands(ceil_div(windows_h, band)),
+        batch(bands > 1 || windows_h * windows_w >= kLeastWindows ? 1 : kMostWindows / (windows_h * windows_w)) {}
 
   int64_t choose_band() const {
     const int64_t row_bytes = packed_w * shape.c * int64_t{sizeof(T)};
@@ -146,19 +175,27 @@ struct WinogradChannels {
     return nhwc;
   }
 
-  // The products of all windows with one block of weights: [products][plane elements], each plane [windows][block].
+  // One product of all windows with one block of weights, [windows][block].
   template <int Vectors>
-  FASTSEG_NOINLINE void multiply(const T* patches, int64_t patch_plane, int64_t windows, int64_t block, T* products,
-                                 int64_t product_plane) const {
+  FASTSEG_NOINLINE void multiply(const T* patches, int64_t windows, const T* columns, T* products) const {
     const Vec<T> zero[Vectors] = {};
     const int64_t begin = 0;
     const Terms terms = {&begin, 1, shape.c};
-    for (int64_t product = 0; product < kProducts; ++product) {
-      const T* columns = weights_of(block) + product * weight_plane();
-      for (int64_t window = 0; window < windows; window += kPixels<Vectors>)
-        multiply_tile<T, Vectors>(patches + product * patch_plane + window * channels, channels, terms, columns, zero,
-                                  products + product * product_plane + window * Vectors * kLanes<T>);
-    }
+    for (int64_t window = 0; window < windows; window += kPixels<Vectors>)
+      multiply_tile<T, Vectors>(patches + window * channels, channels, terms, columns, zero,
+                                products + window * Vectors * kLanes<T>);
+  }
+
+  // The products of all windows with some blocks of weights: [blocks][products][plane elements]. A product's patches
+  // stay in the cache for all of the blocks, whose weights come but once.
+  void multiply_blocks(const T* patches, int64_t patch_plane, int64_t windows, Span some, T* products,
+                       int64_t product_plane) const {
+    for (int64_t product = 0; product < kProducts; ++product)
+      for (int64_t block = some.begin; block < some.end; ++block) {
+        const T *rows = patches + product * patch_plane, *columns = weights_of(block) + product * weight_plane();
+        T* target = products + ((block - some.begin) * kProducts + product) * product_plane;
+        vectors(block) == 2 ? multiply<2>(rows, windows, columns, target) : multiply<1>(rows, windows, columns, target);
+      }
   }
 
   // What leaves the registers, for the windows in work together.
@@ -168,12 +205,19 @@ struct WinogradChannels {
     Int<T>*positions, *full_positions;  // the same
   };
 
-  // Of windows [first, first + count) of the band that begins at `top`.
-  void finish_products(const T* products, int64_t plane, int64_t block, int64_t top, int64_t first, int64_t count,
+  // Windows of one map among those of a task that are in work together.
+  struct Part {
+    int64_t map;
+    Span windows;   // of the map's band
+    int64_t place;  // of the first of them among those in work
+  };
+
+  // Of a part of the windows of bands that begin at `top`.
+  void finish_products(const T* products, int64_t plane, int64_t block, int64_t top, const Part& part,
                        const Results& results) const {
-    const int64_t lanes = vectors(block) * kLanes<T>;
-    int64_t row = first / windows_w, column = first % windows_w;
-    for (int64_t window = 0; window < count; ++window) {
+    const int64_t lanes = vectors(block) * kLanes<T>, end = part.place + part.windows.size();
+    int64_t row = part.windows.begin / windows_w, column = part.windows.begin % windows_w;
+    for (int64_t window = part.place; window < end; ++window) {
       const bool cut_row = kPoolSide * (top + row + 1) > shape.convolved_h;
       const bool cut_column = kPoolSide * (column + 1) > shape.convolved_w;
       const Clip<T> clip = {cut_row || cut_column, cut_row, -Int<T>{cut_column} - IntVec<T>{}};
@@ -213,72 +257,111 @@ struct WinogradChannels {
       }
   }
 
+  // `body` for each map's part of the windows [first, first + count) of a task, of which each map has `of_map`.
+  template <class Body>
+  static void for_each_part(int64_t map, int64_t of_map, int64_t first, int64_t count, const Body& body) {
+    for (int64_t done = 0, next; done < count; done = next) {
+      const int64_t begin = (first + done) % of_map;
+      next = min_of(done + of_map - begin, count);
+      body(Part{map + (first + done) / of_map, {begin, begin + next - done}, done});
+    }
+  }
+
+  ConvReluPool2dWinogradForward of_map(int64_t map) const {
+    const int64_t phase = map % (phases_h * phases_w);
+    return phase_of(whole, phase / phases_w, phase % phases_w);
+  }
+
   bool run(int64_t task) const {
-    const int64_t group = task % groups, image = task / groups / bands, top = task / groups % bands * band;
+    const int64_t group = task % groups, unit = task / groups;
+    const int64_t map = unit / bands * batch, top = unit % bands * band;
     const Span group_blocks = {at_once.begin + group * at_once.size() / groups,
                                at_once.begin + (group + 1) * at_once.size() / groups};
-    const int64_t window_rows = min_of(band, windows_h - top), windows = window_rows * windows_w;
+    const int64_t window_rows = min_of(band, windows_h - top), of_one = window_rows * windows_w;
+    const int64_t windows = of_one * min_of(batch, maps - map);
     const Span rows = {kPoolSide * top - call.geometry.padding[0],
                        kPoolSide * (top + window_rows - 1) - call.geometry.padding[0] + kSide};
     const int64_t input_elements = round_up(rows.size() * packed_w * shape.c, kLanes<T>) + kLanes<T>;
 
-    // As many windows at a time as fit the cache, evenly divided, in whole tiles of registers.
-    const int64_t fitting = kWinogradPatchBytes / (kProducts * channels * int64_t{sizeof(T)});
+    // As many windows at a time as fit the cache, evenly divided, in whole tiles of registers: with all their products
+    // for one block of weights after the other, or, in deep layers, with one product for several blocks.
+    const int64_t plane_bytes = channels * int64_t{sizeof(T)};
+    const bool deep = kProducts * kLeastWindows * plane_bytes > kWinogradAllProductsBytes;
+    const int64_t fitting = deep ? kWinogradPlaneBytes / plane_bytes : kWinogradPatchBytes / (kProducts * plane_bytes);
     const int64_t chunks = ceil_div(windows, min_of(max_of(fitting, kLeastWindows), kMostWindows));
     const int64_t chunk = round_up(ceil_div(windows, chunks), kWidestTile);
     const int64_t patch_plane = chunk * channels + kRowPadding, product_plane = chunk * kBlock<T> + kRowPadding;
+    const int64_t block_products = kProducts * product_plane;
+    const int64_t fitting_blocks = deep ? kWinogradPatchBytes / (block_products * int64_t{sizeof(T)}) : 1;
+    const int64_t together = min_of(max_of(fitting_blocks, 1), group_blocks.size());
 
-    const int64_t pooled = chunk * kBlock<T>, whole = full ? kPoolSide * kPoolSide * pooled : 0;
+    const int64_t pooled = chunk * kBlock<T>, whole_window = full ? kPoolSide * kPoolSide * pooled : 0;
     const int64_t passed_row = call.passed ? packed_w * shape.c : 0;
     const int64_t elements =
-        input_elements + kProducts * (patch_plane + product_plane) + 2 * (pooled + whole) + passed_row;
+        input_elements + kProducts * patch_plane + together * block_products + 2 * (pooled + whole_window) + passed_row;
     T* input = static_cast<T*>(scratch(elements * int64_t{sizeof(T)}));
     if (input == nullptr) return false;
     T* patches = input + input_elements;
     T* products = patches + kProducts * patch_plane;
-    T* values = products + kProducts * product_plane;
-    Int<T>* positions = reinterpret_cast<Int<T>*>(values + pooled + whole);
+    T* values = products + together * block_products;
+    Int<T>* positions = reinterpret_cast<Int<T>*>(values + pooled + whole_window);
     const Results results = {kPoolSide * chunk, values, values + pooled, positions, positions + pooled};
 
     memset(input + input_elements - 2 * kLanes<T>, 0, 2 * kLanes<T> * sizeof(T));
-    pack_passed(call.input, call.passed, call.geometry.padding[1], image, rows, packed_w, input + elements - passed_row,
-                input);
-    if (!may_go_on(largest_magnitude(input, input_elements) <= largest_input, safe)) return true;
+    int64_t packed = -1;  // the map that is
+    bool goes_on = true;
     for (int64_t first = 0; first < windows; first += chunk) {
       const int64_t count = min_of(chunk, windows - first);
-      transform_patches(input, shape.c, windows_w, {first, first + count}, patch_plane, patches);
-      for (int64_t block = group_blocks.begin; block < group_blocks.end; ++block) {
-        vectors(block) == 2 ? multiply<2>(patches, patch_plane, count, block, products, product_plane)
-                            : multiply<1>(patches, patch_plane, count, block, products, product_plane);
-        finish_products(products, product_plane, block, top, first, count, results);
-        write(results, image, block, top, first, count);
+      for_each_part(map, of_one, first, count, [&](const Part& part) {
+        if (part.map != packed && goes_on) {
+          packed = part.map;
+          pack_passed(of_map(packed).input, call.passed, call.geometry.padding[1], packed / (phases_h * phases_w), rows,
+                      packed_w, input + elements - passed_row, input);
+          goes_on = may_go_on(largest_magnitude(input, input_elements) <= largest_input, safe);
+        }
+        if (goes_on)
+          transform_patches(input, shape.c, windows_w, part.windows, patch_plane, patches + part.place * channels);
+      });
+      if (!goes_on) return true;
+      for (int64_t begin = group_blocks.begin; begin < group_blocks.end; begin += together) {
+        const Span some = {begin, min_of(begin + together, group_blocks.end)};
+        multiply_blocks(patches, patch_plane, count, some, products, product_plane);
+        for (int64_t block = begin; block < some.end; ++block)
+          for_each_part(map, of_one, first, count, [&](const Part& part) {
+            finish_products(products + (block - begin) * block_products, product_plane, block, top, part, results);
+            write(results, block, top, part);
+          });
       }
     }
     return true;
   }
 
-  void write(const Results& results, int64_t image, int64_t block, int64_t top, int64_t first, int64_t count) const {
+  void write(const Results& results, int64_t block, int64_t top, const Part& part) const {
+    const ConvReluPool2dWinogradForward phase = of_map(part.map);
+    const int64_t image = part.map / (phases_h * phases_w);
+    const Tensor& all = pools ? phase.skip : phase.output;
+    const int64_t all_h = pools ? shape.convolved_h : all.size[2], all_w = pools ? shape.convolved_w : all.size[3];
     const int64_t lanes = vectors(block) * kLanes<T>, channel = block * kBlock<T>;
     const int64_t channel_count = min_of(lanes, shape.k - channel);
-    for (int64_t done = 0, next; done < count; done = next) {
-      const int64_t row = top + (first + done) / windows_w, column = (first + done) % windows_w;
-      next = min_of(done + windows_w - column, count);
-      const Span columns = {column, min_of(column + next - done, shape.pooled_w)};
+    for (int64_t window = part.windows.begin, next; window < part.windows.end; window = next) {
+      const int64_t row = top + window / windows_w, column = window % windows_w;
+      next = min_of(window + windows_w - column, part.windows.end);
+      const int64_t place = part.place + window - part.windows.begin;
+      const Span columns = {column, min_of(column + next - window, shape.pooled_w)};
       if (pools && row < shape.pooled_h && columns.size() > 0)
-        unpack_pooled(results.pooled + done * lanes, results.positions + done * lanes, lanes, image, channel,
-                      channel_count, row, part_of(call.output, 3, columns), part_of(call.positions, 3, columns));
+        unpack_pooled(results.pooled + place * lanes, results.positions + place * lanes, lanes, image, channel,
+                      channel_count, row, part_of(phase.output, 3, columns), part_of(phase.positions, 3, columns));
       if (!full) continue;
-      const Span whole = {kPoolSide * column, min_of(kPoolSide * (column + next - done), shape.convolved_w)};
-      for (int64_t y = 0; y < kPoolSide && kPoolSide * row + y < shape.convolved_h; ++y) {
-        const int64_t at = (y * results.columns + kPoolSide * done) * lanes;
+      const Span wide = {kPoolSide * column, min_of(kPoolSide * (column + next - window), all_w)};
+      for (int64_t y = 0; y < kPoolSide && kPoolSide * row + y < all_h && wide.size() > 0; ++y) {
+        const int64_t at = (y * results.columns + kPoolSide * place) * lanes;
         unpack_pooled(results.full + at, results.full_positions + at, lanes, image, channel, channel_count,
-                      kPoolSide * row + y, part_of(full, 3, whole),
-                      part_of(pools ? Tensor{} : call.positions, 3, whole));
+                      kPoolSide * row + y, part_of(all, 3, wide), part_of(pools ? Tensor{} : phase.positions, 3, wide));
       }
     }
   }
 
-  bool empty() const { return shape.n * bands * blocks == 0; }
+  bool empty() const { return maps * bands * blocks == 0; }
 
   // Of `some` blocks; tasks() are those of these blocks then.
   void prepare(void* workspace, Span some, bool transformed = false) {
@@ -287,12 +370,15 @@ struct WinogradChannels {
     bias = weights + some.size() * block_elements();
     // No sum depends on it: each block is computed by itself.
     const int64_t wanted = max_of(kTasksWanted * some.size() / blocks, int64_t{call.threads});
-    groups = min_of(some.size(), ceil_div(wanted, shape.n * bands));
+    groups = min_of(some.size(), ceil_div(wanted, units()));
     if (!transformed) for_each_task(some.size(), call.threads, [&](int64_t place) { return transform_weights(place); });
     largest_input = largest_safe_input(maxima(), 2 * some.size(), kGrowth * shape.c);
   }
 
-  int64_t tasks() const { return shape.n * bands * groups; }
+  // Of windows that are multiplied with the same weights.
+  int64_t units() const { return ceil_div(maps, batch) * bands; }
+
+  int64_t tasks() const { return units() * groups; }
 };
 
 }  // namespace

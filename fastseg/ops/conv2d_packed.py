@@ -1,8 +1,8 @@
 """conv2d_packed's registration: schema, fake, CPU and fallback implementations; for predictions.
 
 The operator is a convolution by oneDNN, of weights that are laid out for it once and kept: torch's own does that at
-each call. Dilated 3x3 kernels on large maps run Winograd's algorithm. It serves graphs that the backend rewrites: no
-gradient has a formula here, plain PyTorch gives it.
+each call. Dilated 3x3 kernels run Winograd's algorithm where the windows of their phases cover little beside the map.
+It serves graphs that the backend rewrites: no gradient has a formula here, plain PyTorch gives it.
 """
 
 from __future__ import annotations

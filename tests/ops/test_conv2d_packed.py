@@ -15,6 +15,7 @@ from fastseg.ops.convolution import kept
 from fastseg.ops.convolution.algorithms import choose_cpu_forward
 from fastseg.ops.convolution.geometry import flatten, idle_taps, resolve, unflatten
 from fastseg.testing import MEMORY_FORMATS, assert_parity, make
+from tests.kernels.poison import fresh_memory_of_nan
 
 each_layout = pytest.mark.parametrize("layout", MEMORY_FORMATS)
 
@@ -221,6 +222,58 @@ def test_dilated(isa: str, dtype: torch.dtype, numbers: dict[str, Any], layout: 
                     )  # type: ignore[assignment]
                 assert found.stride() == expected.stride()
                 assert_parity(found, expected, truth, terms=12 * 9)
+
+
+# N, C, H, W, K, and the dilation: maps of few windows, those of several phases and images are multiplied together.
+SMALL = {
+    "phases": (3, 12, 12, 12, 20, 2),
+    "larger-and-smaller-phases": (5, 12, 15, 12, 37, 2),
+    "many-phases": (1, 12, 16, 15, 20, 4),
+    "deep": (4, 352, 12, 12, 70, 2),  # one product at a time for several blocks of output channels
+}
+
+
+@each_layout
+@pytest.mark.parametrize("shape", SMALL.values(), ids=SMALL)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_dilated_small_maps(
+    isa: str, dtype: torch.dtype, shape: tuple[int, ...], layout: str, threads: Callable[[int], None]
+) -> None:
+    images, channels, height, width, outputs, dilation = shape
+    numbers = {"dilation": dilation, "padding": dilation}
+    input = make((images, channels, height, width), dtype, seed=1, layout=layout)
+    weight = make((outputs, channels, 3, 3), dtype, seed=2, scale=(9 * channels) ** -0.5)
+    bias = make((outputs,), dtype, seed=3)
+    assert choose_cpu_forward(input, weight, unflatten(tuple(numbers_of(numbers))), False, keep=True) == "winograd"
+    expected = F.conv2d(input, weight, bias, **numbers)
+    truth = F.conv2d(input.double(), weight.double(), bias.double(), **numbers)
+    results = []
+    with torch.no_grad(), fresh_memory_of_nan():
+        for count in (1, 2, 3):
+            threads(count)
+            results.append(torch.ops.fastseg.conv2d_packed(input, weight, bias, None, numbers_of(numbers)))
+    assert_parity(results[0], expected, truth, terms=channels * 9)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("map", range(3))
+def test_one_of_many_small_maps_that_is_not_finite(map: int) -> None:
+    input, weight, bias = make((3, 12, 12, 12), layout="channels_last"), make((20, 12, 3, 3)), make((20,))
+    input[map, 5, 3, 8] = torch.nan
+    with torch.no_grad():
+        for _ in range(2):
+            found = torch.ops.fastseg.conv2d_packed(input, weight, bias, None, numbers_of(PHASES["2"]))
+            torch.testing.assert_close(found, F.conv2d(input, weight, bias, **PHASES["2"]), equal_nan=True)
+
+
+# Dilations that oneDNN serves: windows would cover too much beside the map, or there are too few pixels.
+@pytest.mark.parametrize("shape", [(4, 12, 12, 4), (4, 10, 10, 2), (1, 8, 8, 2), (4, 12, 12, 12)], ids=str)
+def test_dilated_maps_that_stay(shape: tuple[int, ...]) -> None:
+    images, height, width, dilation = shape
+    input, weight = torch.empty(images, 12, height, width), torch.empty(20, 12, 3, 3)
+    numbers = numbers_of({"dilation": dilation, "padding": dilation})
+    assert choose_cpu_forward(input, weight, unflatten(tuple(numbers)), False, keep=True) == "direct"
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])

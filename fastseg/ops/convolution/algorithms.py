@@ -41,11 +41,13 @@ DIRECT_COLUMNS = 24 if _C is None else _C.DIRECT_COLUMNS  # up to which the forw
 WINOGRAD_MIN_PIXELS = 200
 WINOGRAD_MIN_PIXELS_KEPT = 64  # of kept weights
 
-# Pixels of an image's phase (a dilation of 2 makes four of each image) from which a prediction's dilated convolution
-# takes it: the weights are read for each, and few windows don't pay for that. Measured with AVX-512 (AMD Zen 4, 1
-# thread, 2026-11-27) against oneDNN with weights laid out before: 1.34 to 1.76 times as fast at 144 to 1024, even at
-# 100, 0.5 to 1.1 times at 16 to 64.
-WINOGRAD_MIN_PIXELS_OF_A_PHASE = 144
+# Where a dilated convolution of a prediction takes it: from how many pixels on, of all images, and how many times a map
+# its windows of 2x2 may cover. Each phase (a dilation of 2 makes four of a map) has windows of its own, as many as the
+# largest of them. Measured with AVX-512 (AMD Zen 4, 1 thread, 2026-11-27) against oneDNN with weights laid out before,
+# on phases of 4x4 to 12x12: 1.2 to 1.4 times as fast from 576 pixels on, 0.94 to 1.2 times at 144 and 256, 0.9 times at
+# 64; with a cover of 1.31 1.2 times as fast, even with one of 1.44, 0.6 times with one of 1.78.
+WINOGRAD_IN_PHASES_MIN_PIXELS = 144
+WINOGRAD_IN_PHASES_MAX_COVER = 1.35
 
 # Input channels up to which it takes loops of its own, which know neither a skip nor how not to pool.
 WINOGRAD_FEW_CHANNELS = 4 if _C is None else _C.FEW_CHANNELS
@@ -211,15 +213,20 @@ def _has_winograd_gradients(weight: Tensor, geometry: Geometry) -> bool:
 
 
 def _is_winograd_in_phases(input: Tensor, weight: Tensor, geometry: Geometry) -> bool:
-    """Whether a dilated 3x3 convolution is worth Winograd's algorithm, which serves each of its phases by itself."""
+    """Whether a dilated 3x3 convolution is worth Winograd's algorithm, by the windows that its phases have together."""
     undilated = geometry._replace(dilation=(1, 1))
     numbers = (tuple(weight.shape[2:]), undilated.stride, undilated.dilation, geometry.pool)
     if numbers != WINOGRAD_UNPOOLED or geometry.groups != 1 or geometry.dilation == (1, 1):
         return False
     if any(padding % dilation for padding, dilation in zip(geometry.padding, geometry.dilation, strict=True)):
         return False
-    rows, columns = (size // dilation for size, dilation in zip(input.shape[2:], geometry.dilation, strict=True))
-    return input.shape[0] > 0 and rows * columns >= WINOGRAD_MIN_PIXELS_OF_A_PHASE
+    _, convolved = output_shapes(tuple(input.shape), tuple(weight.shape), geometry)
+    covered = 1
+    for size, dilation in zip(convolved[2:], geometry.dilation, strict=True):
+        covered *= min(size, dilation) * 2 * math.ceil(math.ceil(size / dilation) / 2)
+    pixels = input.shape[0] * input.shape[2] * input.shape[3]
+    enough = pixels >= WINOGRAD_IN_PHASES_MIN_PIXELS
+    return enough and covered <= WINOGRAD_IN_PHASES_MAX_COVER * math.prod(convolved[2:])
 
 
 def _pays_for_winograd(input: Tensor, keep: bool = False) -> bool:
