@@ -39,9 +39,9 @@ def grid_of(options: dict[str, Any]) -> tuple[str, bool]:
 GRIDS: dict[str, tuple[Size, Size]] = {
     "x2": ((8, 9), (16, 18)),  # torch's nearest has a kernel of its own for it
     "x4": ((6, 5), (24, 20)),  # what segmentation networks do
-    "x8": ((2, 2), (16, 16)),
-    "non-integer": ((4, 13), (11, 33)),
-    "odd": ((3, 11), (13, 31)),
+    "x8": ((3, 2), (24, 16)),
+    "non-integer": ((10, 13), (27, 33)),
+    "odd": ((7, 11), (29, 31)),
     "up-and-down": ((5, 14), (17, 6)),
     "down": ((13, 17), (5, 7)),  # bilinear skips pixels, whose gradient is zero
     "down-x4": ((16, 12), (4, 3)),
