@@ -133,10 +133,9 @@ FASTSEG_INLINE T fold_lanes(Vec<T> v, Add add) {
 
 // reduce_classes where a pixel's classes are neighbours in memory and the target is a label, for `count` pixels of the
 // tile from `first` on: vectors run along the classes, of which there is at least one vector, and nothing is
-// transposed. In log_sum it leaves the sum, in spread sum(shift * (x - m)): finish_reduced_pixels does the rest. tile
-// and terms are copies, which stay in registers.
+// transposed. In log_sum it leaves the sum, in spread sum(shift * (x - m)): finish_reduced_pixels does the rest.
 template <class T, Kind kKind>
-void reduce_pixels(const Tile<T> tile, const ClassTerms<T> terms, int64_t first, int64_t count, const T* logits,
+void reduce_pixels(const Tile<T>& tile, const ClassTerms<T>& terms, int64_t first, int64_t count, const T* logits,
                    int64_t step) {
   const int64_t last = tile.classes - kLanes<T>, whole = tile.classes / kLanes<T> * kLanes<T>;
   IntVec<T> rest;  // of the last vector, the lanes that no vector before has
@@ -193,8 +192,8 @@ void weigh_losses(const Tile<T>& tile, const ClassTerms<T>& terms, int64_t count
 
 // The same; adds them to the task's sums, and stores what is kept of `count` of a call's `pixels`, from `first` on.
 template <class T, Kind kKind>
-void finish_pixels(const CrossEntropyForward& call, const Tile<T>& tile, const ClassTerms<T>& terms, int64_t first,
-                   int64_t count, int64_t pixels, Partial* partial) {
+FASTSEG_NOINLINE void finish_pixels(const CrossEntropyForward& call, const Tile<T>& tile, const ClassTerms<T>& terms,
+                                    int64_t first, int64_t count, int64_t pixels, Partial* partial) {
   weigh_losses<T, kKind>(tile, terms, count);
   if (call.statistics) {
     T* const statistics = static_cast<T*>(call.statistics.data) + first;
