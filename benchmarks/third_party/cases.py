@@ -102,7 +102,8 @@ class ThirdPartyCase(ModelCase):
             model.requires_grad_(False)  # what is deployed takes the weights as constants
             return Job(call, (images,))
         labels = self.device.make_labels(self.labels, self.classes, seed=1)
-        return Job(call, (images, labels), tuple(model.parameters()))
+        trained = tuple(parameter for parameter in model.parameters() if parameter.requires_grad)
+        return Job(call, (images, labels), trained)
 
     def made(self, dtype: torch.dtype | None) -> nn.Module:
         """The model, with the same weights every time."""

@@ -29,7 +29,10 @@ def smp(architecture: str, encoder: str) -> Builder:
     def build(classes: int) -> nn.Module:
         import segmentation_models_pytorch
 
-        return getattr(segmentation_models_pytorch, architecture)(encoder, encoder_weights=None, classes=classes)
+        model = getattr(segmentation_models_pytorch, architecture)(encoder, encoder_weights=None, classes=classes)
+        for name in ("_conv_head", "_bn1"):  # of EfficientNet's classifier, which is there and isn't called
+            getattr(model.encoder, name, nn.Identity()).requires_grad_(False)
+        return model
 
     return build
 
