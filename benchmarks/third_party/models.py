@@ -32,6 +32,8 @@ def smp(architecture: str, encoder: str) -> Builder:
         model = getattr(segmentation_models_pytorch, architecture)(encoder, encoder_weights=None, classes=classes)
         for name in ("_conv_head", "_bn1"):  # of EfficientNet's classifier, which is there and isn't called
             getattr(model.encoder, name, nn.Identity()).requires_grad_(False)
+        if hasattr(model.encoder, "_drop_connect_rate"):
+            model.encoder._drop_connect_rate = 0.0  # it is random: no two training steps would agree
         return model
 
     return build
