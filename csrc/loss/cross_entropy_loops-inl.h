@@ -126,7 +126,9 @@ template <class T, class Add>
 FASTSEG_INLINE T fold_lanes(Vec<T> v, Add add) {
   T lanes[kLanes<T>];
   memcpy(lanes, &v, sizeof v);
+#pragma GCC unroll 8
   for (int half = kLanes<T> / 2; half > 0; half /= 2)
+#pragma GCC unroll 16
     for (int i = 0; i < half; ++i) lanes[i] = add(lanes[i], lanes[i + half]);
   return lanes[0];
 }
@@ -135,8 +137,8 @@ FASTSEG_INLINE T fold_lanes(Vec<T> v, Add add) {
 // tile from `first` on: vectors run along the classes, of which there is at least one vector, and nothing is
 // transposed. In log_sum it leaves the sum, in spread sum(shift * (x - m)): finish_reduced_pixels does the rest.
 template <class T, Kind kKind>
-void reduce_pixels(const Tile<T>& tile, const ClassTerms<T>& terms, int64_t first, int64_t count, const T* logits,
-                   int64_t step) {
+FASTSEG_NOINLINE void reduce_pixels(const Tile<T>& tile, const ClassTerms<T>& terms, int64_t first, int64_t count,
+                                    const T* logits, int64_t step) {
   const int64_t last = tile.classes - kLanes<T>, whole = tile.classes / kLanes<T> * kLanes<T>;
   IntVec<T> rest;  // of the last vector, the lanes that no vector before has
   for (int lane = 0; lane < kLanes<T>; ++lane) rest[lane] = last + lane < whole ? 0 : -1;
