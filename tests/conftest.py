@@ -116,12 +116,12 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.hookimpl(trylast=True)
-def pytest_unconfigure() -> None:
+def pytest_unconfigure(config: pytest.Config) -> None:
     """A worker has reported all it has to: Python would take it apart for four seconds, object by object.
 
     Elsewhere, extension modules that count their objects (nanobind) miss none.
     """
-    if "PYTEST_XDIST_WORKER" in os.environ:
+    if hasattr(config, "workerinput"):
         atexit.register(os._exit, 0)  # what is registered last runs first: after xdist has sent its reports
     else:
         gc.unfreeze()
