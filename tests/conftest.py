@@ -111,7 +111,6 @@ def pytest_collection() -> Generator[None, object, object]:
 
 def pytest_collection_finish() -> None:
     """All there is now stays: garbage collections, which tests of memory ask for, would look at it half a second."""
-    gc.collect()
     gc.freeze()
 
 
