@@ -291,8 +291,10 @@ def measure(case: Case, training: bool, effort: Effort) -> dict[Contestant, Meas
         return dict.fromkeys(case.contestants(training), error)
 
 
-def verify_and_time(case: Case, training: bool, effort: Effort) -> dict[Contestant, Measured | Exception]:
-    """See `measure`; raises what doesn't concern a single contestant."""
+def verify_and_time(
+    case: Case, training: bool, effort: Effort, memory: bool = True
+) -> dict[Contestant, Measured | Exception]:
+    """See `measure`; raises what doesn't concern a single contestant. Without ``memory``, that is left unknown."""
     torch.compiler.reset()  # dynamo gives up on functions that it has compiled for too many shapes
     verifier = Verifier(case, training)
     outcomes: dict[Contestant, Measured | Exception] = {}
@@ -311,7 +313,8 @@ def verify_and_time(case: Case, training: bool, effort: Effort) -> dict[Contesta
         results = jobs[contestant].results
         returned = sum(result.untyped_storage().nbytes() for result in results())
         # What is deployed has the memory that it needs before it is called.
-        peak = None if contestant.kind in DEPLOYMENTS else case.device.peak_growth(results)
+        known = memory and contestant.kind not in DEPLOYMENTS
+        peak = case.device.peak_growth(results) if known else None
         outcomes[contestant] = Measured(rounds, peak, returned)
     return outcomes
 

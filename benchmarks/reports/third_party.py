@@ -23,8 +23,8 @@ END = "<!-- third-party models: up to here -->"
 READING = """\
 Places replaced in a training step (the loss and all gradients), and in a prediction (from images to class numbers). "x"
 is how many times faster fastseg is than the fastest other (of {peers}), or how many times less memory a step needs (the
-growth of the process's resident set), and which other that is; in bold where it is slower, or needs more. Every result
-was verified against a float64 truth first.
+growth of the resident set of a process whose blocks of memory have pages of their own), and which other that is; in
+bold where it is slower, or needs more. Every result was verified against a float64 truth first.
 """
 
 

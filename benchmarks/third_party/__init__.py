@@ -8,6 +8,6 @@ the reason, and no table is written where none could be measured.
 
 A training step is the loss and the gradients of all parameters, without the optimizer's part; a prediction goes from
 images to class numbers, in evaluation, under ``no_grad``. Both are measured as the rest of the suite is (`suite`):
-verified against a float64 truth first, then timed in interleaved rounds. Each model has a process of its own, so that
-what one leaves behind doesn't count in another's memory.
+verified against a float64 truth first, then timed in interleaved rounds. Each model has processes of its own: one for
+times, and one for memory, where what was there before doesn't count (see `measuring.PAGES_OF_THEIR_OWN`).
 """

@@ -24,10 +24,16 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="file for what was measured; what it holds of other models is kept")
     parser.add_argument("--from", dest="run", type=Path, help="such a file to report, instead of measuring")
     parser.add_argument("--one", choices=list(names), help=argparse.SUPPRESS)
+    parser.add_argument("--memory", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
-        effort = measuring.QUICK if arguments.quick else measuring.FULL
-        arguments.json.write_text(json.dumps(measuring.measure(names[arguments.one], effort)))
+        case, effort = names[arguments.one], measuring.QUICK if arguments.quick else measuring.FULL
+        if arguments.memory:
+            result = json.loads(arguments.json.read_text())
+            measuring.measure_memory(case, result)
+        else:
+            result = measuring.measure(case, effort)
+        arguments.json.write_text(json.dumps(result))
         return 0
     if arguments.out is None:
         parser.error("--out is needed: the Markdown file to write")

@@ -11,6 +11,7 @@ from torch import nn
 
 pytest.importorskip("benchmarks", reason="benchmarks/ is part of a checkout, not of the installed package")
 pytest.importorskip("matplotlib", reason="matplotlib isn't installed: it comes with the extra [train]")
+from benchmarks.harness import memory
 from benchmarks.harness.suite import COMPILE, DEPLOYMENTS, EAGER, FASTSEG, OPENVINO, Effort, Job
 from benchmarks.reports import third_party as report
 from benchmarks.reports.third_party import BEGIN, END
@@ -203,6 +204,10 @@ def test_a_model_is_verified_and_measured() -> None:
         (kind, layout) for kind in (FASTSEG, EAGER, COMPILE, *deployed) for layout in ("nchw", "channels_last")
     }
     assert all(len(entry["rounds"]) == 1 and min(entry["rounds"]) > 0 for entry in result["measured"])
+    assert {entry["peak"] for entry in result["measured"]} == {None}
+    measuring.measure_memory(CASE, result)
+    unknown = {entry["kind"] for entry in result["measured"] if entry["peak"] is None}
+    assert unknown == {*deployed} or memory.unknown()
     assert set(result["difference"]) == {"loss", "gradients"}
     assert all(0 <= value < 1e-12 for value in result["difference"].values())
 
