@@ -1,8 +1,7 @@
 """upsample_sigmoid_sums' Triton kernels: forward; backward is upsample_cross_entropy's, with another derivative.
 
-A program adds up the terms of some classes, over blocks of an image's groups; what it has is added in a fixed order by
-a second kernel. `fastseg.kernels.upsampling` says what a thread has, `fastseg.kernels.sigmoid_pixels` what the terms
-are.
+A program adds up the terms of some classes, over blocks of an image's groups; a second kernel adds what it has, in a
+fixed order. `fastseg.kernels.upsampling` says what a thread has, `fastseg.kernels.sigmoid_pixels` what the terms are.
 """
 
 from __future__ import annotations

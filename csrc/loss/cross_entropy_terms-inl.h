@@ -1,5 +1,4 @@
-// What the kernels of cross_entropy and of upsample_cross_entropy share: labels, the classes' weights, and the sums
-// over pixels.
+// What cross_entropy's and upsample_cross_entropy's kernels share: labels, the classes' weights, and sums over pixels.
 #pragma once
 
 #include <math.h>

@@ -1,5 +1,4 @@
-// The losses: arguments of their CPU kernels. "Dense" is contiguous; T is double for float64 logits and float for all
-// others.
+// The losses: arguments of their CPU kernels. "Dense" is contiguous; T is double for float64 logits, else float.
 #pragma once
 
 #include "core/isa.h"
