@@ -54,6 +54,7 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
         config.option.numprocesses, config.option.dist = 2, "loadfile"  # fixtures of a file are made once
         config.option.loadscopereorder = False  # `LONGEST` comes first
         os.environ["OMP_NUM_THREADS"] = "1"
+        os.environ["OMP_WAIT_POLICY"] = "passive"  # more threads, where tests want them, don't spin on the other's core
         # What `benchmarks.harness.memory` would set comes too late in a worker, which has a thread from the start.
         os.environ["MALLOC_ARENA_MAX"] = "1"
 

@@ -231,7 +231,9 @@ def five_channels(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("model", ["fcn", f"{__name__}:two_heads"])
-def test_the_data_say_the_number_of_channels(five_channels: Path, tmp_path: Path, model: str) -> None:
+def test_the_data_say_the_number_of_channels(
+    five_channels: Path, tmp_path: Path, model: str, quick_compilation: None
+) -> None:
     train(config(five_channels, tmp_path / "run", model=model))
     checkpoint = tmp_path / "run" / "best.safetensors"
     network, metadata = load_checkpoint(checkpoint, model=model, backend="eager")
