@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastseg.kernels import cross_entropy_few as few
 from fastseg.kernels import cross_entropy_pixels as ce
 from fastseg.kernels import cross_entropy_rows as rows
 from fastseg.kernels.launch import (
@@ -39,21 +40,12 @@ from fastseg.kernels.launch import (
     scratch,
 )
 from fastseg.kernels.runs import Runs, pixel_strides, runs_of
+from fastseg.ops.cross_entropy import has_few_classes
 
 if TYPE_CHECKING:
     from fastseg.ops.losses.options import LossOptions
 
 # ---- parts of both kernels ----
-
-
-@triton.jit
-def _offset(run, sizes, strides):
-    """Where a run of pixels starts: ``run`` counts the runs along axes of ``sizes``, the last one fastest."""
-    offset = run * 0
-    for axis in tl.static_range(len(sizes) - 1, -1, -1):
-        offset += (run % sizes[axis]) * strides[axis]
-        run = run // sizes[axis]
-    return offset
 
 
 @triton.jit
@@ -83,12 +75,9 @@ def cross_entropy_forward(
     """
     ACC: tl.constexpr = tl.float64 if input.dtype.element_ty == tl.float64 else tl.float32
     DENSE: tl.constexpr = PROBABILITIES or SMOOTHED
-    run = (tl.program_id(0) // blocks).to(tl.int64)
-    first = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK_P
-    local = tl.arange(0, BLOCK_P)
-    inside = first + local < run_length
-    input += _offset(run, run_sizes, input_runs) + first * input_pixel
-    target += _offset(run, run_sizes, target_runs) + first * target_pixel
+    run, first, local, inside = ce.locate(run_length, blocks, BLOCK_P)
+    input += ce.offset_of(run, first, run_sizes, input_runs, input_pixel)
+    target += ce.offset_of(run, first, run_sizes, target_runs, target_pixel)
     input_pixels, target_pixels = local.to(INDEX) * input_pixel, local.to(INDEX) * target_pixel
 
     labels, logit = None, None
@@ -158,26 +147,18 @@ def cross_entropy_backward(
     The label's share and the smoothing's are differences of their own, which vanish where the probability is 1.
     """
     ACC: tl.constexpr = statistics.dtype.element_ty
-    run = (tl.program_id(0) // blocks).to(tl.int64)
-    first = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK_P
-    local = tl.arange(0, BLOCK_P)
-    inside = first + local < run_length
-    input += _offset(run, run_sizes, input_runs) + first * input_pixel
-    target += _offset(run, run_sizes, target_runs) + first * target_pixel
-    grad_input += _offset(run, run_sizes, grad_input_runs) + first * grad_input_pixel
+    run, first, local, inside = ce.locate(run_length, blocks, BLOCK_P)
+    input += ce.offset_of(run, first, run_sizes, input_runs, input_pixel)
+    target += ce.offset_of(run, first, run_sizes, target_runs, target_pixel)
+    grad_input += ce.offset_of(run, first, run_sizes, grad_input_runs, grad_input_pixel)
     input_pixels, target_pixels = local.to(INDEX) * input_pixel, local.to(INDEX) * target_pixel
     grad_input_pixels = local.to(INDEX) * grad_input_pixel
 
     statistics += run * run_length + first
     largest = tl.load(statistics + local, inside, other=0)
     log_sum = tl.load(statistics + pixels + local, inside, other=0)
-    if REDUCED:
-        grad = tl.zeros((BLOCK_P,), ACC) + tl.load(grad_output).to(ACC)
-        if MEAN:
-            grad /= tl.load(total_weight)
-    else:
-        grad_output += _offset(run, run_sizes, grad_output_runs) + first * grad_output_pixel
-        grad = tl.load(grad_output + local.to(INDEX) * grad_output_pixel, inside, other=0).to(ACC)
+    at = ce.offset_of(run, first, run_sizes, grad_output_runs, grad_output_pixel) + local.to(INDEX) * grad_output_pixel
+    grad = ce.load_grads(grad_output, at, inside, total_weight, REDUCED, MEAN, ACC)
 
     share = tl.zeros((BLOCK_P,), ACC)  # sum(q), for smoothed labels of their dense part
     if PROBABILITIES or SMOOTHED:
@@ -260,7 +241,7 @@ class BackwardTensors(NamedTuple):
     input: Tensor
     target: Tensor
     weight: Tensor | None
-    statistics: Tensor
+    statistics: Tensor | None
     total_weight: Tensor
     grad_input: Tensor
 
@@ -280,7 +261,7 @@ def _tiles(tensors: list[Tensor], runs: Runs, plan: Plan) -> dict[str, Any]:
     """How pixels lie, for the kernels that take any layout; the tensors are input, target, and what has classes."""
     input, target, *_ = tensors
     class_strides = [tensor.stride(1) if tensor.ndim == input.ndim else 0 for tensor in tensors]
-    farthest = plan.tile["BLOCK_C"] * max(class_strides) + plan.tile["BLOCK_P"] * max(runs.steps)
+    farthest = plan.tile.get("BLOCK_C", 0) * max(class_strides) + plan.tile["BLOCK_P"] * max(runs.steps)
     return {
         "run_length": runs.length, "blocks": cdiv(runs.length, plan.tile["BLOCK_P"]), "run_sizes": runs.sizes,
         "input_runs": runs.strides[0], "input_class": class_strides[0], "input_pixel": runs.steps[0],
@@ -291,7 +272,8 @@ def _tiles(tensors: list[Tensor], runs: Runs, plan: Plan) -> dict[str, Any]:
 
 def _plan(kernel: Any, bucket: str, defaults: dict[str, Plan], input: Tensor, runs: Runs) -> Plan:
     plan = choose(kernel, bucket, defaults, input.device)
-    plan = fold(plan, "BLOCK_P", runs.length, "BLOCK_C", input.shape[1])
+    if "BLOCK_C" in plan.tile:
+        plan = fold(plan, "BLOCK_P", runs.length, "BLOCK_C", input.shape[1])
     return fit(plan, "BLOCK_P", LEAST_PIXELS, runs.count * runs.length, input.device)
 
 
@@ -309,8 +291,10 @@ def forward(tensors: ForwardTensors, options: LossOptions) -> None:
         arguments["CHUNK"] = plan.tile["BLOCK_P"] * next_power_of_2(input.shape[1])
         programs = cdiv(runs.length, plan.tile["BLOCK_P"])
     else:
-        bucket = _bucket(input)
-        plan = _plan(kernel, bucket, FORWARD_PLANS, input, runs)
+        bucket, plans = _bucket(input), FORWARD_PLANS
+        if has_few_classes(input, target):
+            kernel, bucket, plans = few.cross_entropy_forward_few, few.bucket_of(input), few.PLANS
+        plan = _plan(kernel, bucket, plans, input, runs)
         arguments |= _tiles([input, target], runs, plan)
         programs = runs.count * arguments["blocks"]
     reduced = options.reduction != "none"
@@ -334,14 +318,16 @@ def backward(tensors: BackwardTensors, options: LossOptions) -> None:
         "MEAN": options.reduction == "mean",
     }  # fmt: skip
     kernel: Any = cross_entropy_backward
-    if rows.serves_backward(input, target, grad_input, runs.count, runs.steps):
+    if tensors.statistics is not None and rows.serves_backward(input, target, grad_input, runs.count, runs.steps):
         kernel, bucket, vector = rows.cross_entropy_backward_rows, "rows", rows.vector_of(input)
         plan = choose(kernel, bucket, rows.BACKWARD_PLANS, input.device)
         arguments |= {"VECTOR": vector, "ALL_CLASSES": next_power_of_2(input.shape[1])}
         programs = cdiv(input.numel(), plan.tile["BLOCK"] * vector)
     else:
-        bucket = _bucket(input)
-        plan = _plan(kernel, bucket, BACKWARD_PLANS, input, runs)
+        bucket, plans = _bucket(input), BACKWARD_PLANS
+        if tensors.statistics is None:
+            kernel, bucket, plans = few.cross_entropy_backward_few, few.bucket_of(input), few.PLANS
+        plan = _plan(kernel, bucket, plans, input, runs)
         arguments |= {
             "grad_input_runs": runs.strides[2], "grad_input_class": grad_input.stride(1),
             "grad_input_pixel": runs.steps[2], "grad_output_runs": runs.strides[-1],

@@ -26,6 +26,25 @@ def exp(x):
 
 
 @triton.jit
+def locate(run_length, blocks, BLOCK_P: tl.constexpr):
+    """A program's run of pixels, which of it is its first, and of [BLOCK_P] their numbers and whether they exist."""
+    run = (tl.program_id(0) // blocks).to(tl.int64)
+    first = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK_P
+    local = tl.arange(0, BLOCK_P)
+    return run, first, local, first + local < run_length
+
+
+@triton.jit
+def offset_of(run, first, sizes, strides, pixel_stride):
+    """The offset of a run's pixel: ``run`` counts the runs along axes of ``sizes``, the last one fastest."""
+    offset = first * pixel_stride
+    for axis in tl.static_range(len(sizes) - 1, -1, -1):
+        offset += (run % sizes[axis]) * strides[axis]
+        run = run // sizes[axis]
+    return offset
+
+
+@triton.jit
 def load_labels(target, offsets, inside, ignore_index, CLASSES: tl.constexpr):
     """Labels [BLOCK_P], where they are ignored (as what lies beyond the last pixel is), and where they are classes."""
     labels = tl.load(target + offsets, inside, other=0).to(tl.int64)
@@ -46,6 +65,18 @@ def smoothed_share(weight, smoothing_bits, classes, CLASSES: tl.constexpr, ACC: 
     if weight is not None:
         q *= tl.load(weight + classes, classes < CLASSES, other=0)
     return q
+
+
+@triton.jit
+def load_grads(
+    grad_output, offsets, inside, total_weight, REDUCED: tl.constexpr, MEAN: tl.constexpr, ACC: tl.constexpr
+):  # fmt: skip
+    """The gradient of each pixel's loss."""
+    if REDUCED:
+        grad = tl.zeros(inside.shape, ACC) + tl.load(grad_output).to(ACC)
+        return grad / tl.load(total_weight) if MEAN else grad
+    else:
+        return tl.load(grad_output + offsets, inside, other=0).to(ACC)
 
 
 @triton.jit

@@ -70,12 +70,7 @@ def _of_pixel(
     inside = pixel < pixels
     largest = tl.load(statistics + pixel, inside, other=0)
     log_sum = tl.load(statistics + pixels + pixel, inside, other=0)
-    if REDUCED:
-        grad = tl.zeros(pixel.shape, ACC) + tl.load(grad_output).to(ACC)
-        if MEAN:
-            grad /= tl.load(total_weight)
-    else:
-        grad = tl.load(grad_output + pixel * grad_pixel, inside, other=0).to(ACC)
+    grad = ce.load_grads(grad_output, pixel * grad_pixel, inside, total_weight, REDUCED, MEAN, ACC)
     labels, grad, label_grad = ce.label_gradients(
         target, pixel * target_pixel, inside, grad, weight, ignore_index, smoothing_bits, CLASSES, SMOOTHED, ACC
     )

@@ -21,6 +21,7 @@ from fastseg.kernels.specimen import Call, Specimen, describe, fill, make_tensor
 from fastseg.kernels.specimens_upsampling import UPSAMPLING
 from fastseg.ops.convolution.algorithms import fits_fields
 from fastseg.ops.convolution.geometry import Geometry, output_shapes, resolve
+from fastseg.ops.cross_entropy import has_few_classes
 from fastseg.ops.losses.options import LossOptions
 
 # ---- cross_entropy ----
@@ -48,8 +49,8 @@ class _CrossEntropy:
         yield Specimen(f"cross_entropy {name} forward", self.forward, self.tuned)
         yield Specimen(f"cross_entropy {name} backward", self.backward, self.tuned)
 
-    def tensors(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor]:
-        """Input, target, weight, and what forward fills: loss, statistics, total_weight."""
+    def tensors(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None, Tensor]:
+        """Input, target, weight, and what forward fills: loss, statistics where backward needs them, total_weight."""
         input = make_tensor(self.sizes, self.dtype, device, self.channels_last)
         images, classes, *pixels = self.sizes
         accumulation = torch.float64 if self.dtype == torch.float64 else torch.float32
@@ -58,9 +59,9 @@ class _CrossEntropy:
         else:
             target = torch.randint(classes, (images, *pixels), dtype=self.target, device=device)
         weight = torch.rand(classes, dtype=accumulation, device=device) if self.weighted else None
-        statistics = torch.empty((2, images, *pixels), dtype=accumulation, device=device)
-        total_weight = statistics.new_empty(())
-        loss = torch.empty_like(statistics[0] if self.reduction == "none" else total_weight)
+        total_weight = torch.empty((), dtype=accumulation, device=device)
+        loss = total_weight.new_empty((images, *pixels) if self.reduction == "none" else ())
+        statistics = None if has_few_classes(input, target) else total_weight.new_empty((2, images, *pixels))
         return input, target, weight, loss, statistics, total_weight
 
     def forward(self, device: torch.device) -> Call:
@@ -71,7 +72,7 @@ class _CrossEntropy:
 
         def call() -> tuple[Tensor, ...]:
             cross_entropy.forward(tensors, options)
-            return tuple(outputs)
+            return tuple(output for output in outputs if output is not None)
 
         return call
 

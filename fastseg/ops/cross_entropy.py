@@ -26,6 +26,15 @@ MAX_DIMS: int = getattr(_C, "MAX_DIMS", 0)  # of the C++ kernels
 # backward), the kernels 3 ns a logit. Measured on 2 cores with AVX2, 2026-11-22.
 PLAIN_MAX_LOGITS = 32768
 
+# Classes up to which the GPU's kernels have all of a pixel's in one thread.
+FEW_CLASSES = 32
+
+
+def has_few_classes(input: Tensor, target: Tensor) -> bool:
+    """Whether there are labels of few classes that lie apart: then backward on a GPU finds the statistics by itself."""
+    apart = input.stride(1) != 1 or input.shape[1] == 1
+    return input.shape[1] <= FEW_CLASSES and apart and target.ndim < input.ndim
+
 
 def choose_algorithm(input: Tensor, target: Tensor, weight: Tensor | None) -> Literal["kernel", "plain"]:
     """Which algorithm serves a call on a CPU, from shapes and dtypes alone: "plain" is torch's own operator."""
@@ -134,12 +143,13 @@ def _backward_triton(
     grad_output: Tensor, input: Tensor, target: Tensor, weight: Tensor | None, statistics: Tensor, total_weight: Tensor,
     *options: Any,
 ) -> Tensor:  # fmt: skip
-    tensors = (grad_output, input, target, weight, statistics, total_weight)
     kernels = _triton.kernels("cross_entropy")
     if kernels is None:
-        return backward_plain(*tensors, *options)
+        return backward_plain(grad_output, input, target, weight, statistics, total_weight, *options)
     grad_input = torch.empty_like(input)
-    kernels.backward(kernels.BackwardTensors(*tensors, grad_input), LossOptions(*options))
+    kept = statistics if len(input) == statistics.shape[1] else None
+    tensors = (grad_output, input, target, weight, kept, total_weight, grad_input)
+    kernels.backward(kernels.BackwardTensors(*tensors), LossOptions(*options))
     return grad_input
 
 
@@ -156,6 +166,8 @@ def backward_plain(
     *options: Any,
 ) -> Tensor:  # fmt: skip
     """Its gradient from torch's own operators."""
+    if len(input) != statistics.shape[1]:  # forward kept none
+        _, statistics, _ = forward_plain(input, target, weight, *options, True)
     saved = (input, target, weight, statistics, total_weight)
     grad_input = plain.cross_entropy_backward(grad_output, saved, LossOptions(*options))
     return lie_alike(grad_input, input, input.dtype)
@@ -178,7 +190,8 @@ class _CrossEntropy(torch.autograd.Function):
         ctx: Any, call: Any, input: Tensor, target: Tensor, weight: Tensor | None, *options: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
         *numbers, with_statistics = options
-        loss, statistics, total_weight = call(input, target, weight, *numbers, True)
+        keeps = with_statistics or not ((input.is_cuda or INTERPRETED) and has_few_classes(input, target))
+        loss, statistics, total_weight = call(input, target, weight, *numbers, keeps)
         ctx.save_for_backward(input, target, weight, statistics, total_weight)
         ctx.options = numbers
         ctx.set_materialize_grads(False)
