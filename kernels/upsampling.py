@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fastseg.kernels.cross_entropy_pixels import LOG2_E, from_bits
 from fastseg.kernels.launch import Plan, bits_of, cdiv, choose, index_type, launch, next_power_of_2, scratch
+from fastseg.kernels.layouts import fill
 from fastseg.kernels.relu_pool2d import reach
 
 if TYPE_CHECKING:
@@ -309,44 +310,16 @@ def index_of(output: Tensor, *tensors: Tensor) -> tl.dtype:
     return index_type(max(reach(output, *tensors), math.prod(output.shape[-2:])))
 
 
-@triton.jit
-def copy_to_planes(
-    source, planes, width, pixels, blocks, class_blocks, strides,
-    CLASSES: tl.constexpr, INDEX: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
-):  # fmt: skip
-    """Copies maps whose classes lie side by side to planes [images, CLASSES, pixels]."""
-    program = tl.program_id(0)
-    image = (program // (blocks * class_blocks)).to(tl.int64)
-    pixel = program // class_blocks % blocks * BLOCK_P + tl.arange(0, BLOCK_P)
-    classes = program % class_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask = (pixel < pixels)[:, None] & (classes < CLASSES)[None, :]
-    of_pixels = (pixel // width).to(INDEX) * strides[2] + (pixel % width).to(INDEX) * strides[3]
-    values = tl.load(source + image * strides[0] + (of_pixels[:, None] + classes[None, :]), mask)
-    at = planes + image * CLASSES * pixels + (classes.to(INDEX)[:, None] * pixels + pixel[None, :])
-    tl.store(at, tl.trans(values), tl.trans(mask))
-
-
-PLANES_PLANS = {"all": Plan({"BLOCK_C": 32, "BLOCK_P": 128})}
-
-
 def in_planes(input: Tensor) -> Tensor:
     """The logits, copied to NCHW where classes lie side by side.
 
     Threads with neighbouring cells read the same class. There each would read a line of memory for one number, which
     takes longer than to copy the map, small as it is beside what it is upsampled to.
     """
-    images, classes, height, width = input.shape
-    if input.stride(1) != 1 or classes == 1:
+    if input.stride(1) != 1 or input.shape[1] == 1:
         return input
-    planes, pixels = scratch(input.shape, input.dtype, input.device), height * width
-    plan = choose(copy_to_planes, "all", PLANES_PLANS, input.device)
-    blocks, class_blocks = cdiv(pixels, plan.tile["BLOCK_P"]), cdiv(classes, plan.tile["BLOCK_C"])
-    arguments = {
-        "source": input, "planes": planes, "width": width, "pixels": pixels, "blocks": blocks,
-        "class_blocks": class_blocks, "strides": input.stride(), "CLASSES": classes,
-        "INDEX": index_type(max(reach(input), classes * pixels)),
-    }  # fmt: skip
-    launch(copy_to_planes, "all", plan, images * blocks * class_blocks, arguments)
+    planes = scratch(input.shape, input.dtype, input.device)
+    fill(input, planes)
     return planes
 
 

@@ -131,7 +131,7 @@ def _forward_triton(
         options = kernels.options_of(weight, convolved_shape[2:], geometry)
         kernels.forward(kernels.ForwardTensors(input, weight, bias, output, kept), options)
         return output, positions, skip
-    source = input if with_skip else convolve.for_library(input, weight)  # the skip lies as the input does
+    source = input if with_skip else convolve.for_library(input, geometry.groups)  # the skip lies as the input does
     convolved = torch.conv2d(source, weight, None, *geometry[:4])
     if with_skip:
         # The map is overwritten by the skip, unless overlapping windows read it twice, or it lies another way.
@@ -166,12 +166,17 @@ def _backward_triton(
         if needs[0]:
             kernels.backward_input(kernels.InputTensors(grad_output, positions, weight, gradients[0]), options)
         return gradients
-    source = input if needs[0] or grad_skip is not None else convolve.for_library(input, weight)
+    source = input if grad_skip is not None else convolve.for_library(input, geometry.groups)
+    if source is not input and grad_output is not None:  # the kernel reads what lies as it writes
+        grad_output, positions = convolve.in_channels_last(grad_output), convolve.in_channels_last(positions)
     dense = _allocate_dense(source, weight, numbers)
     kept = skip if grad_skip is not None else None
     tensors = kernels.BackwardTensors(dense, grad_output, positions, kept, grad_skip)
     grad_bias = kernels.backward(tensors, needs[2], geometry)
     grad_input, grad_weight, nothing = convolve.library_backward(dense, source, weight, geometry, [*needs[:2], False])
+    if needs[0] and source is not input:
+        del dense, source, tensors
+        grad_input = convolve.relaid(grad_input, torch.contiguous_format)
     return grad_input, grad_weight, grad_bias.to(weight.dtype) if needs[2] else nothing
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastseg import _native, functional, reference
+from fastseg import _native, _triton, functional, reference
 from fastseg._tf32 import convolutions_take_tf32
 from fastseg.ops import conv_relu_pool2d as operator
 from fastseg.ops.convolution import algorithms
@@ -275,8 +275,25 @@ def test_compiled_gradient_without_a_skip_has_none(monkeypatch: pytest.MonkeyPat
 
 def test_autocast_of_the_bare_operator() -> None:
     geometry = flatten(resolve((3, 3), 1, 1, 1, 1, 2, None, 0, False)[0])
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         output, _, _ = torch.ops.fastseg.conv_relu_pool2d(
             *tensors(SHAPES["rgb"], torch.float32), None, geometry, False, False, False
         )
     assert output.dtype == torch.bfloat16
+
+
+@pytest.mark.skipif(
+    not _native.INTERPRETED and torch.get_default_device().type == "cpu",
+    reason="a kernel of GPUs",
+)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("channels", [1, 3, 37])
+def test_copies_in_either_memory_format(channels: int, dtype: torch.dtype) -> None:
+    layouts = _triton.kernels("conv_relu_pool2d", "layouts")
+    dense = torch.randint(0, 255, (2, channels, 9, 20)).to(dtype)
+    whole = dense, dense.contiguous(memory_format=torch.channels_last)
+    for map in (*whole, *(map[:, :, 1:-1, ::2] for map in whole), dense[:, :, :1].expand(dense.shape), dense[:0]):
+        for memory_format in (torch.contiguous_format, torch.channels_last):
+            copy = layouts.relaid(map, memory_format)
+            assert torch.equal(copy, map)
+            assert copy.is_contiguous(memory_format=memory_format)

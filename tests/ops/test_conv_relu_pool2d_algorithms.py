@@ -119,14 +119,24 @@ def test_overlapping_windows_go_to_the_library_on_a_gpu() -> None:
     assert choose_gpu_backward(stem, geometry(pool=((1, 2), (1, 1), 0)), False) == "library"
 
 
-def test_a_small_input_in_half_types_is_copied_for_the_library_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_input_is_copied_for_the_library_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it multiplies on tensor cores."""
     monkeypatch.setattr(convolve, "INTERPRETED", True)
-    for channels, dtype, copied in ((3, torch.bfloat16, True), (3, torch.float32, False), (17, torch.float16, False)):
-        input = torch.rand(2, channels, 5, 6).to(dtype)
-        source = convolve.for_library(input, torch.empty(64, channels, 7, 7))
-        assert (source is input) is not copied
-        assert source.is_contiguous(memory_format=torch.channels_last) is copied
+    monkeypatch.setattr(convolve._triton, "kernels", lambda *names: None)
+
+    def copied(dtype: torch.dtype, groups: int = 1) -> bool:
+        input = torch.rand(2, 3, 5, 6).to(dtype)
+        source = convolve.for_library(input, groups)
         torch.testing.assert_close(source, input, rtol=0, atol=0)
+        assert convolve.for_library(source, groups) is source
+        assert source.is_contiguous(memory_format=torch.channels_last) is (source is not input)
+        return source is not input
+
+    assert copied(torch.bfloat16)
+    assert not copied(torch.float16, groups=3)
+    for takes_tf32 in (False, True):
+        with tf32(takes_tf32):
+            assert copied(torch.float32) is takes_tf32
 
 
 # Numbers that C++ multiplies, and torch takes: those of a pool up to 2^31 - 1 alone.

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastseg import _triton
 from fastseg._native import INTERPRETED, describe
+from fastseg._tf32 import convolutions_take_tf32
 from fastseg.ops.convolution import algorithms
 from fastseg.ops.convolution.geometry import Geometry, idle_taps, unflatten
 from fastseg.ops.convolution.kept import memory_for
@@ -130,21 +132,27 @@ def dense_backward(
     return grad_input, grad_weight, grad_bias
 
 
-# Output channels for each of the input's from which a copy of the input is little beside one of the output.
-CHANNELS_FOR_A_COPY = 4
-
-
-def for_library(input: Tensor, weight: Tensor) -> Tensor:
+def for_library(input: Tensor, groups: int) -> Tensor:
     """The input of a library's convolution on a GPU, in the memory format that the library is faster in.
 
-    cuDNN convolves half types in channels_last: for NCHW it copies input and output. Where the input is small, as a
-    stem's is, one copy of it spares that of the output: 32 x 3 x 512^2 by 7x7/2 to 64 channels took 2.2 ms forward and
-    1.7 ms backward in NCHW, 1.3 ms and 1.1 ms in channels_last (H200, bfloat16, 2026-11-27).
+    On tensor cores, cuDNN convolves in channels_last: for NCHW it copies input and output, four to seven times as
+    slowly as `in_channels_last` does (H200, 2026-11-27).
     """
     on_nvidia = (input.is_cuda and torch.version.hip is None) or INTERPRETED
-    if on_nvidia and input.dtype.itemsize == 2 and CHANNELS_FOR_A_COPY * input.shape[1] <= weight.shape[0]:
-        return input.contiguous(memory_format=torch.channels_last)
-    return input
+    on_tensor_cores = input.dtype.itemsize == 2 or (input.dtype == torch.float32 and convolutions_take_tf32())
+    copies = on_nvidia and on_tensor_cores and groups == 1 and input.shape[1] > 1
+    return in_channels_last(input) if copies else input
+
+
+def in_channels_last(map: Tensor) -> Tensor:
+    """A map, copied on a GPU where it lies in another way."""
+    return map if is_channels_last(map) else relaid(map, torch.channels_last)
+
+
+def relaid(map: Tensor, memory_format: torch.memory_format) -> Tensor:
+    """A copy of a map in a memory format, on a GPU."""
+    kernels = _triton.kernels("conv_relu_pool2d", "layouts")
+    return map.contiguous(memory_format=memory_format) if kernels is None else kernels.relaid(map, memory_format)
 
 
 def without_idle_taps(input: Tensor, weight: Tensor, geometry: Geometry) -> tuple[Tensor, Geometry]:
