@@ -46,9 +46,8 @@ def _sigmoids(logits):
 
 @triton.jit
 def sigmoid(logits):
-    """Its value alone."""
-    _, value, _ = _sigmoids(logits)
-    return value
+    """Its value alone. An exponential that overflows makes 0 of it, as its value nearly is."""
+    return 1 / (exp(-logits) + 1)
 
 
 @triton.jit

@@ -1,16 +1,15 @@
-"""upsample_mask_argmax's Triton kernel: masks of a few queries at a time, added up for classes by matrix products."""
+"""upsample_mask_argmax's Triton kernel: the masks of some pixels, added up for classes by matrix products."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastseg.kernels import upsampling as up
-from fastseg.kernels.launch import Plan, next_power_of_2, replayed
+from fastseg.kernels.launch import Plan, launch, next_power_of_2, replayed
 from fastseg.kernels.sigmoid_pixels import sigmoid
 
 if TYPE_CHECKING:
@@ -31,6 +30,22 @@ def find_largest(sums, classes, CLASSES: tl.constexpr):
     return tl.where(has_nan, NAN, largest), tl.where(has_nan, first_nan, first)
 
 
+@triton.jit
+def _masks(
+    input, start, query_stride, taps, weights, some,
+    QUERIES: tl.constexpr, GRID: tl.constexpr, ACC: tl.constexpr, BLOCK_Q: tl.constexpr, PIXELS: tl.constexpr,
+):  # fmt: skip
+    """The masks [BLOCK_Q, PIXELS] of the queries from ``start`` on."""
+    GROUP_H: tl.constexpr = GRID.group[0]  # Triton 3.6 takes no part of a tuple in a shape
+    GROUP_W: tl.constexpr = GRID.group[1]
+    queries = start + tl.arange(0, BLOCK_Q)
+    of_queries = (queries.to(tl.int64) * query_stride)[:, None, None, None]
+    exist = (queries < QUERIES)[:, None, None, None]
+    masks = sigmoid(up.load_logits(input + of_queries, taps, weights, exist & some, GRID, ACC))
+    masks = masks + tl.zeros((1, GROUP_H, GROUP_W, 1), ACC)  # where "nearest" left axes of 1
+    return tl.reshape(masks, (BLOCK_Q, PIXELS))
+
+
 @triton.jit(do_not_specialize=up.GRID_ARGUMENTS)
 def upsample_mask_argmax_forward(
     input, class_probabilities, labels,
@@ -39,7 +54,7 @@ def upsample_mask_argmax_forward(
     QUERIES: tl.constexpr, CLASSES: tl.constexpr, PRECISION: tl.constexpr, GRID: tl.constexpr, INDEX: tl.constexpr,
     ACC: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
-    """Labels of all pixels. Of more than BLOCK_M classes, the masks are made again for each BLOCK_M of them."""
+    """Labels of all pixels. Of more than BLOCK_Q queries, the masks are made again for each BLOCK_M classes."""
     image, opened, taps = up.locate_groups(
         tl.program_id(0), height, width, out_height, out_width, row_step, column_step, row_passes, column_passes,
         column_groups, blocks, input_strides, GRID, INDEX, ACC, BLOCK_G,
@@ -47,22 +62,21 @@ def upsample_mask_argmax_forward(
     out_rows, out_columns, inside, weights, some = opened
     input += image * input_strides[0]
     class_probabilities += image * probability_strides[0]
-    GROUP_H: tl.constexpr = GRID.group[0]  # Triton 3.6 takes no part of a tuple in a shape
+    GROUP_H: tl.constexpr = GRID.group[0]
     GROUP_W: tl.constexpr = GRID.group[1]
     PIXELS: tl.constexpr = GROUP_H * GROUP_W * BLOCK_G
     best, label = tl.full((PIXELS,), float("-inf"), ACC), tl.zeros((PIXELS,), tl.int32)
+    masks = _masks(input, 0, input_strides[1], taps, weights, some, QUERIES, GRID, ACC, BLOCK_Q, PIXELS)
     for first in range(0, CLASSES, BLOCK_M):
         classes = first + tl.arange(0, BLOCK_M)
         sums = tl.zeros((BLOCK_M, PIXELS), ACC)
         for start in range(0, QUERIES, BLOCK_Q):
+            if QUERIES > BLOCK_Q:
+                masks = _masks(input, start, input_strides[1], taps, weights, some, QUERIES, GRID, ACC, BLOCK_Q, PIXELS)
             queries = start + tl.arange(0, BLOCK_Q)
-            of_queries = (queries.to(tl.int64) * input_strides[1])[:, None, None, None]
-            exist = (queries < QUERIES)[:, None, None, None]
-            masks = sigmoid(up.load_logits(input + of_queries, taps, weights, exist & some, GRID, ACC))
-            masks = masks + tl.zeros((1, GROUP_H, GROUP_W, 1), ACC)  # where "nearest" left axes of 1
             at = classes[:, None] * probability_strides[2] + queries[None, :] * probability_strides[1]
             shares = tl.load(class_probabilities + at, (classes[:, None] < CLASSES) & (queries[None, :] < QUERIES), 0)
-            sums = tl.dot(shares, tl.reshape(masks, (BLOCK_Q, PIXELS)), sums, input_precision=PRECISION, out_dtype=ACC)
+            sums = tl.dot(shares, masks.to(shares.dtype), sums, input_precision=PRECISION, out_dtype=ACC)
         largest, place = find_largest(sums, classes, CLASSES)
         larger = ((largest <= best) == 0) & (best == best)  # a NaN is larger, and nothing than a NaN
         best, label = tl.where(larger, largest, best), tl.where(larger, place, label)
@@ -72,11 +86,17 @@ def upsample_mask_argmax_forward(
 
 # ---- launcher ----
 
-# Classes of a matrix product: what tensor cores take at least, and what registers hold, of float64 a quarter.
-LEAST_CLASSES, MOST_CLASSES = 16, 256
+# All queries of a usual network at once: their masks are made once, and lie in shared memory for all classes. With 150
+# classes, 16 x 100 x 128^2 to 512^2 in bfloat16 took 1.76 ms, with a longer sigmoid; with 64 classes at a time
+# 2.4, with 64 pixels 2.9, and 2.5 where masks of 16 queries at a time are made in the loop, in TF32 (H200, 2026-11-27).
 PLANS = up.plans_of(
-    {pixels: {"BLOCK_G": 64 // pixels} for pixels in (1, 2, 4, 8)}, Plan({"BLOCK_Q": 16}, num_warps=8)
-)  # fmt: skip
+    {pixels: {"BLOCK_G": 128 // pixels} for pixels in (1, 2, 4, 8)},
+    Plan({"BLOCK_Q": 128, "BLOCK_M": 32}, num_warps=8),
+)
+for bucket, plan in PLANS.items():
+    if bucket.endswith("-double"):
+        PLANS[bucket] = plan._replace(tile={"BLOCK_Q": 16, "BLOCK_M": 32, "BLOCK_G": plan.tile["BLOCK_G"] // 2})
+LEAST = 16  # of the sides of a product on tensor cores
 
 
 @replayed
@@ -85,10 +105,16 @@ def forward(tensors: tuple[Tensor, Tensor, Tensor], takes_tf32: bool, upsampling
     input, class_probabilities, labels = tensors
     queries, classes = class_probabilities.shape[1:]
     grid, arguments = up.grid_of(up.in_planes(input), labels, upsampling)
-    most = MOST_CLASSES // 4 if input.dtype == torch.float64 else MOST_CLASSES
     arguments |= {
         "class_probabilities": class_probabilities, "labels": labels,
         "probability_strides": class_probabilities.stride(), "QUERIES": queries, "CLASSES": classes,
-        "PRECISION": "tf32" if takes_tf32 else "ieee", "BLOCK_M": next_power_of_2(classes, LEAST_CLASSES, most),
+        "PRECISION": "tf32" if takes_tf32 else "ieee",
     }  # fmt: skip
-    up.launch_groups(upsample_mask_argmax_forward, PLANS, grid, arguments)
+    kernel = upsample_mask_argmax_forward
+    bucket, plan, cut = up.cut_groups(kernel, PLANS, grid, arguments)
+    sides = {
+        "BLOCK_Q": next_power_of_2(queries, LEAST, plan.tile["BLOCK_Q"]),
+        "BLOCK_M": next_power_of_2(classes, LEAST, plan.tile["BLOCK_M"]),
+    }  # fmt: skip
+    plan = plan._replace(tile={**plan.tile, **sides})
+    launch(kernel, bucket, plan, len(input) * cut["blocks"], arguments | cut)
