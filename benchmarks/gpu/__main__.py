@@ -26,7 +26,7 @@ def main() -> int:
         wanted = arguments.stages.split(",")
         if unknown := {*wanted} - {stage.name.split(",")[0] for stage in chosen}:
             parser.error(f"--stages: no stage is called {', '.join(sorted(unknown))}")
-        chosen = [stage for stage in chosen if stage.name.split(",")[0] in wanted]
+        chosen = stages.only(chosen, wanted)
     outcomes = stages.run(chosen, out, arguments.budget)
     print(stages.table(outcomes))
     return 0 if all(outcome.status == "passed" for outcome in outcomes) else 1

@@ -20,6 +20,8 @@ MARK = "== "  # begins the line of a stage's output that the summary repeats; it
 # A stage's process gets this long to end by itself, and leave its results, before it is killed.
 GRACE_SECONDS = 3.0
 
+HANGING_SECONDS = 40  # of a test
+
 BUDGET_SECONDS = 480.0  # of a whole run, where nothing else is said
 SHARE_OF_TIMING = 0.35
 
@@ -60,7 +62,8 @@ def _module(name: str, *arguments: str) -> list[str]:
 def _pytest(workers: int, *arguments: str) -> list[str]:
     # pytest-benchmark warns under pytest-xdist, and warnings are errors; a failed test needn't stop the others.
     distribution = ["-n", str(workers), "--dist=worksteal"] if workers > 1 else []
-    return _module("pytest", "-q", "-p", "no:cacheprovider", "-p", "no:benchmark", *distribution, *arguments)
+    hanging = ["-o", f"faulthandler_timeout={HANGING_SECONDS}"]  # then it says where
+    return _module("pytest", "-q", "-p", "no:cacheprovider", "-p", "no:benchmark", *hanging, *distribution, *arguments)
 
 
 PARITY = [
@@ -76,6 +79,7 @@ BEHAVIOUR = ["tests/kernels/test_cuda.py", "tests/kernels/test_cuda_memory.py"]
 SMOKE = "tests/ops/test_smoke.py"
 # What the tests of more elements than 32 bits count have in their names: each takes the GPU alone.
 LARGE = "2_to_the_31"
+MOST_CASES = "--most=5"  # of a test: each compiles kernels of its own, which takes a core one to two seconds
 A_FEW_CASES = ("--strength=1", "--most=3")  # of a rehearsal
 
 
@@ -95,10 +99,10 @@ def gpu_stages(out: Path, seconds_for_timing: float) -> list[Stage]:
         Stage("compile", 60, _module("benchmarks.gpu.compiling", "--json", str(out / "compile.json"))),
         Stage("smoke", 60, _pytest(cores, "-x", "--device=cuda", "--tf32=off", SMOKE), decisive=True),
         Stage("peers", 120, _module("benchmarks.gpu.timing", "--device=cuda", "--compile"), beside_next=True),
-        Stage("parity", 100, _pytest(cores, "--tf32=off", *on_gpu, *PARITY, *CONVOLUTIONS)),
+        Stage("parity", 100, _pytest(cores, "--tf32=off", *on_gpu, MOST_CASES, *PARITY, *CONVOLUTIONS)),
         Stage("parity, TF32", 40, _pytest(cores, "--tf32=on", *on_gpu, *CONVOLUTIONS, "-k", "float32")),
-        Stage("behaviour", 50, _pytest(cores // 2, *behaviour, f"not {LARGE} and not parity_suite")),
-        Stage("behaviour, large", 40, _pytest(1, *behaviour, LARGE)),
+        Stage("behaviour", 80, _pytest(cores, *behaviour, f"not {LARGE} and not parity_suite")),
+        Stage("behaviour, large", 60, _pytest(1, *behaviour, LARGE)),
         Stage(
             "timing", 180,
             _module("benchmarks.gpu.timing", "--device=cuda", "--json", timing, f"--seconds={seconds_for_timing:.0f}"),
@@ -115,7 +119,7 @@ def rehearsal_stages(out: Path) -> list[Stage]:
         Stage("versions", 60, _module("benchmarks.gpu.versions")),
         Stage("compile", 120, _module("benchmarks.gpu.compiling", "--few", "--json", str(out / "compile.json"))),
         Stage("smoke", 120, _pytest(1, "-x", *A_FEW_CASES, SMOKE), interpreted, decisive=True),
-        Stage("parity", 120, _pytest(1, *A_FEW_CASES, *PARITY[1:2]), interpreted),
+        Stage("parity", 100, _pytest(1, *A_FEW_CASES, *PARITY[1:2]), interpreted),
         Stage("behaviour", 60, _pytest(1, "-m", "gpu", *BEHAVIOUR)),
         Stage("peers", 120, _module("benchmarks.gpu.timing", "--device=cpu", "--compile")),
         Stage(
@@ -124,6 +128,16 @@ def rehearsal_stages(out: Path) -> list[Stage]:
         ),
         Stage("profile", 60, _module("benchmarks.gpu.profiling", "--timing", timing)),
     ]  # fmt: skip
+
+
+def only(stages: list[Stage], names: list[str]) -> list[Stage]:
+    """The stages of some names. None runs beside another one than the whole run has it run beside."""
+    kept = []
+    for stage, following in zip(stages, [*stages[1:], None], strict=True):
+        if stage.name.split(",")[0] in names:
+            beside = stage.beside_next and following is not None and following.name.split(",")[0] in names
+            kept.append(stage._replace(beside_next=beside))
+    return kept
 
 
 class Process:

@@ -46,6 +46,16 @@ def stage(name: str, code: str, seconds: float = 60, **options: bool) -> Stage:
     return Stage(name, seconds, [sys.executable, "-c", code], **options)
 
 
+def test_some_stages_alone() -> None:
+    row = [stage("build", "", beside_next=True), stage("compile", ""), stage("parity", ""), stage("parity, more", "")]
+    assert stages.only(row, ["build", "compile"]) == row[:2]
+    assert [(stage.name, stage.beside_next) for stage in stages.only(row, ["build", "parity"])] == [
+        ("build", False),  # or what needs it would begin before it has ended
+        ("parity", False),
+        ("parity, more", False),
+    ]
+
+
 def test_a_decisive_failure_ends_the_run(tmp_path: Path) -> None:
     row = [stage("first", "raise SystemExit(3)"), stage("second", "raise SystemExit(4)", decisive=True),
            stage("third", "")]  # fmt: skip

@@ -111,16 +111,17 @@ def test_more_than_2_to_the_31_pixels(needs_memory: Callable[[int], None], chann
     images.normal_().requires_grad_(channels == 16)
     weight = make((8, channels, 3, 3), torch.bfloat16, scale=0.2).to(CUDA).requires_grad_()
     output = functional.conv_relu_pool2d(images, weight)
-    far = images.detach()[..., -66:, -66:]
-    expected = reference.conv_relu_pool2d(far, weight.detach())
-    torch.testing.assert_close(output[..., -32:, -32:], expected, rtol=2e-2, atol=2e-2)
+    # In double: rounded to bfloat16 before they are compared, other pixels would be the largest of their windows.
+    far, exact = images.detach()[..., -66:, -66:].double(), weight.detach().double()
+    expected = reference.conv_relu_pool2d(far, exact)
+    torch.testing.assert_close(output[..., -32:, -32:].double(), expected, rtol=2e-2, atol=2e-2)
     incoming = torch.zeros_like(output)
     incoming[..., -32:, -32:] = 1  # what the far corner passes back alone
     wanted = [tensor for tensor in (images, weight) if tensor.requires_grad]
     gradients = torch.autograd.grad(output, wanted, incoming)
-    leaves = [far.clone().requires_grad_(), weight.detach().clone().requires_grad_()][-len(wanted) :]
+    leaves = [far.requires_grad_(), exact.requires_grad_()][-len(wanted) :]
     part = reference.conv_relu_pool2d(leaves[0] if len(leaves) == 2 else far, leaves[-1])
     for actual, truth in zip(gradients, torch.autograd.grad(part, leaves, torch.ones_like(part)), strict=True):
         near = actual[..., -66:, -66:] if actual.ndim == 4 and actual.shape[-1] == side else actual
-        error = (near.float() - truth.float()).norm() / truth.float().norm()
-        assert error < 2e-2
+        error = (near.double() - truth).norm() / truth.norm()
+        assert error < 1e-2

@@ -197,7 +197,9 @@ def test_gradcheck_to_second_order(call: Call) -> None:
         return tuple(output for output in call.outputs(*tensors) if output.requires_grad)
 
     assert torch.autograd.gradcheck(differentiable, tensors, fast_mode=True)
-    assert torch.autograd.gradgradcheck(differentiable, tensors, fast_mode=True)
+    # The second derivative is plain PyTorch's, which adds up on a GPU in any order.
+    varies = 0.0 if torch.get_default_device().type == "cpu" else 1e-12
+    assert torch.autograd.gradgradcheck(differentiable, tensors, fast_mode=True, nondet_tol=varies)
 
 
 @each_gradient

@@ -16,6 +16,10 @@ from tests.ops.upsample_cases import MODES, VOLUME_MODES, peak_growth, slow_unde
 
 pytestmark = kernels_for_small_calls
 
+of_cpp_kernels = pytest.mark.skipif(
+    _native.INTERPRETED or torch.get_default_device().type != "cpu", reason="an algorithm of the C++ kernels alone"
+)
+
 CLASSES, SIZE = 64, (32, 32)
 STATISTICS = 2 * 4 * SIZE[0] * SIZE[1]  # two float32 for each pixel
 
@@ -113,11 +117,13 @@ def test_peak_memory_of_upsampling_volumes(
     full = target.numel() * CLASSES * input.element_size()
     call(input, target, **mode)
     grown = peak_growth(lambda: call(input, target, **mode))
-    # Beside the gradient, in the worst case, as much for the rows that bands share.
-    assert grown < 2 * input.nbytes + bytes_of_a_pixel * target.numel() + full / 20
+    # Beside the gradient, in the worst case, as much for the rows that bands share. On a GPU a slab, which is all of
+    # such a volume: its planes before they are upsampled, blended of two, and their gradient.
+    slab = 0 if input.is_cpu else 4 * input.nbytes * target.shape[1] // input.shape[2]
+    assert grown < 2 * input.nbytes + slab + bytes_of_a_pixel * target.numel() + full / 20
 
 
-@pytest.mark.skipif(_native.INTERPRETED, reason="an algorithm of the C++ kernels alone")
+@of_cpp_kernels
 @pytest.mark.parametrize(
     ("channels", "side", "allowed"), [(16, 512, {"maps": 2, "weights": 0}), (512, 16, {"maps": 0, "weights": 3})]
 )
@@ -135,7 +141,7 @@ def test_peak_memory_of_a_layer_in_training(channels: int, side: int, allowed: d
     assert peak_growth(train) < allowed["maps"] * input.nbytes + allowed["weights"] * weight.nbytes + tiles
 
 
-@pytest.mark.skipif(_native.INTERPRETED, reason="an algorithm of the C++ kernels alone")
+@of_cpp_kernels
 def test_peak_memory_of_a_deep_layer_on_two_threads(threads: Callable[[int], None]) -> None:
     """What a pass frees serves the next one, although each thread's scratch memory lies in between."""
     threads(2)
@@ -155,7 +161,7 @@ def kept_for_backward(call: Callable[[], object]) -> dict[int, int]:
     return kept
 
 
-@pytest.mark.skipif(_native.INTERPRETED, reason="an algorithm of the C++ kernels alone")
+@of_cpp_kernels
 def test_a_layer_without_a_pool_keeps_its_output_for_backward() -> None:
     """As plain PyTorch does: the next layer keeps it anyway."""
     input, weight = make((1, 8, 15, 15), requires_grad=True), make((4, 8, 3, 3), seed=1, requires_grad=True)

@@ -224,6 +224,7 @@ def test_special_values_as_torch(
 @pytest.mark.parametrize("size", [(6, 8, 10), (3, 8, 10), (6, 4, 5)], ids=["x2", "all-but-depth", "depth-alone"])
 @pytest.mark.parametrize("mode", ["trilinear", "nearest"])
 @pytest.mark.parametrize("value", SPECIAL.values(), ids=SPECIAL)
+@pytest.mark.usefixtures("plain_upsampling_of_cpus")
 def test_special_values_of_volumes_as_torch(implementation: str, value: float, mode: str, size: Size) -> None:
     input = torch.randint(-8, 9, (2, 4, 3, 4, 5)).float()
     input[torch.rand(input.shape) < 0.1] = value
