@@ -147,14 +147,16 @@ class _Upsampling:
         return call
 
     def mask_argmax(self, device: torch.device) -> Call:
-        """Prepares the classes of masks, of which there are as many."""
+        """Prepares the classes of masks, of which there are as many; their matrix products in TF32 but for doubles."""
         input = make_tensor(self.sizes, self.dtype, device, self.channels_last)
         images, queries, _, _ = self.sizes
-        probabilities = make_tensor((images, queries, queries), self.dtype, device, False)
+        accumulation = torch.float64 if self.dtype == torch.float64 else torch.float32
+        probabilities = make_tensor((images, queries, queries), accumulation, device, False)
         labels = torch.empty((images, *self.out), dtype=self.target, device=device)
 
         def call() -> tuple[Tensor, ...]:
-            upsample_mask_argmax.forward((input, probabilities, labels), False, self._upsampling)
+            takes_tf32 = self.dtype in (torch.bfloat16, torch.float16)
+            upsample_mask_argmax.forward((input, probabilities, labels), takes_tf32, self._upsampling)
             return (labels,)
 
         return call

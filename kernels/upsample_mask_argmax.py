@@ -42,8 +42,7 @@ def _masks(
     of_queries = (queries.to(tl.int64) * query_stride)[:, None, None, None]
     exist = (queries < QUERIES)[:, None, None, None]
     masks = sigmoid(up.load_logits(input + of_queries, taps, weights, exist & some, GRID, ACC))
-    masks = masks + tl.zeros((1, GROUP_H, GROUP_W, 1), ACC)  # where "nearest" left axes of 1
-    return tl.reshape(masks, (BLOCK_Q, PIXELS))
+    return tl.reshape(tl.broadcast_to(masks, (BLOCK_Q, GROUP_H, GROUP_W, masks.shape[3])), (BLOCK_Q, PIXELS))
 
 
 @triton.jit(do_not_specialize=up.GRID_ARGUMENTS)
@@ -76,7 +75,7 @@ def upsample_mask_argmax_forward(
             queries = start + tl.arange(0, BLOCK_Q)
             at = classes[:, None] * probability_strides[2] + queries[None, :] * probability_strides[1]
             shares = tl.load(class_probabilities + at, (classes[:, None] < CLASSES) & (queries[None, :] < QUERIES), 0)
-            sums = tl.dot(shares, masks.to(shares.dtype), sums, input_precision=PRECISION, out_dtype=ACC)
+            sums = tl.dot(shares, masks, sums, input_precision=PRECISION, out_dtype=ACC)
         largest, place = find_largest(sums, classes, CLASSES)
         larger = ((largest <= best) == 0) & (best == best)  # a NaN is larger, and nothing than a NaN
         best, label = tl.where(larger, largest, best), tl.where(larger, place, label)
@@ -86,12 +85,13 @@ def upsample_mask_argmax_forward(
 
 # ---- launcher ----
 
-# All queries of a usual network at once: their masks are made once, and lie in shared memory for all classes. With 150
-# classes, 16 x 100 x 128^2 to 512^2 in bfloat16 took 1.76 ms, with a longer sigmoid; with 64 classes at a time
-# 2.4, with 64 pixels 2.9, and 2.5 where masks of 16 queries at a time are made in the loop, in TF32 (H200, 2026-11-27).
+# All queries of a usual network at once: their masks are made once, and lie in shared memory for all classes. In products
+# of bfloat16 that took 1.76 ms for 150 classes (16 x 100 x 128^2 to 512^2, H200, 2026-11-27), with 64 classes at a time
+# 2.4, with 64 pixels 2.9; in TF32, which is as exact as the other predictions, it wasn't measured yet, and took 2.5 where
+# masks of 16 queries at a time were made in the loop. Twice the warps, so that no register is spilled.
 PLANS = up.plans_of(
     {pixels: {"BLOCK_G": 128 // pixels} for pixels in (1, 2, 4, 8)},
-    Plan({"BLOCK_Q": 128, "BLOCK_M": 32}, num_warps=8),
+    Plan({"BLOCK_Q": 128, "BLOCK_M": 32}, num_warps=16),
 )
 for bucket, plan in PLANS.items():
     if bucket.endswith("-double"):

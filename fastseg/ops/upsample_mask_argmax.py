@@ -61,9 +61,9 @@ def _forward_triton(
         return forward_plain(input, class_probabilities, size, scale_factor, mode, align_corners, dtype)
     labels = input.new_empty((input.shape[0], *size), dtype=dtype)
     upsampling = upsampling_between(input.shape[2:], size, mode, align_corners, scale_factor)
-    if input.dtype.itemsize == 2:  # as they are multiplied
-        class_probabilities = class_probabilities.to(input.dtype)
-    takes_tf32 = input.dtype == torch.float32 and matrix_products_take_tf32()
+    takes_tf32 = input.dtype in (torch.bfloat16, torch.float16) or (  # which is at least as exact as half types
+        input.dtype == torch.float32 and matrix_products_take_tf32()
+    )
     kernels.forward((input, class_probabilities, labels), takes_tf32, upsampling)
     return labels
 

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from fastseg import functional, reference
-from fastseg._native import INTERPRETED
-from fastseg.testing import make
+from fastseg.testing import TF32_EPS, make
 from tests.losses import cases as losses_cases
 from tests.ops.cross_entropy_cases import DTYPES, INFINITY, LABEL_DTYPES, NAN
 from tests.ops.upsample_cases import (
@@ -39,12 +38,12 @@ def check(input: Tensor, probabilities: Tensor, size: Any, **options: Any) -> Te
     if labels.numel() == 0:
         return labels
     missing = sums.amax(1) - sums.gather(1, labels.long().unsqueeze(1)).squeeze(1)
-    # Of a mask: what its logit may be off by, times the sigmoid's largest slope, and its own roundings.
+    # Of a mask: what its logit may be off by, times the sigmoid's largest slope, and its own roundings; TF32's as well.
     precision = torch.finfo(torch.float64 if input.dtype == torch.float64 else torch.float32).eps
     slope, products = 0.25, input.shape[1] ** 0.5
     of_mask = precision * (slope * roundings(input, labels.shape[1:]) * input.double().abs().amax() + 4 + products)
-    if (input.is_cuda or INTERPRETED) and input.dtype.itemsize == 2:  # as tensor cores take them
-        of_mask += torch.finfo(input.dtype).eps / 2
+    if input.is_cuda and input.dtype in (torch.bfloat16, torch.float16):
+        of_mask += TF32_EPS
     assert missing.max() <= 2 * of_mask * probabilities.double().sum(1).amax()
     return labels
 
