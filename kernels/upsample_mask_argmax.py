@@ -85,17 +85,18 @@ def upsample_mask_argmax_forward(
 
 # ---- launcher ----
 
-# All queries of a usual network at once: their masks are made once, and lie in shared memory for all classes. In products
-# of bfloat16 that took 1.76 ms for 150 classes (16 x 100 x 128^2 to 512^2, H200, 2026-11-27), with 64 classes at a time
-# 2.4, with 64 pixels 2.9; in TF32, which is as exact as the other predictions, it wasn't measured yet, and took 2.5 where
-# masks of 16 queries at a time were made in the loop. Twice the warps, so that no register is spilled.
+# All queries of a usual network at once: their masks are made once, and lie in shared memory for all classes. Products of
+# bfloat16 took 1.76 ms so for 150 classes (16 x 100 x 128^2 to 512^2, H200, 2026-11-27), with 64 classes at a time 2.4,
+# with 64 pixels 2.9. In TF32, which is as exact as other predictions, this wasn't measured yet; masks made in the loop, of
+# 16 queries at a time, took 2.5. Twice as many warps as were measured, so that no register is spilled.
 PLANS = up.plans_of(
     {pixels: {"BLOCK_G": 128 // pixels} for pixels in (1, 2, 4, 8)},
     Plan({"BLOCK_Q": 128, "BLOCK_M": 32}, num_warps=16),
 )
 for bucket, plan in PLANS.items():
     if bucket.endswith("-double"):
-        PLANS[bucket] = plan._replace(tile={"BLOCK_Q": 16, "BLOCK_M": 32, "BLOCK_G": plan.tile["BLOCK_G"] // 2})
+        tile = {"BLOCK_Q": 16, "BLOCK_M": 32, "BLOCK_G": plan.tile["BLOCK_G"] // 2}
+        PLANS[bucket] = plan._replace(tile=tile, num_warps=8)
 LEAST = 16  # of the sides of a product on tensor cores
 
 
