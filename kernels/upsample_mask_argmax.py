@@ -85,10 +85,10 @@ def upsample_mask_argmax_forward(
 
 # ---- launcher ----
 
-# All queries of a usual network at once: their masks are made once, and lie in shared memory for all classes. Products of
-# bfloat16 took 1.76 ms so for 150 classes (16 x 100 x 128^2 to 512^2, H200, 2026-11-27), with 64 classes at a time 2.4,
-# with 64 pixels 2.9. In TF32, which is as exact as other predictions, this wasn't measured yet; masks made in the loop, of
-# 16 queries at a time, took 2.5. Twice as many warps as were measured, so that no register is spilled.
+# All queries of a usual network at once: their masks are made once, and lie in shared memory for all classes. Products
+# of bfloat16 took 1.76 ms so for 150 classes (16 x 100 x 128^2 to 512^2, H200, 2026-11-27), with 64 classes at a time
+# 2.4, with 64 pixels 2.9. In TF32, which is as exact as other predictions, this wasn't measured yet; masks made in the
+# loop, of 16 queries at a time, took 2.5. Twice as many warps as were measured, so that no register is spilled.
 PLANS = up.plans_of(
     {pixels: {"BLOCK_G": 128 // pixels} for pixels in (1, 2, 4, 8)},
     Plan({"BLOCK_Q": 128, "BLOCK_M": 32}, num_warps=16),
