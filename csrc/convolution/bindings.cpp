@@ -160,10 +160,11 @@ void check_kept(const ConvReluPool2dWinogradForward& call) {
   check_read_as_they_lie(call.weight, call.bias, call.scale);
 }
 
-uint64_t weights_fingerprint(const py::tuple& tensors, int threads) {
+uint64_t weights_fingerprint(const py::tuple& tensors, uint64_t stamp, int threads) {
   uint64_t fingerprint = 0;
   Conv2dWeightsFingerprint call;
   read_tensors(tensors, {&call.weight, &call.scale});
+  call.stamp = stamp;
   call.threads = threads;
   call.fingerprint = &fingerprint;
   check_scale(call.weight, call.scale);
@@ -179,13 +180,14 @@ int64_t winograd_kept_bytes(const py::object& weight) {
   return bytes;
 }
 
-bool winograd_forward(const py::tuple& tensors, const py::sequence& geometry, bool relu, int threads) {
+bool winograd_forward(const py::tuple& tensors, const py::sequence& geometry, bool relu, uint64_t stamp, int threads) {
   bool done = false;
   ConvReluPool2dWinogradForward call;
   read_tensors(tensors, {&call.input, &call.weight, &call.bias, &call.output, &call.positions, &call.skip, &call.scale,
                          &call.kept});
   call.geometry = read_geometry(geometry);
   call.relu = relu;
+  call.stamp = stamp;
   call.threads = threads;
   call.done = &done;
   check_forward(call);

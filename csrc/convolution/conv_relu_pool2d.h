@@ -40,7 +40,8 @@ struct ConvReluPool2dWinogradForward : ConvReluPool2dForward {
   Tensor scale;   // [K], optional, for 3x3: by which the weight's output channels are multiplied
   Tensor kept;    // uint8 [bytes], optional, for 3x3 and more than kFewChannels: transformed weights stay there
   Tensor passed;  // of input's shape, optional: of an input that is a gradient, the ReLU's output that it came through
-  bool relu = true;  // false, without a pool: output = conv(input) + bias, which is conv2d
+  bool relu = true;    // false, without a pool: output = conv(input) + bias, which is conv2d
+  uint64_t stamp = 0;  // where it isn't zero, it stands for the weight's values, which aren't read to see a change
   bool* done;  // false where its sums might overflow or anything isn't finite: then the outputs hold nothing of use
 };
 
@@ -53,6 +54,7 @@ struct Conv2dWinogradKeptBytes {
 // A number that changes with weights, and with the scale of their output channels.
 struct Conv2dWeightsFingerprint {
   Tensor weight, scale;  // [K, C, kernel height, kernel width], dense in either memory format; [K], optional
+  uint64_t stamp;        // as of `ConvReluPool2dWinogradForward`
   int threads;
   uint64_t* fingerprint;
 };

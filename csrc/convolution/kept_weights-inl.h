@@ -64,14 +64,17 @@ inline uint64_t fingerprint_of(const void* data, int64_t bytes, int threads) {
 }
 
 // Of what is made of a convolution's weights: they lie dense, [K, C, height, width] in either memory format, and so do
-// the others, [K], which are optional.
-inline uint64_t fingerprint_of(const Tensor& weight, const Tensor& bias, const Tensor& scale, int threads) {
+// the others, [K], which are optional. A stamp that isn't zero stands for the weights' values.
+inline uint64_t fingerprint_of(const Tensor& weight, const Tensor& bias, const Tensor& scale, uint64_t stamp,
+                               int threads) {
   const int64_t kernel = weight.size[1] * weight.size[2] * weight.size[3];
   uint64_t result = mix(static_cast<uint64_t>(weight.stride[1]), static_cast<uint64_t>(weight.stride[3]));
   const Tensor* tensors[] = {&weight, &bias, &scale};
   for (const Tensor* tensor : tensors) {
     const int64_t elements = weight.size[0] * (tensor == &weight ? kernel : 1);
-    result = mix(result, *tensor ? fingerprint_of(tensor->data, elements * element_size(weight.dtype), threads) : 0);
+    const bool stamped = tensor == &weight && stamp != 0;
+    const auto read = [&] { return fingerprint_of(tensor->data, elements * element_size(weight.dtype), threads); };
+    result = mix(result, stamped ? stamp : *tensor ? read() : 0);
   }
   return result;
 }

@@ -62,7 +62,8 @@ bool forward_keeping(const ConvReluPool2dWinogradForward& call) {
   if (call.kept.size[0] < kept_bytes<T>(call.weight)) return forward_in_passes<T>(call);  // for other vectors
   KeptHeader* header = static_cast<KeptHeader*>(call.kept.data);
   const int64_t elements = kernel.workspace_elements(kernel.shape.c, kernel.blocks);
-  const KeptHeader wanted = {fingerprint_of(call.weight, call.bias, call.scale, call.threads), elements, kLanes<T>};
+  const uint64_t fingerprint = fingerprint_of(call.weight, call.bias, call.scale, call.stamp, call.threads);
+  const KeptHeader wanted = {fingerprint, elements, kLanes<T>};
   const bool transformed =
       header->fingerprint == wanted.fingerprint && header->elements == wanted.elements && header->lanes == wanted.lanes;
   kernel.prepare(header + 1, {0, kernel.blocks}, transformed);
@@ -119,7 +120,7 @@ void conv2d_winograd_kept_bytes(const Conv2dWinogradKeptBytes& call) {
 }
 
 void conv2d_weights_fingerprint(const Conv2dWeightsFingerprint& call) {
-  *call.fingerprint = fingerprint_of(call.weight, {}, call.scale, call.threads);
+  *call.fingerprint = fingerprint_of(call.weight, {}, call.scale, call.stamp, call.threads);
 }
 
 void conv2d_winograd_backward(const Conv2dWinogradBackward& call) {

@@ -12,6 +12,7 @@ from fastseg._native import logger
 from fastseg.fusion.record import forget, kept
 from fastseg.fusion.report import Graph, Report, origin_of
 from fastseg.fusion.rewriting import rewrite
+from fastseg.ops.convolution.kept import freeze
 
 INNER = ("inductor", "eager")
 
@@ -27,7 +28,9 @@ def fastseg(
         example_inputs: Its inputs.
         mode: Inductor's, as torch.compile takes it.
         options: "inner": what runs the rewritten graph, "inductor" (where it isn't given, and there is a compiler for
-            it) or "eager". The others are Inductor's own.
+            it) or "eager". The others are Inductor's own. With its "freezing", in predictions, weights are held for
+            constants: changes that don't count in their version (through ``weight.data``) go unseen, and the
+            convolutions don't read them at each call to see any.
 
     Returns:
         What runs in the graph's place.
@@ -75,6 +78,9 @@ def _inductor(
     unknown = sorted(set(patches) - set(torch._inductor.config.get_config_copy()))
     if unknown:
         raise ValueError(f'options: expected "inner" or options of Inductor, got {unknown}')
+    if patches.get("freezing", torch._inductor.config.freezing) and not torch.is_grad_enabled():
+        # Inputs of the graph; with the global setting, TorchDynamo makes attributes of them.
+        freeze(value for value in [*example_inputs, *graph_module.parameters()] if isinstance(value, torch.nn.Parameter))
     return lookup_backend("inductor")(graph_module, example_inputs, config_patches=patches)  # type: ignore[call-arg]
 
 

@@ -34,7 +34,8 @@ def _forward_cpu(
     input: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, numbers: list[int]
 ) -> Tensor:
     kernels, geometry = native("conv2d_packed"), unflatten(tuple(numbers))
-    if kernels is not None and input.dtype in (torch.float32, torch.float64):
+    dilated = geometry.dilation != (1, 1)
+    if dilated and kernels is not None and input.dtype in (torch.float32, torch.float64):
         algorithm = algorithms.choose_cpu_forward(input, weight, geometry, False, keep=True)
         if algorithm == "winograd":
             output = _allocate_output(input, weight, bias, scale, numbers)
@@ -47,8 +48,9 @@ def _forward_cpu(
     if kernels is None or not in_channels_last or input.numel() == 0 or input.dtype != torch.float32:
         return forward_plain(input, weight, bias, scale, numbers)
     # Of axes of one number any stride is in channels_last; oneDNN's operator looks at them, too, and would copy.
-    _, channels, height, width = input.shape
-    input = input.as_strided(input.shape, (channels * height * width, 1, channels * width, channels))
+    if 1 in input.shape:
+        _, channels, height, width = input.shape
+        input = input.as_strided(input.shape, (channels * height * width, 1, channels * width, channels))
     used, cropped = convolve.without_idle_taps(input, weight, geometry)
     stride, padding, dilation, groups = cropped[:4]
 

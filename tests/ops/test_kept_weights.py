@@ -65,6 +65,25 @@ def test_follow_every_change(call: str, dtype: torch.dtype, layout: str, isa: st
             assert torch.equal(CALLS[call](input, weight, bias), found)
 
 
+@pytest.mark.parametrize("call", CALLS)
+def test_follow_versions_and_addresses_of_frozen_weights(call: str) -> None:
+    input, weight, bias = tensors()
+    kept.freeze([weight])
+    with torch.no_grad():
+        for change in (
+            lambda: None,
+            lambda: weight.mul_(1.5),
+            lambda: setattr(weight, "data", torch.roll(weight.data, 1, 0)),
+            lambda: bias.add_(1),
+        ):
+            CALLS[call](input, weight, bias)
+            change()
+            found = CALLS[call](input, weight, bias)
+            assert torch.equal(found, anew(call, input, weight, bias))
+        weight.data[0, 0, 0, 1].add_(1)  # which nobody looks at
+        assert torch.equal(CALLS[call](input, weight, bias), found)
+
+
 def test_follow_state_dicts_and_instruction_sets() -> None:
     layers = [fastseg.Conv2d(12, 20, 3, padding=1) for _ in range(2)]
     input = make(SHAPE)

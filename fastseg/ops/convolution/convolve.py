@@ -12,7 +12,7 @@ from fastseg._native import INTERPRETED, describe
 from fastseg._tf32 import convolutions_take_tf32
 from fastseg.ops.convolution import algorithms
 from fastseg.ops.convolution.geometry import Geometry, idle_taps, unflatten
-from fastseg.ops.convolution.kept import memory_for
+from fastseg.ops.convolution.kept import memory_for, stamp_of
 from fastseg.ops.layouts import empty, is_channels_last, memory_format_of
 
 Gradients = tuple[Tensor, Tensor, Tensor]  # of input, weight and bias; those that aren't needed have no elements
@@ -81,7 +81,8 @@ def fill_outputs(
         folded = weight if by_products else scaled(weight, scale)  # a tensor is described while it lives
         described = (describe(input), describe(folded), *map(describe, tensors[2:]))
         extra = (describe(scale) if by_products else None, describe(memory))
-        if kernels.winograd_forward((*described, *extra), numbers, relu, threads):
+        stamp = 0 if memory is None else stamp_of(weight)
+        if kernels.winograd_forward((*described, *extra), numbers, relu, stamp, threads):
             return True
         geometry = unflatten(tuple(numbers))
         algorithm = algorithms.choose_cpu_forward(input, weight, geometry, skip is not None, winograd=False)

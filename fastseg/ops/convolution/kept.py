@@ -2,7 +2,8 @@
 
 These are Winograd's transformed weights, and weights in oneDNN's own order. A call reads the weights to see whether
 what is kept is still theirs, which costs a fraction of making it: changes in place, state_dicts that are loaded and
-what goes past version counters (``weight.data``) are all seen.
+what goes past version counters (``weight.data``) are all seen. Of weights that a user has `freeze`d it looks at the
+version counter and the address alone.
 """
 
 from __future__ import annotations
@@ -21,7 +22,21 @@ _HEADER_BYTES = 64  # zeroed, they are no weight's
 
 # The memory of each weight, as long as that lives.
 _kept: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_frozen: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _NO_MEMORY = torch.empty(0, dtype=torch.uint8, device="cpu")
+
+
+def freeze(weights: Iterable[Tensor]) -> None:
+    """Notes that weights don't change, but for what their version counters tell."""
+    for weight in weights:
+        _frozen[weight] = True
+
+
+def stamp_of(weight: Tensor) -> int:
+    """A number that stands for a frozen weight's values; 0 for others, whose values are read."""
+    if weight not in _frozen or weight.is_inference():  # which has no version counter
+        return 0
+    return (hash((weight.data_ptr(), weight._version)) & (2**63 - 1)) | 1
 
 
 def _known(table: WeakIdKeyDictionary, weight: Tensor, nothing: Any) -> Any:
@@ -69,7 +84,8 @@ def packed_weight(
     known: _Packed | None = _known(_packed, weight, _Packed())
     if known is None:
         return None
-    fingerprint = kernels.weights_fingerprint((describe(weight), describe(scale)), torch.get_num_threads())
+    described = describe(weight), describe(scale)
+    fingerprint = kernels.weights_fingerprint(described, stamp_of(weight), torch.get_num_threads())
     made_for = (fingerprint, weight.shape, *call)
     if known.made_for != made_for:
         known = _packed[weight] = _Packed(made_for, pack())
