@@ -162,9 +162,17 @@ FAULTS = (
           "dtype = <<<torch.get_autocast_dtype(device)|||torch.bfloat16>>>", MACHINERY),
     Fault("any convolution without a pool is oneDNN's, not one of bfloat16", "fastseg/ops/convolution/algorithms.py",
           "numbers == WINOGRAD_UNPOOLED<<< and input.dtype == torch.bfloat16|||>>> and _bfloat16", CONVOLUTIONS),
+    Fault("a frozen weight's version doesn't count", "fastseg/ops/convolution/kept.py",
+          "hash((weight.data_ptr(), <<<weight._version|||0>>>))", ("test_kept_weights",)),
     # ---- Triton ----
     Fault("a number replaces NaN on a GPU", "kernels/upsample_argmax.py",
           "((logits <= largest) == 0)<<< & (largest == largest)|||>>>", ("test_upsample_argmax",), interpreted=True),
+    Fault("a pair's class is never its second one on a GPU", "kernels/upsample_argmax.py",
+          "label += tl.where(here & (<<<logits != wanted|||logits < logits>>>), 1, 0)", ("test_upsample_argmax",),
+          interpreted=True),
+    Fault("smoothing leaves out the first of few classes on a GPU", "kernels/cross_entropy_few.py",
+          "        if SMOOTHED<<<||| and index > 0>>>:\n            q = _smoothed_share(weight, smoothing_bits, index, "
+          "CLASSES, ACC)\n            spread", ("test_cross_entropy",), interpreted=True),
     Fault("a mask's pixels are counted in its first block alone on a GPU", "kernels/upsample_threshold.py",
           "cells = block < blocks, mask * blocks + <<<block|||0 * block>>>", ("test_upsample_threshold",),
           interpreted=True),

@@ -34,7 +34,7 @@ def freeze(weights: Iterable[Tensor]) -> None:
 
 def stamp_of(weight: Tensor) -> int:
     """A number that stands for a frozen weight's values; 0 for others, whose values are read."""
-    if weight not in _frozen or weight.is_inference():  # which has no version counter
+    if not _frozen or weight not in _frozen or weight.is_inference():  # the last has no version counter
         return 0
     return (hash((weight.data_ptr(), weight._version)) & (2**63 - 1)) | 1
 
