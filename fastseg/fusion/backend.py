@@ -80,7 +80,9 @@ def _inductor(
         raise ValueError(f'options: expected "inner" or options of Inductor, got {unknown}')
     if patches.get("freezing", torch._inductor.config.freezing) and not torch.is_grad_enabled():
         # Inputs of the graph; with the global setting, TorchDynamo makes attributes of them.
-        freeze(value for value in [*example_inputs, *graph_module.parameters()] if isinstance(value, torch.nn.Parameter))
+        freeze(
+            value for value in [*example_inputs, *graph_module.parameters()] if isinstance(value, torch.nn.Parameter)
+        )
     return lookup_backend("inductor")(graph_module, example_inputs, config_patches=patches)  # type: ignore[call-arg]
 
 

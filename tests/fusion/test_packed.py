@@ -116,16 +116,20 @@ def test_every_change_of_weights_and_statistics_is_seen() -> None:
             assert_same(network, call, input)
 
 
-@pytest.mark.parametrize(("freezing", "gradients"), [(True, False), (True, True), (False, False)])
-def test_inductors_freezing_is_that_of_kept_weights(freezing: bool, gradients: bool) -> None:
+@pytest.mark.parametrize(
+    ("everywhere", "here", "gradients"),
+    [(False, True, False), (True, None, False), (False, True, True), (False, None, False)],
+    ids=["option", "setting", "with-gradients", "neither"],
+)
+def test_inductors_freezing_is_that_of_kept_weights(everywhere: bool, here: bool | None, gradients: bool) -> None:
     network, input = block().to(memory_format=torch.channels_last), make(SHAPE, layout="channels_last")
     torch._dynamo.reset()
-    call = torch.compile(network, backend="fastseg", options={"freezing": freezing})
-    with torch.set_grad_enabled(gradients):
+    call = torch.compile(network, backend="fastseg", options=None if here is None else {"freezing": here})
+    with torch._inductor.config.patch(freezing=everywhere), torch.set_grad_enabled(gradients):
         expected = network(input)
         for _ in range(3):
             torch.testing.assert_close(call(input), expected)
-        frozen = freezing and not gradients
+        frozen = (everywhere or bool(here)) and not gradients
         assert (kept.stamp_of(network.reduce[0].weight) != 0) is frozen
         network.reduce[0].weight.data[3].add_(1)
         seen = not torch.equal(call(input), expected) and torch.allclose(call(input), network(input), atol=1e-4)
