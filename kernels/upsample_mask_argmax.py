@@ -65,7 +65,8 @@ def upsample_mask_argmax_forward(
     GROUP_W: tl.constexpr = GRID.group[1]
     PIXELS: tl.constexpr = GROUP_H * GROUP_W * BLOCK_G
     best, label = tl.full((PIXELS,), float("-inf"), ACC), tl.zeros((PIXELS,), tl.int32)
-    masks = _masks(input, 0, input_strides[1], taps, weights, some, QUERIES, GRID, ACC, BLOCK_Q, PIXELS)
+    if QUERIES <= BLOCK_Q:
+        masks = _masks(input, 0, input_strides[1], taps, weights, some, QUERIES, GRID, ACC, BLOCK_Q, PIXELS)
     for first in range(0, CLASSES, BLOCK_M):
         classes = first + tl.arange(0, BLOCK_M)
         sums = tl.zeros((BLOCK_M, PIXELS), ACC)

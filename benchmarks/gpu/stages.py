@@ -119,7 +119,7 @@ def rehearsal_stages(out: Path) -> list[Stage]:
         Stage("versions", 60, _module("benchmarks.gpu.versions")),
         Stage("compile", 120, _module("benchmarks.gpu.compiling", "--few", "--json", str(out / "compile.json"))),
         Stage("smoke", 120, _pytest(1, "-x", *A_FEW_CASES, SMOKE), interpreted, decisive=True),
-        Stage("parity", 100, _pytest(1, *A_FEW_CASES, *PARITY[1:2]), interpreted),
+        Stage("parity", 120, _pytest(1, *A_FEW_CASES, *PARITY[1:2]), interpreted),
         Stage("behaviour", 60, _pytest(1, "-m", "gpu", *BEHAVIOUR)),
         Stage("peers", 120, _module("benchmarks.gpu.timing", "--device=cpu", "--compile")),
         Stage(
@@ -131,7 +131,7 @@ def rehearsal_stages(out: Path) -> list[Stage]:
 
 
 def only(stages: list[Stage], names: list[str]) -> list[Stage]:
-    """The stages of some names. None runs beside another one than the whole run has it run beside."""
+    """The stages of some names; one whose next stage is left out runs alone, for a later one may need it."""
     kept = []
     for stage, following in zip(stages, [*stages[1:], None], strict=True):
         if stage.name.split(",")[0] in names:

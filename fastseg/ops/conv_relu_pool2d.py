@@ -175,7 +175,7 @@ def _backward_triton(
     grad_bias = kernels.backward(tensors, needs[2], geometry)
     grad_input, grad_weight, nothing = convolve.library_backward(dense, source, weight, geometry, [*needs[:2], False])
     if needs[0] and source is not input:
-        del dense, source, tensors
+        del dense, source, tensors  # as large as the copy
         grad_input = convolve.relaid(grad_input, torch.contiguous_format)
     return grad_input, grad_weight, grad_bias.to(weight.dtype) if needs[2] else nothing
 

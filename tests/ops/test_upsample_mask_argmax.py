@@ -75,7 +75,7 @@ def test_several_tiles(isa: str, mode: dict[str, Any], shape: tuple[int, int, in
     check(input, probabilities_of(input, 11), size, **mode)
 
 
-@pytest.mark.parametrize("queries", [1, 2, 16, 17, 100])
+@pytest.mark.parametrize("queries", [1, 2, 16, 17, 100, 129])
 @pytest.mark.parametrize("classes", [1, 2, 5, 10, 11, 21, 150, 257, 300])
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
