@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch._inductor.config
 from torch import Tensor, fx
 
 from fastseg._native import logger
@@ -51,11 +52,21 @@ def fastseg(
         logger.warning("mode and options of Inductor have no meaning without it: %s, %s", mode, inductor_options)
     name, code = origin_of(graph_module.graph)
     remark = _remark(graph_module.graph, example_inputs)
-    replaced, left = rewrite(graph_module)
+    patches = _patches(mode, inductor_options) if inner == "inductor" else {"freezing": False}
+    freezing = patches.get("freezing", torch._inductor.config.freezing) and not torch.is_grad_enabled()
+    with torch._inductor.config.patch(freezing=freezing):
+        replaced, left = rewrite(graph_module)
     graph = Graph(name, code, tuple(replaced), tuple(left), None if replaced else remark)
     logger.info("torch.compile: %s", Report([graph]))
     if inner == "inductor":
-        return kept(graph, _inductor(graph_module, example_inputs, mode, inductor_options), example_inputs)
+        if freezing:
+            # Inputs of the graph; with the global setting, TorchDynamo makes attributes of them.
+            freeze(
+                value
+                for value in [*example_inputs, *graph_module.parameters()]
+                if isinstance(value, torch.nn.Parameter)
+            )
+        return kept(graph, _inductor(graph_module, example_inputs, patches), example_inputs)
     # Its forward is looked up at each call: TorchDynamo's modules replace it in their first one.
     return kept(graph, lambda *args: graph_module.forward(*args), example_inputs)
 
@@ -63,11 +74,8 @@ def fastseg(
 fastseg.reset = forget  # type: ignore[attr-defined]  # torch.compiler.reset() calls it
 
 
-def _inductor(
-    graph_module: fx.GraphModule, example_inputs: list[Tensor], mode: str | None, options: dict[str, Any]
-) -> Callable[..., Any]:
-    from torch._dynamo.backends.registry import lookup_backend
-
+def _patches(mode: str | None, options: dict[str, Any]) -> dict[str, Any]:
+    """Inductor's settings for a mode and options."""
     from fastseg.fusion.saved_weights import SaveWeightsAsTheyLie
 
     patches = (torch._inductor.list_mode_options(mode) if mode is not None else {}) | {
@@ -78,11 +86,14 @@ def _inductor(
     unknown = sorted(set(patches) - set(torch._inductor.config.get_config_copy()))
     if unknown:
         raise ValueError(f'options: expected "inner" or options of Inductor, got {unknown}')
-    if patches.get("freezing", torch._inductor.config.freezing) and not torch.is_grad_enabled():
-        # Inputs of the graph; with the global setting, TorchDynamo makes attributes of them.
-        freeze(
-            value for value in [*example_inputs, *graph_module.parameters()] if isinstance(value, torch.nn.Parameter)
-        )
+    return patches
+
+
+def _inductor(
+    graph_module: fx.GraphModule, example_inputs: list[Tensor], patches: dict[str, Any]
+) -> Callable[..., Any]:
+    from torch._dynamo.backends.registry import lookup_backend
+
     return lookup_backend("inductor")(graph_module, example_inputs, config_patches=patches)  # type: ignore[call-arg]
 
 

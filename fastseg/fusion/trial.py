@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor
 
 from fastseg.fusion.calls import value_of
@@ -27,7 +28,8 @@ def obstacle(match: Match) -> str | None:
         return "the graph's maker didn't say what the values are"
     arguments = fx.map_arg(dict(match.arguments), value_of)
     try:
-        with mode, torch.no_grad(), _autocast_at(match.place):
+        # Without Python's dispatcher interpolate refuses sizes that may change.
+        with enable_python_dispatcher(), mode, torch.no_grad(), _autocast_at(match.place):
             results = match.function(**arguments)
     except (RuntimeError, TypeError, ValueError) as error:
         return f"{match.function.__name__} refuses it: {error}"

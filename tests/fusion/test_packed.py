@@ -136,6 +136,20 @@ def test_inductors_freezing_is_that_of_kept_weights(everywhere: bool, here: bool
         assert seen is not frozen
 
 
+@pytest.mark.parametrize(("dilation", "placed"), [(1, []), (30, ["conv2d"])], ids=["every-tap", "idle-taps"])
+def test_a_frozen_graph_leaves_inductor_what_it_does_itself(dilation: int, placed: list[str]) -> None:
+    last = nn.Conv2d(8, 192, 3, stride=1 if dilation > 1 else 2, padding=dilation, dilation=dilation)
+    network, input = block(), make(SHAPE, layout="channels_last")
+    network.reflecting = nn.Sequential(network.reflecting, last)
+    network.to(memory_format=torch.channels_last)
+    torch._dynamo.reset()
+    call = torch.compile(network, backend="fastseg")
+    with torch._inductor.config.patch(freezing=True):
+        for _ in range(2):
+            assert_same(network, call, input)
+    assert operators(fastseg.report(network)) == placed
+
+
 def test_what_is_kept_goes_with_its_weights() -> None:
     network, input = block().to(memory_format=torch.channels_last), make(SHAPE, layout="channels_last")
     call = compiled(network)

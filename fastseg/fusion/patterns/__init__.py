@@ -3,6 +3,7 @@
 from fastseg.fusion.pattern import Pattern
 from fastseg.fusion.patterns.binary_cross_entropy import BINARY_CROSS_ENTROPY, UPSAMPLE_BINARY_CROSS_ENTROPY
 from fastseg.fusion.patterns.conv2d import CONV, CONV_NORM
+from fastseg.fusion.patterns.conv2d_before_upsampling import CONV_BEFORE_UPSAMPLING
 from fastseg.fusion.patterns.conv2d_in_float32 import CONV_IN_FLOAT32, CONV_NORM_IN_FLOAT32
 from fastseg.fusion.patterns.conv2d_packed import PACKED_CONV, PACKED_CONV_NORM
 from fastseg.fusion.patterns.conv_relu import CONV_RELU
@@ -30,6 +31,7 @@ PATTERNS: tuple[Pattern, ...] = (
     CROSS_ENTROPY,
     NLL_LOSS,
     BINARY_CROSS_ENTROPY,
+    CONV_BEFORE_UPSAMPLING,
     PACKED_CONV_NORM,
     PACKED_CONV,
     CONV_NORM_IN_FLOAT32,

@@ -2,14 +2,17 @@
 
 Only on a CPU, and only what no kernel of fastseg's own serves; such places, which are everywhere, are no news for the
 report. What follows (an activation, a residual's sum) stays: oneDNN could do both in passing, but its ReLU makes 0 of
-NaN, and its sums are slower than a pass of their own (1.2 to 1.3 times for a ResNet's last 1x1 convolutions).
+NaN. Inductor's "freezing" does that: a graph that has its weights as attributes, as that setting wants, leaves it the
+convolutions, but for those that take fewer products here.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
+import torch._inductor.config
 from torch import Tensor, fx
 
 from fastseg.fusion.calls import Call, tensor_of
@@ -33,7 +36,9 @@ def packed_conv_batch_norm(
 
 def _match(last: Call) -> Match:
     chain = convolution(last)
-    demand(_is_prediction(chain[0]) and looks_served(chain[0], serves_conv2d_packed))
+    demand(_is_prediction(chain[0]))
+    frozen = torch._inductor.config.freezing and chain[0]["weight"].op == "get_attr"
+    demand(looks_served(chain[0], functools.partial(serves_conv2d_packed, frozen=frozen)))
     return match_of(chain, packed_conv_batch_norm)
 
 

@@ -167,15 +167,21 @@ def winograd_serves_conv2d(input: Tensor, weight: Tensor, geometry: Geometry, ke
     return isinstance(products, torch.SymInt) or (products >= CONV2D_MIN_PRODUCTS and _pays_for_winograd(input, keep))
 
 
-def serves_conv2d_packed(input: Tensor, weight: Tensor, geometry: Geometry) -> bool:
-    """Whether a prediction's convolution on a CPU comes to oneDNN with weights that are kept for it."""
+def serves_conv2d_packed(input: Tensor, weight: Tensor, geometry: Geometry, frozen: bool = False) -> bool:
+    """Whether a prediction's convolution on a CPU comes to weights that are kept for it.
+
+    Of a ``frozen`` graph Inductor itself lays them out for oneDNN, and adds what follows in passing: then only where
+    another algorithm or fewer taps serve it.
+    """
     if not torch.backends.mkldnn.is_available():
         return False
     if min(input.numel(), weight.numel()) == 0 or weight.shape[1] * geometry.groups != input.shape[1]:
         return False
     _, convolved = output_shapes(input.shape, weight.shape, geometry)
     products = math.prod(convolved) * weight[0].numel()
-    return products >= PACKED_MIN_PRODUCTS and not winograd_serves_conv2d(input, weight, geometry, keep=True)
+    if products < PACKED_MIN_PRODUCTS or winograd_serves_conv2d(input, weight, geometry, keep=True):
+        return False
+    return not frozen or _spares_idle_taps(input, weight, geometry) or _is_winograd_in_phases(input, weight, geometry)
 
 
 def serves_relu_pool2d(input: Tensor) -> bool:
