@@ -21,10 +21,11 @@ BEGIN = "<!-- third-party models: from here on written by python -m benchmarks.t
 END = "<!-- third-party models: up to here -->"
 
 READING = """\
-Places replaced in a training step (the loss and all gradients), and in a prediction (from images to class numbers). "x"
-is how many times faster fastseg is than the fastest other (of {peers}), or how many times less memory a step needs (the
-growth of the resident set of a process whose blocks of memory have pages of their own), and which other that is; in
-bold where it is slower, or needs more. Every result was verified against a float64 truth first.
+Places replaced in a training step (the loss and all gradients), and in a prediction (from images to class numbers, of
+constant weights: torch.compile's and the backend's, too, with Inductor's setting "freezing"). "x" is how many times
+faster fastseg is than the fastest other (of {peers}), or how many times less memory a step needs (the growth of the
+resident set of a process whose blocks of memory have pages of their own), and which other that is; in bold where it is
+slower, or needs more. Every result was verified against a float64 truth first.
 """
 
 

@@ -61,7 +61,7 @@ def measure(case: ThirdPartyCase, effort: Effort) -> dict[str, Any]:
     measured: list[dict[str, Any]] = []
     missing: list[dict[str, Any]] = []
     for timing in TIMINGS:
-        with compiling(case):
+        with compiling(case, timing == STEP):
             outcomes = verify_and_time(case, timing == STEP, effort, memory=False)
         for contestant, outcome in outcomes.items():
             entry = {"timing": timing, **contestant._asdict()}
@@ -79,10 +79,10 @@ def measure(case: ThirdPartyCase, effort: Effort) -> dict[str, Any]:
 
 
 @contextmanager
-def compiling(case: ThirdPartyCase) -> Iterator[None]:
-    """The settings of torch's compiler that a model is measured with."""
+def compiling(case: ThirdPartyCase, training: bool) -> Iterator[None]:
+    """The settings of torch's compiler that a model is measured with; predictions have constant weights, as deployed."""
     with (
-        torch._inductor.config.patch(dict(case.inductor)),
+        torch._inductor.config.patch(dict(case.inductor) | {"freezing": not training}),
         torch._dynamo.config.patch(recompile_limit=ENOUGH_GRAPHS),
     ):
         yield
@@ -95,7 +95,7 @@ def measure_memory(case: ThirdPartyCase, result: dict[str, Any]) -> None:
         if contestant.kind in DEPLOYMENTS:  # it has its memory before it is called
             continue
         torch.compiler.reset()
-        with compiling(case):
+        with compiling(case, training):
             job = contestant.job(case, training)
             for _ in range(WARM_UP_CALLS):
                 job.results()
@@ -103,11 +103,9 @@ def measure_memory(case: ThirdPartyCase, result: dict[str, Any]) -> None:
 
 
 def replaced(case: ThirdPartyCase, training: bool) -> Counter[str]:
-    """How many places each operator serves, in NCHW; without Inductor, which doesn't change them."""
-    job = case.job(False, "nchw", training)
-    compiled = torch.compile(job.function, dynamic=False, backend="fastseg", options={"inner": "eager"})
-    with fastseg.recording() as found:
-        job._replace(function=compiled).results()
+    """How many places each operator serves, in NCHW."""
+    with compiling(case, training), fastseg.recording() as found:
+        Contestant(FASTSEG, "nchw").job(case, training).results()
     return Counter(replacement.operator for replacement in found.replaced)
 
 

@@ -58,17 +58,14 @@ def fastseg(
         replaced, left = rewrite(graph_module)
     graph = Graph(name, code, tuple(replaced), tuple(left), None if replaced else remark)
     logger.info("torch.compile: %s", Report([graph]))
+    attributes = list(graph_module.parameters())  # none, but where Inductor's setting "freezing" is on everywhere
+    if freezing:
+        freeze(value for value in [*example_inputs, *attributes] if isinstance(value, torch.nn.Parameter))
     if inner == "inductor":
-        if freezing:
-            # Inputs of the graph; with the global setting, TorchDynamo makes attributes of them.
-            freeze(
-                value
-                for value in [*example_inputs, *graph_module.parameters()]
-                if isinstance(value, torch.nn.Parameter)
-            )
-        return kept(graph, _inductor(graph_module, example_inputs, patches), example_inputs)
-    # Its forward is looked up at each call: TorchDynamo's modules replace it in their first one.
-    return kept(graph, lambda *args: graph_module.forward(*args), example_inputs)
+        run = _inductor(graph_module, example_inputs, patches)
+    else:  # its forward is looked up at each call: TorchDynamo's modules replace it in their first one
+        run = lambda *args: graph_module.forward(*args)  # noqa: E731
+    return kept(graph, run, example_inputs, attributes)
 
 
 fastseg.reset = forget  # type: ignore[attr-defined]  # torch.compiler.reset() calls it

@@ -74,17 +74,24 @@ def recording() -> Iterator[Report]:
         _recordings[:] = [other for other in _recordings if other is not recorded]
 
 
-def kept(graph: Graph, run: Callable[..., Any], inputs: Sequence[Any]) -> Callable[..., Any]:
-    """What runs a graph, keeping that it did, and with which of its inputs that are parameters.
+def kept(
+    graph: Graph, run: Callable[..., Any], inputs: Sequence[Any], attributes: Sequence[nn.Parameter]
+) -> Callable[..., Any]:
+    """What runs a graph, keeping that it did, and with which parameters: of its inputs, or those it has as attributes.
 
-    TorchDynamo runs a graph for other models that are alike, too, and doesn't ask the backend again.
+    TorchDynamo runs a graph for other models that are alike, too, and doesn't ask the backend again. Attributes are
+    those of one model.
     """
     _graphs.append(graph)
     places = [at for at, value in enumerate(inputs) if isinstance(value, nn.Parameter)]
+    _note(graph, attributes)
+    own = weakref.ref(attributes[0]) if attributes else lambda: None
 
     def call(*args: Any) -> Any:
         global _latest
-        first = args[places[0]] if places else _latest()
+        first = args[places[0]] if places else own()
+        if first is None:
+            first = _latest()
         if first is not None:
             if not _knows(graph, first):
                 _note(graph, [first, *(args[at] for at in places[1:])])
