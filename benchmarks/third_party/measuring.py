@@ -80,7 +80,7 @@ def measure(case: ThirdPartyCase, effort: Effort) -> dict[str, Any]:
 
 @contextmanager
 def compiling(case: ThirdPartyCase, training: bool) -> Iterator[None]:
-    """The settings of torch's compiler that a model is measured with; predictions have constant weights, as deployed."""
+    """The settings of torch's compiler that a model is measured with: of predictions the weights are constant."""
     with (
         torch._inductor.config.patch(dict(case.inductor) | {"freezing": not training}),
         torch._dynamo.config.patch(recompile_limit=ENOUGH_GRAPHS),

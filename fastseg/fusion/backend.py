@@ -73,13 +73,13 @@ fastseg.reset = forget  # type: ignore[attr-defined]  # torch.compiler.reset() c
 
 def _patches(mode: str | None, options: dict[str, Any]) -> dict[str, Any]:
     """Inductor's settings for a mode and options."""
-    from fastseg.fusion.saved_weights import SaveWeightsAsTheyLie
+    from fastseg.fusion.layouts import KeepLayouts
 
     patches = (torch._inductor.list_mode_options(mode) if mode is not None else {}) | {
         name.replace("-", "_"): value for name, value in options.items()
     }
     if torch._inductor.config.post_grad_custom_post_pass is None:
-        patches.setdefault("post_grad_custom_post_pass", SaveWeightsAsTheyLie())
+        patches.setdefault("post_grad_custom_post_pass", KeepLayouts())
     unknown = sorted(set(patches) - set(torch._inductor.config.get_config_copy()))
     if unknown:
         raise ValueError(f'options: expected "inner" or options of Inductor, got {unknown}')

@@ -28,6 +28,7 @@ _SIGNATURES: dict[str, Callable[..., None]] = {
     reduction="mean", pos_weight=None: None,
     "nll_loss": lambda input, target, weight=None, size_average=None, ignore_index=-100, reduce=None,
     reduction="mean": None,
+    "linear": lambda input, weight, bias=None: None,
     "cat": lambda tensors, dim=0: None,
     "softmax": lambda input, dim=None, _stacklevel=3, dtype=None: None,
     "torch.softmax": lambda input, dim, dtype=None: None,
@@ -50,8 +51,8 @@ _BOUND = {operation: inspect.signature(arguments) for operation, arguments in _S
 
 # Spellings that aren't the operation's name in torch.nn.functional: which signature they have, and what they set.
 _FUNCTIONS: dict[Any, tuple[str, dict[str, Any]]] = {
-    **{getattr(F, name): (name, {}) for name in ("conv2d", "batch_norm", "relu", "max_pool2d", "interpolate")},
-    **{getattr(F, name): (name, {}) for name in ("cross_entropy", "nll_loss", "softmax", "log_softmax")},
+    **{getattr(F, name): (name, {}) for name in ("conv2d", "batch_norm", "relu", "max_pool2d", "linear")},
+    **{getattr(F, name): (name, {}) for name in ("interpolate", "cross_entropy", "nll_loss", "softmax", "log_softmax")},
     F.binary_cross_entropy_with_logits: ("binary_cross_entropy_with_logits", {}),
     F.relu_: ("relu", {"inplace": True}),
     F.max_pool2d_with_indices: ("max_pool2d", {"return_indices": True}),

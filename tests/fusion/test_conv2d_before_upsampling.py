@@ -9,8 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._inductor.inductor_prims import force_stride_order
+from torch.profiler import profile
 
 import fastseg
+from fastseg.fusion.layouts import KeepLayouts
 from fastseg.testing import assert_parity, make, values_and_gradients
 from tests.fusion.cases import compiled, operators
 
@@ -45,6 +48,28 @@ def up(input: Tensor, mode: str = "bilinear", **options: Any) -> Tensor:
 def head_of_segformer(a: Tensor, b: Tensor, c: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """The largest map is resized, too, to its own size."""
     return F.relu(F.conv2d(torch.cat([up(c), up(b), up(a)], 1), weight, bias)).square()
+
+
+def projected(rows: Tensor, weight: Tensor, bias: Tensor | None = None, size: int = 40) -> Tensor:
+    """A map of the size times 48, made by a linear layer as SegFormer makes it."""
+    projection = F.linear(rows, weight, bias).transpose(1, 2)
+    return projection.reshape(len(rows), -1, size, 48)
+
+
+@fused
+def linear_layers_before(a: Tensor, b: Tensor, c: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Of 8 channels and of 16; the last has no fewer products with the convolution's weight than without."""
+    few, more = (b[:, :n].flatten(2).transpose(1, 2) for n in (8, 16))
+    maps = projected(few, weight[:, :8, 0, 0], bias), projected(more, weight[:, 8:24, 0, 0])
+    rows = F.adaptive_avg_pool2d(c, (4, 5)).flatten(2).mT
+    small = F.linear(rows, weight[:, 24:64, 0, 0]).permute(0, 2, 1).view(2, OUTPUTS, 4, 5)
+    return F.conv2d(torch.cat([*(up(part) for part in (*maps, small)), a[:, :24]], 1), weight, bias)
+
+
+@fused
+def linear_layer_used_elsewhere(a: Tensor, b: Tensor, c: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+    map = projected(b[:, :8].flatten(2).transpose(1, 2), weight[:, :8, 0, 0])
+    return F.conv2d(torch.cat([up(map), a], 1), weight[:, :80], bias + c.sum()), map.sin()
 
 
 @fused
@@ -145,6 +170,43 @@ def test_by_inductor_in_predictions(frozen: bool) -> None:
     assert replaced(fastseg.report(function)) == 1
     assert actual.stride() == plain.stride()
     assert_parity(actual, plain, head_of_segformer(*(tensor.double() for tensor in given)), terms=120)
+
+
+def test_linear_layers_and_the_convolution_are_one_product() -> None:
+    function, given = compiled(linear_layers_before), tensors(torch.float32, "nchw")
+    with torch.no_grad():
+        function(*given)
+        with profile(record_shapes=True) as events:
+            function(*given)
+    products = [event.input_shapes for event in events.events() if event.name == "aten::mm"]
+    of_weights = [shapes for shapes in products if shapes[0] == [OUTPUTS, OUTPUTS]]
+    assert of_weights == [[[OUTPUTS, OUTPUTS], [OUTPUTS, channels]] for channels in (8, 16)]
+
+
+def test_upsampled_maps_lie_in_channels_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor would read and write them with steps of a pixel: one layout for the sum of two, and one for the next."""
+    forced: list[list[Any]] = []
+    keep = KeepLayouts.__call__
+
+    def spy(self: KeepLayouts, graph: torch.fx.Graph) -> None:
+        keep(self, graph)
+        demands = graph.find_nodes(op="call_function", target=force_stride_order)
+        forced.append([node.args[0].target for node in demands])
+
+    monkeypatch.setattr(KeepLayouts, "__call__", spy)
+    add, clone = torch.ops.aten.add.Tensor, torch.ops.aten.clone.default
+    for layout, function, expected in (
+        ("channels_last", head_of_segformer, [add]),
+        ("channels_last", up, [clone]),
+        ("nchw", head_of_segformer, []),
+    ):
+        given = [tensor.detach() for tensor in tensors(torch.float32, layout)]
+        torch._dynamo.reset()
+        given = given if function is head_of_segformer else given[:1]
+        call = torch.compile(function, backend="fastseg", options={"fx_graph_cache": False}, fullgraph=True)
+        truth = function(*(tensor.double() for tensor in given))
+        assert_parity(call(*given), function(*given), truth, terms=120)
+        assert forced.pop() == expected
 
 
 def test_sizes_may_change() -> None:

@@ -2,8 +2,9 @@
 
 Interpolation mixes pixels and a 1x1 convolution channels, so that they commute: of an upsampled map the convolution has
 as many products as pixels more than of the map itself, and the sum of the parts takes the place of the concatenation
-(the head of SegFormer and of HRNet). Only where upsampling has no more channels to work on then. Half types stay:
-each part would be rounded before their sum.
+(the head of SegFormer and of HRNet). Only where upsampling has no more channels to work on then. A linear layer that
+has made such a map (SegFormer's) and its part of the convolution are one product of the two weights where that has
+fewer products. Half types stay: each part would be rounded before their sum.
 """
 
 from __future__ import annotations
@@ -28,24 +29,44 @@ MIN_PRODUCTS = 10_000_000
 _CHANNELS = (1, -3)  # their dimension
 _MODES = ("nearest", "nearest-exact", "bilinear", "bicubic")
 
+# A part of what is convolved: a map, or where a linear layer makes it that layer's input [N, h * w, C]; the arguments
+# of F.interpolate, or None; the layer's weight and bias, and h and w, or None.
+Part = tuple[Any, dict[str, Any] | None, tuple[Any, Any, Sequence[Any]] | None]
 
-def conv_before_upsampling(
-    parts: Sequence[tuple[Tensor, dict[str, Any] | None]], weight: Tensor, bias: Tensor | None, channels_last: bool
-) -> Tensor:
-    """What the graph calls: of each map its part of the convolution, upsampled as `F.interpolate`'s arguments say."""
-    maps = []
-    for (_, grid), group in groupby(parts, key=lambda part: (part[0].shape[2:], part[1])):
-        inputs = [input for input, _ in group]
-        maps.append((inputs[0] if len(inputs) == 1 else torch.cat(inputs, 1), grid))
-    weights = torch.split_with_sizes(weight, [input.shape[1] for input, _ in maps], 1)
+
+def conv_before_upsampling(parts: Sequence[Part], weight: Tensor, bias: Tensor | None, channels_last: bool) -> Tensor:
+    """What the graph calls: of each part its convolution, upsampled; their sum."""
+    groups = [list(group) for _, group in groupby(parts, key=_together)]
+    counts = [sum(_channels(part) for part in group) for group in groups]
     result: Tensor | None = None
-    for (input, grid), part in zip(maps, weights, strict=True):
-        convolved = torch.conv2d(input, part, bias if result is None else None)
+    for group, own in zip(groups, torch.split_with_sizes(weight, counts, 1), strict=True):
+        input, grid, layer = group[0]
+        if layer is None:
+            convolved = torch.conv2d(input if len(group) == 1 else torch.cat([part[0] for part in group], 1), own)
+        else:
+            inner, inner_bias, sizes = layer
+            convolved = F.linear(input, own.flatten(1) @ inner).transpose(1, 2).reshape(len(input), -1, *sizes)
+            if inner_bias is not None:
+                more = own.flatten(1) @ inner_bias
+                bias = more if bias is None else bias + more
         if grid is not None:
             convolved = F.interpolate(convolved, **grid)
         result = convolved if result is None else result + convolved
     assert result is not None
+    if bias is not None:
+        result = result + bias[:, None, None]
     return result.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+def _together(part: Part) -> Any:
+    """What neighbours have in common that are convolved together."""
+    input, grid, layer = part
+    return (grid, input.shape[2:]) if layer is None else id(part)
+
+
+def _channels(part: Part) -> int:
+    input, _, layer = part
+    return input.shape[1] if layer is None else layer[0].shape[0]
 
 
 def _match(conv: Call) -> Match:
@@ -58,18 +79,22 @@ def _match(conv: Call) -> Match:
     if last is not None and last.operation == "cat":
         demand(isinstance(last["tensors"], Sequence) and last["dim"] in _CHANNELS and len(last.node.users) == 1)
         inputs, before = last["tensors"], [last.node]
-    parts: list[tuple[fx.Node, dict[str, Any] | None]] = []
+    parts: list[Part] = []
     spared = 0
     for input in inputs:
-        call = conv.calls.get(input)
-        if call is None or not _goes_after(call, convolved):
-            parts.append((input, None))
-            continue
-        products = _spared_products(call, convolved)
-        grid = {name: call[name] for name in (*ARGUMENTS, "antialias")}
-        parts.append((call["input"], grid if products else None))
-        before.append(call.node)
-        spared += products
+        call, map, grid = conv.calls.get(input), input, None
+        if call is not None and _goes_after(call, convolved):
+            products = _spared_products(call, convolved)
+            map, grid = call["input"], {name: call[name] for name in (*ARGUMENTS, "antialias")} if products else None
+            before.append(call.node)
+            spared += products
+        layer = _layer_of(conv.calls.get(map), convolved)
+        if layer is None:
+            parts.append((map, grid, None))
+        else:
+            linear, nodes, sizes = layer
+            parts.append((linear["input"], grid, (linear["weight"], linear["bias"], sizes)))
+            before += nodes
     demand(spared >= MIN_PRODUCTS)
     return Match(
         nodes=[node for node in conv.node.graph.nodes if node in before or node is conv.node],
@@ -83,6 +108,27 @@ def _match(conv: Call) -> Match:
         },
         not_kept=[conv["input"]],
     )
+
+
+def _layer_of(reshape: Call | None, convolved: Tensor) -> tuple[Call, list[fx.Node], Sequence[Any]] | None:
+    """The linear layer that makes a map, its calls, and the map's height and width; None where it had better stay."""
+    transpose = None if reshape is None or reshape.operation != "reshape" else reshape.source()
+    linear = None if transpose is None or transpose.operation not in ("transpose", "permute") else transpose.source()
+    if reshape is None or transpose is None or linear is None or linear.operation != "linear":
+        return None
+    calls = (linear, transpose, reshape)
+    rows, swapped, map = (tensor_of(call.node) for call in calls)
+    shape = reshape["shape"][0] if isinstance(reshape["shape"][0], Sequence) else reshape["shape"]
+    inner = tensor_of(linear["weight"])
+    if rows is None or swapped is None or map is None or inner is None or rows.ndim != 3 or len(shape) != 4:
+        return None
+    if swapped.shape != rows.mT.shape or map.shape[:2] != swapped.shape[:2] or map.dtype != convolved.dtype:
+        return None
+    if any(len(call.node.users) > 1 for call in calls) or rows.shape[1] == rows.shape[2]:
+        return None
+    pixels, outputs, (between, channels) = rows.shape[0] * rows.shape[1], convolved.shape[1], inner.shape
+    apart, together = pixels * between * (channels + outputs), (pixels + between) * channels * outputs
+    return (linear, [call.node for call in calls], shape[2:]) if together < apart else None
 
 
 def _is_pointwise(conv: Call) -> bool:
