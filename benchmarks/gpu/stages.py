@@ -22,6 +22,9 @@ GRACE_SECONDS = 3.0
 
 HANGING_SECONDS = 40  # of a test
 
+# Inductor would start a pool of as many processes as there are cores for each worker, and there is a worker for each.
+NO_POOLS = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
+
 BUDGET_SECONDS = 480.0  # of a whole run, where nothing else is said
 SHARE_OF_TIMING = 0.35
 
@@ -101,7 +104,7 @@ def gpu_stages(out: Path, seconds_for_timing: float) -> list[Stage]:
         Stage("peers", 120, _module("benchmarks.gpu.timing", "--device=cuda", "--compile"), beside_next=True),
         Stage("parity", 100, _pytest(cores, "--tf32=off", *on_gpu, MOST_CASES, *PARITY, *CONVOLUTIONS)),
         Stage("parity, TF32", 40, _pytest(cores, "--tf32=on", *on_gpu, *CONVOLUTIONS, "-k", "float32")),
-        Stage("behaviour", 80, _pytest(cores, *behaviour, f"not {LARGE} and not parity_suite")),
+        Stage("behaviour", 80, _pytest(cores, *behaviour, f"not {LARGE} and not parity_suite"), NO_POOLS),
         Stage("behaviour, large", 60, _pytest(1, *behaviour, LARGE)),
         Stage(
             "timing", 180,
