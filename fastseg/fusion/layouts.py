@@ -64,11 +64,12 @@ def _sum_with(map: fx.Node) -> fx.Node:
 
 
 def _demand_layout(map: fx.Node) -> None:
-    users = list(map.users)
-    if any(user.target is _force for user in users):
+    users, strides = list(map.users), map.meta["val"].stride()
+    computed = not all(isinstance(stride, int) for stride in strides)  # of sizes that may change
+    if computed or any(user.target is _force for user in users):
         return
     with map.graph.inserting_after(map):
-        laid_out = map.graph.call_function(_force, (map, map.meta["val"].stride()))
+        laid_out = map.graph.call_function(_force, (map, strides))
     laid_out.meta["val"] = map.meta["val"]
     for user in users:
         user.replace_input_with(map, laid_out)

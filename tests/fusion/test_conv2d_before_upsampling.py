@@ -13,6 +13,7 @@ from torch._inductor.inductor_prims import force_stride_order
 from torch.profiler import profile
 
 import fastseg
+from fastseg.fusion import Report
 from fastseg.fusion.layouts import KeepLayouts
 from fastseg.testing import assert_parity, make, values_and_gradients
 from tests.fusion.cases import compiled, operators
@@ -64,6 +65,15 @@ def linear_layers_before(a: Tensor, b: Tensor, c: Tensor, weight: Tensor, bias: 
     rows = F.adaptive_avg_pool2d(c, (4, 5)).flatten(2).mT
     small = F.linear(rows, weight[:, 24:64, 0, 0]).permute(0, 2, 1).view(2, OUTPUTS, 4, 5)
     return F.conv2d(torch.cat([*(up(part) for part in (*maps, small)), a[:, :24]], 1), weight, bias)
+
+
+@fused
+def rows_of_another_order(a: Tensor, b: Tensor, c: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """As many images as pixels: what looks like the map of a linear layer by its shape is none."""
+    rows = F.linear(b[0, :8].reshape(8, 240, 8).permute(1, 2, 0)[:8], weight[:, :8, 0, 0])  # [8, 8, 32]
+    map = rows.permute(1, 2, 0).reshape(8, OUTPUTS, 2, 4)
+    upsampled = F.interpolate(map, (160, 192), mode="bilinear")
+    return F.conv2d(upsampled, weight[:, :32], bias + a.sum() + c.sum())
 
 
 @fused
@@ -144,7 +154,7 @@ def under_autocast(a: Tensor, b: Tensor, c: Tensor, weight: Tensor, bias: Tensor
         return F.conv2d(torch.cat([a, up(b), up(c)], 1), weight, bias)
 
 
-def replaced(report: fastseg.fusion.Report) -> int:
+def replaced(report: Report) -> int:
     return sum(replacement.pattern == PATTERN for replacement in report.replaced)
 
 
@@ -207,6 +217,21 @@ def test_upsampled_maps_lie_in_channels_last(monkeypatch: pytest.MonkeyPatch) ->
         truth = function(*(tensor.double() for tensor in given))
         assert_parity(call(*given), function(*given), truth, terms=120)
         assert forced.pop() == expected
+
+
+def test_batches_of_any_size_and_inductor() -> None:
+    def function(rows: Tensor, large: Tensor, inner: Tensor, weight: Tensor) -> Tensor:
+        return F.conv2d(torch.cat([up(projected(rows, inner)), large], 1), weight)
+
+    torch._dynamo.reset()
+    dynamic = torch.compile(function, backend="fastseg", dynamic=True, fullgraph=True)
+    for batch in (2, 3, 5):
+        shapes = [(batch, 40 * 48, 8), (batch, 48, 80, 96), (32, 8), (OUTPUTS, 80, 1, 1)]
+        given = [make(shape, seed=seed) for seed, shape in enumerate(shapes)]
+        given[1] = given[1].contiguous(memory_format=torch.channels_last)
+        truth = function(*(tensor.double() for tensor in given))
+        assert_parity(dynamic(*given), function(*given), truth, terms=120)
+    assert [replaced(Report([graph])) for graph in fastseg.report(dynamic).graphs] == [1]
 
 
 def test_sizes_may_change() -> None:

@@ -83,7 +83,7 @@ def upsampled(call: Call | None, volumes: bool = False) -> Upsampled:
     as_rows: Dims = [(0, *range(2, logits.ndim)), (1,)]
     dims = as_map
     for layout in after:
-        dims = _laid_out(layout, dims) if dims else dims
+        dims = laid_out(layout, dims) if dims else dims
     known = dims in (as_map, as_rows)
     demand(known, "interpolate: what it gives is laid out neither as a map nor as rows [N * H * W, C]")
     _demand_grid(call, logits.ndim - 2)
@@ -92,7 +92,7 @@ def upsampled(call: Call | None, volumes: bool = False) -> Upsampled:
     return Upsampled(call, [call.node, *(c.node for c in after)], logits, dtype, dims == as_rows)
 
 
-def _laid_out(call: Call, dims: Dims) -> Dims:
+def laid_out(call: Call, dims: Dims) -> Dims:
     """Which dimensions a value's are made of, after a call; none where they can't be told."""
     before, after = tensor_of(call["input"]), tensor_of(call.node)
     if before is None or after is None:

@@ -20,7 +20,7 @@ from torch import Tensor, fx
 
 from fastseg.fusion.calls import Call, has_nodes, sizes_of, tensor_of
 from fastseg.fusion.pattern import Match, Pattern, Unfit, demand
-from fastseg.fusion.patterns._interpolation import ARGUMENTS
+from fastseg.fusion.patterns._interpolation import ARGUMENTS, laid_out
 from fastseg.fusion.patterns.conv_relu_pool2d import NUMBERS
 from fastseg.ops.convolution.geometry import resolve
 
@@ -45,7 +45,8 @@ def conv_before_upsampling(parts: Sequence[Part], weight: Tensor, bias: Tensor |
             convolved = torch.conv2d(input if len(group) == 1 else torch.cat([part[0] for part in group], 1), own)
         else:
             inner, inner_bias, sizes = layer
-            convolved = F.linear(input, own.flatten(1) @ inner).transpose(1, 2).reshape(len(input), -1, *sizes)
+            rows = F.linear(input, own.flatten(1) @ inner)
+            convolved = rows.transpose(1, 2).reshape(input.shape[0], own.shape[0], *sizes)
             if inner_bias is not None:
                 more = own.flatten(1) @ inner_bias
                 bias = more if bias is None else bias + more
@@ -118,15 +119,17 @@ def _layer_of(reshape: Call | None, convolved: Tensor) -> tuple[Call, list[fx.No
         return None
     calls = (linear, transpose, reshape)
     rows, swapped, map = (tensor_of(call.node) for call in calls)
-    shape = reshape["shape"][0] if isinstance(reshape["shape"][0], Sequence) else reshape["shape"]
-    inner = tensor_of(linear["weight"])
+    inner, shape = tensor_of(linear["weight"]), reshape["shape"]
+    if isinstance(shape[0], Sequence):
+        (shape,) = shape
     if rows is None or swapped is None or map is None or inner is None or rows.ndim != 3 or len(shape) != 4:
         return None
-    if swapped.shape != rows.mT.shape or map.shape[:2] != swapped.shape[:2] or map.dtype != convolved.dtype:
+    if laid_out(transpose, [(0,), (1,), (2,)]) != [(0,), (2,), (1,)] or map.shape[:2] != swapped.shape[:2]:
         return None
-    if any(len(call.node.users) > 1 for call in calls) or rows.shape[1] == rows.shape[2]:
+    sizes = sizes_of(rows)
+    if sizes is None or map.dtype != convolved.dtype or any(len(call.node.users) > 1 for call in calls):
         return None
-    pixels, outputs, (between, channels) = rows.shape[0] * rows.shape[1], convolved.shape[1], inner.shape
+    pixels, outputs, (between, channels) = sizes[0] * sizes[1], convolved.shape[1], inner.shape
     apart, together = pixels * between * (channels + outputs), (pixels + between) * channels * outputs
     return (linear, [call.node for call in calls], shape[2:]) if together < apart else None
 
