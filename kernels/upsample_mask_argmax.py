@@ -20,12 +20,12 @@ NAN = tl.constexpr(float("nan"))
 
 @triton.jit
 def find_largest(sums, classes, CLASSES: tl.constexpr):
-    """Of sums [BLOCK_C, pixels] the largest and its class, of equal ones the first, of NaN the first, too."""
-    exist = (classes < CLASSES)[:, None]
-    places = classes[:, None] + tl.zeros_like(sums).to(tl.int32)
-    largest = tl.max(tl.where(exist & (sums == sums), sums, float("-inf")), 0)
-    first = tl.min(tl.where(exist & (sums == largest[None, :]), places, CLASSES), 0)
-    first_nan = tl.min(tl.where(exist & (sums != sums), places, CLASSES), 0)
+    """Of sums [pixels, BLOCK_M] the largest and its class, of equal ones the first, of NaN the first, too."""
+    exist = (classes < CLASSES)[None, :]
+    places = classes[None, :] + tl.zeros_like(sums).to(tl.int32)
+    largest = tl.max(tl.where(exist & (sums == sums), sums, float("-inf")), 1)
+    first = tl.min(tl.where(exist & (sums == largest[:, None]), places, CLASSES), 1)
+    first_nan = tl.min(tl.where(exist & (sums != sums), places, CLASSES), 1)
     has_nan = first_nan < CLASSES
     return tl.where(has_nan, NAN, largest), tl.where(has_nan, first_nan, first)
 
@@ -35,14 +35,15 @@ def _masks(
     input, start, query_stride, taps, weights, some,
     QUERIES: tl.constexpr, GRID: tl.constexpr, ACC: tl.constexpr, BLOCK_Q: tl.constexpr, PIXELS: tl.constexpr,
 ):  # fmt: skip
-    """The masks [BLOCK_Q, PIXELS] of the queries from ``start`` on."""
+    """The masks [PIXELS, BLOCK_Q] of the queries from ``start`` on."""
     GROUP_H: tl.constexpr = GRID.group[0]  # Triton 3.6 takes no part of a tuple in a shape
     GROUP_W: tl.constexpr = GRID.group[1]
     queries = start + tl.arange(0, BLOCK_Q)
     of_queries = (queries.to(tl.int64) * query_stride)[:, None, None, None]
     exist = (queries < QUERIES)[:, None, None, None]
     masks = sigmoid(up.load_logits(input + of_queries, taps, weights, exist & some, GRID, ACC))
-    return tl.reshape(tl.broadcast_to(masks, (BLOCK_Q, GROUP_H, GROUP_W, masks.shape[3])), (BLOCK_Q, PIXELS))
+    masks = tl.broadcast_to(masks, (BLOCK_Q, GROUP_H, GROUP_W, masks.shape[3]))
+    return tl.trans(tl.reshape(masks, (BLOCK_Q, PIXELS)))
 
 
 @triton.jit(do_not_specialize=up.GRID_ARGUMENTS)
@@ -69,14 +70,14 @@ def upsample_mask_argmax_forward(
         masks = _masks(input, 0, input_strides[1], taps, weights, some, QUERIES, GRID, ACC, BLOCK_Q, PIXELS)
     for first in range(0, CLASSES, BLOCK_M):
         classes = first + tl.arange(0, BLOCK_M)
-        sums = tl.zeros((BLOCK_M, PIXELS), ACC)
+        sums = tl.zeros((PIXELS, BLOCK_M), ACC)
         for start in range(0, QUERIES, BLOCK_Q):
             if QUERIES > BLOCK_Q:
                 masks = _masks(input, start, input_strides[1], taps, weights, some, QUERIES, GRID, ACC, BLOCK_Q, PIXELS)
             queries = start + tl.arange(0, BLOCK_Q)
-            at = classes[:, None] * probability_strides[2] + queries[None, :] * probability_strides[1]
-            shares = tl.load(class_probabilities + at, (classes[:, None] < CLASSES) & (queries[None, :] < QUERIES), 0)
-            sums = tl.dot(shares, masks, sums, input_precision=PRECISION, out_dtype=ACC)
+            at = classes[None, :] * probability_strides[2] + queries[:, None] * probability_strides[1]
+            shares = tl.load(class_probabilities + at, (classes[None, :] < CLASSES) & (queries[:, None] < QUERIES), 0)
+            sums = tl.dot(masks, shares, sums, input_precision=PRECISION, out_dtype=ACC)
         largest, place = find_largest(sums, classes, CLASSES)
         larger = ((largest <= best) == 0) & (best == best)  # a NaN is larger, and nothing than a NaN
         best, label = tl.where(larger, largest, best), tl.where(larger, place, label)
@@ -86,18 +87,17 @@ def upsample_mask_argmax_forward(
 
 # ---- launcher ----
 
-# All queries of a usual network at once: their masks are made once, and lie in shared memory for all classes. Products
-# of bfloat16 took 1.76 ms so for 150 classes (16 x 100 x 128^2 to 512^2, H200, 2026-11-27), with 64 classes at a time
-# 2.4, with 64 pixels 2.9. In TF32, which is as exact as other predictions, this wasn't measured yet; masks made in the
-# loop, of 16 queries at a time, took 2.5. Twice as many warps as were measured, so that no register is spilled.
+# All queries of a usual network at once: their masks are made once for all classes, and are the first factor, which a
+# product on tensor cores takes out of registers. 16 x 100 x 128^2 to 512^2 of 150 classes took 2.15 ms in TF32 (H200,
+# 2026-11-27); with 16 classes at a time 2.28, with 64 2.91, with 8 warps 3.55, with 16 queries and all classes
+# at a time 2.16. Masks as the second factor took 2.5 to 4.6, torch.compile 2.92.
 PLANS = up.plans_of(
-    {pixels: {"BLOCK_G": 128 // pixels} for pixels in (1, 2, 4, 8)},
-    Plan({"BLOCK_Q": 128, "BLOCK_M": 32}, num_warps=16),
+    {pixels: {"BLOCK_G": 64 // pixels} for pixels in (1, 2, 4, 8)},
+    Plan({"BLOCK_Q": 128, "BLOCK_M": 32}, num_warps=4),
 )
 for bucket, plan in PLANS.items():
     if bucket.endswith("-double"):
-        tile = {"BLOCK_Q": 16, "BLOCK_M": 32, "BLOCK_G": plan.tile["BLOCK_G"] // 2}
-        PLANS[bucket] = plan._replace(tile=tile, num_warps=8)
+        PLANS[bucket] = plan._replace(tile=plan.tile | {"BLOCK_Q": 16}, num_warps=8)
 LEAST = 16  # of the sides of a product on tensor cores
 
 
