@@ -19,10 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from fastseg.fusion.calls import Call, has_nodes, sizes_of, tensor_of
-from fastseg.fusion.pattern import Match, Pattern, Unfit, demand
+from fastseg.fusion.pattern import Match, Pattern, Unfit, demand, source
 from fastseg.fusion.patterns._interpolation import ARGUMENTS, laid_out
 from fastseg.fusion.patterns.conv_relu_pool2d import NUMBERS
 from fastseg.ops.convolution.geometry import resolve
+from fastseg.ops.layouts import memory_format_of
 
 # What a match has to spare; below, the calls of more convolutions cost more.
 MIN_PRODUCTS = 10_000_000
@@ -34,7 +35,9 @@ _MODES = ("nearest", "nearest-exact", "bilinear", "bicubic")
 Part = tuple[Any, dict[str, Any] | None, tuple[Any, Any, Sequence[Any]] | None]
 
 
-def conv_before_upsampling(parts: Sequence[Part], weight: Tensor, bias: Tensor | None, channels_last: bool) -> Tensor:
+def conv_before_upsampling(
+    parts: Sequence[Part], weight: Tensor, bias: Tensor | None, memory_format: torch.memory_format
+) -> Tensor:
     """What the graph calls: of each part its convolution, upsampled; their sum."""
     groups = [list(group) for _, group in groupby(parts, key=_together)]
     counts = [sum(_channels(part) for part in group) for group in groups]
@@ -56,7 +59,7 @@ def conv_before_upsampling(parts: Sequence[Part], weight: Tensor, bias: Tensor |
     assert result is not None
     if bias is not None:
         result = result + bias[:, None, None]
-    return result.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    return result.contiguous(memory_format=memory_format)
 
 
 def _together(part: Part) -> Any:
@@ -84,11 +87,13 @@ def _match(conv: Call) -> Match:
     spared = 0
     for input in inputs:
         call, map, grid = conv.calls.get(input), input, None
-        if call is not None and _goes_after(call, convolved):
-            products = _spared_products(call, convolved)
-            map, grid = call["input"], {name: call[name] for name in (*ARGUMENTS, "antialias")} if products else None
+        products = None if call is None else _spared_products(call, convolved)
+        if call is not None and products is not None:
+            map = call["input"]
             before.append(call.node)
             spared += products
+            if products > 0:
+                grid = {name: call[name] for name in (*ARGUMENTS, "antialias")}
         layer = _layer_of(conv.calls.get(map), convolved)
         if layer is None:
             parts.append((map, grid, None))
@@ -105,7 +110,7 @@ def _match(conv: Call) -> Match:
             "parts": parts,
             "weight": conv["weight"],
             "bias": conv["bias"],
-            "channels_last": convolved.is_contiguous(memory_format=torch.channels_last),
+            "memory_format": memory_format_of(convolved),
         },
         not_kept=[conv["input"]],
     )
@@ -113,9 +118,12 @@ def _match(conv: Call) -> Match:
 
 def _layer_of(reshape: Call | None, convolved: Tensor) -> tuple[Call, list[fx.Node], Sequence[Any]] | None:
     """The linear layer that makes a map, its calls, and the map's height and width; None where it had better stay."""
-    transpose = None if reshape is None or reshape.operation != "reshape" else reshape.source()
-    linear = None if transpose is None or transpose.operation not in ("transpose", "permute") else transpose.source()
-    if reshape is None or transpose is None or linear is None or linear.operation != "linear":
+    if reshape is None or reshape.operation != "reshape":
+        return None
+    try:
+        transpose = source(reshape, "transpose", "permute")
+        linear = source(transpose, "linear")
+    except Unfit:
         return None
     calls = (linear, transpose, reshape)
     rows, swapped, map = (tensor_of(call.node) for call in calls)
@@ -143,25 +151,22 @@ def _is_pointwise(conv: Call) -> bool:
     return (geometry.stride, geometry.padding, geometry.groups) == ((1, 1), (0, 0), 1)
 
 
-def _goes_after(call: Call, convolved: Tensor) -> bool:
-    """Whether the convolution may go before a call: an interpolation that has no more channels to upsample then."""
+def _spared_products(call: Call, convolved: Tensor) -> int | None:
+    """How many products fewer the convolution has before a call, an interpolation, than after it; None: it stays after.
+
+    0 is one to the map's own size, which isn't needed: heads resize their largest map, too. Where the convolution makes
+    more channels, upsampling would have more to do.
+    """
     if call.operation != "interpolate" or len(call.node.users) > 1 or call["mode"] not in _MODES:
-        return False
+        return None
     input = tensor_of(call["input"])
     if input is None or input.ndim != 4 or input.dtype != convolved.dtype:
-        return False
-    products = _spared_products(call, convolved)
-    if products == 0:  # heads resize their largest map, too, to its own size
-        return call["size"] is not None and input.shape[2:] == convolved.shape[2:]
-    return products > 0
-
-
-def _spared_products(call: Call, convolved: Tensor) -> int:
-    """How many products fewer the convolution has before an interpolation than after it; 0 of more channels."""
-    input = tensor_of(call["input"])
-    small, large = None if input is None else sizes_of(input), sizes_of(convolved)
-    if small is None or large is None or large[1] > small[1]:
+        return None
+    if call["size"] is not None and input.shape[2:] == convolved.shape[2:]:
         return 0
+    small, large = sizes_of(input), sizes_of(convolved)
+    if small is None or large is None or large[1] > small[1] or math.prod(large[2:]) <= math.prod(small[2:]):
+        return None
     return large[0] * (math.prod(large[2:]) - math.prod(small[2:])) * small[1] * large[1]
 
 
