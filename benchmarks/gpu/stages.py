@@ -104,7 +104,7 @@ def gpu_stages(out: Path, seconds_for_timing: float) -> list[Stage]:
         Stage("peers", 120, _module("benchmarks.gpu.timing", "--device=cuda", "--compile"), beside_next=True),
         Stage("parity", 100, _pytest(cores, "--tf32=off", *on_gpu, MOST_CASES, *PARITY, *CONVOLUTIONS)),
         Stage("parity, TF32", 40, _pytest(cores, "--tf32=on", *on_gpu, *CONVOLUTIONS, "-k", "float32")),
-        Stage("behaviour", 80, _pytest(cores, *behaviour, f"not {LARGE} and not parity_suite"), NO_POOLS),
+        Stage("behaviour", 110, _pytest(cores, *behaviour, f"not {LARGE} and not parity_suite"), NO_POOLS),
         Stage("behaviour, large", 60, _pytest(1, *behaviour, LARGE)),
         Stage(
             "timing", 180,
