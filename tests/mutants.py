@@ -177,7 +177,7 @@ FAULTS = (
           "cells = block < blocks, mask * blocks + <<<block|||0 * block>>>", ("test_upsample_threshold",),
           interpreted=True),
     Fault("the last query is left out on a GPU", "kernels/upsample_mask_argmax.py",
-          "CLASSES) & (queries[None, :] < <<<QUERIES|||QUERIES - 1>>>), 0)", ("test_upsample_mask_argmax",),
+          "CLASSES) & (queries[:, None] < <<<QUERIES|||QUERIES - 1>>>), 0)", ("test_upsample_mask_argmax",),
           interpreted=True),
     Fault("sums of earlier classes keep the old maximum on a GPU", "kernels/cross_entropy_pixels.py",
           "spread += <<<(base_before - base) * share|||0.0>>> +", ("test_cross_entropy",), interpreted=True),
