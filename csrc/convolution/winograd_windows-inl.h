@@ -17,7 +17,7 @@ template <class T>
 struct WinogradWindows {
   static constexpr int kVectors = 2;  // of windows at a time: each weight that is broadcast serves both
   static constexpr int kStep = kVectors * kLanes<T>;
-  static constexpr int64_t kLargestBand = 16;  // pooled rows
+  static constexpr int64_t kLargestBand = 16, kSmallestBand = 4;  // pooled rows; two neighbours share rows of input
 
   const ConvReluPool2dForward& call;
   const ConvShape shape;
@@ -40,7 +40,9 @@ struct WinogradWindows {
 
   int64_t choose_band() const {
     const int64_t fitting = kWinogradWindowsBandBytes / (2 * plane * shape.c * int64_t{sizeof(T)});
-    return min_of(max_of((fitting - (kSide - kPoolSide)) / kPoolSide, 1), min_of(kLargestBand, shape.pooled_h));
+    const int64_t shared = ceil_div(shape.n * shape.pooled_h, max_of(kTasksWanted, int64_t{call.threads}));
+    const int64_t most = min_of(min_of(max_of(shared, kSmallestBand), kLargestBand), shape.pooled_h);
+    return min_of(max_of((fitting - (kSide - kPoolSide)) / kPoolSide, 1), most);
   }
 
   int64_t tasks() const { return shape.k == 0 ? 0 : shape.n * bands; }
