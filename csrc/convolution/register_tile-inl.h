@@ -32,8 +32,9 @@ struct Terms {
 };
 
 // kPixels rows x Vectors vectors of columns: target[p] = start + sum over terms of rows[p * step + term] *
-// columns[term]. Per term: one load per vector of columns, one broadcast per row, and their products.
-template <class T, int Vectors>
+// columns[term], or what target[p] was in place of the start. Per term: one load per vector of columns, one broadcast
+// per row, and their products.
+template <class T, int Vectors, bool Adds = false>
 FASTSEG_INLINE void multiply_tile(const T* rows, int64_t step, const Terms& terms, const T* columns,
                                   const Vec<T> (&start)[Vectors], T* target) {
   constexpr int kWidth = kPixels<Vectors>, kHalf = kWidth / 2;
@@ -41,7 +42,7 @@ FASTSEG_INLINE void multiply_tile(const T* rows, int64_t step, const Terms& term
 #pragma GCC unroll 24
   for (int p = 0; p < kWidth; ++p)
 #pragma GCC unroll 2
-    for (int v = 0; v < Vectors; ++v) sum[p][v] = start[v];
+    for (int v = 0; v < Vectors; ++v) sum[p][v] = Adds ? load(target + (p * Vectors + v) * kLanes<T>) : start[v];
   for (int64_t chunk = 0; chunk < terms.count; ++chunk) {
     // Two pointers: an address reaches three of the rows by adding a multiple of `step` that a register holds.
     const T* low = rows + terms.chunks[chunk];

@@ -66,6 +66,7 @@ bool forward_keeping(const ConvReluPool2dWinogradForward& call) {
   const KeptHeader wanted = {fingerprint, elements, kLanes<T>};
   const bool transformed =
       header->fingerprint == wanted.fingerprint && header->elements == wanted.elements && header->lanes == wanted.lanes;
+  if (!transformed) advise_huge_pages(header, call.kept.size[0]);  // each call reads all of it, page after page
   kernel.prepare(header + 1, {0, kernel.blocks}, transformed);
   if (!transformed) *header = wanted;
   return run(kernel);

@@ -21,6 +21,8 @@ namespace {
 constexpr int64_t kPassBytes = 16 * 1024 * 1024;
 constexpr int64_t kLeastPassChannels = 128;
 
+constexpr int64_t kDeepTasksWanted = 4;  // each transforms its input anew
+
 // A dilated convolution is one of its own for every remainder of rows and columns by the dilation: input and output of
 // the one that begins there.
 inline ConvReluPool2dWinogradForward phase_of(const ConvReluPool2dWinogradForward& call, int64_t row, int64_t column) {
@@ -51,7 +53,8 @@ struct WinogradChannels {
   const Tensor& full;  // the convolution's whole output, optional: the skip, or where nothing is pooled the output
   const int64_t windows_h, windows_w;
   const int64_t blocks;    // of output channels
-  const int64_t channels;  // of the input, rounded up to whole vectors
+  const bool deep;         // the patches of few windows take more than the caches
+  const int64_t slice;     // input channels at a time: all of them, or in deep layers a part, in whole vectors
   const int64_t packed_w;  // columns of a packed input row
   const int64_t maps;      // phases of all images
   const int64_t band;      // rows of windows to a task
@@ -75,14 +78,24 @@ struct WinogradChannels {
         windows_h(full ? ceil_div(shape.convolved_h, kPoolSide) : shape.pooled_h),
         windows_w(full ? ceil_div(shape.convolved_w, kPoolSide) : shape.pooled_w),
         blocks(ceil_div(shape.k, kBlock<T>)),
-        channels(round_up(shape.c, kLanes<T>)),
+        deep(kProducts * kLeastWindows * shape.c * int64_t{sizeof(T)} > kWinogradAllProductsBytes),
+        slice(deep ? choose_slice() : shape.c),
         packed_w(patches_width(windows_w)),
         maps(shape.n * phases_h * phases_w),
         band(choose_band()),
         bands(ceil_div(windows_h, band)),
-        batch(bands > 1 || windows_h * windows_w >= kLeastWindows ? 1 : kMostWindows / (windows_h * windows_w)) {}
+        batch(bands > 1 || windows_h * windows_w >= (deep ? kMostWindows : kLeastWindows)
+                  ? 1
+                  : kMostWindows / (windows_h * windows_w)) {}
 
+  int64_t choose_slice() const {
+    const int64_t fitting = kWinogradPlaneBytes / (kMostWindows * int64_t{sizeof(T)});
+    return round_up(ceil_div(shape.c, ceil_div(shape.c, fitting)), kLanes<T>);
+  }
+
+  // Deep layers' are as large as their windows in work together.
   int64_t choose_band() const {
+    if (deep) return ceil_div(windows_h, ceil_div(windows_h, max_of(kMostWindows / windows_w, 1)));
     const int64_t row_bytes = packed_w * shape.c * int64_t{sizeof(T)};
     const int64_t rows = (kWinogradBandBytes / row_bytes - (kSide - kPoolSide)) / kPoolSide;
     return min_of(max_of(rows, ceil_div(kLeastWindows, windows_w)), windows_h);
@@ -175,26 +188,32 @@ struct WinogradChannels {
     return nhwc;
   }
 
-  // One product of all windows with one block of weights, [windows][block].
-  template <int Vectors>
-  FASTSEG_NOINLINE void multiply(const T* patches, int64_t windows, const T* columns, T* products) const {
+  // One product of all windows, of `count` channels, with one block of weights, [windows][block]; Adds: to the sums of
+  // the channels before them.
+  template <int Vectors, bool Adds>
+  FASTSEG_NOINLINE void multiply(const T* patches, int64_t count, int64_t windows, const T* columns,
+                                 T* products) const {
     const Vec<T> zero[Vectors] = {};
-    const int64_t begin = 0;
-    const Terms terms = {&begin, 1, shape.c};
+    const int64_t begin = 0, step = round_up(count, kLanes<T>);
+    const Terms terms = {&begin, 1, count};
     for (int64_t window = 0; window < windows; window += kPixels<Vectors>)
-      multiply_tile<T, Vectors>(patches + window * channels, channels, terms, columns, zero,
-                                products + window * Vectors * kLanes<T>);
+      multiply_tile<T, Vectors, Adds>(patches + window * step, step, terms, columns, zero,
+                                      products + window * Vectors * kLanes<T>);
   }
 
-  // The products of all windows with some blocks of weights: [blocks][products][plane elements]. A product's patches
-  // stay in the cache for all of the blocks, whose weights come but once.
-  void multiply_blocks(const T* patches, int64_t patch_plane, int64_t windows, Span some, T* products,
+  // The products of all windows, of a span of channels, with some blocks of weights: [blocks][products][plane
+  // elements]. A product's patches stay in the cache for all of the blocks, whose weights come but once.
+  void multiply_blocks(const T* patches, int64_t patch_plane, Span of, int64_t windows, Span some, T* products,
                        int64_t product_plane) const {
+    constexpr void (WinogradChannels::* kMultiply[2][2])(const T*, int64_t, int64_t, const T*, T*)
+        const = {{&WinogradChannels::multiply<1, false>, &WinogradChannels::multiply<1, true>},
+                 {&WinogradChannels::multiply<2, false>, &WinogradChannels::multiply<2, true>}};
     for (int64_t product = 0; product < kProducts; ++product)
       for (int64_t block = some.begin; block < some.end; ++block) {
-        const T *rows = patches + product * patch_plane, *columns = weights_of(block) + product * weight_plane();
+        const T* columns = weights_of(block) + product * weight_plane() + of.begin * vectors(block) * kLanes<T>;
         T* target = products + ((block - some.begin) * kProducts + product) * product_plane;
-        vectors(block) == 2 ? multiply<2>(rows, windows, columns, target) : multiply<1>(rows, windows, columns, target);
+        (this->*kMultiply[vectors(block) - 1][of.begin > 0])(patches + product * patch_plane, of.size(), windows,
+                                                             columns, target);
       }
   }
 
@@ -281,22 +300,21 @@ struct WinogradChannels {
     const int64_t windows = of_one * min_of(batch, maps - map);
     const Span rows = {kPoolSide * top - call.geometry.padding[0],
                        kPoolSide * (top + window_rows - 1) - call.geometry.padding[0] + kSide};
-    const int64_t input_elements = round_up(rows.size() * packed_w * shape.c, kLanes<T>) + kLanes<T>;
+    const int64_t input_elements = round_up(rows.size() * packed_w * slice, kLanes<T>) + kLanes<T>;
 
     // As many windows at a time as fit the cache, evenly divided, in whole tiles of registers: with all their products
-    // for one block of weights after the other, or, in deep layers, with one product for several blocks.
-    const int64_t plane_bytes = channels * int64_t{sizeof(T)};
-    const bool deep = kProducts * kLeastWindows * plane_bytes > kWinogradAllProductsBytes;
-    const int64_t fitting = deep ? kWinogradPlaneBytes / plane_bytes : kWinogradPatchBytes / (kProducts * plane_bytes);
+    // for one block of weights after the other, or, in deep layers, with one product of a slice of the channels for
+    // all of the task's blocks.
+    const int64_t patch = round_up(slice, kLanes<T>);
+    const int64_t fitting = deep ? kMostWindows : kWinogradPatchBytes / (kProducts * patch * int64_t{sizeof(T)});
     const int64_t chunks = ceil_div(windows, min_of(max_of(fitting, kLeastWindows), kMostWindows));
     const int64_t chunk = round_up(ceil_div(windows, chunks), kWidestTile);
-    const int64_t patch_plane = chunk * channels + kRowPadding, product_plane = chunk * kBlock<T> + kRowPadding;
+    const int64_t patch_plane = chunk * patch + kRowPadding, product_plane = chunk * kBlock<T> + kRowPadding;
     const int64_t block_products = kProducts * product_plane;
-    const int64_t fitting_blocks = deep ? kWinogradPatchBytes / (block_products * int64_t{sizeof(T)}) : 1;
-    const int64_t together = min_of(max_of(fitting_blocks, 1), group_blocks.size());
+    const int64_t together = deep ? group_blocks.size() : 1;
 
     const int64_t pooled = chunk * kBlock<T>, whole_window = full ? kPoolSide * kPoolSide * pooled : 0;
-    const int64_t passed_row = call.passed ? packed_w * shape.c : 0;
+    const int64_t passed_row = call.passed ? packed_w * slice : 0;
     const int64_t elements =
         input_elements + kProducts * patch_plane + together * block_products + 2 * (pooled + whole_window) + passed_row;
     T* input = static_cast<T*>(scratch(elements * int64_t{sizeof(T)}));
@@ -308,24 +326,29 @@ struct WinogradChannels {
     const Results results = {kPoolSide * chunk, values, values + pooled, positions, positions + pooled};
 
     memset(input + input_elements - 2 * kLanes<T>, 0, 2 * kLanes<T> * sizeof(T));
-    int64_t packed = -1;  // the map that is
-    bool goes_on = true;
+    int64_t packed_map = -1, packed_channel = -1;
     for (int64_t first = 0; first < windows; first += chunk) {
       const int64_t count = min_of(chunk, windows - first);
-      for_each_part(map, of_one, first, count, [&](const Part& part) {
-        if (part.map != packed && goes_on) {
-          packed = part.map;
-          pack_passed(of_map(packed).input, call.passed, call.geometry.padding[1], packed / (phases_h * phases_w), rows,
-                      packed_w, input + elements - passed_row, input);
-          goes_on = may_go_on(largest_magnitude(input, input_elements) <= largest_input, safe);
-        }
-        if (goes_on)
-          transform_patches(input, shape.c, windows_w, part.windows, patch_plane, patches + part.place * channels);
-      });
-      if (!goes_on) return true;
       for (int64_t begin = group_blocks.begin; begin < group_blocks.end; begin += together) {
         const Span some = {begin, min_of(begin + together, group_blocks.end)};
-        multiply_blocks(patches, patch_plane, count, some, products, product_plane);
+        for (int64_t channel = 0; channel < shape.c; channel += slice) {
+          const Span of = {channel, min_of(channel + slice, shape.c)};
+          bool goes_on = true;
+          const auto transform = [&](const Part& part) {
+            if (part.map != packed_map || channel != packed_channel) {
+              packed_map = part.map, packed_channel = channel;
+              pack_passed(part_of(of_map(part.map).input, 1, of), part_of(call.passed, 1, of), call.geometry.padding[1],
+                          part.map / (phases_h * phases_w), rows, packed_w, input + elements - passed_row, input);
+              goes_on = goes_on && may_go_on(largest_magnitude(input, input_elements) <= largest_input, safe);
+            }
+            if (goes_on)
+              transform_patches(input, of.size(), windows_w, part.windows, patch_plane,
+                                patches + part.place * round_up(of.size(), kLanes<T>));
+          };
+          if (deep || begin == group_blocks.begin) for_each_part(map, of_one, first, count, transform);
+          if (!goes_on) return true;
+          multiply_blocks(patches, patch_plane, of, count, some, products, product_plane);
+        }
         for (int64_t block = begin; block < some.end; ++block)
           for_each_part(map, of_one, first, count, [&](const Part& part) {
             finish_products(products + (block - begin) * block_products, product_plane, block, top, part, results);
@@ -369,8 +392,10 @@ struct WinogradChannels {
     weights = static_cast<T*>(workspace);
     bias = weights + some.size() * block_elements();
     // No sum depends on it: each block is computed by itself.
-    const int64_t wanted = max_of(kTasksWanted * some.size() / blocks, int64_t{call.threads});
-    groups = min_of(some.size(), ceil_div(wanted, units()));
+    const int64_t wanted =
+        max_of((deep ? kDeepTasksWanted : kTasksWanted) * some.size() / blocks, int64_t{call.threads});
+    const int64_t most = kWinogradProductsBytes / (kProducts * kMostWindows * kBlock<T> * int64_t{sizeof(T)});
+    groups = min_of(some.size(), max_of(ceil_div(wanted, units()), deep ? ceil_div(some.size(), most) : 1));
     if (!transformed) for_each_task(some.size(), call.threads, [&](int64_t place) { return transform_weights(place); });
     largest_input = largest_safe_input(maxima(), 2 * some.size(), kGrowth * shape.c);
   }

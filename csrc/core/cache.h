@@ -40,4 +40,7 @@ constexpr int64_t kWinogradPatchBytes = 256 * 1024;
 constexpr int64_t kWinogradPlaneBytes = 128 * 1024;
 constexpr int64_t kWinogradAllProductsBytes = 512 * 1024;
 
+// L3: the products that a task of a deep layer adds slices of its channels to.
+constexpr int64_t kWinogradProductsBytes = 1536 * 1024;
+
 }  // namespace fastseg
