@@ -229,7 +229,7 @@ SMALL = {
     "phases": (3, 12, 12, 12, 20, 2),
     "larger-and-smaller-phases": (5, 12, 15, 12, 37, 2),
     "many-phases": (1, 12, 16, 15, 20, 4),
-    "deep": (4, 352, 12, 12, 70, 2),  # one product at a time for several blocks of output channels
+    "deep": (4, 352, 12, 12, 70, 2),  # a slice of the channels at a time
 }
 
 

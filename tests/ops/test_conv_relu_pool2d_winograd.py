@@ -26,7 +26,7 @@ SHAPES = {
     "several-pieces": (2, 40, 21, 30, 24),  # more windows than are worked on together
     "few-windows": (1, 33, 6, 5, 70),  # the output channels are divided among tasks
     "small-maps": (19, 12, 7, 6, 20),  # windows of several images are multiplied together
-    "deep": (3, 360, 9, 11, 70),  # one product at a time for several blocks of output channels
+    "deep": (3, 360, 9, 11, 70),  # a slice of the channels at a time
 }
 
 STEM = {"stride": 2, "padding": 3, "pool_size": 3, "pool_stride": 2, "pool_padding": 1}
