@@ -92,10 +92,15 @@ def _lines(run: dict[str, Any], *beside: str) -> list[list[str]]:
     lines = [["model", *beside, "places: step, prediction", "training step", "prediction", "memory"]]
     for result in run["models"]:
         rows, sizes = rows_of(result), {"images": "x".join(map(str, result["images"])), "classes": result["classes"]}
-        places = ", ".join(str(sum(result["replaced"][timing].values())) for timing in TIMINGS)
+        places = ", ".join(_places(result, timing) for timing in TIMINGS)
         figures = (time(rows[STEP]), time(rows[PREDICTION]), memory(rows[STEP]))
         lines.append([result["name"], *(str(sizes[name]) for name in beside), places, *figures])
     return lines
+
+
+def _places(result: dict[str, Any], timing: str) -> str:
+    counts = result["replaced"].get(timing)
+    return NOTHING if counts is None else str(sum(counts.values()))
 
 
 def time(row: Row) -> str:
@@ -126,7 +131,7 @@ def places(run: dict[str, Any]) -> str:
     for result in run["models"]:
         line = [result["name"]]
         for timing in TIMINGS:
-            counts = result["replaced"][timing].items()
+            counts = result["replaced"].get(timing, {}).items()
             line.append(", ".join(f"{count} {operator}" for operator, count in counts) or "nothing")
         lines.append([*line, *(scientific(result["difference"].get(name)) for name in ("loss", "gradients"))])
     return (

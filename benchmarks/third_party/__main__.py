@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.reports import third_party as report
+from benchmarks.reports.third_party import TIMINGS
 from benchmarks.third_party import measuring
 from benchmarks.third_party.cases import CASES
 
@@ -20,19 +21,21 @@ def main() -> int:
     parser.add_argument(
         "--only", action="append", choices=list(names), help="measure this model alone, and others named so"
     )
+    parser.add_argument("--timing", action="append", choices=TIMINGS, help="measure this alone, and others named so")
     parser.add_argument("--quick", action="store_true", help="a few rounds, to see that all of it runs")
     parser.add_argument("--json", type=Path, help="file for what was measured; what it holds of other models is kept")
     parser.add_argument("--from", dest="run", type=Path, help="such a file to report, instead of measuring")
     parser.add_argument("--one", choices=list(names), help=argparse.SUPPRESS)
     parser.add_argument("--memory", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    timings = arguments.timing or TIMINGS
     if arguments.one:
         case, effort = names[arguments.one], measuring.QUICK if arguments.quick else measuring.FULL
         if arguments.memory:
             result = json.loads(arguments.json.read_text())
             measuring.measure_memory(case, result)
         else:
-            result = measuring.measure(case, effort)
+            result = measuring.measure(case, effort, timings)
         arguments.json.write_text(json.dumps(result))
         return 0
     if arguments.out is None:
@@ -47,7 +50,7 @@ def main() -> int:
     else:
         chosen = [case for name, case in names.items() if name in (arguments.only or names)]
         earlier = json.loads(arguments.json.read_text()) if arguments.json and arguments.json.exists() else None
-        results = measuring.run(chosen, CASES, earlier, arguments.quick)
+        results = measuring.run(chosen, CASES, earlier, arguments.quick, timings)
         if arguments.json is not None:
             arguments.json.write_text(json.dumps(results))
     if not results["models"]:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -54,13 +54,13 @@ QUICK = Effort(seconds=0, least_rounds=3, most_rounds=3)
 PAGES_OF_THEIR_OWN = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 
 
-def measure(case: ThirdPartyCase, effort: Effort) -> dict[str, Any]:
-    """What `benchmarks.reports.third_party` writes of a model, but for the memory."""
+def measure(case: ThirdPartyCase, effort: Effort, timings: Sequence[str] = TIMINGS) -> dict[str, Any]:
+    """What `benchmarks.reports.third_party` writes of a model's step, prediction or both, but for the memory."""
     start = perf_counter()
     result: dict[str, Any] = {"name": case.name, "images": case.images, "classes": case.classes}
     measured: list[dict[str, Any]] = []
     missing: list[dict[str, Any]] = []
-    for timing in TIMINGS:
+    for timing in timings:
         with compiling(case, timing == STEP):
             outcomes = verify_and_time(case, timing == STEP, effort, memory=False)
         for contestant, outcome in outcomes.items():
@@ -71,7 +71,7 @@ def measure(case: ThirdPartyCase, effort: Effort) -> dict[str, Any]:
             else:
                 missing.append(entry | {"reason": f"{type(outcome).__name__}: {outcome}"})
     result |= {"measured": measured, "missing": missing}
-    result["replaced"] = {timing: replaced(case, timing == STEP) for timing in TIMINGS}
+    result["replaced"] = {timing: replaced(case, timing == STEP) for timing in timings}
     verified = any(entry["timing"] == STEP and entry["kind"] == FASTSEG for entry in measured)
     result["difference"] = difference(case) if verified else {}
     spent = {kind: COMPILERS.spent[type(case), kind] for kind in (COMPILE, FASTSEG)}
@@ -126,25 +126,29 @@ def difference(case: ThirdPartyCase) -> dict[str, float]:
 
 
 def run(
-    chosen: list[ThirdPartyCase], cases: list[ThirdPartyCase], earlier: dict[str, Any] | None, quick: bool
-) -> dict[str, Any]:
-    """Results of the ``chosen`` of ``cases`` (``quick``: in a few rounds), and of the rest those of an earlier run."""
+    chosen: list[ThirdPartyCase], cases: list[ThirdPartyCase], earlier: dict[str, Any] | None, quick: bool,
+    timings: Sequence[str] = TIMINGS,
+) -> dict[str, Any]:  # fmt: skip
+    """Results of the ``chosen`` of ``cases`` (``quick``: in a few rounds), and of the rest those of an earlier run.
+
+    Of the chosen ones, too, where not all ``timings`` are measured.
+    """
     order = [case.name for case in cases]
     known = earlier or {"models": [], "absent": {}}
     results = {result["name"]: result for result in known["models"] if result["name"] in order}
     absent = {name: why for name, why in known["absent"].items() if name in order}
     for case in chosen:
-        results.pop(case.name, None)
+        before = results.pop(case.name, None)
         absent.pop(case.name, None)
         if missing := case.missing():
             absent[case.name] = missing
             print(f"{case.name}: {missing}")
             continue
-        outcome = in_new_process(case.name, quick)
+        outcome = in_new_process(case.name, quick, timings)
         if isinstance(outcome, str):
             absent[case.name] = outcome
         else:
-            results[case.name] = outcome
+            results[case.name] = outcome if before is None else _merged(before, outcome, timings)
     info = pytest_benchmark_generate_machine_info() | {"fastseg": fastseg.info()}
     packages = sorted({case.package for case in cases if not case.missing()} - {"torch"})
     peers = {package: version(package.replace("_", "-")) for package in packages}
@@ -159,11 +163,22 @@ def run(
     }
 
 
-def in_new_process(name: str, quick: bool) -> dict[str, Any] | str:
+def _merged(before: dict[str, Any], result: dict[str, Any], timings: Sequence[str]) -> dict[str, Any]:
+    """A model's result, and of an earlier one the timings that it hasn't."""
+    kept = {key: [entry for entry in before[key] if entry["timing"] not in timings] for key in ("measured", "missing")}
+    return result | {
+        **{key: entries + result[key] for key, entries in kept.items()},
+        "replaced": before["replaced"] | result["replaced"],
+        "difference": result["difference"] or before["difference"],
+    }
+
+
+def in_new_process(name: str, quick: bool, timings: Sequence[str] = TIMINGS) -> dict[str, Any] | str:
     """The results of one model, or why there are none."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "result.json")
         command = [sys.executable, "-m", "benchmarks.third_party", "--one", name, "--json", str(path)]
+        command += [f"--timing={timing}" for timing in timings]
         start = perf_counter()
         status = subprocess.run([*command, *(["--quick"] if quick else [])], check=False).returncode
         if status == 0:

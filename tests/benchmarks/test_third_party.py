@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -224,11 +225,22 @@ def test_a_wrong_gradient_is_not_measured() -> None:
 # ---- the command ----
 
 
+def of_timings(outcome: dict[str, Any] | str, timings: Sequence[str]) -> dict[str, Any] | str:
+    """What `measuring.measure` would have given of these timings alone."""
+    if isinstance(outcome, str):
+        return outcome
+    return outcome | {
+        "measured": [entry for entry in outcome["measured"] if entry["timing"] in timings],
+        "replaced": {timing: outcome["replaced"][timing] for timing in timings},
+        "difference": outcome["difference"] if "step" in timings else {},
+    }
+
+
 def command(monkeypatch: pytest.MonkeyPatch, cases: list[ThirdPartyCase], *arguments: str) -> int:
     """Runs the command on ``cases``, each in this process."""
     monkeypatch.setattr(__main__, "CASES", cases)
     outcomes = {"torch.Sequential": measured("torch.Sequential", 1.0), "torch.Broken": "its process ended"}
-    monkeypatch.setattr(measuring, "in_new_process", lambda name, quick: outcomes[name])
+    monkeypatch.setattr(measuring, "in_new_process", lambda name, quick, timings: of_timings(outcomes[name], timings))
     monkeypatch.setattr(sys, "argv", ["benchmarks.third_party", *arguments])
     return __main__.main()
 
@@ -251,6 +263,19 @@ def test_the_command_writes_file_and_readme(monkeypatch: pytest.MonkeyPatch, tmp
     # What is measured again replaces what was there, the rest stays.
     assert command(monkeypatch, [CASE, ABSENT], f"--out={out}", f"--json={results}", "--only=torch.Sequential") == 1
     assert [result["name"] for result in json.loads(results.read_text())["models"]] == ["torch.Sequential"]
+
+
+def test_of_one_timing_the_other_stays(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    out, results = tmp_path / "models.md", tmp_path / "models.json"
+    assert command(monkeypatch, [CASE], f"--out={out}", f"--json={results}", "--timing=prediction") == 0
+    (line,) = [line for line in out.read_text().splitlines() if line.startswith("| torch.Sequential | 1x3x8x8")]
+    assert "| -, 0 | - | " in line
+    (prediction,) = json.loads(results.read_text())["models"]
+    assert command(monkeypatch, [CASE], f"--out={out}", f"--json={results}", "--timing=step") == 0
+    (both,) = json.loads(results.read_text())["models"]
+    assert both["replaced"] == measured("torch.Sequential", 1.0)["replaced"]
+    assert {entry["timing"] for entry in both["measured"]} == {"step", "prediction"}
+    assert [entry for entry in both["measured"] if entry["timing"] == "prediction"] == prediction["measured"]
 
 
 def test_nothing_to_measure_is_an_error(
