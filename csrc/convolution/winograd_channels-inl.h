@@ -300,8 +300,6 @@ struct WinogradChannels {
     const int64_t windows = of_one * min_of(batch, maps - map);
     const Span rows = {kPoolSide * top - call.geometry.padding[0],
                        kPoolSide * (top + window_rows - 1) - call.geometry.padding[0] + kSide};
-    const int64_t input_elements = round_up(rows.size() * packed_w * slice, kLanes<T>) + kLanes<T>;
-
     // As many windows at a time as fit the cache, evenly divided, in whole tiles of registers: with all their products
     // for one block of weights after the other, or, in deep layers, with one product of a slice of the channels for
     // all of the task's blocks.
@@ -311,10 +309,14 @@ struct WinogradChannels {
     const int64_t chunk = round_up(ceil_div(windows, chunks), kWidestTile);
     const int64_t patch_plane = chunk * patch + kRowPadding, product_plane = chunk * kBlock<T> + kRowPadding;
     const int64_t block_products = kProducts * product_plane;
+    // A slice is packed for each chunk: of a wide row of windows, whose columns' are packed then, no more than that.
+    const bool in_pieces = deep && chunk < windows_w;
+    const int64_t width = in_pieces ? patches_width(chunk) : packed_w;
+    const int64_t input_elements = round_up(rows.size() * width * slice, kLanes<T>) + kLanes<T>;
     const int64_t together = deep ? group_blocks.size() : 1;
 
     const int64_t pooled = chunk * kBlock<T>, whole_window = full ? kPoolSide * kPoolSide * pooled : 0;
-    const int64_t passed_row = call.passed ? packed_w * slice : 0;
+    const int64_t passed_row = call.passed ? width * slice : 0;
     const int64_t elements =
         input_elements + kProducts * patch_plane + together * block_products + 2 * (pooled + whole_window) + passed_row;
     T* input = static_cast<T*>(scratch(elements * int64_t{sizeof(T)}));
@@ -335,14 +337,22 @@ struct WinogradChannels {
           const Span of = {channel, min_of(channel + slice, shape.c)};
           bool goes_on = true;
           const auto transform = [&](const Part& part) {
-            if (part.map != packed_map || channel != packed_channel) {
+            const Span across = in_pieces ? part.windows : Span{0, windows_w};
+            if (in_pieces || part.map != packed_map || channel != packed_channel) {
               packed_map = part.map, packed_channel = channel;
-              pack_passed(part_of(of_map(part.map).input, 1, of), part_of(call.passed, 1, of), call.geometry.padding[1],
-                          part.map / (phases_h * phases_w), rows, packed_w, input + elements - passed_row, input);
+              const int64_t left = call.geometry.padding[1] - kPoolSide * across.begin;
+              const int64_t first_column = max_of(-left, 0);
+              const auto packed_part = [&](const Tensor& tensor) {
+                return part_of(part_of(tensor, 1, of), 3, {first_column, max_of(tensor.size[3], first_column)});
+              };
+              pack_passed(packed_part(of_map(part.map).input), packed_part(call.passed), max_of(left, 0),
+                          part.map / (phases_h * phases_w), rows, patches_width(across.size()),
+                          input + elements - passed_row, input);
               goes_on = goes_on && may_go_on(largest_magnitude(input, input_elements) <= largest_input, safe);
             }
             if (goes_on)
-              transform_patches(input, of.size(), windows_w, part.windows, patch_plane,
+              transform_patches(input, of.size(), across.size(),
+                                Span{part.windows.begin - across.begin, part.windows.end - across.begin}, patch_plane,
                                 patches + part.place * round_up(of.size(), kLanes<T>));
           };
           if (deep || begin == group_blocks.begin) for_each_part(map, of_one, first, count, transform);

@@ -27,6 +27,7 @@ SHAPES = {
     "few-windows": (1, 33, 6, 5, 70),  # the output channels are divided among tasks
     "small-maps": (19, 12, 7, 6, 20),  # windows of several images are multiplied together
     "deep": (3, 360, 9, 11, 70),  # a slice of the channels at a time
+    "deep-and-wide": (1, 350, 4, 230, 5),  # a slice of them of a part of a row at a time
 }
 
 STEM = {"stride": 2, "padding": 3, "pool_size": 3, "pool_stride": 2, "pool_padding": 1}
