@@ -150,7 +150,7 @@ FAULTS = (
           "(window + lane + 1) > <<<shape.convolved_w|||shape.convolved_w + 1>>>}",
           ("test_conv_relu_pool2d_winograd", *CONVOLUTIONS)),
     Fault("a slice of a deep layer's channels forgets those before it", "csrc/convolution/winograd_channels-inl.h",
-          "[<<<of.begin > 0|||false>>>](patches", ("test_conv_relu_pool2d_winograd", *CONVOLUTIONS)),
+          "[<<<of.begin > 0|||false>>>])(patches", ("test_conv_relu_pool2d_winograd", *CONVOLUTIONS)),
     Fault("the bias's gradient is its first part's", "csrc/convolution/conv_relu_pool2d_backward_weight-inl.h",
           "part < <<<parts|||1>>>; ++part) sum +=", ("test_conv_relu_pool2d", *CONVOLUTIONS)),
     # ---- Python ----

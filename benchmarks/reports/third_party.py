@@ -131,8 +131,9 @@ def places(run: dict[str, Any]) -> str:
     for result in run["models"]:
         line = [result["name"]]
         for timing in TIMINGS:
-            counts = result["replaced"].get(timing, {}).items()
-            line.append(", ".join(f"{count} {operator}" for operator, count in counts) or "nothing")
+            counts = result["replaced"].get(timing)
+            found = NOTHING if counts is None else ", ".join(f"{count} {name}" for name, count in counts.items())
+            line.append(found or "nothing")
         lines.append([*line, *(scientific(result["difference"].get(name)) for name in ("loss", "gradients"))])
     return (
         "## Places\n\nWhat was replaced; the largest difference between the backend and eager PyTorch in float64, over "
