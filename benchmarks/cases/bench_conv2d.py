@@ -70,6 +70,7 @@ class Conv2dCase(Case):
 CASES = [
     Conv2dCase((2, 64, 64, 64), 64),
     Conv2dCase((2, 256, 16, 16), 256),
+    Conv2dCase((4, 512, 12, 12), 512),  # a deep layer of a ResNet whose strides are dilations
     Conv2dCase((2, 128, 128, 128), 32),  # decoders
     Conv2dCase((2, 16, 256, 256), 16),
     Conv2dCase((1, 16, 32, 32), 16, quick=True),

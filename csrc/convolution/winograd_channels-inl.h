@@ -309,7 +309,7 @@ struct WinogradChannels {
     const int64_t chunk = round_up(ceil_div(windows, chunks), kWidestTile);
     const int64_t patch_plane = chunk * patch + kRowPadding, product_plane = chunk * kBlock<T> + kRowPadding;
     const int64_t block_products = kProducts * product_plane;
-    // A slice is packed for each chunk: of a wide row of windows, whose columns' are packed then, no more than that.
+    // Deep layers pack a slice for each chunk anew: of a row of more windows than that, the chunk's columns alone.
     const bool in_pieces = deep && chunk < windows_w;
     const int64_t width = in_pieces ? patches_width(chunk) : packed_w;
     const int64_t input_elements = round_up(rows.size() * width * slice, kLanes<T>) + kLanes<T>;
