@@ -173,7 +173,7 @@ def _merged(before: dict[str, Any], result: dict[str, Any], timings: Sequence[st
     }
 
 
-def in_new_process(name: str, quick: bool, timings: Sequence[str] = TIMINGS) -> dict[str, Any] | str:
+def in_new_process(name: str, quick: bool, timings: Sequence[str]) -> dict[str, Any] | str:
     """The results of one model, or why there are none."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "result.json")

@@ -291,6 +291,16 @@ struct WinogradChannels {
     return phase_of(whole, phase / phases_w, phase % phases_w);
   }
 
+  // Packs a span of a map's channels: the rows and columns that windows side by side read.
+  void pack_slice(int64_t map, Span of, Span rows, Span across, T* buffer, T* target) const {
+    const int64_t left = call.geometry.padding[1] - kPoolSide * across.begin, first = max_of(-left, 0);
+    const auto part = [&](const Tensor& tensor) {
+      return part_of(part_of(tensor, 1, of), 3, {first, max_of(tensor.size[3], first)});
+    };
+    pack_passed(part(of_map(map).input), part(call.passed), max_of(left, 0), map / (phases_h * phases_w), rows,
+                patches_width(across.size()), buffer, target);
+  }
+
   bool run(int64_t task) const {
     const int64_t group = task % groups, unit = task / groups;
     const int64_t map = unit / bands * batch, top = unit % bands * band;
@@ -340,20 +350,12 @@ struct WinogradChannels {
             const Span across = in_pieces ? part.windows : Span{0, windows_w};
             if (in_pieces || part.map != packed_map || channel != packed_channel) {
               packed_map = part.map, packed_channel = channel;
-              const int64_t left = call.geometry.padding[1] - kPoolSide * across.begin;
-              const int64_t first_column = max_of(-left, 0);
-              const auto packed_part = [&](const Tensor& tensor) {
-                return part_of(part_of(tensor, 1, of), 3, {first_column, max_of(tensor.size[3], first_column)});
-              };
-              pack_passed(packed_part(of_map(part.map).input), packed_part(call.passed), max_of(left, 0),
-                          part.map / (phases_h * phases_w), rows, patches_width(across.size()),
-                          input + elements - passed_row, input);
+              pack_slice(part.map, of, rows, across, input + elements - passed_row, input);
               goes_on = goes_on && may_go_on(largest_magnitude(input, input_elements) <= largest_input, safe);
             }
-            if (goes_on)
-              transform_patches(input, of.size(), across.size(),
-                                Span{part.windows.begin - across.begin, part.windows.end - across.begin}, patch_plane,
-                                patches + part.place * round_up(of.size(), kLanes<T>));
+            const Span place = {part.windows.begin - across.begin, part.windows.end - across.begin};
+            T* target = patches + part.place * round_up(of.size(), kLanes<T>);
+            if (goes_on) transform_patches(input, of.size(), across.size(), place, patch_plane, target);
           };
           if (deep || begin == group_blocks.begin) for_each_part(map, of_one, first, count, transform);
           if (!goes_on) return true;

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastseg
-from fastseg import _bfloat16
 from fastseg.ops.convolution import kept
 from fastseg.testing import MEMORY_FORMATS, assert_parity, make
 from tests.fusion.cases import compiled, operators
@@ -241,8 +240,7 @@ def relu_in_place_before_norm(x: Tensor, weight: Tensor, bias: Tensor, *norm: Te
 
 
 @pytest.mark.parametrize("name", [*STAYING, *OTHERWISE])
-def test_what_must_stay(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_bfloat16, "cpu_multiplies_bfloat16", lambda: True)
+def test_what_must_stay(name: str) -> None:
     function = (STAYING | OTHERWISE)[name]
     tensors = pointwise()
     fused = compiled(function)
@@ -266,8 +264,7 @@ def test_a_graph_whose_gradients_are_recorded_stays() -> None:
     assert operators(fastseg.report(fused)) == []
 
 
-def test_bfloat16_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_bfloat16, "cpu_multiplies_bfloat16", lambda: True)
+def test_bfloat16_stays() -> None:
     tensors = pointwise(torch.bfloat16)
     fused = compiled(lambda x, weight, bias, *norm: F.batch_norm(F.conv2d(x, weight, bias), *norm))
     with torch.no_grad():
