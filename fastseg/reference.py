@@ -61,6 +61,23 @@ def conv_relu_pool2d(
     return results if len(results) > 1 else output
 
 
+def instance_norm(
+    input: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5,
+    negative_slope: float = 1.0,
+) -> Tensor:  # fmt: skip
+    """`torch.nn.functional.instance_norm`, and a leaky ReLU: with a slope of 0 a ReLU, with 1 none.
+
+    Args:
+        input: Maps ``[N, C, ...]``. Each channel of each image gets the mean 0 and the variance 1.
+        weight: ``[C]``, by which the channels are multiplied afterwards.
+        bias: ``[C]``, which is added to that.
+        eps: Added to the variance.
+        negative_slope: What results below 0 are multiplied by.
+    """
+    normal = F.instance_norm(input, None, None, weight, bias, True, 0.0, eps)
+    return normal if negative_slope == 1 else F.leaky_relu(normal, negative_slope)
+
+
 def relu_pool2d(
     input: Tensor,
     pool_size: IntOrPair = 2,

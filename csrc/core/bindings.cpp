@@ -119,5 +119,6 @@ PYBIND11_MODULE(_C, m) {
   m.attr("DTYPES") = fastseg::python::dtype_names();
   m.attr("MAX_DIMS") = fastseg::kMaxDims;
   fastseg::python::bind_conv_relu_pool2d(m);
+  fastseg::python::bind_instance_norm(m);
   fastseg::python::bind_losses_and_predictions(m);
 }

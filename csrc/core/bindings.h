@@ -31,6 +31,7 @@ int64_t byte_span(const Tensor& tensor);
 
 // One function for each family's file.
 void bind_conv_relu_pool2d(py::module_& m);
+void bind_instance_norm(py::module_& m);
 void bind_losses_and_predictions(py::module_& m);
 
 }  // namespace python

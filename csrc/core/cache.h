@@ -43,4 +43,11 @@ constexpr int64_t kWinogradAllProductsBytes = 512 * 1024;
 // L3: the products that a task of a deep layer adds slices of its channels to.
 constexpr int64_t kWinogradProductsBytes = 1536 * 1024;
 
+// ---- normalisation ----
+
+// L1: the values whose mean is taken, and then the squares about it; L3: those of the images that are summed up and
+// then, while they are there, normalised.
+constexpr int64_t kNormBlockBytes = 16 * 1024;
+constexpr int64_t kNormImagesBytes = 4 * 1024 * 1024;
+
 }  // namespace fastseg
