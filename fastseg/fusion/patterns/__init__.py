@@ -9,6 +9,7 @@ from fastseg.fusion.patterns.conv2d_packed import PACKED_CONV, PACKED_CONV_NORM
 from fastseg.fusion.patterns.conv_relu import CONV_RELU
 from fastseg.fusion.patterns.conv_relu_pool2d import CONV_POOL_RELU, CONV_RELU_POOL
 from fastseg.fusion.patterns.cross_entropy import CROSS_ENTROPY, NLL_LOSS
+from fastseg.fusion.patterns.idle_pad import IDLE_PAD
 from fastseg.fusion.patterns.instance_norm import NORM, NORM_LEAKY_RELU, NORM_RELU
 from fastseg.fusion.patterns.relu_pool2d import POOL_RELU, RELU_POOL
 from fastseg.fusion.patterns.upsample_argmax import UPSAMPLE_ARGMAX, UPSAMPLE_MAX
@@ -25,6 +26,7 @@ PATTERNS: tuple[Pattern, ...] = (
     NORM_LEAKY_RELU,
     NORM_RELU,
     NORM,
+    IDLE_PAD,
     UPSAMPLE_CROSS_ENTROPY,
     UPSAMPLE_NLL_LOSS,
     UPSAMPLE_BINARY_CROSS_ENTROPY,
