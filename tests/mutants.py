@@ -153,6 +153,15 @@ FAULTS = (
           "[<<<of.begin > 0|||false>>>])(patches", ("test_conv_relu_pool2d_winograd", *CONVOLUTIONS)),
     Fault("the bias's gradient is its first part's", "csrc/convolution/conv_relu_pool2d_backward_weight-inl.h",
           "part < <<<parts|||1>>>; ++part) sum +=", ("test_conv_relu_pool2d", *CONVOLUTIONS)),
+    # ---- normalisation ----
+    Fault("a block's mean stays as it was rounded", "csrc/normalization/instance_norm.cpp",
+          "const T correction = <<<to.third[i] / values|||T(0)>>>;", ("test_instance_norm",)),
+    Fault("a plane's rest has no part in its mean", "csrc/normalization/instance_norm.cpp",
+          "if (<<<rest.columns > 0|||false>>>) visit(", ("test_instance_norm",)),
+    Fault("blocks' variances leave out that their means differ", "csrc/normalization/instance_norm.cpp",
+          "distance * distance * <<<weight|||0.0>>>;", ("test_instance_norm",)),
+    Fault("a gradient passes where the leaky ReLU's input was negative", "csrc/normalization/instance_norm.cpp",
+          "? gradient : gradient * <<<slope|||T(1)>>>};", ("test_instance_norm",)),
     # ---- Python ----
     Fault("a fake gradient is contiguous", "fastseg/ops/cross_entropy.py",
           "*rest: Any) -> Tensor:\n    return <<<torch.empty_like(input)|||input.new_empty(input.shape)>>>", MACHINERY),

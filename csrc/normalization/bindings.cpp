@@ -1,8 +1,8 @@
 // Instance normalisation for Python; see core/bindings.h.
-#include "normalization/instance_norm.h"
-
 #include "core/bindings.h"
+
 #include "core/parallel.h"
+#include "normalization/instance_norm.h"
 
 namespace fastseg {
 namespace python {

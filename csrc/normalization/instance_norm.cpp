@@ -244,9 +244,9 @@ struct Sums {
   int64_t rows = 0;
 };
 
-// What a pass does: `sum` of a block, where `one` says that its columns are one channel, whose sums come first; `add` of
-// that to the sums of a plane or image; `finish` of a channel's, which sets how a column is changed; and `apply` of that
-// to a block.
+// What a pass does: `sum` of a block, where `one` says that its columns are one channel, whose sums come first; `add`
+// of that to the sums of a plane or image; `finish` of a channel's, which sets how a column is changed; and `apply` of
+// that to a block.
 template <class T>
 struct Forward {
   const InstanceNormForward& call;

@@ -1,5 +1,5 @@
-// Instance normalisation and the leaky ReLU that follows it: arguments of the CPU kernels. T is the input's dtype, float
-// or double; a value's channel is c, its image n.
+// Instance normalisation and the leaky ReLU that follows it: arguments of the CPU kernels. T is the input's dtype,
+// float or double; a value's channel is c, its image n.
 #pragma once
 
 #include "core/isa.h"

@@ -23,6 +23,8 @@ BY_IMAGES: dict[str, tuple[tuple[Placed, ...], tuple[Placed, ...]]] = {
     "conv2d_backward": ((0, SUM, SUM), (0, 0, WHOLE)),
     "conv_relu_pool2d": ((0, 0, 0), (0, WHOLE, WHOLE, WHOLE)),
     "conv_relu_pool2d_backward": ((0, SUM, SUM), (0, 0, 0, WHOLE, 0, 0)),
+    "instance_norm": ((0, 1), (0, WHOLE, WHOLE)),
+    "instance_norm_backward": ((0, SUM, SUM), (0, 0, 1, WHOLE, WHOLE)),
     "relu_pool2d": ((0, 0, 0), (0,)),
     "relu_pool2d_backward": ((0,), (0, 0, 0, 0)),
     "upsample_argmax": ((0, 0), (0,)),

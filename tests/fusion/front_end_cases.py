@@ -182,6 +182,35 @@ def wide_conv_used_before_relu(x: Tensor, weight: Tensor, bias: Tensor) -> tuple
     return F.max_pool2d(F.relu(convolved), 2), convolved.sin()
 
 
+def maps(dtype: torch.dtype, layout: str) -> list[Tensor | None]:
+    """So large ones that instance normalisation is worth a call; its weight and bias."""
+    return [
+        make((2, 8, 64, 66), dtype, seed=1, layout=layout, requires_grad=True),
+        make((8,), dtype, seed=2, requires_grad=True),
+        make((8,), dtype, seed=3, requires_grad=True),
+    ]
+
+
+def instance_norm_leaky_relu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """As MONAI's blocks: with a dropout that does nothing, and in place."""
+    normal = F.instance_norm(x, None, None, weight, bias, True, 0.1, 1e-3)
+    return F.leaky_relu(F.dropout(normal, 0.0, True), 0.1, inplace=True)
+
+
+def instance_norm_relu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.relu(F.dropout(F.instance_norm(x, weight=weight, bias=bias), 0.5, training=False))
+
+
+def instance_norm_alone(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """What follows isn't taken in: the normalised map is used elsewhere, too."""
+    normal = F.instance_norm(x, eps=1e-3)
+    return F.leaky_relu(normal, 0.2) * weight.sum(), normal.sin() * bias.sum()
+
+
+def padded_by_nothing(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return torch.cat([F.pad(x, (0, 0, 0, 0), "replicate"), F.pad(x.sin(), [0, 0])], 1) * weight.sum() + bias.sum()
+
+
 def wide_norm_used_before_relu(x: Tensor, weight: Tensor, bias: Tensor, *norm: Tensor) -> tuple[Tensor, Tensor]:
     normal = F.batch_norm(F.conv2d(x, weight, bias), *norm)
     return F.relu(normal), normal.sin()
@@ -217,5 +246,9 @@ CASES = {
     "norm alone, in training": Case(conv_norm_in_training, wide_normalised, ("conv2d",), PIXELS),
     "norm and sum": Case(residual, wide_normalised, ("conv2d",), PIXELS),
     "conv, wide, used before relu": Case(wide_conv_used_before_relu, wide_images, ("conv2d", "relu_pool2d"), PIXELS),
+    "instance norm, leaky relu": Case(instance_norm_leaky_relu, maps, ("instance_norm",), 2 * 64 * 66),
+    "instance norm, relu": Case(instance_norm_relu, maps, ("instance_norm",), 2 * 64 * 66),
+    "instance norm alone": Case(instance_norm_alone, maps, ("instance_norm",), 2 * 64 * 66),
+    "pad by nothing": Case(padded_by_nothing, images, ("clone", "clone"), PIXELS),
     "norm, wide, used before relu": Case(wide_norm_used_before_relu, wide_normalised, ("conv2d",), PIXELS),
 }

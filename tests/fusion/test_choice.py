@@ -53,6 +53,41 @@ def test_a_small_convolution_alone_stays(monkeypatch: pytest.MonkeyPatch) -> Non
         assert operators(fastseg.report(fused)) == expected
 
 
+STATISTICS = make((8,), seed=4), make((8,), seed=5).abs() + 0.5
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "options"),
+    [
+        ((2, 8, 64, 64), torch.float32, {}),
+        ((2, 8, 64, 66), torch.bfloat16, {}),
+        ((2, 8, 64 * 66), torch.float32, {}),
+        ((2, 8, 64, 66), torch.float32, {"running_mean": STATISTICS[0], "running_var": STATISTICS[1]}),
+    ],
+    ids=["small", "bfloat16", "signal", "running"],
+)
+def test_instance_normalisation_that_stays(shape: tuple[int, ...], dtype: torch.dtype, options: dict) -> None:
+    def normalise(x: Tensor) -> Tensor:
+        return F.leaky_relu(F.instance_norm(x, **options, use_input_stats=not options))
+
+    x, fused = make(shape, dtype, seed=1), compiled(normalise)
+    assert torch.equal(fused(x), normalise(x))
+    report = fastseg.report(fused)
+    assert (report.replaced, report.left) == ([], [])
+
+
+def test_an_active_dropout_stays_before_the_relu() -> None:
+    fused = compiled(lambda x: F.leaky_relu(F.dropout(F.instance_norm(x), 0.5, training=True)))
+    fused(make((2, 8, 64, 66)))
+    assert [replaced.pattern for replaced in fastseg.report(fused).replaced] == ["instance_norm"]
+
+
+def test_a_pad_of_something_stays() -> None:
+    fused = compiled(lambda x: F.pad(x, (0, 0, 0, 1)))
+    fused(make((2, 8, 6, 6)))
+    assert fastseg.report(fused).replaced == []
+
+
 def test_a_place_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """A convolution with its pool, and not with its ReLU and alone as well; nor are calls that two places share."""
     tried: list[str] = []

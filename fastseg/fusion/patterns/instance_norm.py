@@ -17,8 +17,9 @@ from fastseg.fusion import effects
 from fastseg.fusion.calls import Call, has_nodes, sizes_of, tensor_of
 from fastseg.fusion.pattern import Match, Pattern, demand, source
 
-# Values of a map. A call costs what Inductor's own loops take for some thousands (2 cores of an AMD Zen 3, 2026-11-28).
-LEAST_VALUES = 1 << 14
+# Up to so many values Inductor's own loops take less than a call costs: for 65536 165 us where the operator takes 225
+# to 260, for 73728 460 to 530 where it takes 200 to 330 (AVX2, 2 threads, 2026-11-28).
+PLAIN_MAX_VALUES = 1 << 16
 
 
 def norm_and_activation(
@@ -31,36 +32,46 @@ def norm_and_activation(
 
 def _match_activation(activation: Call) -> Match:
     before = source(activation, "instance_norm", "dropout")
-    between = [before] if before.operation == "dropout" else []
-    if between:
+    between = []
+    if before.operation == "dropout":
         demand(before["p"] == 0 or before["training"] is False)
-        before = source(before, "instance_norm")
+        between, before = [before], source(before, "instance_norm")
     if activation["inplace"]:
         reason = effects.use_of_overwritten(activation["input"], activation.node)
         demand(reason is None, f"{activation.operation} in place: {reason}")
     slope = 0.0 if activation.operation == "relu" else activation["negative_slope"]
     demand(not has_nodes(slope))
-    return _make(before, [*between, activation], float(slope))
-
-
-def _make(norm: Call, rest: list[Call], slope: float) -> Match:
-    input, output = tensor_of(norm["input"]), tensor_of(norm.node)
-    demand(input is not None and output is not None and input.device.type == "cpu" and _native._C is not None)
-    demand(input.dtype == output.dtype and input.dtype in (torch.float32, torch.float64))
-    demand(norm["running_mean"] is None and norm["running_var"] is None and not has_nodes(norm["eps"]))
-    affine = [tensor_of(norm[name]) for name in ("weight", "bias") if norm[name] is not None]
-    demand(all(tensor is not None and tensor.dtype == input.dtype for tensor in affine))
-    sizes = sizes_of(input)
-    demand(sizes is not None and 4 <= len(sizes) <= 5 and math.prod(sizes) >= LEAST_VALUES)
-    calls = [norm, *rest]
-    arguments: dict[str, Any] = {name: norm[name] for name in ("input", "weight", "bias", "eps")}
-    arguments["negative_slope"] = slope
-    last = calls[-1].node
-    return Match([call.node for call in calls], {last: None}, norm_and_activation, arguments)
+    return _make([before, *between, activation], float(slope))
 
 
 def _match_norm(norm: Call) -> Match:
-    return _make(norm, [], 1.0)
+    return _make([norm], 1.0)
+
+
+def _make(calls: list[Call], slope: float) -> Match:
+    norm, nodes = calls[0], [call.node for call in calls]
+    demand(_is_served(norm))
+    arguments: dict[str, Any] = {name: norm[name] for name in ("input", "weight", "bias", "eps")}
+    arguments["negative_slope"] = slope
+    return Match(nodes, {nodes[-1]: None}, norm_and_activation, arguments)
+
+
+def _is_served(norm: Call) -> bool:
+    input, output = tensor_of(norm["input"]), tensor_of(norm.node)
+    if input is None or output is None or input.device.type != "cpu" or _native._C is None:
+        return False
+    if norm["running_mean"] is not None or norm["running_var"] is not None or has_nodes(norm["eps"]):
+        return False
+    affine = [tensor_of(norm[name]) for name in ("weight", "bias") if norm[name] is not None]
+    dtypes = {None if tensor is None else tensor.dtype for tensor in (input, output, *affine)}
+    sizes = sizes_of(input)
+    return (
+        dtypes <= {input.dtype}
+        and input.dtype in (torch.float32, torch.float64)
+        and input.ndim in (4, 5)
+        and sizes is not None
+        and math.prod(sizes) > PLAIN_MAX_VALUES
+    )
 
 
 NORM_RELU = Pattern("instance_norm + [dropout] + relu", "relu", "instance_norm", _match_activation)
