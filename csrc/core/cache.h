@@ -45,9 +45,10 @@ constexpr int64_t kWinogradProductsBytes = 1536 * 1024;
 
 // ---- normalisation ----
 
-// L1: the values whose mean is taken, and then the squares about it; L3: those of the images that are summed up and
-// then, while they are there, normalised.
-constexpr int64_t kNormBlockBytes = 16 * 1024;
+// The values whose mean is taken, and then the squares about it: of a plane in L1; of pixels in L2, so that what is
+// written in planes comes in runs of many lines. L3: those of the images that are summed up and then normalised.
+constexpr int64_t kNormPlaneBytes = 16 * 1024;
+constexpr int64_t kNormPixelsBytes = 64 * 1024;
 constexpr int64_t kNormImagesBytes = 4 * 1024 * 1024;
 
 }  // namespace fastseg

@@ -12,7 +12,9 @@ namespace fastseg {
 namespace FASTSEG_ISA {
 namespace {
 
-constexpr int kVectors = 4;  // of a row that are worked on together
+// Vectors of a row that are worked on together.
+constexpr int kVectors = 4;
+constexpr int kVectorsOfGradients = 2;  // each with five that say how it is changed
 
 template <class T>
 constexpr int64_t kLine = 64 / sizeof(T);  // a cache line's values
@@ -43,18 +45,18 @@ struct Chunk {
 };
 
 // visit(chunk, column) for chunks that cover all columns: several vectors, one, one number.
-template <class T, class Visit>
+template <class T, int Several, class Visit>
 FASTSEG_INLINE void for_each_chunk(int64_t columns, Visit visit) {
   int64_t column = 0;
-  for (; column + kVectors * kLanes<T> <= columns; column += kVectors * kLanes<T>)
-    visit(Chunk<Vec<T>, kVectors>{}, column);
+  for (; column + Several * kLanes<T> <= columns; column += Several * kLanes<T>)
+    visit(Chunk<Vec<T>, Several>{}, column);
   for (; column + kLanes<T> <= columns; column += kLanes<T>) visit(Chunk<Vec<T>, 1>{}, column);
   for (; column < columns; ++column) visit(Chunk<T, 1>{}, column);
 }
 
 template <class T>
 FASTSEG_NOINLINE void add_up(const T* input, Extent extent, T* sums) {
-  for_each_chunk<T>(extent.columns, [&](auto chunk, int64_t column) {
+  for_each_chunk<T, kVectors>(extent.columns, [&](auto chunk, int64_t column) {
     using L = typename decltype(chunk)::Lanes;
     constexpr int V = decltype(chunk)::kCount, kWidth = sizeof(L) / sizeof(T);
     L sum[V] = {};
@@ -68,7 +70,7 @@ FASTSEG_NOINLINE void add_up(const T* input, Extent extent, T* sums) {
 // Sums of the distances from `centre`, and of their squares.
 template <class T>
 FASTSEG_NOINLINE void add_up_distances(const T* input, Extent extent, const T* centre, T* distances, T* squares) {
-  for_each_chunk<T>(extent.columns, [&](auto chunk, int64_t column) {
+  for_each_chunk<T, kVectors>(extent.columns, [&](auto chunk, int64_t column) {
     using L = typename decltype(chunk)::Lanes;
     constexpr int V = decltype(chunk)::kCount, kWidth = sizeof(L) / sizeof(T);
     L sum[V] = {}, square[V] = {}, middle[V];
@@ -122,7 +124,7 @@ T total(const T* values, int64_t count) {
 
 template <class T>
 FASTSEG_NOINLINE void normalise(const T* input, Extent extent, const Columns<T>& by, T slope, T* output) {
-  for_each_chunk<T>(extent.columns, [&](auto chunk, int64_t column) {
+  for_each_chunk<T, kVectors>(extent.columns, [&](auto chunk, int64_t column) {
     using L = typename decltype(chunk)::Lanes;
     constexpr int V = decltype(chunk)::kCount, kWidth = sizeof(L) / sizeof(T);
     L mean[V], scale[V], shift[V];
@@ -156,28 +158,26 @@ FASTSEG_INLINE Term<L> term(const T* input, const T* grad_output, L mean, L scal
 template <class T>
 FASTSEG_NOINLINE void add_up_gradients(const T* input, const T* grad_output, Extent extent, const Columns<T>& by,
                                        T slope, T* sums, T* products) {
-  for_each_chunk<T>(extent.columns, [&](auto chunk, int64_t column) {
+  for_each_chunk<T, kVectorsOfGradients>(extent.columns, [&](auto chunk, int64_t column) {
     using L = typename decltype(chunk)::Lanes;
-    constexpr int V = decltype(chunk)::kCount == 1 ? 1 : 2, kWidth = sizeof(L) / sizeof(T);
-    for (int64_t first = column; first < column + decltype(chunk)::kCount * kWidth; first += V * kWidth) {
-      L sum[V] = {}, product[V] = {}, mean[V], scale[V], shift[V];
+    constexpr int V = decltype(chunk)::kCount, kWidth = sizeof(L) / sizeof(T);
+    L sum[V] = {}, product[V] = {}, mean[V], scale[V], shift[V];
+    for (int v = 0; v < V; ++v) {
+      const int64_t at = column + v * kWidth;
+      mean[v] = read<L>(by.mean + at), scale[v] = read<L>(by.scale + at), shift[v] = read<L>(by.shift + at);
+    }
+    int64_t offset = column;
+    for (int64_t row = 0; row < extent.rows; ++row, offset += extent.columns) {
       for (int v = 0; v < V; ++v) {
-        const int64_t at = first + v * kWidth;
-        mean[v] = read<L>(by.mean + at), scale[v] = read<L>(by.scale + at), shift[v] = read<L>(by.shift + at);
+        const int64_t at = offset + v * kWidth;
+        const Term<L> found = term(input + at, grad_output + at, mean[v], scale[v], shift[v], slope);
+        sum[v] += found.gradient;
+        product[v] += found.gradient * found.distance;
       }
-      int64_t offset = first;
-      for (int64_t row = 0; row < extent.rows; ++row, offset += extent.columns) {
-        for (int v = 0; v < V; ++v) {
-          const int64_t at = offset + v * kWidth;
-          const Term<L> found = term(input + at, grad_output + at, mean[v], scale[v], shift[v], slope);
-          sum[v] += found.gradient;
-          product[v] += found.gradient * found.distance;
-        }
-      }
-      for (int v = 0; v < V; ++v) {
-        write(sums + first + v * kWidth, sum[v]);
-        write(products + first + v * kWidth, product[v]);
-      }
+    }
+    for (int v = 0; v < V; ++v) {
+      write(sums + column + v * kWidth, sum[v]);
+      write(products + column + v * kWidth, product[v]);
     }
   });
 }
@@ -185,16 +185,21 @@ FASTSEG_NOINLINE void add_up_gradients(const T* input, const T* grad_output, Ext
 template <class T>
 FASTSEG_NOINLINE void differentiate(const T* input, const T* grad_output, Extent extent, const Columns<T>& by, T slope,
                                     T* grad_input) {
-  for_each_chunk<T>(extent.columns, [&](auto chunk, int64_t column) {
+  for_each_chunk<T, kVectorsOfGradients>(extent.columns, [&](auto chunk, int64_t column) {
     using L = typename decltype(chunk)::Lanes;
-    constexpr int kWidth = sizeof(L) / sizeof(T);
-    for (int64_t at = column; at < column + decltype(chunk)::kCount * kWidth; at += kWidth) {
-      const L mean = read<L>(by.mean + at), scale = read<L>(by.scale + at), shift = read<L>(by.shift + at);
-      const L gradient_mean = read<L>(by.gradient_mean + at), gradient_slope = read<L>(by.gradient_slope + at);
-      int64_t offset = at;
-      for (int64_t row = 0; row < extent.rows; ++row, offset += extent.columns) {
-        const Term<L> found = term(input + offset, grad_output + offset, mean, scale, shift, slope);
-        write(grad_input + offset, (found.gradient - gradient_mean - found.distance * gradient_slope) * scale);
+    constexpr int V = decltype(chunk)::kCount, kWidth = sizeof(L) / sizeof(T);
+    L mean[V], scale[V], shift[V], gradient_mean[V], gradient_slope[V];
+    for (int v = 0; v < V; ++v) {
+      const int64_t at = column + v * kWidth;
+      mean[v] = read<L>(by.mean + at), scale[v] = read<L>(by.scale + at), shift[v] = read<L>(by.shift + at);
+      gradient_mean[v] = read<L>(by.gradient_mean + at), gradient_slope[v] = read<L>(by.gradient_slope + at);
+    }
+    int64_t offset = column;
+    for (int64_t row = 0; row < extent.rows; ++row, offset += extent.columns) {
+      for (int v = 0; v < V; ++v) {
+        const int64_t at = offset + v * kWidth;
+        const Term<L> found = term(input + at, grad_output + at, mean[v], scale[v], shift[v], slope);
+        write(grad_input + at, (found.gradient - gradient_mean[v] - found.distance * gradient_slope[v]) * scale[v]);
       }
     }
   });
@@ -368,7 +373,7 @@ template <class T, class Pass>
 void run_pixels(const InstanceNorm& call, const Pass& pass) {
   const int64_t images = call.input.size[0], channels = call.input.size[1], pixels = call.input.size[2];
   const int64_t pixel_bytes = channels * int64_t{sizeof(T)};
-  const int64_t fitting = max_of(kNormBlockBytes / pixel_bytes / kLine<T>, 1) * kLine<T>;
+  const int64_t fitting = max_of(kNormPixelsBytes / pixel_bytes / kLine<T>, 1) * kLine<T>;
   const int64_t rows = min_of(fitting, pixels), blocks = ceil_div(pixels, rows);
   const int64_t group = min_of(max_of(kNormImagesBytes / (pixels * pixel_bytes), 1), images);
   const Workspace workspace(group * (kBlockArrays * blocks + kArrays) * pixel_bytes);
@@ -413,7 +418,7 @@ template <class T, class Pass>
 bool run_plane(const InstanceNorm& call, const Pass& pass, int64_t plane) {
   constexpr int64_t kColumns = kVectors * kLanes<T>;
   const int64_t channels = call.input.size[1], values = call.input.size[2], begin = plane * values;
-  const int64_t rows = values / kColumns, fitting = kNormBlockBytes / (kColumns * int64_t{sizeof(T)});
+  const int64_t rows = values / kColumns, fitting = kNormPlaneBytes / (kColumns * int64_t{sizeof(T)});
   const int64_t image = plane / channels, channel = plane % channels;
   const Extent rest = {1, values % kColumns};
   T memory[kArrays * kColumns] = {}, sums[kBlockArrays * kColumns];
