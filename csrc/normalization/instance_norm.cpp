@@ -231,7 +231,7 @@ void set_column(const InstanceNorm& call, int64_t image, int64_t channel, const 
   by.shift[column] = call.bias ? elements<T>(call.bias)[channel] : 0;
 }
 
-// Sums of a block's columns: the mean and the squares about it, or those of the gradient; and room for more.
+// Of a block's columns: the mean, the squares about it and the distances from it; or two sums of the gradient.
 template <class T>
 struct Block {
   T *first, *second, *third;
@@ -243,7 +243,7 @@ Block<T> block_at(T* memory, int64_t columns) {
   return {memory, memory + columns, memory + 2 * columns};
 }
 
-// Those of a plane or image up to now.
+// The first two of them, of a plane or image up to now.
 struct Sums {
   double *first, *second;
   int64_t rows = 0;
