@@ -76,6 +76,15 @@ def test_instance_normalisation_that_stays(shape: tuple[int, ...], dtype: torch.
     assert (report.replaced, report.left) == ([], [])
 
 
+def test_instance_normalisation_of_dynamic_graphs() -> None:
+    """Where TorchDynamo takes numbers for inputs, too."""
+    model = nn.Sequential(nn.InstanceNorm2d(8, affine=True), nn.LeakyReLU(0.2), nn.InstanceNorm2d(8, eps=1e-3))
+    fused = compiled(model, dynamic=True)
+    for shape in ((2, 8, 64, 66), (1, 8, 90, 100), (1, 8, 9, 11)):
+        torch.testing.assert_close(fused(make(shape)), model(make(shape)), rtol=1e-5, atol=1e-5)
+    assert operators(fastseg.report(fused)) == ["instance_norm", "instance_norm"]
+
+
 def test_an_active_dropout_stays_before_the_relu() -> None:
     fused = compiled(lambda x: F.leaky_relu(F.dropout(F.instance_norm(x), 0.5, training=True)))
     fused(make((2, 8, 64, 66)))

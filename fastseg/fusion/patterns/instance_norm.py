@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastseg import _native
 from fastseg.fusion import effects
-from fastseg.fusion.calls import Call, has_nodes, sizes_of, tensor_of
+from fastseg.fusion.calls import Call, has_nodes, number_of, sizes_of, tensor_of
 from fastseg.fusion.pattern import Match, Pattern, demand, source
 
 # Up to so many values Inductor's own loops take less than a call costs: for 65536 165 us where the operator takes 225
@@ -39,7 +39,7 @@ def _match_activation(activation: Call) -> Match:
     if activation["inplace"]:
         reason = effects.use_of_overwritten(activation["input"], activation.node)
         demand(reason is None, f"{activation.operation} in place: {reason}")
-    slope = 0.0 if activation.operation == "relu" else activation["negative_slope"]
+    slope = 0.0 if activation.operation == "relu" else number_of(activation["negative_slope"])
     demand(not has_nodes(slope))
     return _make([before, *between, activation], float(slope))
 
@@ -51,8 +51,8 @@ def _match_norm(norm: Call) -> Match:
 def _make(calls: list[Call], slope: float) -> Match:
     norm, nodes = calls[0], [call.node for call in calls]
     demand(_is_served(norm))
-    arguments: dict[str, Any] = {name: norm[name] for name in ("input", "weight", "bias", "eps")}
-    arguments["negative_slope"] = slope
+    arguments: dict[str, Any] = {name: norm[name] for name in ("input", "weight", "bias")}
+    arguments |= {"eps": number_of(norm["eps"]), "negative_slope": slope}
     return Match(nodes, {nodes[-1]: None}, norm_and_activation, arguments)
 
 
@@ -60,7 +60,7 @@ def _is_served(norm: Call) -> bool:
     input, output = tensor_of(norm["input"]), tensor_of(norm.node)
     if input is None or output is None or input.device.type != "cpu" or _native._C is None:
         return False
-    if norm["running_mean"] is not None or norm["running_var"] is not None or has_nodes(norm["eps"]):
+    if norm["running_mean"] is not None or norm["running_var"] is not None or has_nodes(number_of(norm["eps"])):
         return False
     affine = [tensor_of(norm[name]) for name in ("weight", "bias") if norm[name] is not None]
     dtypes = {None if tensor is None else tensor.dtype for tensor in (input, output, *affine)}
