@@ -122,20 +122,30 @@ T total(const T* values, int64_t count) {
   return sum;
 }
 
+// The numbers of some columns that their values are normalised by.
+template <class L, int V>
+struct Normal {
+  L mean[V], scale[V], shift[V];
+
+  template <class T>
+  FASTSEG_INLINE Normal(const Columns<T>& by, int64_t column) {
+    for (int v = 0; v < V; ++v, column += sizeof(L) / sizeof(T)) {
+      mean[v] = read<L>(by.mean + column), scale[v] = read<L>(by.scale + column);
+      shift[v] = read<L>(by.shift + column);
+    }
+  }
+};
+
 template <class T>
 FASTSEG_NOINLINE void normalise(const T* input, Extent extent, const Columns<T>& by, T slope, T* output) {
   for_each_chunk<T, kVectors>(extent.columns, [&](auto chunk, int64_t column) {
     using L = typename decltype(chunk)::Lanes;
     constexpr int V = decltype(chunk)::kCount, kWidth = sizeof(L) / sizeof(T);
-    L mean[V], scale[V], shift[V];
-    for (int v = 0; v < V; ++v) {
-      const int64_t at = column + v * kWidth;
-      mean[v] = read<L>(by.mean + at), scale[v] = read<L>(by.scale + at), shift[v] = read<L>(by.shift + at);
-    }
+    const Normal<L, V> to(by, column);
     int64_t offset = column;
     for (int64_t row = 0; row < extent.rows; ++row, offset += extent.columns) {
       for (int v = 0; v < V; ++v) {
-        const L value = (read<L>(input + offset + v * kWidth) - mean[v]) * scale[v] + shift[v];
+        const L value = (read<L>(input + offset + v * kWidth) - to.mean[v]) * to.scale[v] + to.shift[v];
         write(output + offset + v * kWidth, value > L{} ? value : value * slope);
       }
     }
@@ -161,16 +171,13 @@ FASTSEG_NOINLINE void add_up_gradients(const T* input, const T* grad_output, Ext
   for_each_chunk<T, kVectorsOfGradients>(extent.columns, [&](auto chunk, int64_t column) {
     using L = typename decltype(chunk)::Lanes;
     constexpr int V = decltype(chunk)::kCount, kWidth = sizeof(L) / sizeof(T);
-    L sum[V] = {}, product[V] = {}, mean[V], scale[V], shift[V];
-    for (int v = 0; v < V; ++v) {
-      const int64_t at = column + v * kWidth;
-      mean[v] = read<L>(by.mean + at), scale[v] = read<L>(by.scale + at), shift[v] = read<L>(by.shift + at);
-    }
+    const Normal<L, V> to(by, column);
+    L sum[V] = {}, product[V] = {};
     int64_t offset = column;
     for (int64_t row = 0; row < extent.rows; ++row, offset += extent.columns) {
       for (int v = 0; v < V; ++v) {
         const int64_t at = offset + v * kWidth;
-        const Term<L> found = term(input + at, grad_output + at, mean[v], scale[v], shift[v], slope);
+        const Term<L> found = term(input + at, grad_output + at, to.mean[v], to.scale[v], to.shift[v], slope);
         sum[v] += found.gradient;
         product[v] += found.gradient * found.distance;
       }
@@ -188,28 +195,24 @@ FASTSEG_NOINLINE void differentiate(const T* input, const T* grad_output, Extent
   for_each_chunk<T, kVectorsOfGradients>(extent.columns, [&](auto chunk, int64_t column) {
     using L = typename decltype(chunk)::Lanes;
     constexpr int V = decltype(chunk)::kCount, kWidth = sizeof(L) / sizeof(T);
-    L mean[V], scale[V], shift[V], gradient_mean[V], gradient_slope[V];
+    const Normal<L, V> to(by, column);
+    L gradient_mean[V], gradient_slope[V];
     for (int v = 0; v < V; ++v) {
       const int64_t at = column + v * kWidth;
-      mean[v] = read<L>(by.mean + at), scale[v] = read<L>(by.scale + at), shift[v] = read<L>(by.shift + at);
       gradient_mean[v] = read<L>(by.gradient_mean + at), gradient_slope[v] = read<L>(by.gradient_slope + at);
     }
     int64_t offset = column;
     for (int64_t row = 0; row < extent.rows; ++row, offset += extent.columns) {
       for (int v = 0; v < V; ++v) {
         const int64_t at = offset + v * kWidth;
-        const Term<L> found = term(input + at, grad_output + at, mean[v], scale[v], shift[v], slope);
-        write(grad_input + at, (found.gradient - gradient_mean[v] - found.distance * gradient_slope[v]) * scale[v]);
+        const Term<L> found = term(input + at, grad_output + at, to.mean[v], to.scale[v], to.shift[v], slope);
+        write(grad_input + at, (found.gradient - gradient_mean[v] - found.distance * gradient_slope[v]) * to.scale[v]);
       }
     }
   });
 }
 
 // ---- the two passes ----
-
-bool lies_in_pixels(const Tensor& map) {
-  return map.stride[1] == 1 && map.size[1] > 1 && map.size[2] > 1;
-}
 
 // Where the first value of a row of pixels lies in planes.
 int64_t in_planes(const Tensor& pixels, int64_t offset) {
@@ -333,7 +336,6 @@ struct Backward {
       all.first[i] += static_cast<double>(block.first[i]);
       all.second[i] += static_cast<double>(block.second[i]);
     }
-    all.rows += extent.rows;
   }
 
   void finish(int64_t image, int64_t channel, double gradient, double product, const Columns<T>& by,
@@ -357,7 +359,7 @@ struct Backward {
 
   // A block of the incoming gradient as the input lies. Null where memory ran out.
   const T* incoming(int64_t offset, Extent extent) const {
-    if (lies_in_pixels(call.grad_output) == lies_in_pixels(call.input)) return elements<T>(call.grad_output) + offset;
+    if (call.gradient_in_pixels == call.in_pixels) return elements<T>(call.grad_output) + offset;
     T* const block = static_cast<T*>(scratch(extent.rows * extent.columns * int64_t{sizeof(T)}));
     if (block != nullptr)
       pack_from(elements<T>(call.grad_output) + in_planes(call.input, offset), extent.rows, extent.columns, 1,
@@ -446,7 +448,7 @@ bool run_plane(const InstanceNorm& call, const Pass& pass, int64_t plane) {
 template <class T, class Pass>
 void run(const InstanceNorm& call, const Pass& pass) {
   if (!call.input.data) return;
-  if (lies_in_pixels(call.input)) return run_pixels<T>(call, pass);
+  if (call.in_pixels) return run_pixels<T>(call, pass);
   for_each_task(call.input.size[0] * call.input.size[1], call.threads,
                 [&](int64_t plane) { return run_plane<T>(call, pass, plane); });
 }

@@ -13,6 +13,7 @@ struct InstanceNorm {
   Tensor weight;      // [C] of T, dense, optional: 1
   Tensor bias;        // [C] of T, dense, optional: 0
   Tensor statistics;  // [2, N, C] of T, dense: the mean, and 1 / sqrt(variance + eps)
+  bool in_pixels;     // how the input lies
   double negative_slope;
   int threads;
 };
@@ -25,8 +26,9 @@ struct InstanceNormForward : InstanceNorm {
 
 struct InstanceNormBackward : InstanceNorm {
   Tensor grad_output;  // as input; where that lies in pixels, in either way
-  Tensor grad_input;   // as input
-  Tensor sums;         // [2, N, C] of T, dense: each image's terms of the gradients of weight and bias
+  bool gradient_in_pixels;
+  Tensor grad_input;  // as input
+  Tensor sums;        // [2, N, C] of T, dense: each image's terms of the gradients of weight and bias
 };
 
 FASTSEG_KERNEL(instance_norm_forward, InstanceNormForward)
