@@ -150,19 +150,29 @@ FASTSEG_INLINE void pool_window(Window<Vec<T>> window, Vec<T> bias, const Clip<T
   memcpy(position, &where, sizeof where);
 }
 
-// Of a whole number of vectors; NaN where anything isn't finite.
+// The larger of magnitudes, as integers: these have the order of the numbers, above which is infinity, and above that
+// NaN.
+template <class T>
+FASTSEG_INLINE IntVec<T> larger_magnitudes(IntVec<T> largest, Vec<T> values) {
+  const IntVec<T> magnitudes = bits_of<T>(values) & ~bits_of<T>(-Vec<T>{});
+  return magnitudes > largest ? magnitudes : largest;
+}
+
+template <class T>
+T largest_lane(IntVec<T> magnitudes) {
+  Int<T> largest = 0;
+  for (int lane = 0; lane < kLanes<T>; ++lane) largest = magnitudes[lane] > largest ? magnitudes[lane] : largest;
+  T value;
+  memcpy(&value, &largest, sizeof value);
+  return value;
+}
+
+// Of a whole number of vectors; NaN where any is.
 template <class T>
 T largest_magnitude(const T* values, int64_t elements) {
-  Vec<T> largest = {}, invalid = {};
-  for (int64_t i = 0; i < elements; i += kLanes<T>) {
-    const Vec<T> value = load(values + i), magnitude = value < Vec<T>{} ? -value : value;
-    largest = magnitude > largest ? magnitude : largest;
-    invalid += value - value;
-  }
-  T result = 0;
-  for (int lane = 0; lane < kLanes<T>; ++lane) result = largest[lane] > result ? largest[lane] : result;
-  for (int lane = 0; lane < kLanes<T>; ++lane) result += invalid[lane];
-  return result;
+  IntVec<T> largest = {};
+  for (int64_t i = 0; i < elements; i += kLanes<T>) largest = larger_magnitudes<T>(largest, load(values + i));
+  return largest_lane<T>(largest);
 }
 
 // Whether no task has met an input that isn't safe, this one included. `safe` is shared by all tasks.
@@ -177,7 +187,7 @@ template <class T>
 T largest_safe_input(const T* parameters, int64_t parts, int64_t growth) {
   T largest = 1;
   for (int64_t part = 0; part < parts; ++part) {
-    if (parameters[part] != parameters[part]) return -1;
+    if (!(parameters[part] <= kLargestFinite<T>)) return -1;
     largest = parameters[part] > largest ? parameters[part] : largest;
   }
   return kLargestFinite<T> / static_cast<T>(growth) / largest;

@@ -3,7 +3,9 @@
 // Also serves conv2d alone, without ReLU and pool; its gradients are those of conv_relu_pool2d where they are dense (of
 // a skip, or where nothing is pooled).
 #include "convolution/conv_relu_pool2d.h"
+#include "convolution/kept_weights-inl.h"
 #include "convolution/winograd_channels-inl.h"
+#include "convolution/winograd_planes-inl.h"
 #include "convolution/winograd_stem-inl.h"
 #include "convolution/winograd_weight-inl.h"
 #include "convolution/winograd_windows-inl.h"
@@ -14,8 +16,7 @@ namespace {
 
 // Whether it did.
 template <class Kernel>
-bool run(Kernel& kernel) {
-  bool safe = kernel.largest_input >= 0;
+bool run(Kernel& kernel, bool safe) {
   kernel.safe = &safe;
   if (safe) for_each_task(kernel.tasks(), kernel.call.threads, [&](int64_t task) { return kernel.run(task); });
   return safe;
@@ -27,49 +28,57 @@ bool forward(const ConvReluPool2dWinogradForward& call) {
   if (kernel.tasks() == 0) return true;
   Workspace workspace(kernel.workspace_elements() * int64_t{sizeof(*kernel.weights)});
   kernel.prepare(workspace.data());
-  return run(kernel);
+  return run(kernel, kernel.largest_input >= 0);
+}
+
+template <class T>
+int64_t kept_bytes(const WinogradKernels<T>& kernels) {
+  return int64_t{sizeof(KeptHeader)} + kernels.workspace_elements(kernels.blocks) * int64_t{sizeof(T)};
 }
 
 // With transformed weights of some output channels at a time.
-template <class T>
-bool forward_in_passes(const ConvReluPool2dWinogradForward& call) {
-  WinogradChannels<T> kernel(call);
-  if (kernel.empty()) return true;
-  const int64_t step = kernel.pass_blocks(),
-                bytes = kernel.workspace_elements(kernel.shape.c, step) * int64_t{sizeof(T)};
+template <class T, class Kernel>
+bool run_in_passes(Kernel& kernel) {
+  const WinogradKernels<T>& kernels = kernel.kernels;
+  const int64_t step = kernels.pass_blocks(), bytes = kernels.workspace_elements(step) * int64_t{sizeof(T)};
   Workspace workspace(bytes);
   advise_huge_pages(workspace.data(), bytes);  // fresh at every call
   bool safe = true;
-  for (int64_t begin = 0; safe && begin < kernel.blocks; begin += step) {
-    kernel.prepare(workspace.data(), {begin, min_of(begin + step, kernel.blocks)});
-    safe = run(kernel);
+  for (int64_t begin = 0; safe && begin < kernels.blocks; begin += step) {
+    kernel.prepare(workspace.data(), {begin, min_of(begin + step, kernels.blocks)});
+    safe = run(kernel, kernels.largest_input >= 0);
   }
   return safe;
 }
 
-template <class T>
-int64_t kept_bytes(const Tensor& weight) {
-  const int64_t blocks = ceil_div(weight.size[0], kBlock<T>);
-  return int64_t{sizeof(KeptHeader)} +
-         WinogradChannels<T>::workspace_elements(weight.size[1], blocks) * int64_t{sizeof(T)};
-}
-
 // With transformed weights that stay. Calls at the same time write the same numbers there.
-template <class T>
-bool forward_keeping(const ConvReluPool2dWinogradForward& call) {
-  WinogradChannels<T> kernel(call);
-  if (kernel.empty()) return true;
-  if (call.kept.size[0] < kept_bytes<T>(call.weight)) return forward_in_passes<T>(call);  // for other vectors
+template <class T, class Kernel>
+bool run_keeping(Kernel& kernel) {
+  const ConvReluPool2dWinogradForward& call = kernel.kernels.call;
   KeptHeader* header = static_cast<KeptHeader*>(call.kept.data);
-  const int64_t elements = kernel.workspace_elements(kernel.shape.c, kernel.blocks);
+  const int64_t blocks = kernel.kernels.blocks, elements = kernel.kernels.workspace_elements(blocks);
   const uint64_t fingerprint = fingerprint_of(call.weight, call.bias, call.scale, call.stamp, call.threads);
   const KeptHeader wanted = {fingerprint, elements, kLanes<T>};
   const bool transformed =
       header->fingerprint == wanted.fingerprint && header->elements == wanted.elements && header->lanes == wanted.lanes;
   if (!transformed) advise_huge_pages(header, call.kept.size[0]);  // each call reads all of it, page after page
-  kernel.prepare(header + 1, {0, kernel.blocks}, transformed);
+  kernel.prepare(header + 1, {0, blocks}, transformed);
   if (!transformed) *header = wanted;
-  return run(kernel);
+  return run(kernel, kernel.kernels.largest_input >= 0);
+}
+
+template <class T, class Kernel>
+bool forward_of_many_channels(const ConvReluPool2dWinogradForward& call) {
+  Kernel kernel(call);
+  if (kernel.empty()) return true;
+  const bool keeps = call.kept && call.kept.size[0] >= kept_bytes(kernel.kernels);  // less: for other vectors
+  return keeps ? run_keeping<T>(kernel) : run_in_passes<T>(kernel);
+}
+
+template <class T>
+bool forward_of_many_channels(const ConvReluPool2dWinogradForward& call) {
+  return WinogradPlanes<T>::serves(call) ? forward_of_many_channels<T, WinogradPlanes<T>>(call)
+                                         : forward_of_many_channels<T, WinogradChannels<T>>(call);
 }
 
 template <class T>
@@ -77,7 +86,7 @@ bool forward_of(const ConvReluPool2dWinogradForward& call) {
   if (call.weight.size[2] == kStemKernel) return forward<WinogradStem<T>>(call);
   const bool all_channels = call.skip || call.geometry.pool_size[0] != kPoolSide || call.input.size[1] > kFewChannels;
   if (!all_channels) return forward<WinogradWindows<T>>(call);
-  return call.kept ? forward_keeping<T>(call) : forward_in_passes<T>(call);
+  return forward_of_many_channels<T>(call);
 }
 
 // The gradient of the input is a convolution too: of grad_output, by the kernels turned by 180 degrees, with output
@@ -105,7 +114,7 @@ ConvReluPool2dWinogradForward input_gradient(const Conv2dWinogradBackward& call)
 
 template <class T>
 bool backward_of(const Conv2dWinogradBackward& call) {
-  if (call.grad_input && !forward_in_passes<T>(input_gradient(call))) return false;
+  if (call.grad_input && !forward_of_many_channels<T>(input_gradient(call))) return false;
   return !(call.grad_weight || call.grad_bias) || WinogradWeight<T>(call).run_all();
 }
 
@@ -116,8 +125,10 @@ void conv_relu_pool2d_winograd_forward(const ConvReluPool2dWinogradForward& call
 }
 
 void conv2d_winograd_kept_bytes(const Conv2dWinogradKeptBytes& call) {
+  ConvReluPool2dWinogradForward forward = {};
+  forward.weight = call.weight;
   const bool is_double = call.weight.dtype == DType::kFloat64;
-  *call.bytes = is_double ? kept_bytes<double>(call.weight) : kept_bytes<float>(call.weight);
+  *call.bytes = is_double ? kept_bytes(WinogradKernels<double>(forward)) : kept_bytes(WinogradKernels<float>(forward));
 }
 
 void conv2d_weights_fingerprint(const Conv2dWeightsFingerprint& call) {

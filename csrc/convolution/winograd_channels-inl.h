@@ -4,22 +4,16 @@
 #pragma once
 
 #include "convolution/conv_relu_pool2d.h"
-#include "convolution/kept_weights-inl.h"
 #include "convolution/pool_tile-inl.h"
 #include "convolution/register_tile-inl.h"
 #include "convolution/winograd-inl.h"
+#include "convolution/winograd_kernels-inl.h"
 #include "core/cache.h"
 #include "core/parallel.h"
 
 namespace fastseg {
 namespace FASTSEG_ISA {
 namespace {
-
-// Transformed weights that don't stay are made for as many output channels at a time as take so many bytes (those of a
-// deep layer take four times a second-level cache, and more memory than its input and output), but for so many channels
-// at least: each pass transforms the input anew.
-constexpr int64_t kPassBytes = 16 * 1024 * 1024;
-constexpr int64_t kLeastPassChannels = 128;
 
 constexpr int64_t kDeepTasksWanted = 4;  // each transforms its input anew
 
@@ -52,7 +46,7 @@ struct WinogradChannels {
   const bool pools;    // the pool is 2x2, not 1x1
   const Tensor& full;  // the convolution's whole output, optional: the skip, or where nothing is pooled the output
   const int64_t windows_h, windows_w;
-  const int64_t blocks;    // of output channels
+  WinogradKernels<T> kernels;
   const bool deep;         // the patches of few windows take more than the caches
   const int64_t slice;     // input channels at a time: all of them, or in deep layers a part, in whole vectors
   const int64_t packed_w;  // columns of a packed input row
@@ -60,11 +54,7 @@ struct WinogradChannels {
   const int64_t band;      // rows of windows to a task
   const int64_t bands;     // of a map
   const int64_t batch;     // maps to a task, where each has few windows: they are multiplied together
-  Span at_once = {};       // blocks whose weights are transformed: all of them, or a pass's
   int64_t groups = 0;      // tasks among which a band's blocks are divided
-  T* weights = nullptr;    // [blocks at once][products][c][block], a plane to a product
-  T* bias = nullptr;       // [blocks at once][block]
-  T largest_input = 0;     // up to which nothing overflows
   bool* safe = nullptr;    // shared by all tasks
 
   explicit WinogradChannels(const ConvReluPool2dWinogradForward& c)
@@ -77,7 +67,7 @@ struct WinogradChannels {
         full(pools ? call.skip : call.output),
         windows_h(full ? ceil_div(shape.convolved_h, kPoolSide) : shape.pooled_h),
         windows_w(full ? ceil_div(shape.convolved_w, kPoolSide) : shape.pooled_w),
-        blocks(ceil_div(shape.k, kBlock<T>)),
+        kernels(whole),
         deep(kProducts * kLeastWindows * shape.c * int64_t{sizeof(T)} > kWinogradAllProductsBytes),
         slice(deep ? choose_slice() : shape.c),
         packed_w(patches_width(windows_w)),
@@ -99,93 +89,6 @@ struct WinogradChannels {
     const int64_t row_bytes = packed_w * shape.c * int64_t{sizeof(T)};
     const int64_t rows = (kWinogradBandBytes / row_bytes - (kSide - kPoolSide)) / kPoolSide;
     return min_of(max_of(rows, ceil_div(kLeastWindows, windows_w)), windows_h);
-  }
-
-  int vectors(int64_t block) const { return vectors_of<T>(shape.k, block); }
-
-  // One product's weights of a block of channels.
-  int64_t weight_plane() const { return shape.c * kBlock<T> + kRowPadding; }
-
-  int64_t block_elements() const { return kProducts * weight_plane(); }
-
-  // Of some blocks, for an input of `c` channels.
-  static int64_t workspace_elements(int64_t c, int64_t count) {
-    return count * (kProducts * (c * kBlock<T> + kRowPadding) + kBlock<T> + 2);
-  }
-
-  // Blocks to a pass, evenly divided, where what is made of the weights doesn't stay.
-  int64_t pass_blocks() const {
-    const int64_t least = min_of(ceil_div(kLeastPassChannels, kBlock<T>), blocks);
-    const int64_t most = max_of(kPassBytes / (block_elements() * int64_t{sizeof(T)}), least);
-    return ceil_div(blocks, ceil_div(blocks, most));
-  }
-
-  const T* weights_of(int64_t block) const { return weights + (block - at_once.begin) * block_elements(); }
-  const T* bias_of(int64_t block) const { return bias + (block - at_once.begin) * kBlock<T>; }
-
-  // The largest magnitudes of each block's weights, then of its bias.
-  T* maxima() const { return bias + at_once.size() * kBlock<T>; }
-
-  // Of the block at `place` of those at once.
-  bool transform_weights(int64_t place) const {
-    const int64_t block = at_once.begin + place;
-    const int64_t lanes = vectors(block) * kLanes<T>, first = block * kBlock<T>, count = min_of(shape.k - first, lanes);
-    const int64_t elements = kKernelTaps * shape.c * lanes;
-    T* taps = static_cast<T*>(scratch(elements * int64_t{sizeof(T)}));  // [a kernel's elements][lanes]
-    if (taps == nullptr) return false;
-    memset(taps, 0, static_cast<size_t>(elements) * sizeof(T));
-    T* shift = bias + place * kBlock<T>;
-    memset(shift, 0, kBlock<T> * sizeof(T));
-    if (call.bias)
-      pack(at(call.bias, first * call.bias.stride[0]), call.bias.dtype, 1, count, 0, call.bias.stride[0], shift, 0);
-    const KernelStrides step = pack_kernels(first, count, lanes, taps);
-    if (call.scale) scale_kernels(first, count, lanes, elements, taps);
-    maxima()[place] = largest_magnitude(taps, elements);
-    maxima()[at_once.size() + place] = largest_magnitude(shift, kBlock<T>);
-    for (int64_t i = 0; i < shape.c * lanes; i += kLanes<T>) {
-      Vec<T> g[kKernelTaps], u[kSide][kSide];
-      for (int64_t tap = 0; tap < kKernelTaps; ++tap) {
-        const int64_t row = tap / kKernelSide, column = tap % kKernelSide;
-        g[tap] = load(taps + (i / lanes * step.c + row * step.row + column * step.column) * lanes + i % lanes);
-      }
-      transform_kernel(g, u);
-      T* target = weights + place * block_elements() + i;
-      for (int product = 0; product < kProducts; ++product)
-        store<T>(target + product * weight_plane(), u[product / kSide][product % kSide]);
-    }
-    return true;
-  }
-
-  void scale_kernels(int64_t first, int64_t count, int64_t lanes, int64_t elements, T* taps) const {
-    T scale[kBlock<T>] = {};
-    pack(at(call.scale, first * call.scale.stride[0]), call.scale.dtype, 1, count, 0, call.scale.stride[0], scale, 0);
-    for (int64_t i = 0; i < elements; i += kLanes<T>) store<T>(taps + i, load(taps + i) * load(scale + i % lanes));
-  }
-
-  struct KernelStrides {
-    int64_t c, row, column;
-  };
-
-  // Packs the kernels of `count` output channels as [a kernel's elements][lanes]. Dense kernels keep the order in which
-  // they lie in memory.
-  KernelStrides pack_kernels(int64_t first, int64_t count, int64_t lanes, T* taps) const {
-    const Tensor& weight = call.weight;
-    const KernelStrides given = {weight.stride[1], weight.stride[2], weight.stride[3]};
-    const KernelStrides nchw = {kKernelTaps, kKernelSide, 1}, nhwc = {1, kKernelSide * shape.c, shape.c};
-    const auto same = [&](const KernelStrides& other) {
-      return given.c == other.c && given.row == other.row && given.column == other.column;
-    };
-    if (same(nchw) || same(nhwc)) {
-      pack(at(weight, first * weight.stride[0]), weight.dtype, kKernelTaps * shape.c, count, 1, weight.stride[0], taps,
-           lanes);
-      return given;
-    }
-    for (int64_t c = 0; c < shape.c; ++c)
-      for (int64_t row = 0; row < kKernelSide; ++row)
-        pack(at(weight, first * weight.stride[0] + c * weight.stride[1] + row * weight.stride[2]), weight.dtype,
-             kKernelSide, count, weight.stride[3], weight.stride[0], taps + (row * nhwc.row + c) * lanes,
-             shape.c * lanes);
-    return nhwc;
   }
 
   // One product of all windows, of `count` channels, with one block of weights, [windows][block]; Adds: to the sums of
@@ -210,10 +113,11 @@ struct WinogradChannels {
                  {&WinogradChannels::multiply<2, false>, &WinogradChannels::multiply<2, true>}};
     for (int64_t product = 0; product < kProducts; ++product)
       for (int64_t block = some.begin; block < some.end; ++block) {
-        const T* columns = weights_of(block) + product * weight_plane() + of.begin * vectors(block) * kLanes<T>;
+        const T* columns = kernels.weights_of(block) + product * kernels.weight_plane() +
+                           of.begin * kernels.vectors(block) * kLanes<T>;
         T* target = products + ((block - some.begin) * kProducts + product) * product_plane;
-        (this->*kMultiply[vectors(block) - 1][of.begin > 0])(patches + product * patch_plane, of.size(), windows,
-                                                             columns, target);
+        (this->*kMultiply[kernels.vectors(block) - 1][of.begin > 0])(patches + product * patch_plane, of.size(),
+                                                                     windows, columns, target);
       }
   }
 
@@ -234,7 +138,7 @@ struct WinogradChannels {
   // Of a part of the windows of bands that begin at `top`.
   void finish_products(const T* products, int64_t plane, int64_t block, int64_t top, const Part& part,
                        const Results& results) const {
-    const int64_t lanes = vectors(block) * kLanes<T>, end = part.place + part.windows.size();
+    const int64_t lanes = kernels.vectors(block) * kLanes<T>, end = part.place + part.windows.size();
     int64_t row = part.windows.begin / windows_w, column = part.windows.begin % windows_w;
     for (int64_t window = part.place; window < end; ++window) {
       const bool cut_row = kPoolSide * (top + row + 1) > shape.convolved_h;
@@ -252,7 +156,7 @@ struct WinogradChannels {
         column_of(1, m), sums.template add<1>(m);
         column_of(2, m), sums.template add<2>(m);
         column_of(3, m), sums.template add<3>(m);
-        const Vec<T> shift = load(bias_of(block) + lane);
+        const Vec<T> shift = load(kernels.bias_of(block) + lane);
         if (pools)
           pool_window(sums, shift, clip, results.pooled + window * lanes + lane,
                       results.positions + window * lanes + lane);
@@ -304,8 +208,8 @@ struct WinogradChannels {
   bool run(int64_t task) const {
     const int64_t group = task % groups, unit = task / groups;
     const int64_t map = unit / bands * batch, top = unit % bands * band;
-    const Span group_blocks = {at_once.begin + group * at_once.size() / groups,
-                               at_once.begin + (group + 1) * at_once.size() / groups};
+    const Span group_blocks = {kernels.at_once.begin + group * kernels.at_once.size() / groups,
+                               kernels.at_once.begin + (group + 1) * kernels.at_once.size() / groups};
     const int64_t window_rows = min_of(band, windows_h - top), of_one = window_rows * windows_w;
     const int64_t windows = of_one * min_of(batch, maps - map);
     const Span rows = {kPoolSide * top - call.geometry.padding[0],
@@ -351,7 +255,7 @@ struct WinogradChannels {
             if (in_pieces || part.map != packed_map || channel != packed_channel) {
               packed_map = part.map, packed_channel = channel;
               pack_slice(part.map, of, rows, across, input + elements - passed_row, input);
-              goes_on = goes_on && may_go_on(largest_magnitude(input, input_elements) <= largest_input, safe);
+              goes_on = goes_on && may_go_on(largest_magnitude(input, input_elements) <= kernels.largest_input, safe);
             }
             const Span place = {part.windows.begin - across.begin, part.windows.end - across.begin};
             T* target = patches + part.place * round_up(of.size(), kLanes<T>);
@@ -376,7 +280,7 @@ struct WinogradChannels {
     const int64_t image = part.map / (phases_h * phases_w);
     const Tensor& all = pools ? phase.skip : phase.output;
     const int64_t all_h = pools ? shape.convolved_h : all.size[2], all_w = pools ? shape.convolved_w : all.size[3];
-    const int64_t lanes = vectors(block) * kLanes<T>, channel = block * kBlock<T>;
+    const int64_t lanes = kernels.vectors(block) * kLanes<T>, channel = block * kBlock<T>;
     const int64_t channel_count = min_of(lanes, shape.k - channel);
     for (int64_t window = part.windows.begin, next; window < part.windows.end; window = next) {
       const int64_t row = top + window / windows_w, column = window % windows_w;
@@ -396,20 +300,16 @@ struct WinogradChannels {
     }
   }
 
-  bool empty() const { return maps * bands * blocks == 0; }
+  bool empty() const { return maps * bands * kernels.blocks == 0; }
 
   // Of `some` blocks; tasks() are those of these blocks then.
   void prepare(void* workspace, Span some, bool transformed = false) {
-    at_once = some;
-    weights = static_cast<T*>(workspace);
-    bias = weights + some.size() * block_elements();
+    kernels.prepare(workspace, some, transformed);
     // No sum depends on it: each block is computed by itself.
     const int64_t wanted =
-        max_of((deep ? kDeepTasksWanted : kTasksWanted) * some.size() / blocks, int64_t{call.threads});
+        max_of((deep ? kDeepTasksWanted : kTasksWanted) * some.size() / kernels.blocks, int64_t{call.threads});
     const int64_t most = kWinogradProductsBytes / (kProducts * kMostWindows * kBlock<T> * int64_t{sizeof(T)});
     groups = min_of(some.size(), max_of(ceil_div(wanted, units()), deep ? ceil_div(some.size(), most) : 1));
-    if (!transformed) for_each_task(some.size(), call.threads, [&](int64_t place) { return transform_weights(place); });
-    largest_input = largest_safe_input(maxima(), 2 * some.size(), kGrowth * shape.c);
   }
 
   // Of windows that are multiplied with the same weights.
