@@ -140,6 +140,10 @@ struct WinogradChannels {
                        const Results& results) const {
     const int64_t lanes = kernels.vectors(block) * kLanes<T>, end = part.place + part.windows.size();
     int64_t row = part.windows.begin / windows_w, column = part.windows.begin % windows_w;
+    const Tensor all = full_of(part.map);
+    const bool through = writes_through(block);
+    T* const output =
+        through ? static_cast<T*>(at_mutable(all, image_of(part.map) * all.stride[0] + block * kBlock<T>)) : nullptr;
     for (int64_t window = part.place; window < end; ++window) {
       const bool cut_row = kPoolSide * (top + row + 1) > shape.convolved_h;
       const bool cut_column = kPoolSide * (column + 1) > shape.convolved_w;
@@ -160,24 +164,45 @@ struct WinogradChannels {
         if (pools)
           pool_window(sums, shift, clip, results.pooled + window * lanes + lane,
                       results.positions + window * lanes + lane);
-        if (full) store_window(sums, shift, results, window, lanes, lane);
+        if (through) {
+          const int64_t first_row = kPoolSide * (top + row), first_column = kPoolSide * column;
+          store_window(sums, shift, all.size[2] - first_row, all.size[3] - first_column,
+                       output + first_row * all.stride[2] + first_column * all.stride[3] + lane, nullptr, all.stride[2],
+                       all.stride[3]);
+        } else if (full) {
+          const int64_t place = kPoolSide * window * lanes + lane;
+          store_window(sums, shift, kPoolSide, kPoolSide, results.full + place,
+                       call.positions && !pools ? results.full_positions + place : nullptr, results.columns * lanes,
+                       lanes);
+        }
       }
       if (++column == windows_w) column = 0, ++row;
     }
   }
 
-  // relu(window + bias), or window + bias itself, and the positions under a pool of 1x1.
-  void store_window(const Window<Vec<T>>& sums, Vec<T> shift, const Results& results, int64_t window, int64_t lanes,
-                    int64_t lane) const {
+  // Of the first `rows` and `columns` of a window, relu(window + bias), or window + bias itself, and the positions
+  // under a pool of 1x1, optional.
+  FASTSEG_INLINE void store_window(const Window<Vec<T>>& sums, Vec<T> shift, int64_t rows, int64_t columns, T* values,
+                                   Int<T>* positions, int64_t row_step, int64_t column_step) const {
+#pragma GCC unroll 2
     for (int y = 0; y < kPoolSide; ++y)
+#pragma GCC unroll 2
       for (int x = 0; x < kPoolSide; ++x) {
+        if (y >= rows || x >= columns) continue;
         const Vec<T> value = sums.values[y][x] + shift;
         const IntVec<T> passes = call.relu ? value > Vec<T>{} : ~IntVec<T>{};
-        const int64_t at = (y * results.columns + kPoolSide * window + x) * lanes + lane;
-        store<T>(results.full + at, passes ? value : Vec<T>{});
+        const int64_t at = y * row_step + x * column_step;
+        store<T>(values + at, passes ? value : Vec<T>{});
+        if (positions == nullptr) continue;
         const IntVec<T> where = ~passes & (kCut - IntVec<T>{});
-        memcpy(results.full_positions + at, &where, sizeof where);
+        memcpy(positions + at, &where, sizeof where);
       }
+  }
+
+  // Whether whole vectors of a block's channels lie in memory as they leave the registers.
+  bool writes_through(int64_t block) const {
+    const bool whole_vectors = kernels.vectors(block) * kLanes<T> <= shape.k - block * kBlock<T>;
+    return full && full.dtype == kDType<T> && full.stride[1] == 1 && whole_vectors && (pools || !call.positions);
   }
 
   // `body` for each map's part of the windows [first, first + count) of a task, of which each map has `of_map`.
@@ -195,13 +220,18 @@ struct WinogradChannels {
     return phase_of(whole, phase / phases_w, phase % phases_w);
   }
 
+  int64_t image_of(int64_t map) const { return map / (phases_h * phases_w); }
+
+  // What isn't pooled of a map.
+  Tensor full_of(int64_t map) const { return pools ? call.skip : of_map(map).output; }
+
   // Packs a span of a map's channels: the rows and columns that windows side by side read.
   void pack_slice(int64_t map, Span of, Span rows, Span across, T* buffer, T* target) const {
     const int64_t left = call.geometry.padding[1] - kPoolSide * across.begin, first = max_of(-left, 0);
     const auto part = [&](const Tensor& tensor) {
       return part_of(part_of(tensor, 1, of), 3, {first, max_of(tensor.size[3], first)});
     };
-    pack_passed(part(of_map(map).input), part(call.passed), max_of(left, 0), map / (phases_h * phases_w), rows,
+    pack_passed(part(of_map(map).input), part(call.passed), max_of(left, 0), image_of(map), rows,
                 patches_width(across.size()), buffer, target);
   }
 
@@ -277,9 +307,8 @@ struct WinogradChannels {
 
   void write(const Results& results, int64_t block, int64_t top, const Part& part) const {
     const ConvReluPool2dWinogradForward phase = of_map(part.map);
-    const int64_t image = part.map / (phases_h * phases_w);
-    const Tensor& all = pools ? phase.skip : phase.output;
-    const int64_t all_h = pools ? shape.convolved_h : all.size[2], all_w = pools ? shape.convolved_w : all.size[3];
+    const int64_t image = image_of(part.map);
+    const Tensor all = full_of(part.map);
     const int64_t lanes = kernels.vectors(block) * kLanes<T>, channel = block * kBlock<T>;
     const int64_t channel_count = min_of(lanes, shape.k - channel);
     for (int64_t window = part.windows.begin, next; window < part.windows.end; window = next) {
@@ -290,9 +319,9 @@ struct WinogradChannels {
       if (pools && row < shape.pooled_h && columns.size() > 0)
         unpack_pooled(results.pooled + place * lanes, results.positions + place * lanes, lanes, image, channel,
                       channel_count, row, part_of(phase.output, 3, columns), part_of(phase.positions, 3, columns));
-      if (!full) continue;
-      const Span wide = {kPoolSide * column, min_of(kPoolSide * (column + next - window), all_w)};
-      for (int64_t y = 0; y < kPoolSide && kPoolSide * row + y < all_h && wide.size() > 0; ++y) {
+      if (!full || writes_through(block)) continue;
+      const Span wide = {kPoolSide * column, min_of(kPoolSide * (column + next - window), all.size[3])};
+      for (int64_t y = 0; y < kPoolSide && kPoolSide * row + y < all.size[2] && wide.size() > 0; ++y) {
         const int64_t at = (y * results.columns + kPoolSide * place) * lanes;
         unpack_pooled(results.full + at, results.full_positions + at, lanes, image, channel, channel_count,
                       kPoolSide * row + y, part_of(all, 3, wide), part_of(pools ? Tensor{} : phase.positions, 3, wide));
