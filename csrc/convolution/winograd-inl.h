@@ -21,6 +21,9 @@ constexpr int kPoolSide = 2;
 // Windows in work together: as often is a block of weights, or of sums, used that was read from memory.
 constexpr int64_t kLeastWindows = 24, kMostWindows = 96;
 
+template <class T>
+constexpr int64_t kLine = 64 / sizeof(T);  // elements of a line of the cache
+
 constexpr int64_t kTasksWanted = 8;  // into which a call is divided at least, where that is cheap
 
 // How much larger than |patch| * |weight| a partial sum over one channel may become: |B^T patch B| <= 4 |patch|,

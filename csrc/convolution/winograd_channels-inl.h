@@ -91,33 +91,49 @@ struct WinogradChannels {
     return min_of(max_of(rows, ceil_div(kLeastWindows, windows_w)), windows_h);
   }
 
-  // One product of all windows, of `count` channels, with one block of weights, [windows][block]; Adds: to the sums of
-  // the channels before them.
-  template <int Vectors, bool Adds>
-  FASTSEG_NOINLINE void multiply(const T* patches, int64_t count, int64_t windows, const T* columns,
+  // One product of all windows, of `count` channels, with one block of weights, [windows][block]. Adds: to the sums of
+  // the channels before them. Fetches: meanwhile as many weights from `next` on come to the cache.
+  template <int Vectors, bool Adds, bool Fetches>
+  FASTSEG_NOINLINE void multiply(const T* patches, int64_t count, int64_t windows, const T* columns, const T* next,
                                  T* products) const {
     const Vec<T> zero[Vectors] = {};
     const int64_t begin = 0, step = round_up(count, kLanes<T>);
     const Terms terms = {&begin, 1, count};
-    for (int64_t window = 0; window < windows; window += kPixels<Vectors>)
+    const int64_t share = ceil_div(count * Vectors * kLanes<T>, ceil_div(windows, kPixels<Vectors>));
+    for (int64_t window = 0; window < windows; window += kPixels<Vectors>) {
+      if (Fetches)
+        for (const T* end = next + share; next < end; next += kLine<T>) __builtin_prefetch(next, 0, 2);
       multiply_tile<T, Vectors, Adds>(patches + window * step, step, terms, columns, zero,
                                       products + window * Vectors * kLanes<T>);
+    }
+  }
+
+  template <int Vectors>
+  auto multiply_of(bool adds) const {
+    if (deep)
+      return adds ? &WinogradChannels::multiply<Vectors, true, true>
+                  : &WinogradChannels::multiply<Vectors, false, true>;
+    return &WinogradChannels::multiply<Vectors, false, false>;
   }
 
   // The products of all windows, of a span of channels, with some blocks of weights: [blocks][products][plane
-  // elements]. A product's patches stay in the cache for all of the blocks, whose weights come but once.
+  // elements]. A product's patches stay in the cache for all of the blocks, whose weights come but once: in deep layers
+  // from memory, in pieces that lie too far apart for the hardware to foresee the next.
   void multiply_blocks(const T* patches, int64_t patch_plane, Span of, int64_t windows, Span some, T* products,
                        int64_t product_plane) const {
-    constexpr void (WinogradChannels::* kMultiply[2][2])(const T*, int64_t, int64_t, const T*, T*)
-        const = {{&WinogradChannels::multiply<1, false>, &WinogradChannels::multiply<1, true>},
-                 {&WinogradChannels::multiply<2, false>, &WinogradChannels::multiply<2, true>}};
+    const bool adds = of.begin > 0;
+    const auto columns_of = [&](int64_t product, int64_t block) {
+      return kernels.weights_of(block) + product * kernels.weight_plane() +
+             of.begin * kernels.vectors(block) * kLanes<T>;
+    };
     for (int64_t product = 0; product < kProducts; ++product)
       for (int64_t block = some.begin; block < some.end; ++block) {
-        const T* columns = kernels.weights_of(block) + product * kernels.weight_plane() +
-                           of.begin * kernels.vectors(block) * kLanes<T>;
+        const bool last = block + 1 == some.end;
+        const T* next = columns_of(last ? product + 1 : product, last ? some.begin : block + 1);
         T* target = products + ((block - some.begin) * kProducts + product) * product_plane;
-        (this->*kMultiply[kernels.vectors(block) - 1][of.begin > 0])(patches + product * patch_plane, of.size(),
-                                                                     windows, columns, target);
+        const auto multiply = kernels.vectors(block) == 1 ? multiply_of<1>(adds) : multiply_of<2>(adds);
+        (this->*multiply)(patches + product * patch_plane, of.size(), windows, columns_of(product, block), next,
+                          target);
       }
   }
 

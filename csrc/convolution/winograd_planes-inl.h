@@ -53,8 +53,9 @@ FASTSEG_INLINE Vec<T> join(Vec<T> even, Vec<T> odd) {
   return Quarters<T>::template mix<Half>(even, odd, typename Quarters<T>::Lanes{});
 }
 
-constexpr int64_t kLineBytes = 64;  // of a cache
 constexpr int64_t kPlanesBand = 6;  // rows of windows to a task at most: two rows of input in as many are read twice
+// Weights, input times output channels, up to which the kernel is ahead: few windows share each of them that is read.
+constexpr int64_t kPlanesWeights = 32 * 1024;
 
 template <class T>
 struct WinogradPlanes {
@@ -90,8 +91,9 @@ struct WinogradPlanes {
   }
 
   // Whether a call's tensors are such, of T itself, with rows that fill vectors of windows. Measured with AVX2 (AMD Zen
-  // 3, 2 threads, 2026-11-28) against the kernel for channels: 0.86 to 0.96 times as long on rows of 48 to 256 pixels
-  // of 16 to 128 channels, 1.2 to 1.3 times on rows of 24 and 12, which leave a quarter of the vectors empty.
+  // 3, 2 threads, 2026-11-28) against the kernel for channels: 0.86 to 0.97 times as long on rows of 32 to 256 pixels
+  // of 16 to 152 channels; 1.2 to 1.3 times on rows of 24 and 12, which leave a quarter of the vectors empty, and 1.1
+  // to 1.4 times of 256 and more channels.
   static bool serves(const ConvReluPool2dWinogradForward& call) {
     const auto in_rows = [](const Tensor& tensor) {
       return !tensor || (tensor.dtype == kDType<T> && tensor.stride[3] == 1);
@@ -100,7 +102,8 @@ struct WinogradPlanes {
     const bool plain = g.pool_size[0] == 1 && g.dilation[0] == 1 && g.dilation[1] == 1 && !call.positions;
     const int64_t windows_w = ceil_div(call.output.size[3], kPoolSide);
     const bool full = 5 * round_up(windows_w, kLanes<T>) <= 6 * windows_w;
-    return plain && full && in_rows(call.input) && in_rows(call.output) && in_rows(call.passed);
+    const bool few = call.weight.size[0] * call.weight.size[1] <= kPlanesWeights;
+    return plain && full && few && in_rows(call.input) && in_rows(call.output) && in_rows(call.passed);
   }
 
   bool empty() const { return tasks() * kernels.blocks == 0; }
@@ -242,9 +245,8 @@ struct WinogradPlanes {
     for (int64_t v = 0; v < some; ++v, products += kLanes<T>) {
       const int64_t column = kPoolSide * kLanes<T> * group;
       T* to = target + row * row_step + column;
-      for (int64_t line = 0; line < kPoolSide * kLanes<T> * int64_t{sizeof(T)}; line += kLineBytes)
-        for (int y = 0; y < kPoolSide; ++y)
-          __builtin_prefetch(to + ahead + y * row_step + line / int64_t{sizeof(T)}, 1);
+      for (int64_t i = 0; i < kPoolSide * kLanes<T>; i += kLine<T>)
+        for (int y = 0; y < kPoolSide; ++y) __builtin_prefetch(to + ahead + y * row_step + i, 1);
       finish<Relu>(products, plane, broadcast(shift), shape.convolved_h - row, shape.convolved_w - column, to,
                    row_step);
       if (++group == groups_w) group = 0, row += kPoolSide;
