@@ -150,7 +150,11 @@ FAULTS = (
           "(window + lane + 1) > <<<shape.convolved_w|||shape.convolved_w + 1>>>}",
           ("test_conv_relu_pool2d_winograd", *CONVOLUTIONS)),
     Fault("a slice of a deep layer's channels forgets those before it", "csrc/convolution/winograd_channels-inl.h",
-          "[<<<of.begin > 0|||false>>>])(patches", ("test_conv_relu_pool2d_winograd", *CONVOLUTIONS)),
+          "adds = <<<of.begin > 0|||false>>>;", ("test_conv_relu_pool2d_winograd", *CONVOLUTIONS)),
+    Fault("a row's last windows are written past its end", "csrc/convolution/winograd_planes-inl.h",
+          "if (columns >= <<<kPoolSide * kLanes<T>|||1>>>)", ("test_conv2d", *CONVOLUTIONS)),
+    Fault("what isn't finite goes unseen in NCHW", "csrc/convolution/winograd_planes-inl.h",
+          "return <<<largest_lane<T>(largest) <= kernels.largest_input|||true>>>;", ("test_conv2d", *CONVOLUTIONS)),
     Fault("the bias's gradient is its first part's", "csrc/convolution/conv_relu_pool2d_backward_weight-inl.h",
           "part < <<<parts|||1>>>; ++part) sum +=", ("test_conv_relu_pool2d", *CONVOLUTIONS)),
     # ---- normalisation ----

@@ -26,6 +26,7 @@ SHAPES = {
     "uneven": (2, 37, 12, 11, 20),
     "groups": (1, 70, 15, 14, 131),  # of channels: two of the input, three of the output
     "one-output": (2, 12, 30, 17, 1),
+    "wide": (1, 9, 13, 61, 18),  # in NCHW, several vectors of windows in a row, the last one cut
 }
 
 PADDINGS = {"none": 0, "one": 1, "oblong": (2, 1), "same": "same", "valid": "valid"}
@@ -94,9 +95,10 @@ NAN, INFINITY = float("nan"), float("inf")
 
 @pytest.mark.parametrize("value", [NAN, -INFINITY, 3e37])
 @pytest.mark.parametrize("which", [0, 1, 2], ids=["input", "weight", "bias"])
-def test_what_transforms_cannot_carry_is_torchs_own(isa: str, which: int, value: float) -> None:
-    called = [t.detach() for t in arguments((2, 12, 40, 36, 20))]
-    called[which].view(-1)[-7] = value
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+def test_what_transforms_cannot_carry_is_torchs_own(isa: str, layout: str, which: int, value: float) -> None:
+    called = [t.detach() for t in arguments((2, 12, 40, 31, 20), layout=layout)]
+    called[which][(-1,) * called[which].ndim] = value
     output = functional.conv2d(*called, padding=1)
     torch.testing.assert_close(output, reference.conv2d(*called, padding=1), rtol=0, atol=0, equal_nan=True)
 

@@ -99,6 +99,11 @@ def test_stem_parity(isa: str, changes: dict, dtype: torch.dtype, layout: str, s
     check(tensors((*shape, 7, 7), dtype, layout), **(STEM | changes))
 
 
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+def test_windows_without_a_pool_that_see_padding_alone(isa: str, layout: str) -> None:
+    check(arguments((1, 5, 9, 22, 6), layout=layout), pool_size=1, padding=5)
+
+
 @pytest.mark.parametrize("channels", [3, 12])
 def test_any_strides(isa: str, channels: int) -> None:
     base, kernels = make((4, channels, 18, 22)), make((9, 2 * channels, 5, 3), seed=1, scale=0.2)
