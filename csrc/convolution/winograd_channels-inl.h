@@ -47,8 +47,9 @@ struct WinogradChannels {
   const Tensor& full;  // the convolution's whole output, optional: the skip, or where nothing is pooled the output
   const int64_t windows_h, windows_w;
   WinogradKernels<T> kernels;
-  const bool deep;         // the patches of few windows take more than the caches
-  const int64_t slice;     // input channels at a time: all of them, or in deep layers a part, in whole vectors
+  const bool deep;  // the patches of few windows take more than the caches
+  const int64_t
+      slice;  // input channels at a time: all of them, or in deep layers a part, in whole vectors but for the last
   const int64_t packed_w;  // columns of a packed input row
   const int64_t maps;      // phases of all images
   const int64_t band;      // rows of windows to a task
@@ -80,7 +81,7 @@ struct WinogradChannels {
 
   int64_t choose_slice() const {
     const int64_t fitting = kWinogradPlaneBytes / (kMostWindows * int64_t{sizeof(T)});
-    return round_up(ceil_div(shape.c, ceil_div(shape.c, fitting)), kLanes<T>);
+    return min_of(round_up(ceil_div(shape.c, ceil_div(shape.c, fitting)), kLanes<T>), shape.c);
   }
 
   // Deep layers' are as large as their windows in work together.

@@ -55,7 +55,7 @@ FASTSEG_INLINE Vec<T> join(Vec<T> even, Vec<T> odd) {
 
 constexpr int64_t kPlanesBand = 6;  // rows of windows to a task at most: two rows of input in as many are read twice
 // Weights, input times output channels, up to which the kernel is ahead: few windows share each of them that is read.
-constexpr int64_t kPlanesWeights = 32 * 1024;
+constexpr int64_t kPlanesWeights = 12 * 1024;
 
 template <class T>
 struct WinogradPlanes {
@@ -91,9 +91,9 @@ struct WinogradPlanes {
   }
 
   // Whether a call's tensors are such, of T itself, with rows that fill vectors of windows. Measured with AVX2 (AMD Zen
-  // 3, 2 threads, 2026-11-28) against the kernel for channels: 0.86 to 0.97 times as long on rows of 32 to 256 pixels
-  // of 16 to 152 channels; 1.2 to 1.3 times on rows of 24 and 12, which leave a quarter of the vectors empty, and 1.1
-  // to 1.4 times of 256 and more channels.
+  // 3, 2 threads, 2026-11-28) against the kernel for channels: 0.82 to 0.97 times as long on rows of 48 to 256 pixels
+  // of 16 to 152 channels; 1.2 to 1.3 times on rows of 24 and 12, which leave a quarter of the vectors empty, and 1.0
+  // to 1.4 times with more weights.
   static bool serves(const ConvReluPool2dWinogradForward& call) {
     const auto in_rows = [](const Tensor& tensor) {
       return !tensor || (tensor.dtype == kDType<T> && tensor.stride[3] == 1);

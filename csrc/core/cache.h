@@ -33,12 +33,12 @@ constexpr int64_t kWindowListBytes = 128 * 1024;
 
 // L2, Winograd's algorithm: where vectors run along windows, the packed input of a band; where they run along channels,
 // that of a larger band, and the transformed patches that are multiplied together. Where the fewest patches take more
-// than the last number, those of one product at a time.
+// than the last number, those of one product at a time: they stay for all blocks of output channels.
 constexpr int64_t kWinogradWindowsBandBytes = 64 * 1024;
 constexpr int64_t kWinogradBandBytes = 288 * 1024;
 constexpr int64_t kWinogradPatchBytes = 256 * 1024;
 constexpr int64_t kWinogradPlaneBytes = 128 * 1024;
-constexpr int64_t kWinogradAllProductsBytes = 512 * 1024;
+constexpr int64_t kWinogradAllProductsBytes = 160 * 1024;
 
 // L3: the products that a task of a deep layer adds slices of its channels to.
 constexpr int64_t kWinogradProductsBytes = 1536 * 1024;
