@@ -10,6 +10,7 @@
 #include "convolution/register_tile-inl.h"
 #include "convolution/winograd-inl.h"
 #include "convolution/winograd_kernels-inl.h"
+#include "core/cache.h"
 #include "core/parallel.h"
 
 namespace fastseg {
@@ -54,8 +55,6 @@ FASTSEG_INLINE Vec<T> join(Vec<T> even, Vec<T> odd) {
 }
 
 constexpr int64_t kPlanesBand = 6;  // rows of windows to a task at most: two rows of input in as many are read twice
-// Weights, input times output channels, up to which the kernel is ahead: few windows share each of them that is read.
-constexpr int64_t kPlanesWeights = 12 * 1024;
 
 template <class T>
 struct WinogradPlanes {
@@ -90,10 +89,10 @@ struct WinogradPlanes {
     return max_of(min_of(shared, kPlanesBand), 1);
   }
 
-  // Whether a call's tensors are such, of T itself, with rows that fill vectors of windows. Measured with AVX2 (AMD Zen
-  // 3, 2 threads, 2026-11-28) against the kernel for channels: 0.82 to 0.97 times as long on rows of 48 to 256 pixels
-  // of 16 to 152 channels; 1.2 to 1.3 times on rows of 24 and 12, which leave a quarter of the vectors empty, and 1.0
-  // to 1.4 times with more weights.
+  // Whether a call's tensors are such, of T itself, with rows that fill vectors of windows, and of so few channels that
+  // patches of all products stay in the cache. Measured with AVX2 (AMD Zen 3, 2 threads, 2026-11-28) against the kernel
+  // for channels: 0.82 to 0.97 times as long on rows of 48 to 256 pixels of 16 to 96 channels, 1.2 to 1.3 times on rows
+  // of 24 and 12, which leave a quarter of the vectors empty.
   static bool serves(const ConvReluPool2dWinogradForward& call) {
     const auto in_rows = [](const Tensor& tensor) {
       return !tensor || (tensor.dtype == kDType<T> && tensor.stride[3] == 1);
@@ -102,7 +101,7 @@ struct WinogradPlanes {
     const bool plain = g.pool_size[0] == 1 && g.dilation[0] == 1 && g.dilation[1] == 1 && !call.positions;
     const int64_t windows_w = ceil_div(call.output.size[3], kPoolSide);
     const bool full = 5 * round_up(windows_w, kLanes<T>) <= 6 * windows_w;
-    const bool few = call.weight.size[0] * call.weight.size[1] <= kPlanesWeights;
+    const bool few = kProducts * kLeastWindows * call.weight.size[1] * int64_t{sizeof(T)} <= kWinogradAllProductsBytes;
     return plain && full && few && in_rows(call.input) && in_rows(call.output) && in_rows(call.passed);
   }
 
