@@ -8,6 +8,7 @@
 #pragma once
 
 #include "convolution/conv_tile-inl.h"
+#include "core/cache.h"
 
 namespace fastseg {
 namespace FASTSEG_ISA {
@@ -80,6 +81,28 @@ struct Window {
     }
   }
 };
+
+// The window of products that lie a plane apart.
+template <class T>
+FASTSEG_INLINE Window<Vec<T>> window_of(const T* products, int64_t plane) {
+  const auto column_of = [&](int x, Vec<T>(&m)[kSide]) {
+#pragma GCC unroll 4
+    for (int y = 0; y < kSide; ++y) m[y] = load(products + (y * kSide + x) * plane);
+  };
+  Window<Vec<T>> window;
+  Vec<T> m[kSide];
+  column_of(0, m), window.template add<0>(m);
+  column_of(1, m), window.template add<1>(m);
+  column_of(2, m), window.template add<2>(m);
+  column_of(3, m), window.template add<3>(m);
+  return window;
+}
+
+// Whether the patches of few windows of so many channels stay in the cache, of all products.
+template <class T>
+bool patches_fit(int64_t channels) {
+  return kProducts * kLeastWindows * channels * int64_t{sizeof(T)} <= kWinogradAllProductsBytes;
+}
 
 // Some channels (axis 1) or columns (axis 3) of [N, C, H, W]; a tensor that isn't there stays so.
 inline Tensor part_of(const Tensor& tensor, int axis, Span span) {

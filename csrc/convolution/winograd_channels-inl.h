@@ -47,9 +47,8 @@ struct WinogradChannels {
   const Tensor& full;  // the convolution's whole output, optional: the skip, or where nothing is pooled the output
   const int64_t windows_h, windows_w;
   WinogradKernels<T> kernels;
-  const bool deep;  // the patches of few windows take more than the caches
-  const int64_t
-      slice;  // input channels at a time: all of them, or in deep layers a part, in whole vectors but for the last
+  const bool deep;         // the patches of few windows take more than the caches
+  const int64_t slice;     // input channels at a time: all of them, or in deep layers a part, in whole vectors
   const int64_t packed_w;  // columns of a packed input row
   const int64_t maps;      // phases of all images
   const int64_t band;      // rows of windows to a task
@@ -65,11 +64,11 @@ struct WinogradChannels {
         call(phase_of(c, 0, 0)),
         shape(call.input, call.weight, call.output, call.geometry),
         pools(call.geometry.pool_size[0] == kPoolSide),
-        full(pools ? call.skip : call.output),
+        full(full_of(call)),
         windows_h(full ? ceil_div(shape.convolved_h, kPoolSide) : shape.pooled_h),
         windows_w(full ? ceil_div(shape.convolved_w, kPoolSide) : shape.pooled_w),
         kernels(whole),
-        deep(kProducts * kLeastWindows * shape.c * int64_t{sizeof(T)} > kWinogradAllProductsBytes),
+        deep(!patches_fit<T>(shape.c)),
         slice(deep ? choose_slice() : shape.c),
         packed_w(patches_width(windows_w)),
         maps(shape.n * phases_h * phases_w),
@@ -153,11 +152,11 @@ struct WinogradChannels {
   };
 
   // Of a part of the windows of bands that begin at `top`.
-  void finish_products(const T* products, int64_t plane, int64_t block, int64_t top, const Part& part,
-                       const Results& results) const {
+  void finish_products(const ConvReluPool2dWinogradForward& phase, const T* products, int64_t plane, int64_t block,
+                       int64_t top, const Part& part, const Results& results) const {
     const int64_t lanes = kernels.vectors(block) * kLanes<T>, end = part.place + part.windows.size();
     int64_t row = part.windows.begin / windows_w, column = part.windows.begin % windows_w;
-    const Tensor all = full_of(part.map);
+    const Tensor& all = full_of(phase);
     const bool through = writes_through(block);
     T* const output =
         through ? static_cast<T*>(at_mutable(all, image_of(part.map) * all.stride[0] + block * kBlock<T>)) : nullptr;
@@ -167,16 +166,7 @@ struct WinogradChannels {
       const Clip<T> clip = {cut_row || cut_column, cut_row, -Int<T>{cut_column} - IntVec<T>{}};
       for (int64_t lane = 0; lane < lanes; lane += kLanes<T>) {
         const T* product = products + window * lanes + lane;
-        const auto column_of = [&](int x, Vec<T>(&m)[kSide]) {
-#pragma GCC unroll 4
-          for (int y = 0; y < kSide; ++y) m[y] = load(product + (y * kSide + x) * plane);
-        };
-        Window<Vec<T>> sums;
-        Vec<T> m[kSide];
-        column_of(0, m), sums.template add<0>(m);
-        column_of(1, m), sums.template add<1>(m);
-        column_of(2, m), sums.template add<2>(m);
-        column_of(3, m), sums.template add<3>(m);
+        const Window<Vec<T>> sums = window_of(product, plane);
         const Vec<T> shift = load(kernels.bias_of(block) + lane);
         if (pools)
           pool_window(sums, shift, clip, results.pooled + window * lanes + lane,
@@ -239,8 +229,8 @@ struct WinogradChannels {
 
   int64_t image_of(int64_t map) const { return map / (phases_h * phases_w); }
 
-  // What isn't pooled of a map.
-  Tensor full_of(int64_t map) const { return pools ? call.skip : of_map(map).output; }
+  // What isn't pooled.
+  const Tensor& full_of(const ConvReluPool2dWinogradForward& phase) const { return pools ? phase.skip : phase.output; }
 
   // Packs a span of a map's channels: the rows and columns that windows side by side read.
   void pack_slice(int64_t map, Span of, Span rows, Span across, T* buffer, T* target) const {
@@ -314,18 +304,22 @@ struct WinogradChannels {
         }
         for (int64_t block = begin; block < some.end; ++block)
           for_each_part(map, of_one, first, count, [&](const Part& part) {
-            finish_products(products + (block - begin) * block_products, product_plane, block, top, part, results);
-            write(results, block, top, part);
+            const ConvReluPool2dWinogradForward phase = of_map(part.map);
+            finish_products(phase, products + (block - begin) * block_products, product_plane, block, top, part,
+                            results);
+            write(phase, results, block, top, part);
           });
       }
     }
     return true;
   }
 
-  void write(const Results& results, int64_t block, int64_t top, const Part& part) const {
-    const ConvReluPool2dWinogradForward phase = of_map(part.map);
+  void write(const ConvReluPool2dWinogradForward& phase, const Results& results, int64_t block, int64_t top,
+             const Part& part) const {
+    const bool packed = full && !writes_through(block);
+    if (!pools && !packed) return;
     const int64_t image = image_of(part.map);
-    const Tensor all = full_of(part.map);
+    const Tensor& all = full_of(phase);
     const int64_t lanes = kernels.vectors(block) * kLanes<T>, channel = block * kBlock<T>;
     const int64_t channel_count = min_of(lanes, shape.k - channel);
     for (int64_t window = part.windows.begin, next; window < part.windows.end; window = next) {
@@ -336,7 +330,7 @@ struct WinogradChannels {
       if (pools && row < shape.pooled_h && columns.size() > 0)
         unpack_pooled(results.pooled + place * lanes, results.positions + place * lanes, lanes, image, channel,
                       channel_count, row, part_of(phase.output, 3, columns), part_of(phase.positions, 3, columns));
-      if (!full || writes_through(block)) continue;
+      if (!packed) continue;
       const Span wide = {kPoolSide * column, min_of(kPoolSide * (column + next - window), all.size[3])};
       for (int64_t y = 0; y < kPoolSide && kPoolSide * row + y < all.size[2] && wide.size() > 0; ++y) {
         const int64_t at = (y * results.columns + kPoolSide * place) * lanes;

@@ -4,7 +4,6 @@
 
 #include "convolution/conv_relu_pool2d.h"
 #include "convolution/conv_tile-inl.h"
-#include "convolution/kept_weights-inl.h"
 #include "convolution/register_tile-inl.h"
 #include "convolution/winograd-inl.h"
 #include "core/parallel.h"

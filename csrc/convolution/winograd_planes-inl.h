@@ -10,7 +10,6 @@
 #include "convolution/register_tile-inl.h"
 #include "convolution/winograd-inl.h"
 #include "convolution/winograd_kernels-inl.h"
-#include "core/cache.h"
 #include "core/parallel.h"
 
 namespace fastseg {
@@ -101,8 +100,8 @@ struct WinogradPlanes {
     const bool plain = g.pool_size[0] == 1 && g.dilation[0] == 1 && g.dilation[1] == 1 && !call.positions;
     const int64_t windows_w = ceil_div(call.output.size[3], kPoolSide);
     const bool full = 5 * round_up(windows_w, kLanes<T>) <= 6 * windows_w;
-    const bool few = kProducts * kLeastWindows * call.weight.size[1] * int64_t{sizeof(T)} <= kWinogradAllProductsBytes;
-    return plain && full && few && in_rows(call.input) && in_rows(call.output) && in_rows(call.passed);
+    return plain && full && patches_fit<T>(call.weight.size[1]) && in_rows(call.input) && in_rows(call.output) &&
+           in_rows(call.passed);
   }
 
   bool empty() const { return tasks() * kernels.blocks == 0; }
@@ -117,8 +116,10 @@ struct WinogradPlanes {
     IntVec<T> largest = {};
     for (int64_t c = 0; c < shape.c; ++c)
       for (int64_t row = rows.begin; row < rows.end; ++row, target += pitch) {
-        memset(target, 0, static_cast<size_t>(pitch) * sizeof(T));
-        if (row < 0 || row >= shape.h) continue;
+        const bool exists = row >= 0 && row < shape.h;
+        memset(target, 0, static_cast<size_t>(exists ? left : pitch) * sizeof(T));
+        if (!exists) continue;
+        memset(target + left + inside, 0, static_cast<size_t>(pitch - left - inside) * sizeof(T));
         const T* values = row_of<T>(call.input, image, row) + c * call.input.stride[1];
         const T* passed = call.passed ? row_of<T>(call.passed, image, row) + c * call.passed.stride[1] : nullptr;
         if (passed) relu_mask(passed, values, inside, target + left), values = target + left;
@@ -202,16 +203,7 @@ struct WinogradPlanes {
   template <bool Relu>
   FASTSEG_INLINE void finish(const T* products, int64_t plane, Vec<T> shift, int64_t rows, int64_t columns, T* target,
                              int64_t row_step) const {
-    const auto column_of = [&](int x, Vec<T>(&m)[kSide]) {
-#pragma GCC unroll 4
-      for (int y = 0; y < kSide; ++y) m[y] = load(products + (y * kSide + x) * plane);
-    };
-    Window<Vec<T>> sums;
-    Vec<T> m[kSide];
-    column_of(0, m), sums.template add<0>(m);
-    column_of(1, m), sums.template add<1>(m);
-    column_of(2, m), sums.template add<2>(m);
-    column_of(3, m), sums.template add<3>(m);
+    Window<Vec<T>> sums = window_of(products, plane);
 #pragma GCC unroll 2
     for (int y = 0; y < kPoolSide; ++y) {
       if (y >= rows) break;
